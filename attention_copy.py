@@ -28,8 +28,9 @@ RECIPE = {  # ImageNet: the README of the authors' code, ViT-L
     "patch":         (3,       4,      16),
     "teacher":       ("auto",  "auto", "auto"),
     "layers":        ("all",   "all",  "all", "whose maps are copied: a count (18), range (6-11), list (0,2,4-7) or all"),
-    "epochs":        (150,     100,    100),
-    "warmup":        (15,      5,      5),
+    "labels":        (100,     0,      0),
+    "epochs":        (450,     100,    100),
+    "warmup":        (45,      5,      5),
     "batch":         (50,      512,    2048),
     "lr":            (2e-3,    1e-3,   8e-3),
     "min_lr":        (0.0,     1e-6,   2e-3),
@@ -46,7 +47,7 @@ RECIPE = {  # ImageNet: the README of the authors' code, ViT-L
     "mixup":         (0.0,     0.8,    0.8),
     "cutmix":        (0.0,     1.0,    1.0),
     "smoothing":     (0.0,     0.1,    0.1),
-    "eval_every":    (5,       1,      1),
+    "eval_every":    (45,      1,      1),
 }  # fmt: skip
 FLAGS = data.FLAGS | train.FLAGS
 

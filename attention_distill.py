@@ -28,10 +28,11 @@ RECIPE = {  # ImageNet: the README of the authors' code, ViT-L. As shipped that 
     "model":         ("micro", "tiny", "large"),
     "patch":         (3,       4,      16),
     "teacher":       ("auto",  "auto", "auto"),
-    "layers":        ("2",     "9",    "18", "whose maps are distilled: a count (18), range (6-11), list (0,2,4-7) or all"),
+    "layers":        ("3",     "9",    "18", "whose maps are distilled: a count (18), range (6-11), list (0,2,4-7) or all"),
     "weight":        (3.0,     3.0,    3.0, "of the attention loss"),
-    "epochs":        (150,     100,    200),
-    "warmup":        (15,      5,      20),
+    "labels":        (100,     0,      0),
+    "epochs":        (450,     100,    200),
+    "warmup":        (45,      5,      20),
     "batch":         (50,      512,    2048),
     "lr":            (2e-3,    1e-3,   8e-4),
     "min_lr":        (0.0,     1e-6,   1e-6),
@@ -48,7 +49,7 @@ RECIPE = {  # ImageNet: the README of the authors' code, ViT-L. As shipped that 
     "mixup":         (0.0,     0.8,    0.8),
     "cutmix":        (0.0,     1.0,    1.0),
     "smoothing":     (0.0,     0.1,    0.1),
-    "eval_every":    (5,       1,      1),
+    "eval_every":    (45,      1,      1),
 }  # fmt: skip
 FLAGS = data.FLAGS | train.FLAGS
 

@@ -31,7 +31,7 @@ FLAGS = {  # name: default, help
     "data": ("digits", "digits, cifar10, cifar100, imagenet or folder"),
     "data_dir": ("data", "where the images are, or go"),
     "image_size": (0, "side of the images in pixels (0: 12 digits, 32 cifar, 224 others)"),
-    "labels": (0, "use only so many labelled training images, drawn by the seed (0: all)"),
+    "subset_seed": (-1, "draws the subset of --labels instead of --seed (-1: --seed does)"),
     "holdout": (0, "validate on so many training images, held out, instead of on the test images"),
     "workers": (8, "processes that decode images, per GPU"),
     "memory": (2.0, "hold a folder in memory if it has at most so many GB when decoded"),
@@ -83,7 +83,7 @@ def load(args, device, normalization=None, train: bool = True) -> Data:
     if train and args.labels:
         if args.labels > len(parts["train"]):
             raise ValueError(f"--labels {args.labels}: there are only {len(parts['train'])} training images")
-        order = torch.randperm(len(parts["train"]), generator=seeded("labels", args.seed))
+        order = torch.randperm(len(parts["train"]), generator=seeded("labels", args.seed if args.subset_seed < 0 else args.subset_seed))
         parts["train"] = parts["train"].subset(order[: args.labels].tolist())
     parts = {name: Part(source, args, len(classes), device) for name, source in parts.items()}
     test = parts["test"]
@@ -152,13 +152,13 @@ class Tensors:
 
 
 def digits(args, size, seen, normalization, device, train):
-    """Translated cluttered digits: on an empty canvas a 3x3 scrap of another digit, and somewhere the digit itself.
+    """Translated cluttered digits: on an empty canvas two 3x3 scraps of other digits, and somewhere the digit itself.
 
-    Where to look is most of the task. Training places digit and scrap anew at every step; validation and test hold four
+    Where to look is most of the task. Training places digit and scraps anew at every step; validation and test hold four
     fixed placements of each digit. 997 digits are for training, 300 for validation and 500 for test.
     """
-    if args.image_size not in (0, size):
-        raise ValueError(f"--image-size {args.image_size}: the canvas of --data digits has {size} pixels a side")
+    if size != KINDS["digits"][0]:
+        raise ValueError(f"--image-size {size}: the canvas of --data digits has {KINDS['digits'][0]} pixels a side")
     file = np.load(Path(__file__).parent / "digits.npz")
     images = torch.from_numpy(file["images"]).to(device) / 16  # 0..1
     labels = torch.from_numpy(file["labels"]).long().to(device)
@@ -167,12 +167,11 @@ def digits(args, size, seen, normalization, device, train):
     prepare = normaliser(normalization, device)
 
     def place(images: Tensor, draw) -> Tensor:
-        u = draw(7)
-        crop, at, offset = (u[:, :2] * 6).long(), (u[:, 2:4] * (size - 2)).long(), (u[:, 4:6] * (size - 7)).long()
-        scrap = patch(scraps[(u[:, 6] * len(scraps)).long()], crop, 3)
         canvas = torch.zeros(len(images), size, size, device=device)
-        write(canvas, at, scrap)
-        write(canvas, offset, images)
+        for u in draw(10).split(5, dim=1):  # two scraps: which digit, cut from where, put where
+            scrap = patch(scraps[(u[:, 0] * len(scraps)).long()], (u[:, 1:3] * 6).long(), 3)
+            write(canvas, (u[:, 3:5] * (size - 2)).long(), scrap)
+        write(canvas, (draw(2) * (size - 7)).long(), images)  # and the digit
         return canvas[:, None]
 
     def fixed(part: Tensor, name: str) -> Tensors:

@@ -19,8 +19,9 @@ RECIPE = {  # ImageNet: MAE's FINETUNE.md, ViT-L
     "model":         ("micro", "tiny", "large"),
     "patch":         (3,       4,      16),
     "teacher":       ("auto",  "auto", "auto"),
-    "epochs":        (150,     100,    50),
-    "warmup":        (15,      5,      5),
+    "labels":        (100,     0,      0),
+    "epochs":        (450,     100,    50),
+    "warmup":        (45,      5,      5),
     "batch":         (50,      512,    1024),
     "lr":            (2e-3,    1e-3,   4e-3),
     "min_lr":        (0.0,     1e-6,   1e-6),
@@ -36,12 +37,12 @@ RECIPE = {  # ImageNet: MAE's FINETUNE.md, ViT-L
     "mixup":         (0.0,     0.8,    0.8),
     "cutmix":        (0.0,     1.0,    1.0),
     "smoothing":     (0.0,     0.1,    0.1),
-    "eval_every":    (5,       1,      1),
+    "eval_every":    (45,      1,      1),
 }  # fmt: skip
 SCRATCH = {  # what differs with --teacher none. ImageNet: the distillation recipe, less the teacher
     # name            digits   cifar   imagenet
-    "epochs":        (150,     100,    200),
-    "warmup":        (15,      5,      20),
+    "epochs":        (450,     100,    200),
+    "warmup":        (45,      5,      20),
     "batch":         (50,      512,    2048),
     "lr":            (1e-3,    1e-3,   8e-4),
     "weight_decay":  (0.05,    0.05,   0.3),
@@ -73,8 +74,13 @@ def main(args) -> dict:
     teacher = pretrain.teacher(args)
     images = data.load(args, device, teacher and teacher.get("normalization"))
     torch.manual_seed(args.seed)
-    if teacher:
+    if teacher:  # whose architecture is the student's: --model and --patch must not say otherwise
         net = vit.load(teacher, image_size=images.image_size, classes=len(images.classes), drop_path=args.drop_path)
+        arch, named = net.architecture, (*vit.SIZES[args.model], args.patch, images.channels)
+        if tuple(arch[k] for k in ("dim", "depth", "heads", "patch", "channels")) != named:
+            raise ValueError(f"{teacher['source']} has width {arch['dim']}, depth {arch['depth']}, {arch['heads']} heads, patch "
+                             f"{arch['patch']} and {arch['channels']} channels, unlike --model {args.model} --patch {args.patch} "
+                             f"--data {args.data}: change these")  # fmt: skip
         nn.init.trunc_normal_(net.head.weight, std=2e-5)  # the first steps must not shake what is already good (MAE)
     else:
         net = vit.build(args.model, image_size=images.image_size, patch=args.patch, channels=images.channels,

@@ -30,8 +30,9 @@ RECIPE = {  # ImageNet: MAE's PRETRAIN.md (ViT-L, 800 epochs; the published weig
     "decoder_depth": (1,       2,      8,    "blocks of the decoder"),
     "decoder_heads": (4,       4,      16,   "heads of the decoder"),
     "norm_pixels":   (False,   True,   True, "the pixels of each patch are normalised before they are compared"),
-    "epochs":        (150,     400,    800),
-    "warmup":        (15,      20,     40),
+    "labels":        (0,       0,      0),
+    "epochs":        (300,     400,    800),
+    "warmup":        (30,      20,     40),
     "batch":         (128,     1024,   4096),
     "lr":            (2e-3,    1e-3,   2.4e-3),
     "min_lr":        (0.0,     0.0,    0.0),
@@ -121,7 +122,7 @@ def build(args, images: data.Data) -> MAE:
     return MAE(encoder, args.mask, args.decoder_dim, args.decoder_depth, args.decoder_heads, args.norm_pixels)
 
 
-def main(args) -> None:
+def main(args) -> dict | None:
     device = train.device(args)
     images = data.load(args, device)
     mae = build(args, images).to(device)
@@ -133,7 +134,7 @@ def main(args) -> None:
         return {"model": weights, "architecture": mae.encoder.architecture, "classes": images.classes,
                 "normalization": images.normalization, "method": "pretrain"}  # fmt: skip
 
-    train.fit(mae, loss, None, images, args, "pretrain", card)
+    return train.fit(mae, loss, None, images, args, "pretrain", card)
 
 
 # Teachers ---------------------------------------------------------------------------------------------------------------
@@ -154,7 +155,11 @@ def teacher(args) -> dict | None:
                              "pre-train one (pretrain.py) and name it with --teacher")  # fmt: skip
         return vit.read(vit.MAE_WEIGHTS.format(args.model))
     if args.teacher != "auto":
-        return vit.read(args.teacher)
+        checkpoint = vit.read(args.teacher)
+        if "teacher" in checkpoint:
+            raise ValueError(f"{args.teacher} is a student of attention copy: it never learned where to look by itself, so "
+                             "it can be no teacher (name the teacher it had)")  # fmt: skip
+        return checkpoint
     out = Path("runs") / f"pretrain-{args.data}-{args.model}-s{args.seed}"
     if not (out / "model.pt").is_file():
         train.say(f"No teacher at {out / 'model.pt'} yet: pre-training one first.")

@@ -42,6 +42,7 @@ HELP = {  # of the entries that recipes share
     "model": "size of the ViT: micro, tiny, small, base, large or huge",
     "patch": "side of a patch in pixels",
     "teacher": "auto (pre-trained here if need be), mae (published weights), random, none, or a checkpoint's path or URL",
+    "labels": "use so many of the training images, drawn by the seed (0: all)",
     "epochs": "passes over the training images",
     "warmup": "epochs of linear warm-up",
     "batch": "images per optimiser step, over all GPUs",
@@ -63,7 +64,7 @@ HELP = {  # of the entries that recipes share
 }
 RANGES = {"epochs": (1, None), "batch": (1, None), "beta2": (0, 0.9999), "layer_decay": (0.01, 1), "ema": (0, 0.999999),
           "drop_path": (0, 0.99), "crop_area": (0, 1), "erase": (0, 1), "smoothing": (0, 0.99), "mask": (0.05, 0.95),
-          "patch": (1, None), "eval_every": (1, None), "randaugment": (0, 30)}  # fmt: skip
+          "patch": (1, None), "eval_every": (1, None), "subset_seed": (-1, None), "randaugment": (0, 30)}  # fmt: skip
 # What may change between a run and its resumption.
 FREE = {"out", "resume", "overwrite", "save_every", "device", "micro_batch", "compile", "workers", "data_dir"}
 
@@ -80,7 +81,7 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
-def options(doc: str, recipe: dict, flags: dict, argv: list[str]) -> argparse.Namespace:
+def options(doc: str, recipe: dict, flags: dict, argv: list[str], positional: tuple[str, str] = ()) -> argparse.Namespace:
     """Settings for the data set that --data names: a column of `recipe` (digits, CIFAR, others), overridden by flags."""
     first = Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--data", default=flags["data"][0])
@@ -94,6 +95,8 @@ def options(doc: str, recipe: dict, flags: dict, argv: list[str]) -> argparse.Na
         group = of_recipe if key in recipe else of_run
         kind = dict(action=argparse.BooleanOptionalAction) if isinstance(default, bool) else dict(type=type(default))
         group.add_argument("--" + key.replace("_", "-"), default=default, help=f"{text} [{default}]", **kind)
+    if positional:
+        parser.add_argument(positional[0], nargs="+", help=positional[1])
     args = parser.parse_args(argv)
     for key, value in vars(args).items():
         low, high = RANGES.get(key, (0, None))

@@ -202,11 +202,13 @@ def parse_layers(text: str, depth: int) -> list[int]:
 
 
 def check_loan(teacher: ViT, student: ViT, layers: Sequence[int]) -> None:
-    """ValueError unless the teacher's maps of `layers` have the shape of the student's. Widths may differ."""
-    for what, ours, theirs in (("heads", student.heads, teacher.heads), ("tokens", student.tokens, teacher.tokens)):
-        if ours != theirs:
-            raise ValueError(f"the teacher has {theirs} {what} and the student {ours}, so their attention maps differ "
-                             "in shape: choose --model, --patch or --teacher so that they agree")  # fmt: skip
+    """ValueError unless the teacher can look at the student's images, with maps of the same shape. Widths may differ."""
+    ours, theirs = ({"heads": net.heads, "tokens": net.tokens, "channels": net.architecture["channels"]}
+                    for net in (student, teacher))  # fmt: skip
+    for what, count in ours.items():
+        if count != theirs[what]:
+            raise ValueError(f"the teacher has {theirs[what]} {what} and the student {count}: choose --model, --patch, "
+                             "--data or --teacher so that they agree")  # fmt: skip
     if layers[-1] >= len(teacher.blocks):
         raise ValueError(f"--layers goes up to layer {layers[-1]}, but the teacher has {len(teacher.blocks)} layers")
 

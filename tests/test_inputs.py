@@ -1,0 +1,188 @@
+"""Wrong input of every kind: one line that says what is wrong and how to mend it, exit code 2, nothing spoiled."""
+
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import attention_copy
+import attention_distill
+import ensemble
+import finetune
+import pretrain
+import vit
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--data", "mnist"], "choose one of digits, cifar10"),
+    (["--data", "folder", "--data-dir", "nowhere"], "no folder nowhere"),
+    (["--data", "cifar10", "--data-dir", "/dev/null/x"], "point --data-dir at folders"),
+    (["--lr", "-1"], "--lr -1.0: must be at least 0"),
+    (["--lr", "nan"], "--lr nan"),
+    (["--lr", "fast"], "invalid float value: 'fast'"),
+    (["--epochs", "0"], "--epochs 0: must be at least 1"),
+    (["--batch", "0"], "--batch 0"),
+    (["--batch", "4000"], "more than the 997 training images"),
+    (["--labels", "9999"], "only 997"),
+    (["--holdout", "10"], "validation part of their own"),
+    (["--warmup", "500"], "less than --epochs"),
+    (["--drop-path", "1.5"], "between 0 and 0.99"),
+    (["--model", "gigantic"], "choose one of micro"),
+    (["--patch", "5"], "no multiple of the patch size 5"),
+    (["--image-size", "30"], "12 pixels a side"),
+    (["--amp", "fp8"], "choose off, bf16"),
+    (["--device", "tpu"], "--device tpu"),
+    (["--device", "cuda:99"], "--device cuda:99"),
+    (["--out", "/dev/null/run"], "Not a directory"),
+    (["--no-such-flag", "1"], "unrecognized arguments"),
+    (["--lay", "1"], "unrecognized arguments"),
+])  # fmt: skip
+def test_flags(argv, words, failing, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, line = failing(finetune, ["--teacher", "none", *argv])
+    assert code == 2 and words in line
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+@pytest.mark.parametrize("script, argv, words", [
+    (attention_distill, ["--layers", "99"], "4 layers (0 to 3)"),
+    (attention_copy, ["--layers", "two"], "write a count"),
+    (attention_copy, ["--teacher", "none"], "nothing to transfer"),
+    (finetune, ["--teacher", "random"], "--teacher none"),
+    (attention_copy, ["--teacher", "missing.pt"], "no checkpoint at missing.pt"),
+    (attention_copy, ["--teacher", "mae"], "MAE published no 'micro' teacher"),
+    (pretrain, ["--mask", "0.999"], "between 0.05 and 0.95"),
+    (pretrain, ["--show", "x.png"], "no run at"),
+    (pretrain, ["--decoder-dim", "10", "--decoder-heads", "2"], "divides by 4"),
+    (pretrain, ["--decoder-heads", "7"], "no multiple of the number of heads"),
+    (ensemble, ["missing.pt"], "no checkpoint at"),
+    (ensemble, [], "checkpoints"),
+])  # fmt: skip
+def test_methods(script, argv, words, failing, tmp_path, monkeypatch, request):
+    monkeypatch.chdir(tmp_path)
+    if "--layers" in argv:
+        argv = [*argv, "--teacher", "random"]
+    code, line = failing(script, argv)
+    assert code == 2 and words in line
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(heads=2), "2 heads and the student 4"),
+    (dict(patch=4), "10 tokens and the student 17"),
+    (dict(channels=3), "3 channels and the student 1"),
+    (dict(depth=2), "the teacher has 2 layers"),
+])  # fmt: skip
+def test_a_teacher_whose_maps_do_not_fit(changes, words, failing, tmp_path):
+    net = vit.ViT(**dict(image_size=12, patch=3, channels=1, classes=0, dim=32, depth=4, heads=4) | changes)
+    torch.save({"model": net.state_dict(), "architecture": net.architecture}, tmp_path / "teacher.pt")
+    argv = ["--teacher", tmp_path / "teacher.pt", "--out", tmp_path / "run"]
+    code, line = failing(attention_copy, argv)
+    assert code == 2 and words in line
+    code, line = failing(finetune, argv)  # which takes the weights, so the width must be right too
+    assert code == 2 and "unlike --model micro --patch 3" in line
+    assert not (tmp_path / "run").exists()
+
+
+class Exploit:
+    def __reduce__(self):
+        return (Path("/tmp/attention-transfer-was-here").touch, ())
+
+
+def test_files_that_are_no_checkpoints(failing, tmp_path, teacher):
+    path, whole = tmp_path / "file.pt", Path(teacher).read_bytes()
+    cases = {"cut short": whole[: len(whole) // 2], "empty": b"", "text": b"hello", "code": pickle.dumps(Exploit())}
+    for content in cases.values():
+        path.write_bytes(content)
+        for script in (attention_copy, ensemble):
+            argv = [path] if script is ensemble else ["--teacher", path]
+            code, line = failing(script, argv)
+            assert code == 2 and "no checkpoint that can be read safely" in line
+    torch.save({"model": Exploit(), "cls_token": 1}, path)
+    code, line = failing(attention_copy, ["--teacher", path])
+    assert code == 2 and "no checkpoint that can be read safely" in line
+    assert not Path("/tmp/attention-transfer-was-here").exists()
+    for content in ({"weights": torch.ones(3)}, [1, 2], {"model": {"fc.weight": torch.ones(3)}}):
+        torch.save(content, path)
+        code, line = failing(attention_copy, ["--teacher", path])
+        assert code == 2 and "holds no ViT" in line
+
+
+def test_a_copy_student_is_no_teacher(failing, tmp_path):
+    attention_copy.main(attention_copy.options(["--teacher", "random", "--epochs", "1", "--warmup", "0", "--out", str(tmp_path)]))
+    code, line = failing(attention_distill, ["--teacher", tmp_path / "model.pt"])
+    assert code == 2 and "never learned where to look" in line
+
+
+@pytest.fixture
+def broken(photos, tmp_path):
+    return shutil.copytree(photos, tmp_path / "broken")
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:400])
+
+
+@pytest.mark.parametrize("memory", ["2", "0"])  # held in memory, and streamed by workers
+@pytest.mark.parametrize("spoil, words", [
+    (truncate, "truncated"),
+    (lambda path: path.write_text("not a picture"), "cannot identify image file"),
+    (lambda path: path.write_bytes(b""), "cannot identify image file"),
+])  # fmt: skip
+def test_images_that_cannot_be_read(memory, spoil, words, failing, broken, small, tmp_path, capsys):
+    bad = broken / "train" / "green" / "3.jpg"
+    spoil(bad)
+    argv = [*small, "--data-dir", broken, "--teacher", "none", "--memory", memory, "--workers", "1", "--out", tmp_path / "run"]
+    code, line = failing(finetune, argv)
+    assert code == 2 and str(bad) in line and words in line and "--skip-unreadable" in line
+    finetune.main(finetune.options([*map(str, argv), "--skip-unreadable", "--overwrite"]))
+    assert "skipped 1 unreadable image" in capsys.readouterr().out
+
+
+def test_folders(failing, broken, small):
+    argv = [*small, "--data-dir", broken, "--teacher", "none"]
+    for image in (broken / "train" / "red").iterdir():
+        image.unlink()
+    code, line = failing(finetune, argv)
+    assert code == 2 and "red" in line and "no folder of classes with images" in line
+    shutil.rmtree(broken / "train" / "red")
+    code, line = failing(finetune, argv)
+    assert code == 2 and "different classes: red" in line
+    shutil.rmtree(broken / "val")
+    code, line = failing(finetune, argv)
+    assert code == 2 and "val" in line
+
+
+def test_ensemble_refuses_what_cannot_be_averaged(failing, teacher, small, tmp_path, photos):
+    code, line = failing(ensemble, [teacher, "--data", "folder", "--data-dir", photos])
+    assert code == 2 and "has no head" in line
+    finetune.main(finetune.options([*small, "--teacher", "none", "--out", str(tmp_path / "photos")]))
+    model = tmp_path / "photos" / "model.pt"
+    code, line = failing(ensemble, [model])  # trained on photographs in colour, asked about digits
+    assert (code == 2 and "channels" in line) or "12 pixels" in line
+    strange = tmp_path / "strange" / "val" / "yellow"
+    strange.mkdir(parents=True)
+    Image.new("RGB", (20, 20)).save(strange / "0.png")
+    code, line = failing(ensemble, [model, "--data", "folder", "--data-dir", tmp_path / "strange"])
+    assert code == 2 and "yellow" in line
+
+
+def test_the_command_itself_ends_with_one_line_and_exit_code_2():
+    done = subprocess.run([sys.executable, ROOT / "finetune.py", "--teacher", "none", "--lr", "-1"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "error: --lr -1.0: must be at least 0\n"
+    shown = subprocess.run([sys.executable, ROOT / "attention_distill.py", "--help"], capture_output=True, text=True)
+    assert shown.returncode == 0 and "--weight" in shown.stdout and "Traceback" not in shown.stderr
+
+
+def test_a_batch_that_does_not_divide_by_the_ranks(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "finetune.py",
+               "--teacher", "none", "--batch", "25", "--out", tmp_path]  # fmt: skip
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and "error: --batch 25 does not divide by the 2 processes" in done.stderr
