@@ -83,7 +83,8 @@ def load(args, device, normalization=None, train: bool = True) -> Data:
     if train and args.labels:
         if args.labels > len(parts["train"]):
             raise ValueError(f"--labels {args.labels}: there are only {len(parts['train'])} training images")
-        order = torch.randperm(len(parts["train"]), generator=seeded("labels", args.seed if args.subset_seed < 0 else args.subset_seed))
+        seed = args.seed if args.subset_seed < 0 else args.subset_seed
+        order = torch.randperm(len(parts["train"]), generator=seeded("labels", seed))
         parts["train"] = parts["train"].subset(order[: args.labels].tolist())
     parts = {name: Part(source, args, len(classes), device) for name, source in parts.items()}
     test = parts["test"]

@@ -78,9 +78,9 @@ def main(args) -> dict:
         net = vit.load(teacher, image_size=images.image_size, classes=len(images.classes), drop_path=args.drop_path)
         arch, named = net.architecture, (*vit.SIZES[args.model], args.patch, images.channels)
         if tuple(arch[k] for k in ("dim", "depth", "heads", "patch", "channels")) != named:
-            raise ValueError(f"{teacher['source']} has width {arch['dim']}, depth {arch['depth']}, {arch['heads']} heads, patch "
-                             f"{arch['patch']} and {arch['channels']} channels, unlike --model {args.model} --patch {args.patch} "
-                             f"--data {args.data}: change these")  # fmt: skip
+            raise ValueError(f"{teacher['source']} has width {arch['dim']}, depth {arch['depth']}, {arch['heads']} heads, "
+                             f"patch {arch['patch']} and {arch['channels']} channels, unlike --model {args.model} "
+                             f"--patch {args.patch} --data {args.data}: change these")  # fmt: skip
         nn.init.trunc_normal_(net.head.weight, std=2e-5)  # the first steps must not shake what is already good (MAE)
     else:
         net = vit.build(args.model, image_size=images.image_size, patch=args.patch, channels=images.channels,

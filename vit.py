@@ -36,6 +36,8 @@ QK = tuple[Tensor, Tensor]  # queries and keys of one block, each (B, H, N, d)
 class Attention(nn.Module):
     def __init__(self, dim: int, heads: int):
         super().__init__()
+        if dim % heads:
+            raise ValueError(f"width {dim} is no multiple of the number of heads {heads}")
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
@@ -100,8 +102,6 @@ class ViT(nn.Module):
         super().__init__()
         if image_size % patch:
             raise ValueError(f"image size {image_size} is no multiple of the patch size {patch}: change one of them")
-        if dim % heads:
-            raise ValueError(f"width {dim} is no multiple of the number of heads {heads}")
         self.architecture = dict(image_size=image_size, patch=patch, channels=channels, classes=classes,
                                  dim=dim, depth=depth, heads=heads, mlp=mlp)  # fmt: skip
         self.heads, self.drop_path = heads, drop_path
@@ -231,7 +231,7 @@ def read(source: str | Path) -> dict:
             found = torch.load(source, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
         raise ValueError(f"{source} is no checkpoint that can be read safely: it is cut short, or holds more than "
-                         f"tensors ({str(error).splitlines()[0][:120]})") from error  # fmt: skip
+                         f"tensors ({type(error).__name__}: {str(error)[:80]})") from error  # fmt: skip
     if isinstance(found, dict):
         found = next(({**found, "model": found[key]} for key in ("model", "state_dict") if key in found),
                      {"model": found})  # fmt: skip

@@ -30,7 +30,7 @@ def photos(tmp_path_factory):
 def small(photos):
     """Arguments that make any script finish at once on those photos."""
     return ["--data", "folder", "--data-dir", str(photos), "--image-size", "16", "--patch", "4", "--model", "micro",
-            "--epochs", "2", "--warmup", "1", "--batch", "8", "--workers", "0"]  # fmt: skip
+            "--epochs", "2", "--labels", "24", "--warmup", "1", "--batch", "8", "--workers", "0"]  # fmt: skip
 
 
 @pytest.fixture(scope="session")
