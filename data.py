@@ -115,6 +115,7 @@ class Part:
 
         def draw(step: int) -> Callable[[int], Tensor]:  # uniform numbers (B, k): drawn for all ranks, ours returned
             generator = seeded(seed, epoch, step)
+            torch.manual_seed(number(seed, epoch, step))  # for what torchvision draws by itself
             return lambda k: torch.rand(batch, k, generator=generator)[mine].to(self.device, non_blocking=True)
 
         batches = self.source.batches(order[start:, mine], (seed, epoch), lambda i: draw(start + i))
@@ -145,8 +146,6 @@ class Tensors:
 
     def batches(self, order, key=None, draw=None) -> Iterator[tuple[Tensor, Tensor]]:
         for step, indices in enumerate(order):
-            if draw and key:
-                torch.manual_seed(number(*key, step, "augment"))
             indices = indices.to(self.images.device)
             images, labels = self.images[indices], self.labels[indices]
             yield self.augment(images, draw(step)) if draw else self.prepare(images), labels

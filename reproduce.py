@@ -57,7 +57,7 @@ TUNING = {  # what --tune tries for each row: first the rates, then, at the best
     "copy, random teacher": ("layers", ("all", "3", "2")),
     "distillation, random teacher": ("layers", ("3", "all", "2")),
 }
-RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 FLAGS = {k: data.FLAGS[k] for k in ("data", "data_dir", "workers", "holdout")} | {
     "seeds": (3, "runs of each row, with seeds 0, 1, ..."),
     "tune": (False, "try rates on the validation images instead"),
@@ -94,6 +94,7 @@ class Runner:
     def __init__(self, args):
         self.workers = args.jobs or (1 if torch.accelerator.is_available() else os.cpu_count() or 1)
         self.deadline = time.time() + 60 * args.minutes if args.minutes else None
+        self.score = "val_top1" if args.tune else "test_top1"
         self.running: set[subprocess.Popen] = set()
         self.done, self.began = 0, time.time()
 
@@ -121,7 +122,7 @@ class Runner:
             result = job.result()
             note = f"{train.clock(result['seconds'])} of training"
         self.done += 1
-        score = f"{result['test_top1']:6.2f} %" if "test_top1" in result else " " * 8
+        score = f"{result[self.score]:6.2f} %" if self.score in result else " " * 8
         print(f"{self.done:>3}/{self.total}  {score}  {name:<48} {note}", flush=True)
         return result
 
