@@ -34,7 +34,7 @@ RECIPE = {  # ImageNet: the README of the authors' code, ViT-L. As shipped that 
     "epochs":        (450,     100,    200),
     "warmup":        (45,      5,      20),
     "batch":         (50,      512,    2048),
-    "lr":            (2e-3,    1e-3,   8e-4),
+    "lr":            (8e-3,    1e-3,   8e-4),
     "min_lr":        (0.0,     1e-6,   1e-6),
     "weight_decay":  (0.05,    0.05,   0.3),
     "beta2":         (0.999,   0.999,  0.95),

@@ -48,6 +48,10 @@ ENSEMBLES = {
     "ensemble: fine-tuning + distillation": ("fine-tuning", "attention distillation"),
     "ensemble: fine-tuning twice": ("fine-tuning", "fine-tuning again"),
 }
+CHOSEN = {  # what --tune chose for rows whose recipe does not stand in their script
+    "digits": {"copy, random teacher": ["--lr", "0.004", "--layers", "2"],
+               "distillation, random teacher": ["--lr", "0.004", "--layers", "2"]},
+}  # fmt: skip
 LENGTHS = {"digits": (150, 900)}  # epochs at which the main rows are trained as well
 TUNING = {  # what --tune tries for each row: first the rates, then, at the best rate, something of the row's own
     "from scratch": ("weight-decay", (0.05, 0.2, 0.5)),
@@ -96,11 +100,11 @@ class Runner:
         self.deadline = time.time() + 60 * args.minutes if args.minutes else None
         self.score = "val_top1" if args.tune else "test_top1"
         self.running: set[subprocess.Popen] = set()
-        self.done, self.began = 0, time.time()
+        self.began = time.time()
 
     def run(self, jobs: dict[str, Job]) -> dict[str, dict]:
         """The results of all jobs by name. Failed if one of them fails, or if time is up."""
-        self.total = len(jobs)
+        self.done, self.total = 0, len(jobs)
         with ThreadPoolExecutor(self.workers) as pool:
             futures = {}
             try:
@@ -171,7 +175,7 @@ def jobs_of_seed(seed: int, args, rows=tuple(ROWS), epochs: int = 0, more=(), la
         script, source = ROWS[row]
         after = {"pre-trained": teacher, "fine-tuning": f"fine-tuning s{seed}"}.get(source)
         name = f"{row}{label} s{seed}"
-        argv = [*common, "--seed", str(seed), "--out", str(root / name), *more]
+        argv = [*common, "--seed", str(seed), "--out", str(root / name), *CHOSEN.get(args.data, {}).get(row, []), *more]
         argv += ["--teacher", str(root / after / "model.pt") if after else source]
         if row == "fine-tuning again":
             argv[argv.index("--seed") + 1 : argv.index("--seed") + 2] = [str(seed + 1000), "--subset-seed", str(seed)]
@@ -208,17 +212,18 @@ def table(args, runner: Runner) -> dict:
     rows = {row: summary([results[f"{row} s{seed}"]["test_top1"] for seed in seeds]) for row in ROWS}
     for row in rows:
         rows[row]["seconds"] = summary([results[f"{row} s{seed}"]["seconds"] for seed in seeds])["mean"]
-    options = partial(ensemble.options, ["x", "--data", args.data, "--data-dir", args.data_dir, "--workers", str(args.workers)])
+    same = ["--data", args.data, "--data-dir", args.data_dir, "--workers", str(args.workers)]
     for row, members in ENSEMBLES.items():
         paths = [[str(jobs[f"{member} s{seed}"].out / "model.pt") for member in members] for seed in seeds]
-        rows[row] = summary([ensemble.evaluate(pair, options())["ensemble_top1"] for pair in paths])
+        rows[row] = summary([ensemble.evaluate(pair, ensemble.options([*pair, *same]))["ensemble_top1"] for pair in paths])
     del rows["fine-tuning again"]
     usual = finetune.options(["--data", args.data, *args.extra.split()]).epochs
     by_length = {epochs: {row: summary([results[f"{row}, {epochs} epochs s{seed}"]["test_top1"] for seed in seeds])
                           for row in MAIN} for epochs in lengths}  # fmt: skip
     by_length[usual] = {row: rows[row] for row in MAIN}
     teachers = [r["seconds"] for name, r in results.items() if name.startswith("teacher")]
-    return record(args, runner, seeds=list(seeds), measure="test top-1, %", rows=rows, teacher_seconds=statistics.mean(teachers),
+    return record(args, runner, seeds=list(seeds), measure="test top-1, %", rows=rows,
+                  teacher_seconds=statistics.mean(teachers),
                   lengths=dict(sorted(by_length.items())) if lengths else {})  # fmt: skip
 
 
@@ -275,7 +280,7 @@ def chart(result: dict, path: Path) -> None:
     for y, (row, found) in enumerate(rows.items()):
         colour = colours.get(row, "#009E73" if row.startswith("ensemble: fine-tuning +") else "#DDDDDD")
         bars.barh(y, found["mean"], xerr=found["std"] or 0, color=colour, ecolor="#333333", capsize=2)
-        bars.text(1, y, f" {cell(found)}", va="center", fontsize=9, color="white" if colour in ("#0072B2", "#D55E00") else "black")
+        bars.text(1, y, f" {cell(found)}", va="center", color="white" if colour in ("#0072B2", "#D55E00") else "black")
     bars.set_yticks(range(len(rows)), rows)
     bars.invert_yaxis()
     bars.set(xlabel="test accuracy (top-1, %)", xlim=(0, 100), title="What is transferred, and how well it works")
