@@ -83,13 +83,20 @@ class Job:
     def result(self) -> dict | None:
         """The last row of its log, if it is finished and was run with these very settings."""
         try:
-            settings = json.loads((self.out / "config.json").read_text())
-            asked = vars(SCRIPTS[self.script].options(self.argv))
-            if not (self.out / "model.pt").exists() or any(settings[k] != v for k, v in asked.items() if k not in train.FREE):
+            if not (self.out / "model.pt").exists() or not self.begun():
                 return None
             return json.loads((self.out / "log.jsonl").read_text().splitlines()[-1])
-        except (OSError, KeyError, IndexError):
+        except (OSError, IndexError):
             return None
+
+    def begun(self) -> bool:
+        """Whether its folder holds a run, finished or not, with these very settings."""
+        try:
+            settings = json.loads((self.out / "config.json").read_text())
+        except (OSError, ValueError):
+            return False
+        asked = vars(SCRIPTS[self.script].options(self.argv))
+        return all(settings.get(k) == v for k, v in asked.items() if k not in train.FREE)
 
 
 class Runner:
@@ -100,7 +107,7 @@ class Runner:
         self.deadline = time.time() + 60 * args.minutes if args.minutes else None
         self.score = "val_top1" if args.tune else "test_top1"
         self.running: set[subprocess.Popen] = set()
-        self.began = time.time()
+        self.began, self.commit = time.time(), commit()
 
     def run(self, jobs: dict[str, Job]) -> dict[str, dict]:
         """The results of all jobs by name. Failed if one of them fails, or if time is up."""
@@ -134,7 +141,7 @@ class Runner:
         job.out.mkdir(parents=True, exist_ok=True)
         here = Path(__file__).parent
         script = SCRIPTS[job.script].__name__ + ".py"
-        again = "--resume" if self.same_settings(job) else "--overwrite"
+        again = "--resume" if job.begun() else "--overwrite"
         command = [sys.executable, str(here / script), *job.argv, again]
         threads = str(max(1, (os.cpu_count() or 1) // self.workers))
         with open(job.out / "output.txt", "w") as output:
@@ -152,14 +159,6 @@ class Runner:
         if process.returncode:
             last = (job.out / "output.txt").read_text().strip().splitlines()[-1:]
             raise train.Failed(f"{name} failed: {' '.join(last)} (see {job.out / 'output.txt'})")
-
-    @staticmethod
-    def same_settings(job: Job) -> bool:
-        try:
-            settings = json.loads((job.out / "config.json").read_text())
-        except (OSError, ValueError):
-            return False
-        return all(settings.get(k) == v for k, v in vars(SCRIPTS[job.script].options(job.argv)).items() if k not in train.FREE)
 
 
 def jobs_of_seed(seed: int, args, rows=tuple(ROWS), epochs: int = 0, more=(), label: str = "") -> dict[str, Job]:
@@ -191,13 +190,21 @@ def summary(values: list[float]) -> dict:
 
 
 def record(args, runner: Runner, **found) -> dict:
-    """What every results file says of how it came about."""
+    """What every results file says of how it came about. `minutes` is how long the last call of the command took."""
+    device = f"CPU, {os.cpu_count()} cores ({platform.machine()})"
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    return {"command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": runner.commit,
+            "device": device, "torch": torch.__version__, "minutes": round((time.time() - runner.began) / 60, 1),
+            "data": args.data} | found  # fmt: skip
+
+
+def commit() -> str:
+    """The commit of this repository, marked if the code has been changed since."""
     git = partial(subprocess.run, capture_output=True, text=True, cwd=Path(__file__).parent)
-    commit = git(["git", "rev-parse", "HEAD"]).stdout.strip() or "unknown"
-    dirty = "+changes" if git(["git", "status", "--porcelain", "--", "*.py", "digits.npz"]).stdout.strip() else ""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {os.cpu_count()} cores ({platform.machine()})"
-    return {"command": " ".join(["python", *sys.argv]), "commit": commit + dirty, "device": device,
-            "torch": torch.__version__, "minutes": round((time.time() - runner.began) / 60, 1), "data": args.data} | found  # fmt: skip
+    head = git(["git", "rev-parse", "HEAD"]).stdout.strip() or "unknown"
+    changed = git(["git", "status", "--porcelain", "--", "*.py", "digits.npz"]).stdout.strip()
+    return head + (" with changes" if changed else "")
 
 
 def table(args, runner: Runner) -> dict:
@@ -249,7 +256,7 @@ def tune(args, runner: Runner) -> dict:
     def best(row: str) -> str:
         return max(tried[row], key=lambda words: tried[row][words]["mean"])
 
-    attempt({row: [{"lr": rate} for rate in RATES] for row in TUNING})
+    attempt({row: [{"lr": rate, option: values[0]} for rate in RATES] for row, (option, values) in TUNING.items()})
     rates = {row: best(row).split()[1] for row in TUNING}
     attempt({row: [{"lr": rates[row], option: value} for value in values[1:]] for row, (option, values) in TUNING.items()})
     return record(args, runner, seeds=list(seeds), measure="validation top-1, %", tried=tried,

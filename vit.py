@@ -11,6 +11,7 @@ Parameter names are timm's and MAE's, so their files load here and ours load the
 """
 
 import pickle
+import urllib.error
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -232,6 +233,8 @@ def read(source: str | Path) -> dict:
     except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
         raise ValueError(f"{source} is no checkpoint that can be read safely: it is cut short, or holds more than "
                          f"tensors ({type(error).__name__}: {str(error)[:80]})") from error  # fmt: skip
+    except urllib.error.URLError as error:
+        raise ValueError(f"cannot download {source} ({error.reason}): fetch it elsewhere and name the file") from error
     if isinstance(found, dict):
         found = next(({**found, "model": found[key]} for key in ("model", "state_dict") if key in found),
                      {"model": found})  # fmt: skip
