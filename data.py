@@ -13,6 +13,7 @@ UCI Machine Learning Repository, 1998, CC BY 4.0, https://doi.org/10.24432/C50P4
 """
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ FLAGS = {  # name: default, help
     "image_size": (0, "side of the images in pixels (0: 12 digits, 32 cifar, 224 others)"),
     "subset_seed": (-1, "draws the subset of --labels instead of --seed (-1: --seed does)"),
     "holdout": (0, "validate on so many training images, held out, instead of on the test images"),
-    "workers": (8, "processes that decode images, per GPU"),
+    "workers": (8, "processes that decode images, per GPU (at most one per CPU core)"),
     "memory": (2.0, "hold a folder in memory if it has at most so many GB when decoded"),
     "skip_unreadable": (False, "skip images that cannot be read, and count them"),
 }
@@ -365,7 +366,8 @@ class Files(Dataset):
 
     def batches(self, order, key=(), draw=None) -> Iterator[tuple[Tensor, Tensor]]:
         keys = [[(*key, i) for i in indices.tolist()] for indices in order]
-        loader = DataLoader(self, batch_sampler=keys, num_workers=min(self.args.workers, len(keys)),
+        workers = min(self.args.workers, len(keys), os.cpu_count() or 1)
+        loader = DataLoader(self, batch_sampler=keys, num_workers=workers,
                             collate_fn=self.collate, pin_memory=self.device.type == "cuda")  # fmt: skip
         for images, labels, bad in loader:
             if bad and not self.args.skip_unreadable:
