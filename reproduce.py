@@ -107,7 +107,7 @@ class Runner:
         self.deadline = time.time() + 60 * args.minutes if args.minutes else None
         self.score = "val_top1" if args.tune else "test_top1"
         self.running: set[subprocess.Popen] = set()
-        self.began, self.commit = time.time(), commit()
+        self.commit, self.runs, self.seconds = commit(), 0, 0.0
 
     def run(self, jobs: dict[str, Job]) -> dict[str, dict]:
         """The results of all jobs by name. Failed if one of them fails, or if time is up."""
@@ -132,7 +132,7 @@ class Runner:
             self.process(name, job)
             result = job.result()
             note = f"{train.clock(result['seconds'])} of training"
-        self.done += 1
+        self.done, self.runs, self.seconds = self.done + 1, self.runs + 1, self.seconds + result["seconds"]
         score = f"{result[self.score]:6.2f} %" if self.score in result else " " * 8
         print(f"{self.done:>3}/{self.total}  {score}  {name:<48} {note}", flush=True)
         return result
@@ -190,13 +190,13 @@ def summary(values: list[float]) -> dict:
 
 
 def record(args, runner: Runner, **found) -> dict:
-    """What every results file says of how it came about. `minutes` is how long the last call of the command took."""
+    """What every results file says of how it came about."""
     device = f"CPU, {os.cpu_count()} cores ({platform.machine()})"
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
     return {"command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": runner.commit,
-            "device": device, "torch": torch.__version__, "minutes": round((time.time() - runner.began) / 60, 1),
-            "data": args.data} | found  # fmt: skip
+            "device": device, "torch": torch.__version__, "runs": runner.runs, "runs_at_a_time": runner.workers,
+            "training_minutes": round(runner.seconds / 60, 1), "data": args.data} | found  # fmt: skip
 
 
 def commit() -> str:
