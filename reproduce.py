@@ -299,7 +299,7 @@ def chart(result: dict, path: Path) -> None:
         lines.set(xscale="log", xlabel="epochs", ylabel="test accuracy (top-1, %)", title="Training for longer")
         lines.set_xticks(list(map(int, lengths)), list(lengths))
         lines.minorticks_off()
-        lines.legend(frameon=False)
+        lines.legend(frameon=False, fontsize=8)
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=160)
