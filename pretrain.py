@@ -168,6 +168,7 @@ def teacher(args) -> dict | None:
         own.__dict__.update({k: v for k, v in vars(args).items() if k in shared} | {"labels": 0, "holdout": 0})
         own.out, own.resume = str(out), True
         main(own)
+        train.say("The teacher is ready. Now the student:")
     return vit.read(out / "model.pt")
 
 

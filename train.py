@@ -414,7 +414,8 @@ def fit(net: nn.Module, loss: Callable, predict: Callable | None, data, args, na
 
     shared, result = average or net, dict(rows[-1])
     if predict:
-        result["test_top1"] = accuracy(predict, shared, data.test, args)
+        last = result["val_top1_ema" if average else "val_top1"]
+        result["test_top1"] = last if data.test is data.val else accuracy(predict, shared, data.test, args)
         say(f"test top-1 {result['test_top1']:.2f} %  ({out / 'model.pt'})")
     if rank() == 0:
         write_text(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in [*rows[:-1], result]))

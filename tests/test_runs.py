@@ -174,7 +174,7 @@ def test_a_full_disk_fails_the_run_and_keeps_the_last_checkpoint(tmp_path, faili
 
 def test_a_run_is_not_spoiled_by_another(tmp_path, failing, uninterrupted):
     kept = (uninterrupted / "last.pt").read_bytes()
-    for argv, words in ((DIGITS, "already holds a run"), ([*DIGITS, "--resume", "--lr", "0.5"], "lr was 0.002, now 0.5")):
+    for argv, words in ((DIGITS, "already holds a run"), ([*DIGITS, "--resume", "--lr", "0.5"], ", now 0.5")):
         code, line = failing(attention_distill, [*argv, "--out", uninterrupted])
         assert code == 2 and words in line
     assert (uninterrupted / "last.pt").read_bytes() == kept
