@@ -179,8 +179,7 @@ def jobs_of_seed(seed: int, args, rows=tuple(ROWS), epochs: int = 0, more=(), la
         if row == "fine-tuning again":
             argv[argv.index("--seed") + 1 : argv.index("--seed") + 2] = [str(seed + 1000), "--subset-seed", str(seed)]
         if epochs:
-            usual = SCRIPTS[script].options(argv)
-            argv += ["--epochs", str(epochs), "--warmup", str(usual.warmup * epochs // usual.epochs)]
+            argv += ["--epochs", str(epochs)]
         jobs[name] = Job(script, argv, root / name, (after,) if after else ())
     return jobs
 

@@ -44,7 +44,7 @@ HELP = {  # of the entries that recipes share
     "teacher": "auto (pre-trained here if need be), mae (published weights), random, none, or a checkpoint's path or URL",
     "labels": "use so many of the training images, drawn by the seed (0: all)",
     "epochs": "passes over the training images",
-    "warmup": "epochs of linear warm-up",
+    "warmup": "epochs of linear warm-up (unless given, it grows and shrinks with --epochs)",
     "batch": "images per optimiser step, over all GPUs",
     "lr": "peak learning rate, at this batch",
     "min_lr": "learning rate at the end of the cosine",
@@ -98,6 +98,9 @@ def options(doc: str, recipe: dict, flags: dict, argv: list[str], positional: tu
     if positional:
         parser.add_argument(positional[0], nargs="+", help=positional[1])
     args = parser.parse_args(argv)
+    given = {word.partition("=")[0] for word in argv}
+    if "--epochs" in given and "warmup" in entries and "--warmup" not in given:
+        args.warmup = args.warmup * args.epochs // entries["epochs"][0]
     for key, value in vars(args).items():
         low, high = RANGES.get(key, (0, None))
         if not isinstance(value, (int, float)):

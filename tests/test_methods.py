@@ -174,3 +174,17 @@ def test_every_entry_of_a_recipe_and_every_flag_is_read(script, extra, small, te
     script.main(args)
     on_occasion = {"resume", "overwrite", "skip_unreadable"}  # read only where there is something to do; tested there
     assert set(script.RECIPE) | set(script.FLAGS) <= Watched.read | on_occasion
+
+
+def test_warm_up_follows_the_number_of_epochs_unless_given():
+    usual = finetune.options([])
+    half = finetune.options(["--epochs", str(usual.epochs // 2)])
+    assert half.warmup == usual.warmup // 2 > 0
+    assert finetune.options(["--epochs=90", "--warmup=7"]).warmup == 7
+
+
+def test_hyper_parameters_come_from_the_column_of_the_data_set():
+    for name, column in (("digits", 0), ("cifar100", 1), ("imagenet", 2), ("folder", 2)):
+        args = attention_distill.options(["--data", name, "--weight", "9"])
+        for key, row in attention_distill.RECIPE.items():
+            assert getattr(args, key) == (9.0 if key == "weight" else row[column])
