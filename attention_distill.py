@@ -61,11 +61,41 @@ def attention_loss(student: vit.QK, teacher: vit.QK) -> Tensor:
     """Cross-entropy of the student's attention maps relative to the teacher's: mean over images, heads and queries.
 
     Not the KL divergence: its minimum is the entropy of the teacher's maps, not 0. The gradients are the same.
+    This is the definition; training calls `attention_loss_at_once`.
     """
     (q, k), (q_t, k_t) = student, teacher  # (B, H, N, d)
-    p_t = (q_t @ k_t.mT * q_t.shape[-1] ** -0.5).softmax(dim=-1)  # (B, H, N, N)
-    log_p = (q @ k.mT * q.shape[-1] ** -0.5).log_softmax(dim=-1)
+    p_t = (q_t * q_t.shape[-1] ** -0.5 @ k_t.mT).softmax(dim=-1)  # (B, H, N, N)
+    log_p = (q * q.shape[-1] ** -0.5 @ k.mT).log_softmax(dim=-1)
     return -(p_t * log_p).sum(dim=-1).mean()
+
+
+class AttentionLossAtOnce(torch.autograd.Function):
+    """`attention_loss` and its gradient in one go, so that no (N, N) map is kept until the backward pass.
+
+    Behind softmax, cross-entropy has a gradient that needs nothing but the two maps: with s = q k' / sqrt(d),
+
+        d loss / d s = P_S - P_T,   so   d loss / d q = (P_S - P_T) k / sqrt(d)   and   d loss / d k = (P_S - P_T)' q / sqrt(d)
+    """
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, q_t: Tensor, k_t: Tensor) -> Tensor:
+        p_t = (q_t * q_t.shape[-1] ** -0.5 @ k_t.mT).softmax(dim=-1)
+        log_p = (q * q.shape[-1] ** -0.5 @ k.mT).log_softmax(dim=-1)
+        loss = -torch.dot(p_t.flatten(), log_p.flatten())
+        gap = log_p.exp_().sub_(p_t)  # P_S - P_T
+        ctx.save_for_backward(gap @ k, gap.mT @ q)
+        ctx.rows = q[..., 0].numel()  # images x heads x queries, over which the mean is taken
+        return loss / ctx.rows
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        dq, dk = ctx.saved_tensors
+        scale = upstream * dq.shape[-1] ** -0.5 / ctx.rows
+        return scale * dq, scale * dk, None, None
+
+
+def attention_loss_at_once(student: vit.QK, teacher: vit.QK) -> Tensor:
+    return AttentionLossAtOnce.apply(*student, *teacher)
 
 
 def loss(student: vit.ViT, images: Tensor, labels: Tensor, teacher: vit.ViT, layers: Sequence[int], args) -> dict[str, Tensor]:
@@ -74,7 +104,7 @@ def loss(student: vit.ViT, images: Tensor, labels: Tensor, teacher: vit.ViT, lay
         theirs = teacher.look(images, layers, keep if args.share_drops else None)
     logits, ours = student(images, keep=keep)
     return {"class": F.cross_entropy(logits, labels, label_smoothing=args.smoothing),
-            "attention": args.weight * sum(attention_loss(ours[i], theirs[i]) for i in layers)}  # fmt: skip
+            "attention": args.weight * sum(attention_loss_at_once(ours[i], theirs[i]) for i in layers)}  # fmt: skip
 
 
 # From the command line to train.fit ---------------------------------------------------------------------------------------

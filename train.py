@@ -36,7 +36,7 @@ FLAGS = {  # name: default, help. What says how to run; what is learned is in th
     "device": ("auto", "cpu, cuda, mps, or auto"),
     "amp": ("auto", "off, bf16, fp16, or auto: on a GPU bf16, or fp16 where it has no bf16"),
     "micro_batch": (0, "images per GPU that fit in its memory; gradients add up to --batch (0: all at once)"),
-    "compile": (False, "torch.compile the step"),
+    "compile": ("auto", "torch.compile the step: off, on, graphs (CUDA graphs too), or auto: on for long runs on CUDA"),
 }
 HELP = {  # of the entries that recipes share
     "model": "size of the ViT: micro, tiny, small, base, large or huge",
@@ -265,9 +265,12 @@ def open_run(args, name: str) -> tuple[Path, dict | None]:
     out = Path(args.out or Path("runs") / name)
     out.mkdir(parents=True, exist_ok=True)
     last = out / "last.pt"
-    if not last.exists() or (args.overwrite and not args.resume):
+    resume = args.resume or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun --max-restarts
+    if args.overwrite and not resume and rank() == 0:
+        last.unlink(missing_ok=True)
+    if not last.exists() or (args.overwrite and not resume):
         return out, None
-    if not args.resume:
+    if not resume:
         raise ValueError(f"{out} already holds a run: go on with --resume, start over with --overwrite, "
                          "or choose another --out")  # fmt: skip
     try:
@@ -283,7 +286,7 @@ def open_run(args, name: str) -> tuple[Path, dict | None]:
     return out, state
 
 
-# The loop ---------------------------------------------------------------------------------------------------------------
+# One step ---------------------------------------------------------------------------------------------------------------
 
 
 class Step(nn.Module):
@@ -297,14 +300,82 @@ class Step(nn.Module):
         return self.loss(self.net, images, labels)
 
 
+class Learner:
+    """All that a step of training changes: the weights and their average, the optimiser, the running sums of the losses.
+
+    `steps` is the length of the run. Nothing in `learn` waits for the GPU.
+    """
+
+    def __init__(self, net: nn.Module, loss: Callable, args, steps: int):
+        where, self.args = next(net.parameters()).device, args
+        self.net, self.at, self.sums = net, 0, {}
+        self.average = copy.deepcopy(net).requires_grad_(False) if args.ema else None
+        self.optimizer = torch.optim.AdamW(parameter_groups(net, args), lr=args.lr, betas=(0.9, args.beta2),
+                                           fused=where.type in ("cuda", "cpu"))  # fmt: skip
+        self.scaler = torch.amp.GradScaler(where.type, enabled=precision(args, where) is torch.float16)
+        self.autocast = lambda: autocast(args, where)
+        self.step = Step(net, loss)
+        if dist.is_initialized():
+            self.step = DistributedDataParallel(self.step, gradient_as_bucket_view=True)
+        if (mode := compilation(args, where, steps)) != "off":
+            self.step.compile(mode="reduce-overhead" if mode == "graphs" else None)
+
+    def learn(self, images: Tensor, labels: Tensor, rate: float) -> None:
+        """One step of the optimiser, at learning rate `rate`, on this process' share of a batch."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["scale"]
+        piece = self.args.micro_batch or len(images)
+        pieces = list(zip(images.split(piece), labels.split(piece), strict=True))
+        for i, (some, their_labels) in enumerate(pieces):
+            alone = i == len(pieces) - 1 or world() == 1  # the last piece exchanges the sum of the gradients
+            with contextlib.nullcontext() if alone else self.step.no_sync():
+                with self.autocast():
+                    terms = self.step(some, their_labels)
+                share = len(some) / len(images)
+                self.scaler.scale(sum(terms.values()) * share).backward()
+            for k, term in terms.items():
+                self.sums[k] = self.sums.get(k, 0) + term.detach() * share
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.args.clip or math.inf)
+        if not self.scaler.is_enabled():  # which skips steps with infinite gradients by itself
+            self.sums["gradient"] = self.sums.get("gradient", 0) + norm
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.at += 1
+        if self.average:
+            update_average(self.average, self.net, self.args.ema, self.at)
+
+    def state(self) -> dict:
+        return dict(net=self.net.state_dict(), optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(),
+                    average=self.average.state_dict() if self.average else None, step=self.at, sums=self.sums)  # fmt: skip
+
+    def restore(self, state: dict) -> None:
+        for part in ("net", "optimizer", "scaler", "average"):
+            if state[part] is not None:
+                getattr(self, part).load_state_dict(state[part])
+        where = next(self.net.parameters()).device
+        self.at, self.sums = state["step"], {k: v.to(where) for k, v in state["sums"].items()}
+
+
+def compilation(args, where: torch.device, steps: int) -> str:
+    """--compile, with auto decided. Compiling takes minutes: only long runs on a GPU earn that back."""
+    if args.compile not in ("auto", "off", "on", "graphs"):
+        raise ValueError(f"--compile {args.compile}: choose off, on, graphs or auto")
+    if args.compile == "auto":
+        return "on" if where.type == "cuda" and steps >= 5000 else "off"
+    return args.compile
+
+
+# The loop ---------------------------------------------------------------------------------------------------------------
+
+
 def fit(net: nn.Module, loss: Callable, predict: Callable | None, data, args, name: str, card: Callable) -> dict:
     """Trains `net` and returns the last row of its log, with `test_top1` (per cent) if there is a `predict`.
 
     `card(net)` is what model.pt holds: the weights and all that is needed to use them. If `args.ema` is set, it gets
     the average of the weights, and the accuracy reported is the average's. Failed if the loss stops being finite.
     """
-    out, state = open_run(args, name)
-    where = next(net.parameters()).device
     if args.batch % world():
         raise ValueError(f"--batch {args.batch} does not divide by the {world()} processes: choose a multiple")
     steps_per_epoch = len(data.train) // args.batch
@@ -314,100 +385,64 @@ def fit(net: nn.Module, loss: Callable, predict: Callable | None, data, args, na
         raise ValueError(f"--warmup {args.warmup}: must be less than --epochs {args.epochs}")
     steps, warmup = args.epochs * steps_per_epoch, round(args.warmup * steps_per_epoch)
 
-    average = copy.deepcopy(net).requires_grad_(False) if args.ema else None
-    optimizer = torch.optim.AdamW(parameter_groups(net, args), lr=args.lr, betas=(0.9, args.beta2),
-                                  fused=where.type in ("cuda", "cpu"))  # fmt: skip
-    dtype = precision(args, where)
-    scaler = torch.amp.GradScaler(where.type, enabled=dtype is torch.float16)
-    step_of = Step(net, loss)
-    if dist.is_initialized():
-        step_of = DistributedDataParallel(step_of, gradient_as_bucket_view=True)
-    if args.compile:
-        step_of.compile()
-
-    at, sums, seconds, rows = 0, {}, 0.0, []  # the step, and the running epoch's sums of losses
+    out, state = open_run(args, name)
+    learner, seconds, rows = Learner(net, loss, args, steps), 0.0, []
     if state:
-        net.load_state_dict(state["net"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        if average:
-            average.load_state_dict(state["average"])
-        at, seconds, rows = state["step"], state["seconds"], state["rows"]
-        sums = {k: v.to(where) for k, v in state["sums"].items()}
-        say(f"{out}: going on from step {at} of {steps}")
+        learner.restore(state)
+        seconds, rows = state["seconds"], state["rows"]
+        say(f"{out}: going on from step {learner.at} of {steps}")
     if rank() == 0:
-        write_text(out / "config.json", json.dumps(vars(args) | {"torch": torch.__version__, "on": str(where)}, indent=1))
+        where = str(next(net.parameters()).device)
+        write_text(out / "config.json", json.dumps(vars(args) | {"torch": torch.__version__, "on": where}, indent=1))
         write_text(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
-    resumed_at, began, evaluating = at, time.perf_counter(), 0.0
+    resumed_at, began, evaluating = learner.at, time.perf_counter(), 0.0
     saved = shown = began
 
     def pace() -> tuple[float, float]:
         """Training images/s since the start or resumption, without evaluation; and seconds left, with it."""
-        steps_done, elapsed = max(1, at - resumed_at), time.perf_counter() - began
-        return steps_done * args.batch / (elapsed - evaluating), elapsed / steps_done * (steps - at)
+        steps_done, elapsed = max(1, learner.at - resumed_at), time.perf_counter() - began
+        return steps_done * args.batch / (elapsed - evaluating), elapsed / steps_done * (steps - learner.at)
 
     def checkpoint() -> None:
         nonlocal saved
-        finite(sums, at, out)
+        finite(learner, out)
         if rank() == 0:
-            save(dict(args=vars(args), net=net.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                      average=average.state_dict() if average else None, step=at, rows=rows, sums=sums,
-                      seconds=seconds + time.perf_counter() - began), out / "last.pt")  # fmt: skip
+            lasted = seconds + time.perf_counter() - began
+            save(learner.state() | dict(args=vars(args), rows=rows, seconds=lasted), out / "last.pt")
         saved = time.perf_counter()
         if stop:
-            say(f"\nstopped by a signal at step {at} of {steps}; --resume goes on from {out / 'last.pt'}")
+            say(f"\nstopped by a signal at step {learner.at} of {steps}; --resume goes on from {out / 'last.pt'}")
             sys.exit(128 + stop[0])
 
     net.train()
     with terminated() as stop:
-        for epoch in range(at // steps_per_epoch, args.epochs):
-            for images, labels in data.train.epoch(epoch, at % steps_per_epoch):
-                rate = learning_rate(at, steps, warmup, args.lr, args.min_lr)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate * group["scale"]
-                piece = args.micro_batch or len(images)
-                pieces = list(zip(images.split(piece), labels.split(piece), strict=True))
-                for i, (some, their_labels) in enumerate(pieces):
-                    alone = i == len(pieces) - 1 or world() == 1  # the last piece exchanges the sum of the gradients
-                    with contextlib.nullcontext() if alone else step_of.no_sync():
-                        with autocast(args, where):
-                            terms = step_of(some, their_labels)
-                        share = len(some) / len(images)
-                        scaler.scale(sum(terms.values()) * share).backward()
-                    for k, term in terms.items():
-                        sums[k] = sums.get(k, 0) + term.detach() * share
-                scaler.unscale_(optimizer)
-                norm = nn.utils.clip_grad_norm_(net.parameters(), args.clip or math.inf)
-                if not scaler.is_enabled():  # which skips steps with infinite gradients by itself
-                    sums["gradient"] = sums.get("gradient", 0) + norm
-                scaler.step(optimizer)
-                scaler.update()
-                optimizer.zero_grad()
-                at += 1
-                if average:
-                    update_average(average, net, args.ema, at)
+        for epoch in range(learner.at // steps_per_epoch, args.epochs):
+            for images, labels in data.train.epoch(epoch, learner.at % steps_per_epoch):
+                rate = learning_rate(learner.at, steps, warmup, args.lr, args.min_lr)
+                learner.learn(images, labels, rate)
                 if time.perf_counter() - shown > 1:
                     shown = time.perf_counter()
-                    finite(sums, at, out)
-                    progress(at, steps, steps_per_epoch, sums, *pace())
-                if at % steps_per_epoch and (stop or time.perf_counter() - saved > args.save_every):
+                    finite(learner, out)
+                    progress(learner, steps, steps_per_epoch, *pace())
+                if learner.at % steps_per_epoch and (stop or time.perf_counter() - saved > args.save_every):
                     checkpoint()
 
             if dist.is_initialized():
-                for term in sums.values():
+                for term in learner.sums.values():
                     dist.all_reduce(term.div_(world()))
-            finite(sums, at, out)
+            finite(learner, out)
             speed, left = pace()
-            row = {"epoch": epoch + 1, **{k: (v / steps_per_epoch).item() for k, v in sums.items()}, "lr": rate,
-                   "images_per_s": round(speed, 1), "seconds": round(seconds + time.perf_counter() - began, 2)}  # fmt: skip
+            terms = {k: (v / steps_per_epoch).item() for k, v in learner.sums.items()}
+            lasted = seconds + time.perf_counter() - began
+            row = {"epoch": epoch + 1, **terms, "lr": rate, "images_per_s": round(speed, 1), "seconds": round(lasted, 2)}
             if predict and ((epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs):
                 before = time.perf_counter()
                 row["val_top1"] = accuracy(predict, net, data.val, args)
-                if average:
-                    row["val_top1_ema"] = accuracy(predict, average, data.val, args)
+                if learner.average:
+                    row["val_top1_ema"] = accuracy(predict, learner.average, data.val, args)
                 evaluating += time.perf_counter() - before
-            rows, sums = [*rows, row], {}
+            rows, learner.sums = [*rows, row], {}
             if rank() == 0:
                 with open(out / "log.jsonl", "a") as log:
                     log.write(json.dumps(row) + "\n")
@@ -415,9 +450,9 @@ def fit(net: nn.Module, loss: Callable, predict: Callable | None, data, args, na
                 report(row, args.epochs, left)
             checkpoint()
 
-    shared, result = average or net, dict(rows[-1])
+    shared, result = learner.average or net, dict(rows[-1])
     if predict:
-        last = result["val_top1_ema" if average else "val_top1"]
+        last = result["val_top1_ema" if learner.average else "val_top1"]
         result["test_top1"] = last if data.test is data.val else accuracy(predict, shared, data.test, args)
         say(f"test top-1 {result['test_top1']:.2f} %  ({out / 'model.pt'})")
     if rank() == 0:
@@ -428,21 +463,25 @@ def fit(net: nn.Module, loss: Callable, predict: Callable | None, data, args, na
     return result
 
 
-def finite(sums: dict[str, Tensor], at: int, out: Path) -> None:
-    bad = [k for k, v in sums.items() if not torch.isfinite(v)]
+def finite(learner: Learner, out: Path) -> None:
+    bad = [k for k, v in learner.sums.items() if not torch.isfinite(v)]
     if bad:
-        raise Failed(f"the {bad[0]} {'norm' if bad[0] == 'gradient' else 'loss'} is no longer finite at step {at}: try a "
-                     f"lower --lr, a longer --warmup or --amp off; the last good checkpoint is {out / 'last.pt'}")  # fmt: skip
+        what = "gradient norm" if bad[0] == "gradient" else f"{bad[0]} loss"
+        raise Failed(f"the {what} is no longer finite at step {learner.at}: try a lower --lr, a longer "
+                     f"--warmup or --amp off; the last good checkpoint is {out / 'last.pt'}")  # fmt: skip
 
 
 @contextlib.contextmanager
 def terminated():
-    """A list that fills when SIGTERM or Ctrl-C arrives, so that the loop can save and leave between two steps."""
+    """A list that fills when SIGTERM or Ctrl-C arrives, so that the loop can save and leave between two steps.
+
+    Of many processes only the first decides: the others would leave at other steps, and it could not save its own.
+    """
     stop: list[int] = []
     handlers = {}
     with contextlib.suppress(ValueError):  # signals can be caught in the main thread only
         for number in (signal.SIGTERM, signal.SIGINT):
-            handlers[number] = signal.signal(number, lambda received, _: stop.append(received))
+            handlers[number] = signal.signal(number, lambda received, _: rank() or stop.append(received))
     try:
         yield stop
     finally:
@@ -455,13 +494,13 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
 
 
-def progress(at: int, steps: int, per_epoch: int, sums: dict, speed: float, left: float) -> None:
+def progress(learner: Learner, steps: int, per_epoch: int, speed: float, left: float) -> None:
     """The line that rewrites itself on a terminal."""
     if rank() or not sys.stdout.isatty():
         return
-    done = (at - 1) % per_epoch + 1
-    terms = "  ".join(f"{k} {v.item() / done:.3f}" for k, v in sums.items() if k != "gradient")
-    line = f"epoch {1 + (at - 1) // per_epoch}  step {done}/{per_epoch}  {terms}  {speed:,.0f} img/s  {clock(left)} left"
+    epoch, done = divmod(learner.at - 1, per_epoch)
+    terms = "  ".join(f"{k} {v.item() / (done + 1):.3f}" for k, v in learner.sums.items() if k != "gradient")
+    line = f"epoch {epoch + 1}  step {done + 1}/{per_epoch}  {terms}  {speed:,.0f} img/s  {clock(left)} left"
     print("\r" + line[: shutil.get_terminal_size().columns - 1].ljust(79), end="", flush=True)
 
 

@@ -131,7 +131,7 @@ def test_gradient_accumulation_changes_nothing(tmp_path, uninterrupted):
 
 def test_mixed_precision_and_compile_train_close_to_float32(tmp_path):
     rows = {}
-    for name, extra in {"float32": [], "bf16": ["--amp", "bf16"], "compiled": ["--compile"]}.items():
+    for name, extra in {"float32": [], "bf16": ["--amp", "bf16"], "compiled": ["--compile", "on"]}.items():
         args = finetune.options(["--teacher", "none", "--epochs", "4", "--warmup", "1", "--eval-every", "4",
                                  "--out", str(tmp_path / name), *extra])  # fmt: skip
         rows[name] = finetune.main(args)["class"]
