@@ -12,9 +12,10 @@ The digits are the 1,797 8x8 images of E. Alpaydin and C. Kaynak, "Optical Recog
 UCI Machine Learning Repository, 1998, CC BY 4.0, https://doi.org/10.24432/C50P49, as scikit-learn ships them.
 """
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision import datasets
+from torchvision import datasets, io
 from torchvision.transforms import InterpolationMode, v2
 
 FLAGS = {  # name: default, help
@@ -147,7 +148,7 @@ class Tensors:
 
     def batches(self, order, key=None, draw=None) -> Iterator[tuple[Tensor, Tensor]]:
         for step, indices in enumerate(order):
-            indices = indices.to(self.images.device)
+            indices = indices.to(self.images.device, non_blocking=True)  # the host does not wait for the device
             images, labels = self.images[indices], self.labels[indices]
             yield self.augment(images, draw(step)) if draw else self.prepare(images), labels
 
@@ -307,57 +308,66 @@ def folders(args, size, seen, normalization, device, train):
 
     samples = {part: s.samples for part, s in sets.items()}
     everything = sum(len(s) for s in samples.values())
-    to_float = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(*normalization)]
     if everything * 3 * size * size > args.memory * 2**30:
-        plain = v2.Compose([*shrink(size, seen), *to_float])
-        parts = {part: Files(s, plain, args, device) for part, s in samples.items()}
+        prepare = normaliser(normalization, device)  # what is cheap for a batch on a GPU, workers need not do
+        parts = {part: Files(s, shrink(size, seen), args, device, prepare) for part, s in samples.items()}
         if train:
             parts["train plainly"] = parts["train"]
-            parts["train"] = Files(samples["train"], v2.Compose([
+            on_pil = [v2.ToPILImage(), v2.RandAugment(2, args.randaugment), v2.PILToTensor()]  # faster there than on tensors
+            crop = v2.Compose([
                 v2.RandomResizedCrop(size, (args.crop_area or 1.0, 1.0), interpolation=InterpolationMode.BICUBIC),
                 v2.RandomHorizontalFlip(),
-                *([v2.RandAugment(2, args.randaugment)] if args.randaugment else []),
-                *to_float,
-                v2.RandomErasing(args.erase, value="random"),
-            ]), args, device)  # fmt: skip
+                *(on_pil if args.randaugment else []),
+            ])  # fmt: skip
+            parts["train"] = Files(samples["train"], crop, args, device, prepare,
+                                   lambda images, draw: erase(prepare(images), draw, args.erase))  # fmt: skip
         return classes, parts
 
     loaded = {}
     for part, s in samples.items():  # decoded once: for training the whole square, for evaluation its centre
-        pixels = v2.Compose([*shrink(size, 1.0 if part == "train" else seen), v2.PILToTensor()])
-        batches = Files(s, pixels, args, torch.device("cpu")).batches(torch.arange(len(s)).split(256))
+        whole = Files(s, shrink(size, 1.0 if part == "train" else seen), args, torch.device("cpu"), lambda images: images)
+        batches = whole.batches(torch.arange(len(s)).split(256))
         images, labels = (torch.cat(x) for x in zip(*batches, strict=True))
         loaded[part] = images, labels
     return classes, in_memory(loaded, args, normalization, device)
 
 
-def shrink(size: int, seen: float) -> list[v2.Transform]:
-    return [v2.Resize(round(size / seen), interpolation=InterpolationMode.BICUBIC), v2.CenterCrop(size)]
+def shrink(size: int, seen: float) -> v2.Transform:
+    return v2.Compose([v2.Resize(round(size / seen), interpolation=InterpolationMode.BICUBIC), v2.CenterCrop(size)])
+
+
+def decode(path: str) -> Tensor:
+    """uint8 (3, H, W). JPEGs by torchvision, which is faster than PIL; all others, and what it refuses, by PIL."""
+    if path.lower().endswith((".jpg", ".jpeg")):
+        with contextlib.suppress(RuntimeError):  # such as PNGs that are called .jpg
+            return io.decode_jpeg(io.read_file(path), mode=io.ImageReadMode.RGB)
+    return v2.functional.pil_to_tensor(datasets.folder.default_loader(path))
 
 
 class Files(Dataset):
-    """Images decoded from files by worker processes, each image seeded by (seed, epoch, its number)."""
+    """Images decoded and cropped by worker processes, each seeded by (seed, epoch, its number), the rest on the device."""
 
-    def __init__(self, samples: list[tuple[str, int]], transform: Callable, args, device):
-        self.samples, self.transform, self.args, self.device = samples, transform, args, device
+    def __init__(self, samples: list, crop: Callable, args, device, prepare: Callable, augment: Callable | None = None):
+        self.samples, self.crop, self.args, self.device = samples, crop, args, device
+        self.prepare, self.augment = prepare, augment
         self.unreadable: set[str] = set()
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def subset(self, indices: list[int]) -> "Files":
-        return Files([self.samples[i] for i in indices], self.transform, self.args, self.device)
+        return Files([self.samples[i] for i in indices], self.crop, self.args, self.device, self.prepare, self.augment)
 
     def __getitem__(self, key: tuple) -> tuple[Tensor | None, int | str]:
         *seed, index = key
         path, label = self.samples[index]
         try:
-            image = datasets.folder.default_loader(path)
+            image = decode(path)
         except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, ... : all say it is unreadable
             return None, f"{path} ({error})"
         if seed:
             torch.manual_seed(number(*seed, index))
-        return self.transform(image), label
+        return self.crop(image), label
 
     def collate(self, samples: list) -> tuple[Tensor, Tensor, list[str]]:
         good = [(image, label) for image, label in samples if image is not None]
@@ -365,11 +375,10 @@ class Files(Dataset):
         return images, torch.tensor([label for _, label in good]), [why for image, why in samples if image is None]
 
     def batches(self, order, key=(), draw=None) -> Iterator[tuple[Tensor, Tensor]]:
-        keys = [[(*key, i) for i in indices.tolist()] for indices in order]
-        workers = min(self.args.workers, len(keys), os.cpu_count() or 1)
-        loader = DataLoader(self, batch_sampler=keys, num_workers=workers,
+        workers = min(self.args.workers, len(order), os.cpu_count() or 1)
+        loader = DataLoader(self, batch_sampler=Keys(order, key), num_workers=workers,
                             collate_fn=self.collate, pin_memory=self.device.type == "cuda")  # fmt: skip
-        for images, labels, bad in loader:
+        for step, (images, labels, bad) in enumerate(loader):
             if bad and not self.args.skip_unreadable:
                 raise ValueError(f"cannot read image {bad[0]}: mend or remove it, or pass --skip-unreadable")
             new = set(bad) - self.unreadable
@@ -377,7 +386,24 @@ class Files(Dataset):
             if new:
                 print(f"skipped {len(self.unreadable)} unreadable image(s) so far, the last one {sorted(new)[-1]}")
             if len(labels):
-                yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+                images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+                if draw:
+                    numbers = draw(step)
+                    images = self.augment(images, lambda k: numbers(k)[: len(images)])
+                yield images if draw else self.prepare(images), labels
+
+
+class Keys:
+    """What a DataLoader asks of a data set, batch by batch: (seed, epoch, number of an image)."""
+
+    def __init__(self, order: Sequence[Tensor], key: tuple):
+        self.order, self.key = order, key
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __iter__(self) -> Iterator[list[tuple]]:
+        return ([(*self.key, i) for i in indices.tolist()] for indices in self.order)
 
 
 def number(*parts) -> int:

@@ -46,6 +46,33 @@ def test_attention_loss_has_the_gradient_that_theory_gives():
     torch.testing.assert_close(dk, scale * gap.mT @ q / (2 * 3 * 5))
 
 
+@pytest.mark.parametrize("dtype, close", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_attention_loss_at_once_is_the_attention_loss(dtype, close):
+    """Value and gradients; bfloat16 as it is met in training, under autocast, against float32."""
+    q, k, q_t, k_t = (torch.randn(2, 3, 50, d).to(dtype).float() if dtype is torch.bfloat16
+                      else torch.randn(2, 3, 50, d, dtype=dtype) for d in (8, 8, 16, 16))  # fmt: skip
+    q, k = q.requires_grad_(), k.requires_grad_()
+    plain = attention_distill.attention_loss((q, k), (q_t, k_t))
+    if dtype is torch.bfloat16:
+        with torch.autocast("cpu", dtype):
+            once = attention_distill.attention_loss_at_once((q.to(dtype), k.to(dtype)), (q_t.to(dtype), k_t.to(dtype)))
+    else:
+        once = attention_distill.attention_loss_at_once((q, k), (q_t, k_t))
+    assert once.dtype == plain.dtype and abs(once / plain - 1) < close
+    for ours, theirs in zip(torch.autograd.grad(3 * once, (q, k)), torch.autograd.grad(3 * plain, (q, k)), strict=True):
+        assert (ours - theirs).norm() < close * theirs.norm()
+
+
+def test_attention_loss_at_once_keeps_no_map():
+    kept = []
+    q, k, q_t, k_t = torch.randn(4, 2, 3, 50, 8).unbind()
+    for loss in (attention_distill.attention_loss, attention_distill.attention_loss_at_once):
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+            loss((q.requires_grad_(), k.requires_grad_()), (q_t, k_t)).backward()
+        assert (max(kept) >= 2 * 3 * 50 * 50) == (loss is attention_distill.attention_loss)
+        kept.clear()
+
+
 def test_attention_loss_is_least_where_the_maps_agree():
     q_t, k_t = torch.randn(2, 2, 3, 5, 8)
     p = (q_t @ k_t.mT * 8**-0.5).softmax(-1)

@@ -101,6 +101,22 @@ def test_two_ranks_train_to_the_weights_of_one(micro_batch, tmp_path):
     assert alone["test_top1"] == rows[0]["test_top1"] and text.count("test top-1") == 1
 
 
+def test_a_lost_rank_is_restarted_and_the_run_goes_on(tmp_path):
+    same = [*DIGITS, "--micro-batch", "10"]
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=2")
+    run = start("attention_distill.py", *same, "--out", tmp_path / "whole", launcher=launcher)
+    assert run.wait(timeout=120) == 0
+    run = start("attention_distill.py", *same, "--out", tmp_path / "lost", "--save-every", 0, launcher=launcher)
+    step = wait_for_step(tmp_path / "lost", 8)
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    text, errors = run.communicate(timeout=120)
+    assert run.returncode == 0, errors
+    assert f"going on from step {step}" in text or "going on from step" in text
+    for name, part in (("last.pt", "net"), ("last.pt", "average"), ("model.pt", "model")):
+        assert_same(weights(tmp_path / "lost", name)[part], weights(tmp_path / "whole", name)[part])
+
+
 def test_accuracy_counts_each_image_once(small, tmp_path):
     import data
 
