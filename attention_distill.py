@@ -79,8 +79,9 @@ class AttentionLossAtOnce(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, q_t: Tensor, k_t: Tensor) -> Tensor:
-        p_t = (q_t * q_t.shape[-1] ** -0.5 @ k_t.mT).softmax(dim=-1)
-        log_p = (q * q.shape[-1] ** -0.5 @ k.mT).log_softmax(dim=-1)
+        precise = torch.promote_types(q.dtype, torch.float32)  # the difference of two maps would be too coarse in bf16
+        p_t = (q_t * q_t.shape[-1] ** -0.5 @ k_t.mT).softmax(dim=-1, dtype=precise)
+        log_p = (q * q.shape[-1] ** -0.5 @ k.mT).log_softmax(dim=-1, dtype=precise)
         loss = -torch.dot(p_t.flatten(), log_p.flatten())
         gap = log_p.exp_().sub_(p_t)  # P_S - P_T
         ctx.save_for_backward(gap @ k, gap.mT @ q)

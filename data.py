@@ -375,7 +375,7 @@ class Files(Dataset):
         return images, torch.tensor([label for _, label in good]), [why for image, why in samples if image is None]
 
     def batches(self, order, key=(), draw=None) -> Iterator[tuple[Tensor, Tensor]]:
-        workers = min(self.args.workers, len(order), os.cpu_count() or 1)
+        workers = min(self.args.workers, len(order), cores())
         loader = DataLoader(self, batch_sampler=Keys(order, key), num_workers=workers,
                             collate_fn=self.collate, pin_memory=self.device.type == "cuda")  # fmt: skip
         for step, (images, labels, bad) in enumerate(loader):
@@ -404,6 +404,11 @@ class Keys:
 
     def __iter__(self) -> Iterator[list[tuple]]:
         return ([(*self.key, i) for i in indices.tolist()] for indices in self.order)
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def number(*parts) -> int:

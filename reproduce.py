@@ -19,7 +19,6 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -107,7 +106,7 @@ class Runner:
         self.deadline = time.time() + 60 * args.minutes if args.minutes else None
         self.score = "val_top1" if args.tune else "test_top1"
         self.running: set[subprocess.Popen] = set()
-        self.commit, self.runs, self.seconds = commit(), 0, 0.0
+        self.commit, self.runs, self.seconds = train.commit(), 0, 0.0
 
     def run(self, jobs: dict[str, Job]) -> dict[str, dict]:
         """The results of all jobs by name. Failed if one of them fails, or if time is up."""
@@ -196,14 +195,6 @@ def record(args, runner: Runner, **found) -> dict:
     return {"command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": runner.commit,
             "device": device, "torch": torch.__version__, "runs": runner.runs, "runs_at_a_time": runner.workers,
             "training_minutes": round(runner.seconds / 60, 1), "data": args.data} | found  # fmt: skip
-
-
-def commit() -> str:
-    """The commit of this repository, marked if the code has been changed since."""
-    git = partial(subprocess.run, capture_output=True, text=True, cwd=Path(__file__).parent)
-    head = git(["git", "rev-parse", "HEAD"]).stdout.strip() or "unknown"
-    changed = git(["git", "status", "--porcelain", "--", "*.py", "digits.npz"]).stdout.strip()
-    return head + (" with changes" if changed else "")
 
 
 def table(args, runner: Runner) -> dict:

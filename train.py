@@ -17,6 +17,7 @@ import math
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -253,6 +254,18 @@ def save(what: dict, path: Path) -> None:
         raise Failed(f"could not write {path}: {error}. Is the disk full?{kept}") from error
 
 
+def commit() -> str:
+    """The commit of this repository, marked if the code has been changed since."""
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+
+    try:
+        head, changed = git("rev-parse", "HEAD"), git("status", "--porcelain", "--", "*.py", "digits.npz")
+    except OSError:  # no git here
+        return "unknown"
+    return (head or "unknown") + (" with changes" if changed else "")
+
+
 def write_text(path: Path, text: str) -> None:
     part = path.with_suffix(".part")
     part.write_text(text)
@@ -265,12 +278,9 @@ def open_run(args, name: str) -> tuple[Path, dict | None]:
     out = Path(args.out or Path("runs") / name)
     out.mkdir(parents=True, exist_ok=True)
     last = out / "last.pt"
-    resume = args.resume or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun --max-restarts
-    if args.overwrite and not resume and rank() == 0:
-        last.unlink(missing_ok=True)
-    if not last.exists() or (args.overwrite and not resume):
+    if not last.exists() or (args.overwrite and not args.resume):
         return out, None
-    if not resume:
+    if not args.resume:
         raise ValueError(f"{out} already holds a run: go on with --resume, start over with --overwrite, "
                          "or choose another --out")  # fmt: skip
     try:
@@ -392,8 +402,8 @@ def fit(net: nn.Module, loss: Callable, predict: Callable | None, data, args, na
         seconds, rows = state["seconds"], state["rows"]
         say(f"{out}: going on from step {learner.at} of {steps}")
     if rank() == 0:
-        where = str(next(net.parameters()).device)
-        write_text(out / "config.json", json.dumps(vars(args) | {"torch": torch.__version__, "on": where}, indent=1))
+        about = {"torch": torch.__version__, "on": str(next(net.parameters()).device), "commit": commit()}
+        write_text(out / "config.json", json.dumps(vars(args) | about, indent=1))
         write_text(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
     resumed_at, began, evaluating = learner.at, time.perf_counter(), 0.0
