@@ -78,15 +78,23 @@ class AttentionLossAtOnce(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, q_t: Tensor, k_t: Tensor) -> Tensor:
+    def forward(ctx, *qk: Tensor) -> Tensor:  # student's q, k, teacher's q, k
+        images, heads, tokens, _ = qk[0].shape
+        some = images if qk[0].is_cuda else max(1, 2**18 // (heads * tokens**2))  # so many have maps that fit a CPU's cache
+        parts = [AttentionLossAtOnce.of(*part) for part in zip(*(x.split(some) for x in qk), strict=True)]
+        losses, dq, dk = zip(*parts, strict=True)
+        ctx.save_for_backward(torch.cat(dq), torch.cat(dk))
+        ctx.rows = images * heads * tokens  # over which the mean is taken
+        return sum(losses) / ctx.rows
+
+    @staticmethod
+    def of(q: Tensor, k: Tensor, q_t: Tensor, k_t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         precise = torch.promote_types(q.dtype, torch.float32)  # the difference of two maps would be too coarse in bf16
         p_t = (q_t * q_t.shape[-1] ** -0.5 @ k_t.mT).softmax(dim=-1, dtype=precise)
         log_p = (q * q.shape[-1] ** -0.5 @ k.mT).log_softmax(dim=-1, dtype=precise)
         loss = -torch.dot(p_t.flatten(), log_p.flatten())
         gap = log_p.exp_().sub_(p_t)  # P_S - P_T
-        ctx.save_for_backward(gap @ k, gap.mT @ q)
-        ctx.rows = q[..., 0].numel()  # images x heads x queries, over which the mean is taken
-        return loss / ctx.rows
+        return loss, gap @ k, gap.mT @ q
 
     @staticmethod
     def backward(ctx, upstream: Tensor):

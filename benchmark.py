@@ -6,7 +6,7 @@
     python benchmark.py --maps                                             the forms of the distillation loss
     python benchmark.py --loader --data-dir /imagenet --model base         what the data can deliver
 
-Variants, side by side in one run, a step of each in turn:
+Variants, side by side in one run, each in a process of its own, a few steps in turn:
 
     plain       the usual way, as the published implementation has it: float32, eager, (B, H, N, N) maps of teacher and student
                 stored, softmax of both, the teacher run to its last block, the loss read at every step
@@ -15,7 +15,7 @@ Variants, side by side in one run, a step of each in turn:
 
 images/s is the median over steps after warm-up, a whole step with optimiser and, where the recipe has one, the average of
 the weights. The share of the hardware is that of its own rate of multiplying matrices, measured in the same run (in
-bfloat16 on a GPU, in float32 on a CPU). It counts the operations that a method needs, whatever a variant does beyond:
+bfloat16 where that is faster than float32). It counts the operations that a method needs, whatever a variant does beyond:
 
     a linear layer of I inputs and O outputs costs 2 I O per token; a map, and what is seen through it, 2 N^2 D each;
     the backward pass costs twice the forward pass, but for the first layer (images need no gradient) and what is lent;
@@ -24,15 +24,16 @@ bfloat16 on a GPU, in float32 on a CPU). It counts the operations that a method 
 Layer norms, softmax, the optimiser and recomputation are not counted. Everything is written to results/benchmark-DEVICE.json.
 """
 
-import contextlib
 import copy
-import gc
 import json
 import math
+import multiprocessing
 import platform
+import resource
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -55,7 +56,7 @@ FLAGS = {k: data.FLAGS[k] for k in ("data_dir", "image_size", "workers")} | {
     "method": ("all", "finetune, copy, distill, pretrain or all"),
     "variant": ("all", "plain, plain-amp, ours or all"),
     "model": ("", "size of the ViT (empty: the recipe's)"),
-    "patch": (0, "side of a patch (0: the recipe's)"),
+    "patch": ("", "side of a patch (empty: the recipe's)"),
     "batch": ("64", "images at a time; of several (32,64,128) the best counts"),
     "steps": (20, "steps that are timed, of each variant"),
     "layers": ("", "layers to transfer (empty: the recipe's)"),
@@ -66,6 +67,7 @@ FLAGS = {k: data.FLAGS[k] for k in ("data_dir", "image_size", "workers")} | {
     "loader": (False, "time what the loaders deliver instead"),
     "results": ("results", "where the record goes"),
 }
+STEPS_A_TURN = 4
 IMAGES = 1_281_167  # in an epoch of ImageNet
 
 
@@ -207,12 +209,13 @@ def operations(method: str, recipe) -> float:
 
 
 def matrix_rate(device: torch.device) -> float:
-    """Operations per second of the device's own matrix multiplication: the best of some square ones."""
-    gpu = device.type == "cuda"
+    """Operations per second of the device's own matrix multiplication: the best of bfloat16 and float32, and of two sizes."""
     best = 0.0
-    for n in (4096, 8192) if gpu else (1024, 2048):
-        a, b = torch.randn(2, n, n, device=device, dtype=torch.bfloat16 if gpu else torch.float32).unbind()
-        best = max(best, 2 * n**3 / statistics.median(seconds(lambda a=a, b=b: a @ b, device) for _ in range(12)))
+    for n in (4096, 8192) if device.type == "cuda" else (1024, 2048):
+        for dtype in (torch.bfloat16, torch.float32):
+            a, b = torch.randn(2, n, n, device=device).to(dtype).unbind()
+            times = [seconds(lambda a=a, b=b: a @ b, device) for _ in range(12)]
+            best = max(best, 2 * n**3 / statistics.median(times))
     return best
 
 
@@ -229,57 +232,61 @@ def seconds(work: Callable, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-@contextlib.contextmanager
-def peak(device: torch.device) -> Iterator[list[float]]:
-    """The most memory in GiB, beyond what was in use before, that the body took; [] where that cannot be known."""
-    found, status = [], Path("/proc/self/status")
-
-    def resident(key: str) -> int:
-        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith(key))
-
-    gc.collect()
+def peak(device: torch.device) -> float:
+    """The most memory in GiB that this process has taken so far."""
     if device.type == "cuda":
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        yield found
-        found.append((torch.cuda.max_memory_allocated() - before) / 2**30)
-        return
-    with contextlib.suppress(OSError):  # Linux only
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-        before = resident("VmRSS")
-        yield found
-        found.append((resident("VmHWM") - before) / 2**30)
-        return
-    yield found
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def work(pipe, method: str, variant: str, recipe, steps: int) -> None:
+    """One variant, in a process of its own, so that its memory is its own: sends its peak, and then times of steps."""
+    device = train.device(recipe)
+    before = peak(device)
+    try:
+        learner, *batch = build(method, variant, recipe)
+        for _ in range(3):  # the warm-up, and compilation
+            learner.learn(*batch, recipe.lr * 1e-3)
+        pipe.send(peak(device) - before)
+        while pipe.recv():
+            learner.learn(*batch, recipe.lr * 1e-3)  # not timed: others have used the device in between
+            pipe.send([seconds(lambda: learner.learn(*batch, recipe.lr * 1e-3), device) for _ in range(steps)])
+            if device.type == "cuda":
+                torch.cuda.empty_cache()  # to the others
+    except torch.OutOfMemoryError:
+        pipe.send(None)
 
 
 def measure(method: str, variants: list[str], args, batch: int) -> dict[str, dict]:
-    """Memory of each variant alone; then all of them together, in turn, step by step."""
-    recipe = settings(method, args, batch)
-    device = train.device(recipe)
-    learners, rows = {}, {}
+    """A row for each variant whose batch fits: one process each, timed in turns."""
+    recipe, spawn = settings(method, args, batch), multiprocessing.get_context("spawn")
+    rows, times, pipes = {}, {}, {}
     for variant in variants:
-        try:
-            with peak(device) as memory:
-                learner, *batch_of = build(method, variant, recipe)
-                for _ in range(3):  # also the warm-up, and compilation
-                    learner.learn(*batch_of, recipe.lr * 1e-3)
-            rows[variant] = {"batch": batch, "memory_gib": round(memory[0], 2) if memory else None}
-            learners[variant] = learner, batch_of
-        except torch.OutOfMemoryError:
-            train.say(f"  {method} {variant}: {batch} images do not fit")
-        learner = None
-    times = {variant: [] for variant in learners}
-    for step in range(args.steps + 1):
-        for variant, (learner, batch_of) in learners.items():
-            took = seconds(lambda learner=learner, batch_of=batch_of: learner.learn(*batch_of, recipe.lr * 1e-3), device)
-            times[variant] += [took] if step else []
+        pipe, theirs = spawn.Pipe()
+        spawn.Process(target=work, args=(theirs, method, variant, recipe, STEPS_A_TURN), daemon=True).start()
+        theirs.close()  # so that a worker that died is the end of the file
+        memory = receive(pipe, method, variant)
+        if memory is None:
+            train.say(f"{method:9} {variant:10} {batch:5} images do not fit")
+        else:
+            pipes[variant], times[variant], rows[variant] = pipe, [], {"batch": batch, "memory_gib": round(memory, 2)}
+    for _ in range(math.ceil(args.steps / STEPS_A_TURN)):
+        for variant, pipe in pipes.items():
+            pipe.send(True)
+            times[variant] += receive(pipe, method, variant)
     for variant, took in times.items():
-        rows[variant]["images_per_s"] = round(batch / statistics.median(took), 2)
-        quartiles = statistics.quantiles(took, n=4) if len(took) > 1 else [took[0]] * 3
-        rows[variant]["quartiles"] = [round(batch / q, 2) for q in reversed(quartiles)]
+        pipes[variant].send(False)
+        low, middle, high = statistics.quantiles(took, n=4)
+        rows[variant]["images_per_s"] = round(batch / middle, 2)
+        rows[variant]["quartiles"] = [round(batch / high, 2), round(batch / low, 2)]
     return rows
+
+
+def receive(pipe, method: str, variant: str):
+    try:
+        return pipe.recv()
+    except EOFError:
+        raise train.Failed(f"{method} {variant} ended before its time (see above)") from None
 
 
 def methods(args) -> dict:
@@ -294,7 +301,7 @@ def methods(args) -> dict:
     except ValueError:
         raise ValueError(f"--batch {args.batch}: write a number, or several with commas") from None
     rate = matrix_rate(device)
-    train.say(f"matrix rate {rate / 1e12:.4g} Tflop/s; a step of each variant in turn, {args.steps} times\n")
+    train.say(f"matrix rate {rate / 1e12:.4g} Tflop/s; {args.steps} steps of each variant, in turns\n")
     train.say("method    variant    batch  images/s  GiB   share  x plain  x plain-amp")
     table = {}
     for method in chosen:
@@ -309,10 +316,9 @@ def methods(args) -> dict:
             row["share"] = round(row["images_per_s"] * operations(method, recipe) / rate, 4)
             over = {other: row["images_per_s"] / best[other]["images_per_s"] for other in best if other != "ours"}
             row |= {f"times_{other}": round(x, 3) for other, x in over.items()}
-            memory = f"{row['memory_gib']:.2f}" if row["memory_gib"] is not None else "-"
             ratios = "".join(f"{over[k]:>{w}.2f}" if k in over else " " * w for k, w in (("plain", 9), ("plain-amp", 13)))
-            train.say(f"{method:9} {variant:10} {row['batch']:5} {row['images_per_s']:9,.1f}  {memory:>5} {row['share']:6.1%}"
-                      + ratios)  # fmt: skip
+            train.say(f"{method:9} {variant:10} {row['batch']:5} {row['images_per_s']:9,.1f}"
+                      f" {row['memory_gib']:6.2f} {row['share']:6.1%}{ratios}")  # fmt: skip
         if args.data == "imagenet" and "ours" in best:
             hours = recipe.epochs * IMAGES / best["ours"]["images_per_s"] / 3600
             best["ours"] |= {"recipe_epochs": recipe.epochs, "projected_hours_of_this_device": round(hours, 1)}
@@ -320,7 +326,8 @@ def methods(args) -> dict:
         table[method] = best
     recipe = settings(chosen[0], args, batches[0])
     return {"data": args.data, "model": recipe.model, "patch": recipe.patch, "compile": args.compile, "steps": args.steps,
-            "image_size": recipe.image_size or data.KINDS[args.data][0], "matrix_tflops": rate / 1e12, "rows": table}  # fmt: skip
+            "image_size": recipe.image_size or data.KINDS[args.data][0], "matrix_tflops": round(rate / 1e12, 3),
+            "rows": table}  # fmt: skip
 
 
 # The forms of the distillation loss ---------------------------------------------------------------------------------------

@@ -58,7 +58,7 @@ def probabilities(checkpoint: dict, args, device) -> tuple[Tensor, Tensor, list[
     columns = torch.tensor([known.index(name) for name in images.classes], device=device)
     parts, labels = [], []
     for batch, theirs in getattr(images, args.part).plainly(args.batch):
-        with train.autocast(args, device):
+        with train.autocast(args, net):
             logits = predict(net, batch)
         parts.append(logits.float()[:, columns].softmax(dim=-1).cpu())
         labels.append(theirs.cpu())

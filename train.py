@@ -35,7 +35,7 @@ FLAGS = {  # name: default, help. What says how to run; what is learned is in th
     "overwrite": (False, "start over although --out holds a run"),
     "save_every": (600, "seconds between checkpoints within an epoch; there is one after each epoch anyway"),
     "device": ("auto", "cpu, cuda, mps, or auto"),
-    "amp": ("auto", "off, bf16, fp16, or auto: on a GPU bf16, or fp16 where it has no bf16"),
+    "amp": ("auto", "off, bf16, fp16, or auto: bf16 where GPU or CPU have it, else fp16 on a GPU; off for tiny nets"),
     "micro_batch": (0, "images per GPU that fit in its memory; gradients add up to --batch (0: all at once)"),
     "compile": ("auto", "torch.compile the step: off, on, graphs (CUDA graphs too), or auto: on for long runs on CUDA"),
 }
@@ -173,21 +173,28 @@ def device(args) -> torch.device:
 # Precision, parameters, schedule ---------------------------------------------------------------------------------------
 
 
-def precision(args, where: torch.device) -> torch.dtype | None:
-    """The dtype of mixed precision, or None for float32. A T4 would only emulate bf16: fp16 is what it is fast in."""
-    choices = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+def precision(args, net: nn.Module) -> torch.dtype | None:
+    """The dtype of mixed precision, or None for float32.
+
+    auto is bf16 where the hardware multiplies it (a T4 would only emulate it: fp16 is what it is fast in). A net of under
+    a million parameters is bound by calls, not by arithmetic: float32.
+    """
+    where, choices = next(net.parameters()).device.type, {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
     if args.amp in choices:
         return choices[args.amp]
     if args.amp != "auto":
         raise ValueError(f"--amp {args.amp}: choose off, bf16, fp16 or auto")
-    if where.type != "cuda":
+    if sum(p.numel() for p in net.parameters()) < 1e6:
         return None
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if where == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    about = Path("/proc/cpuinfo")  # on Linux
+    return torch.bfloat16 if where == "cpu" and about.exists() and "bf16" in about.read_text() else None
 
 
-def autocast(args, where: torch.device):
-    dtype = precision(args, where)
-    return torch.autocast(where.type, dtype) if dtype else contextlib.nullcontext()
+def autocast(args, net: nn.Module):
+    dtype = precision(args, net)
+    return torch.autocast(next(net.parameters()).device.type, dtype) if dtype else contextlib.nullcontext()
 
 
 def parameter_groups(net: nn.Module, args) -> list[dict]:
@@ -225,7 +232,7 @@ def accuracy(predict: Callable, net: nn.Module, part, args) -> float:
     where = next(net.parameters()).device
     counts = torch.zeros(2, dtype=torch.long, device=where)  # correct, all
     for images, labels in part.plainly(args.micro_batch or 256):
-        with autocast(args, where):
+        with autocast(args, net):
             hits = predict(net, images).argmax(dim=-1) == labels
         counts += torch.stack([hits.sum(), torch.tensor(len(hits), device=where)])
     if dist.is_initialized():
@@ -322,8 +329,8 @@ class Learner:
         self.average = copy.deepcopy(net).requires_grad_(False) if args.ema else None
         self.optimizer = torch.optim.AdamW(parameter_groups(net, args), lr=args.lr, betas=(0.9, args.beta2),
                                            fused=where.type in ("cuda", "cpu"))  # fmt: skip
-        self.scaler = torch.amp.GradScaler(where.type, enabled=precision(args, where) is torch.float16)
-        self.autocast = lambda: autocast(args, where)
+        self.scaler = torch.amp.GradScaler(where.type, enabled=precision(args, net) is torch.float16)
+        self.autocast = lambda: autocast(args, net)
         self.step = Step(net, loss)
         if dist.is_initialized():
             self.step = DistributedDataParallel(self.step, gradient_as_bucket_view=True)

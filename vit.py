@@ -34,6 +34,14 @@ MAE_WEIGHTS = "https://dl.fbaipublicfiles.com/mae/pretrain/mae_pretrain_vit_{}.p
 QK = tuple[Tensor, Tensor]  # queries and keys of one block, each (B, H, N, d)
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k' / sqrt(d)) v, where d is the width of q's heads: what each query sees, (B, H, N, width of v's heads)."""
+    lent = v.requires_grad and not q.requires_grad  # for which a fused kernel finds gradients of q and k all the same
+    if q.device.type == "cpu" and (lent or q.dtype is torch.bfloat16):  # where a CPU's fused kernel is the slower one
+        return (q * q.shape[-1] ** -0.5 @ k.mT).softmax(dim=-1) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
 class Attention(nn.Module):
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -54,7 +62,7 @@ class Attention(nn.Module):
             q, k, v = self.project(x, 0, 3)  # where to look: our own choice
         else:
             (q, k), (v,) = qk, self.project(x, 2, 3)  # lent: only what is seen there is ours
-        y = F.scaled_dot_product_attention(q, k, v)  # softmax(q k' / sqrt(d)) v, d is the width of q's heads
+        y = attend(q, k, v)
         return self.proj(rearrange(y, "b h n d -> b n (h d)")), (q, k)
 
 
