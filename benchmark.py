@@ -203,9 +203,9 @@ def operations(method: str, recipe) -> float:
         return student
     layers = vit.parse_layers(recipe.layers, depth)
     teacher = embed + layers[-1] * (block(n) + look(n)) + 2 * n * dim * 2 * dim
-    if method == "copy":  # of a copied block: no queries and keys, a map that is made once
-        return teacher + student - len(layers) * 3 * (2 * n * dim * 2 * dim + look(n)) + len(layers) * look(n)
-    return teacher + student + sum(look(n) for i in layers if i == layers[-1])  # the last map of the teacher
+    if method == "copy":  # of a copied block: no queries and keys, and no gradient of the map
+        return teacher + student - len(layers) * 3 * (2 * n * dim * 2 * dim + look(n))
+    return teacher + student + look(n)  # the teacher's last map
 
 
 def matrix_rate(device: torch.device) -> float:
@@ -253,8 +253,8 @@ def work(pipe, method: str, variant: str, recipe, steps: int) -> None:
             pipe.send([seconds(lambda: learner.learn(*batch, recipe.lr * 1e-3), device) for _ in range(steps)])
             if device.type == "cuda":
                 torch.cuda.empty_cache()  # to the others
-    except torch.OutOfMemoryError:
-        pipe.send(None)
+    except (torch.OutOfMemoryError, ValueError) as error:
+        pipe.send(error)
 
 
 def measure(method: str, variants: list[str], args, batch: int) -> dict[str, dict]:
@@ -265,11 +265,11 @@ def measure(method: str, variants: list[str], args, batch: int) -> dict[str, dic
         pipe, theirs = spawn.Pipe()
         spawn.Process(target=work, args=(theirs, method, variant, recipe, STEPS_A_TURN), daemon=True).start()
         theirs.close()  # so that a worker that died is the end of the file
-        memory = receive(pipe, method, variant)
-        if memory is None:
+        try:
+            rows[variant] = {"batch": batch, "memory_gib": round(receive(pipe, method, variant), 2)}
+            pipes[variant], times[variant] = pipe, []
+        except torch.OutOfMemoryError:
             train.say(f"{method:9} {variant:10} {batch:5} images do not fit")
-        else:
-            pipes[variant], times[variant], rows[variant] = pipe, [], {"batch": batch, "memory_gib": round(memory, 2)}
     for _ in range(math.ceil(args.steps / STEPS_A_TURN)):
         for variant, pipe in pipes.items():
             pipe.send(True)
@@ -284,9 +284,12 @@ def measure(method: str, variants: list[str], args, batch: int) -> dict[str, dic
 
 def receive(pipe, method: str, variant: str):
     try:
-        return pipe.recv()
+        answer = pipe.recv()
     except EOFError:
         raise train.Failed(f"{method} {variant} ended before its time (see above)") from None
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
 
 
 def methods(args) -> dict:
@@ -312,7 +315,7 @@ def methods(args) -> dict:
                     best[variant] = row
         recipe = settings(method, args, batches[0])
         for variant, row in best.items():
-            row["gflop_per_image"] = round(operations(method, recipe) / 1e9, 2)
+            row["gflop_per_image"] = round(operations(method, recipe) / 1e9, 4)
             row["share"] = round(row["images_per_s"] * operations(method, recipe) / rate, 4)
             over = {other: row["images_per_s"] / best[other]["images_per_s"] for other in best if other != "ours"}
             row |= {f"times_{other}": round(x, 3) for other, x in over.items()}
@@ -452,6 +455,8 @@ def options(argv: list[str]):
     args.argv = argv
     if args.data not in ("cifar10", "imagenet"):
         raise ValueError(f"--data {args.data}: choose cifar10 or imagenet")
+    if args.model not in ("", *vit.SIZES):
+        raise ValueError(f"no ViT is called '{args.model}': choose one of {', '.join(vit.SIZES)}")
     return args
 
 

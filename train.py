@@ -65,7 +65,8 @@ HELP = {  # of the entries that recipes share
 }
 RANGES = {"epochs": (1, None), "batch": (1, None), "beta2": (0, 0.9999), "layer_decay": (0.01, 1), "ema": (0, 0.999999),
           "drop_path": (0, 0.99), "crop_area": (0, 1), "erase": (0, 1), "smoothing": (0, 0.99), "mask": (0.05, 0.95),
-          "patch": (1, None), "eval_every": (1, None), "subset_seed": (-1, None), "randaugment": (0, 30)}  # fmt: skip
+          "patch": (1, None), "eval_every": (1, None), "subset_seed": (-1, None), "randaugment": (0, 30),
+          "steps": (1, None)}  # fmt: skip
 # What may change between a run and its resumption.
 FREE = {"out", "resume", "overwrite", "save_every", "device", "micro_batch", "compile", "workers", "data_dir"}
 

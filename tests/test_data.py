@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torchvision.transforms import v2
 
 import data
@@ -105,6 +106,20 @@ def draws(rows):
     """A `draw` that hands out given numbers instead of random ones."""
     rows = iter(rows)
     return lambda k: torch.tensor(next(rows), dtype=torch.float32)[:, :k]
+
+
+def test_files_decode_to_pils_pixels_whatever_they_are_called(photos, tmp_path):
+    pixels = np.random.default_rng(1).integers(0, 256, (9, 7, 3), dtype=np.uint8)
+    paths = [next(photos.rglob("*.jpg")), tmp_path / "a png.jpg", tmp_path / "grey.jpeg", tmp_path / "palette.png"]
+    Image.fromarray(pixels).save(paths[1], format="png")
+    Image.fromarray(pixels[..., 0]).save(paths[2])
+    Image.fromarray(pixels).convert("P").save(paths[3])
+    for path in paths:
+        expected = torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)
+        assert torch.equal(data.decode(str(path)), expected), path
+    with pytest.raises(OSError):
+        (tmp_path / "broken.jpg").write_bytes(paths[0].read_bytes()[:200])
+        data.decode(str(tmp_path / "broken.jpg"))
 
 
 def test_shifts_and_flips_are_exact():

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import attention_copy
 import attention_distill
 import finetune
 import train
@@ -25,8 +26,10 @@ def weights(out, name="last.pt"):
 
 
 def start(script, *argv, launcher=(sys.executable,)):
+    # A restarted gloo group hangs now and then on its old rendezvous if that is shared (pytorch/pytorch#135712).
+    env = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     return subprocess.Popen([*launcher, str(ROOT / script), *map(str, argv)], stderr=subprocess.PIPE, text=True,
-                            stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+                            stdout=subprocess.PIPE, env=env)  # fmt: skip
 
 
 def assert_same(a, b, exact=True):
@@ -102,17 +105,17 @@ def test_two_ranks_train_to_the_weights_of_one(micro_batch, tmp_path):
 
 
 def test_a_lost_rank_is_restarted_and_the_run_goes_on(tmp_path):
-    same = [*DIGITS, "--micro-batch", "10"]
+    same = [*DIGITS, "--micro-batch", "10", "--resume"]
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=2")
     run = start("attention_distill.py", *same, "--out", tmp_path / "whole", launcher=launcher)
     assert run.wait(timeout=120) == 0
     run = start("attention_distill.py", *same, "--out", tmp_path / "lost", "--save-every", 0, launcher=launcher)
-    step = wait_for_step(tmp_path / "lost", 8)
-    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
-    os.kill(int(children[-1]), signal.SIGKILL)
+    wait_for_step(tmp_path / "lost", 8)
+    ranks = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    os.kill(int(ranks[-1]), signal.SIGKILL)
     text, errors = run.communicate(timeout=120)
     assert run.returncode == 0, errors
-    assert f"going on from step {step}" in text or "going on from step" in text
+    assert "going on from step" in text
     for name, part in (("last.pt", "net"), ("last.pt", "average"), ("model.pt", "model")):
         assert_same(weights(tmp_path / "lost", name)[part], weights(tmp_path / "whole", name)[part])
 
@@ -154,6 +157,21 @@ def test_mixed_precision_and_compile_train_close_to_float32(tmp_path):
     assert rows["compiled"] == pytest.approx(rows["float32"], rel=1e-3)
     assert rows["bf16"] == pytest.approx(rows["float32"], rel=0.03)
     assert rows["bf16"] != rows["float32"]
+
+
+@pytest.mark.parametrize("script", [attention_copy, attention_distill])
+def test_a_step_compiles_as_one_graph(script, monkeypatch, tmp_path):
+    """Without a break, so that CUDA graphs can hold the whole of it. The backend that only traces is as strict, and fast."""
+    nets = []
+    for mode in ("off", "on"):
+        monkeypatch.setattr(train.Step, "compile", lambda step, mode: torch.nn.Module.compile(step, backend="aot_eager",
+                                                                                             fullgraph=True))  # fmt: skip
+        torch.compiler.reset()
+        out = tmp_path / mode
+        script.main(script.options([*DIGITS[:2], "--epochs", "2", "--warmup", "1", "--labels", "100", "--batch", "50",
+                                    "--compile", mode, "--out", str(out)]))  # fmt: skip
+        nets.append(weights(out)["net"])
+    assert_same(*nets, exact=False)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path, failing, monkeypatch):

@@ -78,6 +78,17 @@ def test_copy_is_the_teachers_softmax_map_on_the_students_values(width, layers):
         assert bool(student.blocks[i].attn.qkv.weight.grad[: 2 * 48].any()) == (i not in layers)
 
 
+@pytest.mark.parametrize("lent", [False, True])
+@pytest.mark.parametrize("dtype, close", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_both_ways_to_attend_agree(lent, dtype, close):
+    q, k, v, upstream = torch.randn(4, 2, 3, 50, 16).to(dtype).unbind()
+    learns = [x.requires_grad_() for x in ((v,) if lent else (q, k, v))]
+    ours, theirs = vit.attend(q, k, v), torch.softmax(q.float() @ k.float().mT / 4, dim=-1) @ v.float()
+    grads = [torch.autograd.grad(y, learns, upstream.to(y.dtype)) for y in (ours, theirs)]
+    for a, b in ((ours, theirs), *zip(*grads, strict=True)):
+        assert (a - b).norm() < close * b.norm()
+
+
 def test_look_is_what_forward_looked_with():
     net, images = make(), torch.randn(2, 3, 32, 32)
     _, looks = net(images)
