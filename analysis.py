@@ -255,7 +255,8 @@ def options(argv: list[str]):
     return train.options(__doc__, {}, FLAGS, argv, positional=("checkpoints", "A and B: two model.pt, or one and 'random'"))
 
 
-def main(args) -> dict:
+def open_pair(args) -> tuple[Eyes, Eyes, int, data.Data]:
+    """The eyes of args.checkpoints, their patch size, and the images both can look at. ValueError if there are none."""
     if len(args.checkpoints) != 2 or args.checkpoints[0] == "random":
         raise ValueError("analysis.py compares two ViTs: name two checkpoints, or one and then 'random'")
     if args.images < 4:
@@ -286,21 +287,28 @@ def main(args) -> dict:
     if images.channels != net_a.architecture["channels"]:
         raise ValueError(f"the ViTs take images of {net_a.architecture['channels']} channels, --data {args.data} has "
                          f"{images.channels}")  # fmt: skip
+    return a, b, net_a.architecture["patch"], images
 
-    def batches(count: int):
-        for some, _ in images.test.plainly(args.batch):
-            yield some[:count]
-            count -= len(some)
-            if count <= 0:
-                return
 
-    found = compare(a, b, batches(args.images), net_a.architecture["patch"])
+def batches(images: data.Data, args):
+    """The first args.images of the test images, without their labels."""
+    left = args.images
+    for some, _ in images.test.plainly(min(args.batch, left)):
+        yield some[:left]
+        left -= len(some)
+        if left <= 0:
+            return
+
+
+def main(args) -> dict:
+    a, b, patch, images = open_pair(args)
+    found = compare(a, b, batches(images, args), patch)
     show(found, args.checkpoints)
     out = Path(args.out or f"runs/analysis-{args.data}")
     out.mkdir(parents=True, exist_ok=True)
     record = {"models": args.checkpoints, "data": args.data, "commit": train.commit(), **found}
     train.write_text(out / "analysis.json", json.dumps(record, indent=1) + "\n")
-    draw(found, a, b, next(batches(6)), images.normalization, args, out)
+    draw(found, a, b, next(batches(images, args))[:6], images.normalization, args, out)
     print(f"\nwrote {out}/analysis.json, maps.png, rollout.png, divergence.png, heads.png and cka.png")
     return record
 

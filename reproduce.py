@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+import analysis
 import attention_copy
 import attention_distill
 import data
@@ -214,14 +215,29 @@ def table(args, runner: Runner) -> dict:
         paths = [[str(jobs[f"{member} s{seed}"].out / "model.pt") for member in members] for seed in seeds]
         rows[row] = summary([ensemble.evaluate(pair, ensemble.options([*pair, *same]))["ensemble_top1"] for pair in paths])
     del rows["fine-tuning again"]
+    likeness = {row: like_teacher(row, args, jobs, same) for row in MAIN}
     usual = finetune.options(["--data", args.data, *args.extra.split()]).epochs
     by_length = {epochs: {row: summary([results[f"{row}, {epochs} epochs s{seed}"]["test_top1"] for seed in seeds])
                           for row in MAIN} for epochs in lengths}  # fmt: skip
     by_length[usual] = {row: rows[row] for row in MAIN}
     teachers = [r["seconds"] for name, r in results.items() if name.startswith("teacher")]
     return record(args, runner, seeds=list(seeds), measure="test top-1, %", rows=rows,
-                  teacher_seconds=statistics.mean(teachers),
+                  teacher_seconds=statistics.mean(teachers), likeness_to_teacher=likeness,
                   lengths=dict(sorted(by_length.items())) if lengths else {})  # fmt: skip
+
+
+def like_teacher(row: str, args, jobs: dict[str, Job], same: list[str]) -> dict[str, list[dict]]:
+    """Layer by layer: divergence of a row's maps from the teacher's (nats), and CKA of its features with the teacher's."""
+    found = []
+    for seed in range(args.seeds):
+        job = jobs[f"{row} s{seed}"]
+        teacher = job.after[0] if job.after else jobs[f"fine-tuning s{seed}"].after[0]
+        options = analysis.options([str(jobs[teacher].out / "model.pt"), str(job.out / "model.pt"), *same, "--images", "500"])
+        a, b, patch, images = analysis.open_pair(options)
+        found.append(analysis.compare(a, b, analysis.batches(images, options), patch))
+    layers = range(len(found[0]["layers"]))
+    return {"divergence": [summary([one["layers"][i]["divergence"] for one in found]) for i in layers],
+            "cka": [summary([one["cka"][i][i] for one in found]) for i in layers]}  # fmt: skip
 
 
 def tune(args, runner: Runner) -> dict:
@@ -266,32 +282,24 @@ def show(result: dict) -> None:
 
 
 def chart(result: dict, path: Path) -> None:
-    """The table as bars, and how the main rows move with the length of training."""
+    """The table as bars; and for the main rows, layer by layer, how far maps and features are from the teacher's."""
     import matplotlib.pyplot as plt
 
-    colours = dict(zip(MAIN, ("#999999", "#56B4E9", "#0072B2", "#D55E00"), strict=True))  # safe for colour-blind eyes
-    lengths = result["lengths"]
-    figure, axes = plt.subplots(1, 2 if lengths else 1, figsize=(10 if lengths else 6, 3.6), squeeze=False,
-                                width_ratios=(3, 2) if lengths else None, layout="constrained", facecolor="white")  # fmt: skip
-    rows, bars = result["rows"], axes[0][0]
-    for y, (row, found) in enumerate(rows.items()):
-        colour = colours.get(row, "#009E73" if row.startswith("ensemble: fine-tuning +") else "#DDDDDD")
+    figure, (bars, *others) = analysis.figure(1, 3, width=12, height=3.6, width_ratios=(5, 3, 3))
+    for y, (row, found) in enumerate(result["rows"].items()):
+        colour = analysis.COLOURS.get(row, analysis.COLOURS["ensemble"] if "+" in row else "#DDDDDD")
         bars.barh(y, found["mean"], xerr=found["std"] or 0, color=colour, ecolor="#333333", capsize=2)
-        bars.text(1, y, f" {cell(found)}", va="center", color="white" if colour in ("#0072B2", "#D55E00") else "black")
-    bars.set_yticks(range(len(rows)), rows)
+        bars.text(1, y, f" {cell(found)}", va="center", color="white" if row in MAIN[2:] else "black")
+    bars.set_yticks(range(len(result["rows"])), result["rows"])
     bars.invert_yaxis()
     bars.set(xlabel="test accuracy (top-1, %)", xlim=(0, 100), title="What is transferred, and how well it works")
-    if lengths:
-        lines = axes[0][1]
-        for row in MAIN:
-            means, stds = ([rows[row][k] or 0 for rows in lengths.values()] for k in ("mean", "std"))
-            lines.errorbar(list(map(int, lengths)), means, stds, label=row, color=colours[row], marker="o", capsize=2)
-        lines.set(xscale="log", xlabel="epochs", ylabel="test accuracy (top-1, %)", title="Training for longer")
-        lines.set_xticks(list(map(int, lengths)), list(lengths))
-        lines.minorticks_off()
-        lines.legend(frameon=False, fontsize=8)
-    for axis in axes.flat:
-        axis.spines[["top", "right"]].set_visible(False)
+    bars.spines[["top", "right"]].set_visible(False)
+    for axis, what, label, title in zip(others, ("divergence", "cka"), ("Jensen-Shannon divergence (nats)", "linear CKA"),
+                                        ("Maps: how far from the teacher's", "Features: how like the teacher's"),
+                                        strict=True):  # fmt: skip
+        series = {row: [x["mean"] for x in found[what]] for row, found in result["likeness_to_teacher"].items()}
+        analysis.lines(axis, series, label, title)
+    others[1].set_ylim(0, 1.02)
     figure.savefig(path, dpi=160)
     plt.close(figure)
 

@@ -11,6 +11,10 @@ from PIL import Image
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem != "test_tutorial")  # the longest first, beside all the others
+
+
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory):
     """An image folder of three classes, each with a colour and a lot of noise: 30 images for training, 15 for validation."""
