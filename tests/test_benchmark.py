@@ -1,6 +1,7 @@
 """The benchmark: what it calls plain and ours compute the same, and it counts operations as PyTorch's own counter does."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -69,6 +70,24 @@ def test_a_run_leaves_a_record_that_its_command_replaces(tmp_path, capsys):
         rate = row["images_per_s"] * row["gflop_per_image"] / 1000 / record["matrix_tflops"]
         assert 0 < row["share"] == pytest.approx(rate, rel=0.05)
     assert "x plain" in capsys.readouterr().out
+
+
+def test_the_figures_of_the_readme_are_those_of_the_record_and_of_the_count():
+    root = Path(benchmark.__file__).parent
+    readme, records = (root / "README.md").read_text(), json.loads((root / "results" / "benchmark-cpu.json").read_text())
+    small, full = records[0], benchmark.options(["--model", "large"])
+    assert small["command"] == "python benchmark.py --method all --model small --batch 8"
+    for method, rows in small["rows"].items():
+        speeds = " | ".join(f"{rows[variant]['images_per_s']:.1f}" for variant in ("plain", "plain-amp", "ours"))
+        memory = f"{rows['plain']['memory_gib']:.1f} → {rows['ours']['memory_gib']:.1f}"
+        assert f"| {method} | {speeds} | {rows['ours']['times_plain']:.1f} | {memory} |" in readme
+        recipe = benchmark.settings(method, full, 64)
+        flop = benchmark.operations(method, recipe)
+        hours = flop * recipe.epochs * benchmark.IMAGES / 400e12 / 3600
+        assert f"| {method} | {recipe.epochs} | {flop / 1e9:.0f} | {hours:.0f} | {hours / 8:.1f} |" in readme
+    slow = {method: f"{rows['ours']['times_plain']:.1f} times" for method, rows in records[1]["rows"].items()}
+    assert records[1]["command"].endswith("--amp off")
+    assert f"ours is {slow['copy']} plain for copy and {slow['distill']} for distillation" in readme
 
 
 @pytest.mark.parametrize("argv, words", [
