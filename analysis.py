@@ -234,7 +234,7 @@ def overlays(images: Tensor, looks: dict[str, Tensor], normalization):
         for axis, weights in zip(line[1:], looks.values(), strict=True):
             side = math.isqrt(weights.shape[1] - 1)
             axis.imshow(pixels[i].mean(-1), cmap="gray", extent=whole, vmin=0, vmax=1)
-            axis.imshow(weights[i, 1:].view(side, side).cpu(), cmap="magma", extent=whole, alpha=0.65, vmin=0)
+            axis.imshow(weights[i, 1:].view(side, side).detach().cpu(), cmap="magma", extent=whole, alpha=0.65, vmin=0)
         for axis in line:
             axis.set(xticks=[], yticks=[])
     for axis, name in zip(axes[0], ("image", *looks), strict=True):

@@ -312,6 +312,7 @@ def main(args) -> dict:
     if args.seeds < 1:
         raise ValueError("--seeds 0: at least one run of each row is needed")
     runner, results = Runner(args), Path(args.results)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which stops the runs as well
     results.mkdir(parents=True, exist_ok=True)
     if args.tune:
         result = tune(args, runner)

@@ -65,13 +65,16 @@ def test_maps_and_features_are_as_far_from_the_teachers_as_the_prose_tells(text)
         assert divergence["fine-tuning"][layer] < divergence["from scratch"][layer] < 0.6932
     cka = {name: row(text, name, "CKA with the teacher's features") for name in divergence}
     assert all(-0.2 <= value <= 1.0001 for values in cka.values() for value in values)
-    for layer in range(4):
-        assert max(cka["attention copy"][layer], cka["attention distillation"][layer]) < cka["fine-tuning"][layer]
+    for layer in range(3):  # copy: other features in spite of the same maps; distillation: much of the teacher's features
+        assert cka["attention copy"][layer] + 0.2 < min(cka["attention distillation"][layer], cka["fine-tuning"][layer])
+        assert cka["from scratch"][layer] + 0.3 < cka["attention distillation"][layer]
 
 
 def test_learned_maps_matter(text):
-    trial = {name: row(text, name, "distillation as above")[-1] for name in ("distillation as above", "random teacher")}
-    assert trial["random teacher"] + 4 < trial["distillation as above"]
+    trial = {name: row(text, name, "fine-tuning twice")[-1] for name in (
+        "distillation as above", "random teacher", "from scratch", "first layer only", "third layer only")}  # fmt: skip
+    assert trial["random teacher"] + 4 < trial["from scratch"] < trial["distillation as above"] - 4
+    assert trial["first layer only"] + 4 < trial["third layer only"]
 
 
 def test_the_stored_notebook_is_whole_and_small():
