@@ -86,7 +86,8 @@ def attention_distance(p: Tensor, patch: int) -> Tensor:
 
     `p`: maps (B, H, 1 + n^2, 1 + n^2) over a class token, which is left out here, and a square grid of patches.
     """
-    p = p[:, :, 1:, 1:] / p[:, :, 1:, 1:].sum(dim=-1, keepdim=True)
+    p = p[:, :, 1:, 1:]
+    p = p / p.sum(dim=-1, keepdim=True).clamp_min(1e-9)
     side = math.isqrt(p.shape[-1])
     spot = torch.cartesian_prod(*[torch.arange(side, device=p.device) * float(patch)] * 2)
     return (p * torch.cdist(spot, spot)).sum(dim=-1).mean(dim=-1)
@@ -158,26 +159,27 @@ def compare(a: Eyes, b: Eyes, batches: Iterable[Tensor], patch: int) -> dict:
     of b's that `pairs` names), in nats; `entropy` of a's and b's heads, in nats; `distance` that they look, in pixels.
     cka: a's layers by b's, of the features' mean over patches, which is what the head of a ViT reads.
     """
-    sums, features, count = [], ([], []), 0
+    sums, features, count = {}, ([], []), 0
     for images in batches:
         count += len(images)
         (looks_a, made_a), (looks_b, made_b) = a(images), b(images)
         for side, made in zip(features, (made_a, made_b), strict=True):
             side.append(torch.stack([reduce(x[:, 1:], "b n d -> b d", "mean") for x in made]).cpu())  # (layers, B, D)
-        for i, (look_a, look_b) in enumerate(zip(looks_a, looks_b, strict=False)):
-            maps = attention_map(look_a), attention_map(look_b)
-            heads = torch.stack([torch.stack([jensen_shannon(maps[0][:, h], maps[1][:, j]).mean(-1).sum()
-                                              for j in range(maps[1].shape[1])]) for h in range(maps[0].shape[1])])  # fmt: skip
-            found = [heads, *(entropy(p).mean(-1).sum(0) for p in maps), *(attention_distance(p, patch).sum(0) for p in maps)]
-            found = [x.double().cpu() for x in found]
-            sums[i : i + 1] = [[x + y for x, y in zip(found, sums[i], strict=True)] if i < len(sums) else found]
+        for i, looks in enumerate(zip(looks_a, looks_b, strict=False)):
+            maps = [attention_map(qk) for qk in looks]
+            for what, value in {
+                "pairs": torch.stack([jensen_shannon(p[:, None], maps[1]).mean(-1).sum(0) for p in maps[0].unbind(1)]),
+                "entropy": torch.stack([entropy(p).mean(-1).sum(0) for p in maps]),
+                "distance": torch.stack([attention_distance(p, patch).sum(0) for p in maps]),
+            }.items():
+                sums[i, what] = sums.get((i, what), 0) + value.cpu()
     layers = []
-    for pairs, entropy_a, entropy_b, distance_a, distance_b in [[(x / count).numpy() for x in layer] for layer in sums]:
-        columns = match(pairs) if len(pairs) == len(pairs[0]) else []
-        layers.append({"divergence": float(pairs.diagonal().mean()), "by_head": pairs.diagonal().tolist(), "pairs": columns,
-                       "matched": float(np.mean([pairs[h, j] for h, j in enumerate(columns)])) if columns else None,
-                       "entropy": [entropy_a.tolist(), entropy_b.tolist()],
-                       "distance": [distance_a.tolist(), distance_b.tolist()]})  # fmt: skip
+    for i in range(1 + max(i for i, _ in sums)):
+        pairs, heads = sums[i, "pairs"] / count, range(len(sums[i, "pairs"]))
+        columns = match(pairs.numpy())
+        layers.append({"divergence": pairs.diagonal().mean().item(), "by_head": pairs.diagonal().tolist(), "pairs": columns,
+                       "matched": pairs[heads, columns].mean().item(), "entropy": (sums[i, "entropy"] / count).tolist(),
+                       "distance": (sums[i, "distance"] / count).tolist()})  # fmt: skip
     x, y = (torch.cat(side, dim=1) for side in features)
     return {"images": count, "layers": layers, "cka": [[cka(one, other) for other in y] for one in x]}
 
@@ -271,19 +273,19 @@ def open_pair(args) -> tuple[Eyes, Eyes, int, data.Data]:
     else:
         second = vit.read(args.checkpoints[1])
         net_b, b = eyes(second, device)
-    differ = [f"{what} ({ours} and {theirs})" for what, ours, theirs in (
-        ("image size", net_a.architecture["image_size"], net_b.architecture["image_size"]),
-        ("patch size", net_a.architecture["patch"], net_b.architecture["patch"]),
-        ("channels", net_a.architecture["channels"], net_b.architecture["channels"]),
-        ("normalisation of pixels", *(c.get("normalization") for c in (first, {**first, **second}))),
-    ) if None not in (ours, theirs) and ours != theirs]  # fmt: skip
-    if differ:
-        raise ValueError(f"the two ViTs cannot look at the same tokens of the same images: their {', '.join(differ)} differ")
-    for name, value, count in (("layer", args.layer, len(net_a.blocks)), ("head", args.head, net_a.heads)):
+    for what in ("image_size", "patch", "channels", "heads"):
+        ours, theirs = net_a.architecture[what], net_b.architecture[what]
+        if ours != theirs:
+            raise ValueError(f"the maps of the two ViTs cannot be compared: their {what} differ ({ours} and {theirs})")
+    normalizations = [c["normalization"] for c in (first, second) if c.get("normalization")]
+    if any(n != normalizations[0] for n in normalizations):
+        raise ValueError("the two ViTs were trained on images that were normalised differently: they cannot see the same ones")
+    depth = min(len(net_a.blocks), len(net_b.blocks))
+    for name, value, count in (("layer", args.layer, depth), ("head", args.head, net_a.heads)):
         if value > count:
             raise ValueError(f"--{name} {value}: there are {count}")
     args.image_size = net_a.architecture["image_size"]
-    images = data.load(args, device, first.get("normalization") or second.get("normalization"), train=False)
+    images = data.load(args, device, normalizations[0] if normalizations else None, train=False)
     if images.channels != net_a.architecture["channels"]:
         raise ValueError(f"the ViTs take images of {net_a.architecture['channels']} channels, --data {args.data} has "
                          f"{images.channels}")  # fmt: skip
@@ -318,10 +320,9 @@ def show(found: dict, names: list[str]) -> None:
     print("       divergence, nats     entropy, nats   distance, pixels   features")
     print("layer  as is    matched       A       B        A       B       CKA A, B")
     for i, (layer, similar) in enumerate(zip(found["layers"], found["cka"], strict=False)):
-        means = [np.mean(layer[what][side]) for what in ("entropy", "distance") for side in (0, 1)]
-        matched = f"{layer['matched']:.3f}" if layer["matched"] is not None else "-"
-        print(f"{i + 1:5}  {layer['divergence']:.3f}    {matched:>7}   {means[0]:5.2f}   {means[1]:5.2f}    {means[2]:5.1f}   "
-              f"{means[3]:5.1f}      {similar[i] if i < len(similar) else math.nan:9.2f}")  # fmt: skip
+        entropies, distances = ([np.mean(side) for side in layer[what]] for what in ("entropy", "distance"))
+        print(f"{i + 1:5}  {layer['divergence']:.3f}    {layer['matched']:7.3f}   {entropies[0]:5.2f}   "
+              f"{entropies[1]:5.2f}    {distances[0]:5.1f}   {distances[1]:5.1f}      {similar[i]:9.2f}")  # fmt: skip
 
 
 def draw(found: dict, a: Eyes, b: Eyes, images: Tensor, normalization, args, out: Path) -> None:
@@ -331,9 +332,8 @@ def draw(found: dict, a: Eyes, b: Eyes, images: Tensor, normalization, args, out
         "rollout": overlays(images, {k: rollout(maps)[:, 1:].mean(1) for k, maps in looks.items()}, normalization),
     }
     pictures["divergence"], axis = figure()
-    series = {"heads as they stand": [layer["divergence"] for layer in found["layers"]]}
-    if found["layers"][0]["matched"] is not None:
-        series["heads matched"] = [layer["matched"] for layer in found["layers"]]
+    series = {name: [layer[what] for layer in found["layers"]]
+              for name, what in (("heads as they stand", "divergence"), ("heads matched", "matched"))}  # fmt: skip
     lines(axis, series, "Jensen-Shannon divergence (nats)", "How differently A and B look")
     pictures["heads"], axes = figure(1, 2, width=8)
     for axis, what, unit in zip(axes, ("entropy", "distance"), ("nats", "pixels"), strict=True):

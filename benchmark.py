@@ -4,7 +4,7 @@
     python benchmark.py --method distill --model large --image-size 384 --batch 8,16,32       the best batch of each
     python benchmark.py --method finetune --data cifar10 --compile graphs --batch 512,2048
     python benchmark.py --maps                                             the forms of the distillation loss
-    python benchmark.py --loader --data-dir /imagenet --model base         what the data can deliver
+    python benchmark.py --loader --data-dir /imagenet                      what the data can deliver
 
 Variants, side by side in one run, each in a process of its own, a few steps in turn:
 
@@ -311,7 +311,7 @@ def methods(args) -> dict:
         best = {}
         for batch in batches:
             for variant, row in measure(method, variants, args, batch).items():
-                if row["images_per_s"] > best.get(variant, row | {"images_per_s": 0})["images_per_s"]:
+                if variant not in best or row["images_per_s"] > best[variant]["images_per_s"]:
                     best[variant] = row
         recipe = settings(method, args, batches[0])
         for variant, row in best.items():

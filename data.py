@@ -6,7 +6,8 @@
     --data folder      the same, for images of your own
 
 Every batch is a function of (seed, epoch, step): a run that is killed and resumed sees the same images. The random numbers
-are drawn for the whole batch, over all GPUs, so what an image looks like does not depend on how many GPUs there are.
+are drawn for the whole batch, over all GPUs, so crops and flips do not depend on how many GPUs there are. What comes after
+them (the noise of erasing, mixing, drop path) each process draws for its own share.
 
 The digits are the 1,797 8x8 images of E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits" (test part),
 UCI Machine Learning Repository, 1998, CC BY 4.0, https://doi.org/10.24432/C50P49, as scikit-learn ships them.

@@ -127,7 +127,7 @@ def run(main: Callable, options: Callable) -> None:
         if isinstance(error, KeyboardInterrupt):
             text, code = "interrupted; --resume goes on from the last checkpoint", 130
         elif isinstance(error, torch.OutOfMemoryError):
-            text, code = "the GPU's memory is full: try a smaller --micro-batch (the result stays the same)", 1
+            text, code = "the GPU's memory is full: try a smaller --micro-batch (--batch stays the same)", 1
         elif isinstance(error, OSError) and error.strerror:
             text, code = f"{error.strerror}: {error.filename}", 2
         else:

@@ -142,7 +142,7 @@ def test_a_copy_student_looks_with_its_teachers_eyes(tmp_path, capsys):
     (["A"], "name two checkpoints"),
     (["random", "A"], "name two checkpoints"),
     (["A", "missing.pt"], "no checkpoint at missing.pt"),
-    (["A", "B"], "patch size (3 and 4)"),
+    (["A", "B"], "patch differ (3 and 4)"),
     (["A", "random", "--layer", "9"], "--layer 9: there are 3"),
     (["A", "random", "--head", "5"], "--head 5: there are 4"),
     (["A", "random", "--images", "3"], "at least 4"),
