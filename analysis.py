@@ -173,6 +173,12 @@ def compare(a: Eyes, b: Eyes, batches: Iterable[Tensor], patch: int) -> dict:
                 "distance": torch.stack([attention_distance(p, patch).sum(0) for p in maps]),
             }.items():
                 sums[i, what] = sums.get((i, what), 0) + value.cpu()
+    if count < 4:
+        raise ValueError(f"{count} images are too few: the similarity of features needs at least 4")
+    x, y = (torch.cat(side, dim=1) for side in features)
+    alike = [[cka(one, other) for other in y] for one in x]
+    if not np.isfinite(alike).all():
+        raise ValueError("features are not finite, or the same for all images: was one of the two ViTs trained to ruin?")
     layers = []
     for i in range(1 + max(i for i, _ in sums)):
         pairs, heads = sums[i, "pairs"] / count, range(len(sums[i, "pairs"]))
@@ -180,8 +186,7 @@ def compare(a: Eyes, b: Eyes, batches: Iterable[Tensor], patch: int) -> dict:
         layers.append({"divergence": pairs.diagonal().mean().item(), "by_head": pairs.diagonal().tolist(), "pairs": columns,
                        "matched": pairs[heads, columns].mean().item(), "entropy": (sums[i, "entropy"] / count).tolist(),
                        "distance": (sums[i, "distance"] / count).tolist()})  # fmt: skip
-    x, y = (torch.cat(side, dim=1) for side in features)
-    return {"images": count, "layers": layers, "cka": [[cka(one, other) for other in y] for one in x]}
+    return {"images": count, "layers": layers, "cka": alike}
 
 
 # Pictures -------------------------------------------------------------------------------------------------------------------
@@ -261,8 +266,6 @@ def open_pair(args) -> tuple[Eyes, Eyes, int, data.Data]:
     """The eyes of args.checkpoints, their patch size, and the images both can look at. ValueError if there are none."""
     if len(args.checkpoints) != 2 or args.checkpoints[0] == "random":
         raise ValueError("analysis.py compares two ViTs: name two checkpoints, or one and then 'random'")
-    if args.images < 4:
-        raise ValueError(f"--images {args.images}: the similarity of features needs at least 4")
     device = train.device(args)
     first = vit.read(args.checkpoints[0])
     net_a, a = eyes(first, device)
@@ -304,10 +307,10 @@ def batches(images: data.Data, args):
 
 def main(args) -> dict:
     a, b, patch, images = open_pair(args)
-    found = compare(a, b, batches(images, args), patch)
-    show(found, args.checkpoints)
     out = Path(args.out or f"runs/analysis-{args.data}")
     out.mkdir(parents=True, exist_ok=True)
+    found = compare(a, b, batches(images, args), patch)
+    show(found, args.checkpoints)
     record = {"models": args.checkpoints, "data": args.data, "commit": train.commit(), **found}
     train.write_text(out / "analysis.json", json.dumps(record, indent=1) + "\n")
     draw(found, a, b, next(batches(images, args))[:6], images.normalization, args, out)

@@ -67,6 +67,7 @@ FLAGS = {k: data.FLAGS[k] for k in ("data_dir", "image_size", "workers")} | {
     "loader": (False, "time what the loaders deliver instead"),
     "results": ("results", "where the record goes"),
 }
+VARIANTS = ("plain", "plain-amp", "ours")
 STEPS_A_TURN = 4
 IMAGES = 1_281_167  # in an epoch of ImageNet
 
@@ -294,9 +295,9 @@ def receive(pipe, method: str, variant: str):
 
 def methods(args) -> dict:
     device = train.device(args)
-    chosen = list(SCRIPTS) if args.method == "all" else args.method.split(",")
-    variants = ["plain", "plain-amp", "ours"] if args.variant == "all" else args.variant.split(",")
-    for kind, names, known in (("method", chosen, SCRIPTS), ("variant", variants, ("plain", "plain-amp", "ours"))):
+    chosen = list(SCRIPTS if args.method == "all" else dict.fromkeys(args.method.split(",")))
+    variants = list(VARIANTS if args.variant == "all" else dict.fromkeys(args.variant.split(",")))
+    for kind, names, known in (("method", chosen, SCRIPTS), ("variant", variants, VARIANTS)):
         if odd := [name for name in names if name not in known]:
             raise ValueError(f"--{kind} {odd[0]}: choose {', '.join(known)} or all")
     try:
@@ -407,6 +408,8 @@ def loader(args) -> dict:
     table, device = {}, train.device(args)
 
     def rate(part: data.Part, batch: int, least: float = 5.0) -> float:
+        if len(part) < batch:
+            raise ValueError(f"--batch {batch} is more than the {len(part)} training images")
         begun, count = None, 0
         for epoch in range(10**6):
             for images, _ in part.epoch(epoch):
@@ -463,15 +466,19 @@ def options(argv: list[str]):
 def main(args) -> dict:
     device = train.device(args)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
+    path = Path(args.results) / f"benchmark-{name.replace(' ', '-') if device.type == 'cuda' else device.type}.json"
+    path.parent.mkdir(exist_ok=True, parents=True)
+    try:
+        records = json.loads(path.read_text()) if path.exists() else []
+        commands = [record["command"] for record in records]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} holds no records of benchmark.py: move it away, or choose other --results") from error
     train.say(f"{name}, torch {torch.__version__}")
     what = "loader" if args.loader else "maps" if args.maps else "methods"
     found = {"loader": loader, "maps": maps, "methods": methods}[what](args)
     record = {"command": " ".join(["python benchmark.py", *args.argv]), "commit": train.commit(), "device": name,
               "torch": torch.__version__, "python": platform.python_version(), **found}  # fmt: skip
-    path = Path(args.results) / f"benchmark-{name.replace(' ', '-') if device.type == 'cuda' else device.type}.json"
-    records = json.loads(path.read_text()) if path.exists() else []
-    records = [old for old in records if old["command"] != record["command"]] + [record]
-    path.parent.mkdir(exist_ok=True, parents=True)
+    records = [old for old, command in zip(records, commands, strict=True) if command != record["command"]] + [record]
     train.write_text(path, json.dumps(records, indent=1) + "\n")
     train.say(f"\nwrote {path}")
     return record

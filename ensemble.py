@@ -62,6 +62,8 @@ def probabilities(checkpoint: dict, args, device) -> tuple[Tensor, Tensor, list[
             logits = predict(net, batch)
         parts.append(logits.float()[:, columns].softmax(dim=-1).cpu())
         labels.append(theirs.cpu())
+    if not torch.cat(parts).isfinite().all():
+        raise ValueError(f"{checkpoint['source']} gives probabilities that are not finite: its weights are ruined")
     return torch.cat(parts), torch.cat(labels), images.classes
 
 

@@ -178,7 +178,10 @@ def show(mae: MAE, images: data.Data, args) -> None:
     last = Path(args.out or f"runs/pretrain-{args.data}-{args.model}-s{args.seed}") / "last.pt"
     if not last.is_file():
         raise FileNotFoundError(f"no run at {last}: pre-train first, or say where with --out")
-    mae.load_state_dict(torch.load(last, map_location="cpu", weights_only=True)["net"])
+    try:
+        mae.load_state_dict(torch.load(last, map_location="cpu", weights_only=True)["net"])
+    except (RuntimeError, KeyError) as error:
+        raise ValueError(f"{last} holds no masked autoencoder of these sizes ({str(error).splitlines()[0]})") from error
     figure = picture(mae.eval(), next(images.val.plainly(8))[0], images.normalization)
     figure.savefig(args.show, dpi=150)
     plt.close(figure)

@@ -66,7 +66,8 @@ HELP = {  # of the entries that recipes share
 RANGES = {"epochs": (1, None), "batch": (1, None), "beta2": (0, 0.9999), "layer_decay": (0.01, 1), "ema": (0, 0.999999),
           "drop_path": (0, 0.99), "crop_area": (0, 1), "erase": (0, 1), "smoothing": (0, 0.99), "mask": (0.05, 0.95),
           "patch": (1, None), "eval_every": (1, None), "subset_seed": (-1, None), "randaugment": (0, 30),
-          "steps": (1, None)}  # fmt: skip
+          "steps": (1, None), "images": (4, None), "decoder_heads": (1, None), "decoder_dim": (4, None),
+          "seed": (0, 2**63 - 1)}  # fmt: skip
 # What may change between a run and its resumption.
 FREE = {"out", "resume", "overwrite", "save_every", "device", "micro_batch", "compile", "workers", "data_dir"}
 
@@ -484,9 +485,9 @@ def fit(net: nn.Module, loss: Callable, predict: Callable | None, data, args, na
 def finite(learner: Learner, out: Path) -> None:
     bad = [k for k, v in learner.sums.items() if not torch.isfinite(v)]
     if bad:
-        what = "gradient norm" if bad[0] == "gradient" else f"{bad[0]} loss"
+        what, last = "gradient norm" if bad[0] == "gradient" else f"{bad[0]} loss", out / "last.pt"
         raise Failed(f"the {what} is no longer finite at step {learner.at}: try a lower --lr, a longer "
-                     f"--warmup or --amp off; the last good checkpoint is {out / 'last.pt'}")  # fmt: skip
+                     "--warmup or --amp off" + (f"; the last good checkpoint is {last}" if last.exists() else ""))  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -201,7 +201,7 @@ def parse_layers(text: str, depth: int) -> list[int]:
         elif text.isdigit():
             layers = list(range(int(text)))
         else:
-            spans = [part.split("-") for part in text.split(",")]
+            spans = [part.split("-", 1) for part in text.split(",")]
             layers = sorted({i for span in spans for i in range(int(span[0]), int(span[-1]) + 1)})
     except ValueError:
         raise ValueError(f"--layers {text}: write a count (18), a range (6-11), a list (0,2,4-7) or 'all'") from None
@@ -238,11 +238,13 @@ def read(source: str | Path) -> dict:
             raise FileNotFoundError(f"no checkpoint at {source}")
         else:
             found = torch.load(source, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{source} is no checkpoint that can be read safely: it is cut short, or holds more than "
-                         f"tensors ({type(error).__name__}: {str(error)[:80]})") from error  # fmt: skip
+    except FileNotFoundError:
+        raise
     except urllib.error.URLError as error:
         raise ValueError(f"cannot download {source} ({error.reason}): fetch it elsewhere and name the file") from error
+    except (RuntimeError, OSError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{source} is no checkpoint that can be read safely: it is cut short, or holds more than "
+                         f"tensors ({type(error).__name__}: {str(error)[:80]})") from error  # fmt: skip
     if isinstance(found, dict):
         found = next(({**found, "model": found[key]} for key in ("model", "state_dict") if key in found),
                      {"model": found})  # fmt: skip
@@ -260,10 +262,15 @@ def load(checkpoint: dict, *, image_size: int | None = None, classes: int | None
     """
     weights = {k: v for k, v in checkpoint["model"].items() if not k.startswith(("decoder", "mask_token", "norm."))}
     arch = checkpoint.get("architecture") or infer_architecture(weights, checkpoint["source"])
+    if not isinstance(arch, dict) or not {"image_size", "classes"} <= arch.keys():
+        raise ValueError(f"{checkpoint['source']} describes no ViT that could be built ({arch})")
     image_size = image_size or arch["image_size"]
     if classes is not None or not arch["classes"]:  # a new head, and the norm before it if the file has none
         weights = {k: v for k, v in weights.items() if not k.startswith("head.")}
-    vit = ViT(**{**arch, "image_size": image_size, "classes": classes or arch["classes"]}, drop_path=drop_path)
+    try:
+        vit = ViT(**{**arch, "image_size": image_size, "classes": classes or arch["classes"]}, drop_path=drop_path)
+    except (TypeError, ZeroDivisionError, RuntimeError) as error:
+        raise ValueError(f"{checkpoint['source']} describes no ViT that could be built ({error})") from error
     if "pos_embed" in weights:
         weights["pos_embed"] = interpolate(weights["pos_embed"], vit.tokens)
 

@@ -146,12 +146,21 @@ def test_a_copy_student_looks_with_its_teachers_eyes(tmp_path, capsys):
     (["A", "random", "--layer", "9"], "--layer 9: there are 3"),
     (["A", "random", "--head", "5"], "--head 5: there are 4"),
     (["A", "random", "--images", "3"], "at least 4"),
+    (["A", "NAN"], "not finite"),
+    (["A", "DEEP", "--layer", "4"], "--layer 4: there are 3"),
+    (["A", "HEADS"], "heads differ (4 and 2)"),
+    (["A", "CUT"], "no checkpoint that can be read"),
+    (["A", "ODD"], "describes no ViT"),
     (["A", "random", "--data", "folder", "--data-dir", "nowhere"], "no folder nowhere"),
 ])  # fmt: skip
 def test_bad_input_is_one_line(argv, words, failing, tmp_path):
-    for name, net in (("A", make(0)), ("B", make(1, patch=4))):
+    nets = {"A": make(0), "B": make(1, patch=4), "NAN": make(2), "DEEP": make(3, depth=5), "HEADS": make(4, heads=2)}
+    nets["NAN"].blocks[1].mlp.fc2.weight.data[0, 0] = math.nan
+    for name, net in nets.items():
         torch.save({"model": net.state_dict(), "architecture": net.architecture}, tmp_path / name)
-    argv = [str(tmp_path / word) if word in "AB" else word for word in argv]
+    (tmp_path / "CUT").write_bytes((tmp_path / "A").read_bytes()[:9000])
+    torch.save({"model": nets["A"].state_dict(), "architecture": {**nets["A"].architecture, "heads": "4"}}, tmp_path / "ODD")
+    argv = [str(tmp_path / word) if (tmp_path / word).exists() else word for word in argv]
     code, line = failing(analysis, [*argv, "--out", tmp_path / "out"])
     assert code == 2 and words in line
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob("out/*"))

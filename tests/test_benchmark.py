@@ -72,6 +72,14 @@ def test_a_run_leaves_a_record_that_its_command_replaces(tmp_path, capsys):
     assert "x plain" in capsys.readouterr().out
 
 
+def test_a_strange_record_and_too_few_photos_are_refused_before_anything_is_measured(failing, tmp_path, photos):
+    code, line = failing(benchmark, ["--loader", "--data-dir", photos, "--results", tmp_path, "--device", "cpu"])
+    assert code == 2 and "--batch 64 is more than the 30 training images" in line
+    (tmp_path / "benchmark-cpu.json").write_text('{"a": 1}')
+    code, line = failing(benchmark, [*TINY, "--results", tmp_path])
+    assert code == 2 and "holds no records of benchmark.py" in line
+
+
 def test_the_figures_of_the_readme_are_those_of_the_record_and_of_the_count():
     root = Path(benchmark.__file__).parent
     readme, records = (root / "README.md").read_text(), json.loads((root / "results" / "benchmark-cpu.json").read_text())

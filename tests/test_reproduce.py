@@ -42,6 +42,8 @@ def test_a_table_is_the_mean_of_its_runs_and_goes_on_after_a_failure(quick, tmp_
         assert found["mean"] == pytest.approx(sum(found["values"]) / 2)
         assert found["std"] == pytest.approx(statistics.stdev(found["values"]))
     assert list(result["lengths"]) == [1, 2] and len(result["rows"]) == 9
+    copied = [layer["mean"] for layer in result["likeness_to_teacher"]["attention copy"]["divergence"]]
+    assert max(copied[:3]) < 1e-5 < copied[3]  # in the layers that are lent a copy looks where the teacher looks
     stored = json.loads((tmp_path / "results" / "digits.json").read_text())
     assert stored["rows"] == result["rows"] and (tmp_path / "results" / "digits.png").stat().st_size > 10_000
     assert stored["seeds"] == [0, 1] and len(stored["commit"]) >= 7
@@ -55,6 +57,10 @@ def test_the_figures_of_the_readme_are_those_of_the_record():
         assert f"| {row} | {reproduce.cell(found)} |" in readme
     for epochs, rows in result["lengths"].items():
         assert f"| {epochs} | " + " | ".join(reproduce.cell(rows[row]) for row in reproduce.MAIN) + " |" in readme
+    for row, found in result["likeness_to_teacher"].items():
+        divergence, cka = (found[what][2] for what in ("divergence", "cka"))
+        cells = f"{divergence['mean']:.3f} ± {divergence['std']:.3f} | {cka['mean']:.2f} ± {cka['std']:.2f}"
+        assert f"| {row} | {cells} |" in readme
 
 
 def test_the_recipes_are_those_that_were_chosen_on_validation_images():
