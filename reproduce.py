@@ -285,7 +285,7 @@ def chart(result: dict, path: Path) -> None:
     """The table as bars; and for the main rows, layer by layer, how far maps and features are from the teacher's."""
     import matplotlib.pyplot as plt
 
-    figure, (bars, *others) = analysis.figure(1, 3, width=12, height=3.6, width_ratios=(5, 3, 3))
+    figure, (bars, *others) = analysis.figure(1, 3, width=13.5, height=3.6, width_ratios=(4, 3, 3))
     for y, (row, found) in enumerate(result["rows"].items()):
         colour = analysis.COLOURS.get(row, analysis.COLOURS["ensemble"] if "+" in row else "#DDDDDD")
         bars.barh(y, found["mean"], xerr=found["std"] or 0, color=colour, ecolor="#333333", capsize=2)
@@ -294,12 +294,13 @@ def chart(result: dict, path: Path) -> None:
     bars.invert_yaxis()
     bars.set(xlabel="test accuracy (top-1, %)", xlim=(0, 100), title="What is transferred, and how well it works")
     bars.spines[["top", "right"]].set_visible(False)
-    for axis, what, label, title in zip(others, ("divergence", "cka"), ("Jensen-Shannon divergence (nats)", "linear CKA"),
-                                        ("Maps: how far from the teacher's", "Features: how like the teacher's"),
+    for axis, what, label, title in zip(others, ("divergence", "cka"), ("divergence from the teacher's (nats)", "CKA with the teacher's"),
+                                        ("Distance of maps", "Likeness of features"),
                                         strict=True):  # fmt: skip
         series = {row: [x["mean"] for x in found[what]] for row, found in result["likeness_to_teacher"].items()}
         analysis.lines(axis, series, label, title)
     others[1].set_ylim(0, 1.02)
+    others[1].get_legend().remove()  # it is that of the panel beside it
     figure.savefig(path, dpi=160)
     plt.close(figure)
 
