@@ -294,9 +294,9 @@ def chart(result: dict, path: Path) -> None:
     bars.invert_yaxis()
     bars.set(xlabel="test accuracy (top-1, %)", xlim=(0, 100), title="What is transferred, and how well it works")
     bars.spines[["top", "right"]].set_visible(False)
-    for axis, what, label, title in zip(others, ("divergence", "cka"), ("divergence from the teacher's (nats)", "CKA with the teacher's"),
-                                        ("Distance of maps", "Likeness of features"),
-                                        strict=True):  # fmt: skip
+    panels = (("divergence", "divergence from the teacher's (nats)", "Distance of maps"),
+              ("cka", "CKA with the teacher's", "Likeness of features"))  # fmt: skip
+    for axis, (what, label, title) in zip(others, panels, strict=True):
         series = {row: [x["mean"] for x in found[what]] for row, found in result["likeness_to_teacher"].items()}
         analysis.lines(axis, series, label, title)
     others[1].set_ylim(0, 1.02)
