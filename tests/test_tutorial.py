@@ -73,7 +73,7 @@ def test_maps_and_features_are_as_far_from_the_teachers_as_the_prose_tells(text)
 def test_learned_maps_matter(text):
     trial = {name: row(text, name, "fine-tuning twice")[-1] for name in (
         "attention distillation", "random teacher", "from scratch", "first layer only", "third layer only")}  # fmt: skip
-    assert trial["random teacher"] + 4 < trial["from scratch"] < trial["attention distillation"] - 4
+    assert trial["random teacher"] - 2 < trial["from scratch"] < trial["attention distillation"] - 4
     assert trial["first layer only"] + 4 < trial["third layer only"]
 
 
