@@ -115,7 +115,7 @@ class PlainLearner(train.Learner):
         self.optimizer = torch.optim.AdamW(train.parameter_groups(net, args), lr=args.lr, betas=(0.9, args.beta2))
 
     def learn(self, images: Tensor, labels: Tensor, rate: float) -> None:
-        with self.autocast():
+        with self.autocast:
             loss = sum(self.step(images, labels).values())
         loss.backward()
         if not math.isfinite(loss.item()):
@@ -185,8 +185,8 @@ def operations(method: str, recipe) -> float:
     patches = ((recipe.image_size or size) // recipe.patch) ** 2
     pixels, classes = recipe.patch**2 * channels, 1000 if recipe.data == "imagenet" else 10
 
-    def block(tokens: int, d: int = dim, parts: int = 3) -> float:  # forward, without the map
-        return 2 * tokens * d * d * (parts + 1 + 8) + 2 * tokens**2 * d
+    def block(tokens: int, d: int = dim) -> float:  # forward, without the map: qkv, projection, MLP, and what is seen
+        return 2 * tokens * d * d * (3 + 1 + 8) + 2 * tokens**2 * d
 
     def look(tokens: int, d: int = dim) -> float:
         return 2 * tokens**2 * d

@@ -56,9 +56,9 @@ def probabilities(checkpoint: dict, args, device) -> tuple[Tensor, Tensor, list[
                          f"{', '.join(strange[:3]) or 'as many as'} in --data {args.data} ({len(images.classes)} classes) "
                          "are not among them")  # fmt: skip
     columns = torch.tensor([known.index(name) for name in images.classes], device=device)
-    parts, labels = [], []
+    parts, labels, mixed = [], [], train.autocast(args, net)
     for batch, theirs in getattr(images, args.part).plainly(args.batch):
-        with train.autocast(args, net):
+        with mixed:
             logits = predict(net, batch)
         parts.append(logits.float()[:, columns].softmax(dim=-1).cpu())
         labels.append(theirs.cpu())

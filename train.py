@@ -195,6 +195,7 @@ def precision(args, net: nn.Module) -> torch.dtype | None:
 
 
 def autocast(args, net: nn.Module):
+    """The context of mixed precision: made once, entered at each step."""
     dtype = precision(args, net)
     return torch.autocast(next(net.parameters()).device.type, dtype) if dtype else contextlib.nullcontext()
 
@@ -232,9 +233,9 @@ def accuracy(predict: Callable, net: nn.Module, part, args) -> float:
     was_training = net.training
     net.eval()
     where = next(net.parameters()).device
-    counts = torch.zeros(2, dtype=torch.long, device=where)  # correct, all
+    counts, mixed = torch.zeros(2, dtype=torch.long, device=where), autocast(args, net)  # counts: correct, all
     for images, labels in part.plainly(args.micro_batch or 256):
-        with autocast(args, net):
+        with mixed:
             hits = predict(net, images).argmax(dim=-1) == labels
         counts += torch.stack([hits.sum(), torch.tensor(len(hits), device=where)])
     if dist.is_initialized():
@@ -332,7 +333,7 @@ class Learner:
         self.optimizer = torch.optim.AdamW(parameter_groups(net, args), lr=args.lr, betas=(0.9, args.beta2),
                                            fused=where.type in ("cuda", "cpu"))  # fmt: skip
         self.scaler = torch.amp.GradScaler(where.type, enabled=precision(args, net) is torch.float16)
-        self.autocast = lambda: autocast(args, net)
+        self.autocast = autocast(args, net)
         self.step = Step(net, loss)
         if dist.is_initialized():
             self.step = DistributedDataParallel(self.step, gradient_as_bucket_view=True)
@@ -348,7 +349,7 @@ class Learner:
         for i, (some, their_labels) in enumerate(pieces):
             alone = i == len(pieces) - 1 or world() == 1  # the last piece exchanges the sum of the gradients
             with contextlib.nullcontext() if alone else self.step.no_sync():
-                with self.autocast():
+                with self.autocast:
                     terms = self.step(some, their_labels)
                 share = len(some) / len(images)
                 self.scaler.scale(sum(terms.values()) * share).backward()
