@@ -1,106 +1,90 @@
-"""Attention copy: the student looks where the teacher looks (Li et al., NeurIPS 2024, section 3).
+"""Attention copy: the student looks where the teacher looks.
 
-The frozen teacher runs beside the student, which uses the teacher's attention maps instead of its own:
+Li et al., NeurIPS 2024, section 3. The frozen teacher runs beside the student,
+which uses the teacher's attention maps instead of its own:
 
-    student:  y = softmax(q_T k_T' / sqrt(d)) v_S          # map of the teacher, values of the student
+    student:  y = softmax(q_T k_T' / sqrt(d)) v_S      map of T, values of S
 
-All else (values, MLPs, embeddings, head) the student learns from scratch. The teacher is needed at test time too.
+All else (values, MLPs, embeddings, head) the student learns from scratch. The
+teacher is needed at test time too.
 
-    python attention_copy.py                             digits, from a teacher pre-trained here first if need be
-    python attention_copy.py --teacher random            the control: maps that nobody learned
-    torchrun --nproc_per_node=8 attention_copy.py --data imagenet --data-dir /imagenet --micro-batch 64
+    python attention_copy.py                       digits; makes a teacher first
+    python attention_copy.py --teacher random      control: maps nobody learned
+    torchrun --nproc_per_node=8 attention_copy.py --data imagenet \\
+        --data-dir /imagenet --micro-batch 64
 """
 
 from collections.abc import Sequence
+from functools import partial
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import checkpoints
 import data
-import pretrain
+import launch
 import train
-import vit
+from settings import COMMON, TEACHER, TRANSFER, Settings, change, parse_settings
+from teachers import teacher_and_student
+from vit import ViT
 
-RECIPE = {  # ImageNet: the README of the authors' code, ViT-L
-    # name            digits   cifar   imagenet
-    "model":         ("micro", "tiny", "large"),
-    "patch":         (3,       4,      16),
-    "teacher":       ("auto",  "auto", "auto"),
-    "layers":        ("3",     "all",  "all", "whose maps are copied: a count (18), range (6-11), list (0,2,4-7) or all"),
-    "labels":        (100,     0,      0),
-    "epochs":        (450,     100,    100),
-    "warmup":        (45,      5,      5),
-    "batch":         (50,      512,    2048),
-    "lr":            (4e-3,    1e-3,   8e-3),
-    "min_lr":        (0.0,     1e-6,   2e-3),
-    "weight_decay":  (0.05,    0.05,   0.05),
-    "beta2":         (0.999,   0.999,  0.999),
-    "layer_decay":   (1.0,     1.0,    0.75),
-    "clip":          (1.0,     1.0,    0.0),
-    "ema":           (0.0,     0.999,  0.9999),
-    "drop_path":     (0.0,     0.1,    0.0),
-    "share_drops":   (True,    True,   True, "drop path drops the same branches in teacher and student"),
-    "crop_area":     (0.0,     0.0,    0.08),
-    "randaugment":   (0,       0,      9),
-    "erase":         (0.0,     0.25,   0.25),
-    "mixup":         (0.0,     0.8,    0.8),
-    "cutmix":        (0.0,     1.0,    1.0),
-    "smoothing":     (0.0,     0.1,    0.1),
-    "eval_every":    (45,      1,      1),
-}  # fmt: skip
-FLAGS = data.FLAGS | train.FLAGS
+SETTINGS = change(  # ImageNet: the README of the authors' code, ViT-L
+    COMMON | TEACHER | TRANSFER,
+    #             digits cifar imagenet
+    epochs=       (450,  100,  100),
+    warmup=       (45,   5,    5),
+    lr=           (4e-3, 1e-3, 8e-3),
+    min_lr=       (0.0,  1e-6, 2e-3),
+    weight_decay= 0.05,
+    beta2=        0.999,
+    layer_decay=  (1.0,  1.0,  0.75),
+    drop_path=    (0.0,  0.1,  0.0),
+)  # fmt: skip
+parse = partial(parse_settings, __doc__, SETTINGS)
 
 
-# The method ---------------------------------------------------------------------------------------------------------------
+def predict(
+    student: ViT, images: Tensor, teacher: ViT, layers: Sequence[int], share_drops: bool = True
+) -> Tensor:
+    """Logits of a student that attends with the teacher's maps in `layers`, else with its own."""
+    mask = student.draw_drop_path_mask(len(images), images.device)  # None in evaluation
+    theirs = teacher.queries_keys(images, layers, mask if share_drops else None)
+    return student(images, given=theirs, drop_path_mask=mask)
 
 
-def predict(student: vit.ViT, images: Tensor, teacher: vit.ViT, layers: Sequence[int], share_drops: bool = True) -> Tensor:
-    """Logits of a student that looks where the teacher looks in `layers`, and where it likes in the others."""
-    keep = student.draw_keep(len(images), images.device)  # drop path; None in evaluation
-    with torch.no_grad():
-        qk = teacher.look(images, layers, keep if share_drops else None)
-    return student(images, qk, keep)[0]
+def loss(
+    student: ViT,
+    images: Tensor,
+    labels: Tensor,
+    teacher: ViT,
+    layers: Sequence[int],
+    settings: Settings,
+):
+    logits = predict(student, images, teacher, layers, settings.share_drops)
+    return {"class": F.cross_entropy(logits, labels, label_smoothing=settings.smoothing)}, {}
 
 
-def loss(student: vit.ViT, images: Tensor, labels: Tensor, teacher: vit.ViT, layers: Sequence[int], args) -> dict[str, Tensor]:
-    logits = predict(student, images, teacher, layers, args.share_drops)
-    return {"class": F.cross_entropy(logits, labels, label_smoothing=args.smoothing)}
+def task(settings: Settings, images: data.Data | None = None) -> train.Task:
+    """Everything that train.fit needs. `images`: others than those that the settings name."""
+    teacher, student, layers, images = teacher_and_student(settings, images)
+    return train.Task(
+        "copy",
+        student,
+        images,
+        loss=partial(loss, teacher=teacher, layers=layers, settings=settings),
+        predict=partial(predict, teacher=teacher, layers=layers),
+        export=partial(export, teacher=teacher, layers=layers),
+    )
 
 
-# From the command line to train.fit ---------------------------------------------------------------------------------------
+def export(student: ViT, teacher: ViT, layers: Sequence[int]) -> dict:
+    """The student and the teacher that it needs."""
+    return checkpoints.export(student) | {"teacher": checkpoints.export(teacher), "layers": layers}
 
 
-def pair(args, device) -> tuple[vit.ViT, vit.ViT, list[int], data.Data]:
-    """A randomly initialised student, a frozen teacher, the layers to transfer, and images normalised for the teacher."""
-    checkpoint = pretrain.teacher(args)
-    if args.teacher == "none":
-        raise ValueError("--teacher none: there is nothing to transfer without a teacher (finetune.py trains from scratch)")
-    images = data.load(args, device, checkpoint and checkpoint.get("normalization"))
-    shape = dict(image_size=images.image_size, patch=args.patch, channels=images.channels, classes=len(images.classes))
-    torch.manual_seed(args.seed)
-    student = vit.build(args.model, **shape, drop_path=args.drop_path)
-    teacher = vit.load(checkpoint, image_size=images.image_size) if checkpoint else vit.build(args.model, **shape)
-    layers = vit.parse_layers(args.layers, len(student.blocks))
-    vit.check_loan(teacher, student, layers)
-    return student.to(device), teacher.to(device).eval().requires_grad_(False), layers, images
-
-
-def options(argv: list[str]):
-    return train.options(__doc__, RECIPE, FLAGS, argv)
-
-
-def main(args) -> dict:
-    student, teacher, layers, images = pair(args, train.device(args))
-
-    def card(student: vit.ViT) -> dict:
-        lender = {"model": teacher.state_dict(), "architecture": teacher.architecture}
-        return {"model": student.state_dict(), "architecture": student.architecture, "classes": images.classes,
-                "normalization": images.normalization, "method": "copy", "teacher": lender, "layers": layers}  # fmt: skip
-
-    return train.fit(student, lambda *step: loss(*step, teacher, layers, args),
-                     lambda *batch: predict(*batch, teacher, layers), images, args, "copy", card)  # fmt: skip
+def main(settings: Settings) -> dict:
+    return train.fit(task(settings), settings)
 
 
 if __name__ == "__main__":
-    train.run(main, options)
+    launch.run(main, parse)

@@ -1,108 +1,138 @@
-"""Where teachers come from: a masked autoencoder (He et al., "Masked Autoencoders Are Scalable Vision Learners", 2022).
+"""Where teachers come from: a masked autoencoder (MAE).
 
-Most patches of an image are hidden; the ViT sees the rest, and a light decoder has to paint what is missing. To do so
-the ViT must learn where to look. No label is used.
+He et al., "Masked Autoencoders Are Scalable Vision Learners", 2022. Most
+patches of an image are masked; the ViT sees the rest, and a light decoder has
+to reconstruct what is missing. To do so the ViT must learn where to look. No
+label is used.
 
-    python pretrain.py                                                 the built-in digits, a minute on 2 cores
+    python pretrain.py                             digits, minutes on 2 cores
     python pretrain.py --data cifar10 --data-dir cifar10
-    torchrun --nproc_per_node=8 pretrain.py --data imagenet --data-dir /imagenet --micro-batch 64
-    python pretrain.py --show out.png                                  original, masked, reconstructed, from --out
+    torchrun --nproc_per_node=8 pretrain.py --data imagenet \\
+        --data-dir /imagenet --micro-batch 64
+    python pretrain.py --reconstruct out.png       pictures of what it learned
 
-The other scripts call this one when they need a teacher for the digits or CIFAR and find none.
+The other scripts call this one when they need a teacher for the digits or
+CIFAR and find none.
 """
 
-from pathlib import Path
+from functools import partial
 
 import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
+import checkpoints
 import data
+import launch
 import train
 import vit
+from settings import COMMON, Setting, Settings, change, parse_settings
 
-RECIPE = {  # ImageNet: MAE's PRETRAIN.md (ViT-L, 800 epochs; the published weights saw 1600)
-    # name            digits   cifar   imagenet
-    "model":         ("micro", "tiny", "large"),
-    "patch":         (3,       4,      16),
-    "mask":          (0.6,     0.75,   0.75, "share of the patches that is hidden"),
-    "decoder_dim":   (48,      128,    512,  "width of the decoder"),
-    "decoder_depth": (1,       2,      8,    "blocks of the decoder"),
-    "decoder_heads": (4,       4,      16,   "heads of the decoder"),
-    "norm_pixels":   (False,   True,   True, "the pixels of each patch are normalised before they are compared"),
-    "labels":        (0,       0,      0),
-    "epochs":        (300,     400,    800),
-    "warmup":        (30,      20,     40),
-    "batch":         (128,     1024,   4096),
-    "lr":            (2e-3,    1e-3,   2.4e-3),
-    "min_lr":        (0.0,     0.0,    0.0),
-    "weight_decay":  (0.05,    0.05,   0.05),
-    "beta2":         (0.95,    0.95,   0.95),
-    "layer_decay":   (1.0,     1.0,    1.0),
-    "clip":          (1.0,     0.0,    0.0),
-    "ema":           (0.0,     0.0,    0.0),
-    "crop_area":     (0.0,     0.0,    0.2),
-    "randaugment":   (0,       0,      0),
-    "erase":         (0.0,     0.0,    0.0),
+SETTINGS = change(  # ImageNet: MAE's PRETRAIN.md, ViT-L (the published weights saw 1600 epochs)
+    {k: v for k, v in COMMON.items() if k not in
+     ("drop_path", "eval_every", "mixup", "cutmix", "smoothing")},
+    #             digits cifar imagenet
+    num_labels=   0,
+    epochs=       (300,  400,  800),
+    warmup=       (30,   20,   40),
+    batch=        (128,  1024, 4096),
+    lr=           (2e-3, 1e-3, 2.4e-3),
+    min_lr=       0.0,
+    weight_decay= 0.05,
+    beta2=        0.95,
+    clip=         (1.0,  0.0,  0.0),
+    ema=          0.0,
+    crop_area=    (0.0,  0.0,  0.2),
+    randaugment=  0,
+    random_erase= 0.0,
+) | {
+    "mask_ratio":    Setting((0.6, 0.75, 0.75), "share of the patches masked", low=0.05, high=0.95),
+    "decoder_dim":   Setting((48, 128, 512), "width of the decoder", low=4),
+    "decoder_depth": Setting((1, 2, 8), "blocks of the decoder"),
+    "decoder_heads": Setting((4, 4, 16), "heads of the decoder", low=1),
+    "norm_pix_loss": Setting((False, True, True), "compare pixels normalised within their patch"),
+    "reconstruct":   Setting("", "train nothing: show in this PNG what --out has learned"),
 }  # fmt: skip
-FLAGS = data.FLAGS | train.FLAGS | {"show": ("", "paint what the model of --out reconstructs into this PNG, and train nothing")}
+parse = partial(parse_settings, __doc__, SETTINGS)
 
 
 class MAE(nn.Module):
-    """An encoder that sees the patches left over, and a decoder that paints all of them."""
+    """An encoder that sees the visible patches, and a decoder that reconstructs all of them."""
 
-    def __init__(self, encoder: vit.ViT, mask: float, dim: int, depth: int, heads: int, norm_pixels: bool = True):
+    def __init__(
+        self,
+        encoder: vit.ViT,
+        mask_ratio: float,
+        dim: int,
+        depth: int,
+        heads: int,
+        norm_pix_loss: bool = True,
+    ):
         super().__init__()
         arch = encoder.architecture
-        self.encoder, self.patch, self.norm_pixels = encoder, arch["patch"], norm_pixels
+        self.encoder, self.patch, self.norm_pix_loss = encoder, arch["patch"], norm_pix_loss
         self.patches = encoder.tokens - 1
-        self.seen = int(self.patches * (1 - mask))
-        if not 0 < self.seen < self.patches:
-            raise ValueError(f"--mask {mask} leaves {self.seen} of {self.patches} patches: some must be seen, some hidden")
-        self.embed = nn.Linear(arch["dim"], dim)
+        self.visible = int(self.patches * (1 - mask_ratio))
+        if not 0 < self.visible < self.patches:
+            raise ValueError(
+                f"--mask-ratio {mask_ratio} leaves {self.visible} of {self.patches} patches: "
+                "some must be visible, some masked"
+            )
+        self.decoder_embed = nn.Linear(arch["dim"], dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.blocks = nn.ModuleList(vit.Block(dim, heads) for _ in range(depth))
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.paint = nn.Linear(dim, self.patch**2 * arch["channels"])
-        for part in (self.embed, self.blocks, self.paint):
+        self.decoder_blocks = nn.ModuleList(vit.Block(dim, heads) for _ in range(depth))
+        self.decoder_norm = nn.LayerNorm(dim, eps=1e-6)
+        self.decoder_pred = nn.Linear(dim, self.patch**2 * arch["channels"])
+        for part in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
             part.apply(vit.initialise)
         nn.init.normal_(self.mask_token, std=0.02)
         side = round(self.patches**0.5)
-        self.positions = nn.Parameter(sincos(side, dim), requires_grad=False)
-        encoder.pos_embed = nn.Parameter(sincos(side, arch["dim"]), requires_grad=False)  # fixed while pre-training
+        self.decoder_pos_embed = nn.Parameter(sincos(side, dim), requires_grad=False)
+        encoder.pos_embed = nn.Parameter(
+            sincos(side, arch["dim"]), requires_grad=False
+        )  # fixed here
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The painted patches (B, N, pixels of a patch), and a mask (B, N): 1 where the patch was hidden."""
+        """The reconstructed patches (B, N, p*p*c), and the mask (B, N): 1 where masked."""
         x = self.encoder.embed(images)
-        order = torch.rand(len(x), self.patches, device=x.device).argsort(dim=1)  # a random order for each image
-        seen, back = order[:, : self.seen], order.argsort(dim=1)
-        patches = x[:, 1:].gather(1, repeat(seen, "b n -> b n d", d=x.shape[-1]))
-        x, _ = self.encoder.encode(torch.cat([x[:, :1], patches], dim=1))
-        x = self.embed(self.encoder.fc_norm(x))  # (B, 1 + seen, decoder width)
+        ids_shuffle = torch.rand(len(x), self.patches, device=x.device).argsort(
+            dim=1
+        )  # for each image its own
+        ids_keep, ids_restore = ids_shuffle[:, : self.visible], ids_shuffle.argsort(dim=1)
+        visible = x[:, 1:].gather(1, repeat(ids_keep, "b n -> b n d", d=x.shape[-1]))
+        x = self.encoder.encode(torch.cat([x[:, :1], visible], dim=1))
+        x = self.decoder_embed(self.encoder.fc_norm(x))  # (B, 1 + visible, decoder width)
 
-        hidden = self.mask_token.to(x.dtype).expand(len(x), self.patches - self.seen, -1)
-        patches = torch.cat([x[:, 1:], hidden], dim=1).gather(1, repeat(back, "b n -> b n d", d=x.shape[-1]))
-        x = torch.cat([x[:, :1], patches], dim=1) + self.positions
-        for block in self.blocks:
+        masked = self.mask_token.to(x.dtype).expand(len(x), self.patches - self.visible, -1)
+        index = repeat(ids_restore, "b n -> b n d", d=x.shape[-1])
+        patches = torch.cat([x[:, 1:], masked], dim=1).gather(1, index)
+        x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_pos_embed
+        for block in self.decoder_blocks:
             x, _ = block(x)
-        return self.paint(self.norm(x))[:, 1:], (back >= self.seen).float()
+        return self.decoder_pred(self.decoder_norm(x))[:, 1:], (ids_restore >= self.visible).float()
 
     def target(self, images: Tensor) -> Tensor:
-        """The pixels of each patch (B, N, p*p*c), normalised within the patch (MAE, section 4: better features)."""
-        pixels = rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=self.patch, q=self.patch)
-        if not self.norm_pixels:
+        """The pixels of each patch (B, N, p*p*c), normalised within the patch (MAE, section 4)."""
+        pixels = patchify(images, self.patch)
+        if not self.norm_pix_loss:
             return pixels
-        return (pixels - pixels.mean(-1, keepdim=True)) / (pixels.var(-1, keepdim=True) + 1e-6).sqrt()
+        return (pixels - pixels.mean(-1, keepdim=True)) / (
+            pixels.var(-1, keepdim=True) + 1e-6
+        ).sqrt()
 
 
-def loss(mae: MAE, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    painted, mask = mae(images)
-    error = (painted - mae.target(images)).square().mean(dim=-1)  # (B, N), per patch
-    return {"pixels": (error * mask).sum() / mask.sum()}  # hidden patches only
+def loss(mae: MAE, images: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    reconstructed, mask = mae(images)
+    error = (reconstructed - mae.target(images)).square().mean(dim=-1)  # (B, N), per patch
+    return {"pixels": (error * mask).sum() / mask.sum()}, {}  # masked patches only
+
+
+def patchify(images: Tensor, patch: int) -> Tensor:
+    return rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=patch, q=patch)
 
 
 def sincos(side: int, dim: int) -> Tensor:
-    """MAE's fixed positions (1, 1 + side^2, dim): half of them waves of x, half of y; zeros for the class token."""
+    """MAE's fixed positions (1, 1 + side^2, dim): waves of x, then of y; 0 for the class token."""
     if dim % 4:
         raise ValueError(f"sin-cos positions need a width that divides by 4, not {dim}")
     rate = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
@@ -112,108 +142,100 @@ def sincos(side: int, dim: int) -> Tensor:
     return torch.cat([torch.zeros(1, dim), grid])[None].float()
 
 
-def options(argv: list[str]):
-    return train.options(__doc__, RECIPE, FLAGS, argv)
+def build(settings: Settings, images: data.Data) -> MAE:
+    torch.manual_seed(settings.seed)
+    encoder = vit.build(
+        settings.model,
+        image_size=images.image_size,
+        patch=settings.patch,
+        channels=images.channels,
+        classes=0,
+    )
+    decoder = settings.decoder_dim, settings.decoder_depth, settings.decoder_heads
+    return MAE(encoder, settings.mask_ratio, *decoder, settings.norm_pix_loss)
 
 
-def build(args, images: data.Data) -> MAE:
-    torch.manual_seed(args.seed)
-    encoder = vit.build(args.model, image_size=images.image_size, patch=args.patch, channels=images.channels, classes=0)
-    return MAE(encoder, args.mask, args.decoder_dim, args.decoder_depth, args.decoder_heads, args.norm_pixels)
+def export(mae: MAE) -> dict:
+    """The encoder alone, under MAE's names: its last norm is not the one before a head."""
+    weights = {k.replace("fc_norm", "norm"): v for k, v in mae.encoder.state_dict().items()}
+    return checkpoints.export(mae.encoder) | {"model": weights}
 
 
-def main(args) -> dict | None:
-    device = train.device(args)
-    images = data.load(args, device)
-    mae = build(args, images).to(device)
-    if args.show:
-        return show(mae, images, args)
-
-    def card(mae: MAE) -> dict:  # the encoder alone, under MAE's names: its last norm is not the one before a head
-        weights = {k.replace("fc_norm", "norm"): v for k, v in mae.encoder.state_dict().items()}
-        return {"model": weights, "architecture": mae.encoder.architecture, "classes": images.classes,
-                "normalization": images.normalization, "method": "pretrain"}  # fmt: skip
-
-    return train.fit(mae, loss, None, images, args, "pretrain", card)
+def task(settings: Settings, images: data.Data | None = None) -> train.Task:
+    """Everything that train.fit needs. `images`: others than those that the settings name."""
+    device = launch.device(settings.device)
+    images = images or data.load(settings, device)
+    mae = build(settings, images).to(device)
+    return train.Task("pretrain", mae, images, loss, None, export)
 
 
-# Teachers ---------------------------------------------------------------------------------------------------------------
+def main(settings: Settings) -> dict | None:
+    if settings.reconstruct:
+        return show(settings)
+    return train.fit(task(settings), settings)
 
 
-def teacher(args) -> dict | None:
-    """The checkpoint that --teacher names (see `vit.read`): auto, mae, a path or URL; None for random and none.
-
-    auto is a ViT pre-trained here: it is made first if it is not there yet. For ImageNet, where that takes days, auto
-    is MAE's published one.
-    """
-    if args.teacher in ("none", "random"):
-        return None
-    here = args.data == "digits" or args.data.startswith("cifar")
-    if args.teacher == "mae" or (args.teacher == "auto" and not here):
-        if args.model not in ("base", "large", "huge"):
-            raise ValueError(f"MAE published no '{args.model}' teacher: choose --model base, large or huge, or "
-                             "pre-train one (pretrain.py) and name it with --teacher")  # fmt: skip
-        return vit.read(vit.MAE_WEIGHTS.format(args.model))
-    if args.teacher != "auto":
-        checkpoint = vit.read(args.teacher)
-        if "teacher" in checkpoint:
-            raise ValueError(f"{args.teacher} is a student of attention copy: it never learned where to look by itself, so "
-                             "it can be no teacher (name the teacher it had)")  # fmt: skip
-        return checkpoint
-    out = Path("runs") / f"pretrain-{args.data}-{args.model}-s{args.seed}"
-    if not (out / "model.pt").is_file():
-        train.say(f"No teacher at {out / 'model.pt'} yet: pre-training one first.")
-        own = options(["--data", args.data])
-        shared = (*data.FLAGS, "model", "patch", "seed", "device", "amp", "compile", "save_every")
-        own.__dict__.update({k: v for k, v in vars(args).items() if k in shared} | {"labels": 0, "holdout": 0})
-        own.out, own.resume = str(out), True
-        main(own)
-        train.say("The teacher is ready. Now the student:")
-    return vit.read(out / "model.pt")
+# Pictures of what it learned ----------------------------------------------------------------------
 
 
-def show(mae: MAE, images: data.Data, args) -> None:
-    import matplotlib.pyplot as plt
-
-    last = Path(args.out or f"runs/pretrain-{args.data}-{args.model}-s{args.seed}") / "last.pt"
+def trained(settings: Settings, images: data.Data) -> MAE:
+    """The masked autoencoder of a run, with its decoder. FileNotFoundError if there is no run."""
+    last = checkpoints.run_folder(settings, "pretrain") / "last.pt"
     if not last.is_file():
         raise FileNotFoundError(f"no run at {last}: pre-train first, or say where with --out")
+    mae = build(settings, images)
     try:
         mae.load_state_dict(torch.load(last, map_location="cpu", weights_only=True)["net"])
     except (RuntimeError, KeyError) as error:
-        raise ValueError(f"{last} holds no masked autoencoder of these sizes ({str(error).splitlines()[0]})") from error
-    figure = picture(mae.eval(), next(images.val.plainly(8))[0], images.normalization)
-    figure.savefig(args.show, dpi=150)
-    plt.close(figure)
-    train.say(f"wrote {args.show}")
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{last} holds no masked autoencoder of these sizes ({reason})") from error
+    return mae.eval()
+
+
+def show(settings: Settings) -> None:
+    device = launch.device(settings.device)
+    images = data.load(settings, device)
+    mae = trained(settings, images).to(device)
+    reconstruct(mae, next(images.val.in_order(8))[0], images.normalization).savefig(
+        settings.reconstruct, dpi=150
+    )
+    launch.print0(f"wrote {settings.reconstruct}")
 
 
 @torch.no_grad()
-def picture(mae: MAE, images: Tensor, normalization):
-    """A matplotlib figure with three rows: the images, what the encoder sees of them, and what the decoder makes of it."""
+def reconstruct(mae: MAE, images: Tensor, normalization: data.Normalization):
+    """A matplotlib figure: images, what the encoder sees of them, what the decoder makes of it."""
     import matplotlib.pyplot as plt
 
-    painted, mask = mae(images)
-    if mae.norm_pixels:  # the decoder does not know a patch's mean and deviation: they are taken from the original
-        pixels = rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=mae.patch, q=mae.patch)
-        painted = painted * (pixels.var(-1, keepdim=True) + 1e-6).sqrt() + pixels.mean(-1, keepdim=True)
-    side = round(mae.patches**0.5)
-    fold = dict(h=side, p=mae.patch, q=mae.patch)
-    painted = rearrange(painted, "b (h w) (p q c) -> b c (h p) (w q)", **fold)
-    hidden = repeat(mask, "b (h w) -> b 1 (h p) (w q)", **fold)
+    patches, mask = mae(images)
+    if (
+        mae.norm_pix_loss
+    ):  # the decoder does not know a patch's mean and deviation: they are the original's
+        pixels = patchify(images, mae.patch)
+        patches = patches * (pixels.var(-1, keepdim=True) + 1e-6).sqrt() + pixels.mean(
+            -1, keepdim=True
+        )
+    fold = dict(h=round(mae.patches**0.5), p=mae.patch, q=mae.patch)
+    patches = rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", **fold)
+    masked = repeat(mask, "b (h w) -> b 1 (h p) (w q)", **fold)
     mean, std = (torch.tensor(x, device=images.device)[:, None, None] for x in normalization)
-    rows = {"original": images, "seen": images, "painted": images * (1 - hidden) + painted * hidden}
-    figure, axes = plt.subplots(3, len(images), figsize=(len(images), 3.2), squeeze=False, layout="constrained")
+    original, guess = ((x * std + mean).clamp(0, 1) for x in (images, patches))
+    rows = {
+        "original": original,
+        "visible": original * (1 - masked) + 0.6 * masked,
+        "reconstructed": original * (1 - masked) + guess * masked,
+    }
+    figure, axes = plt.subplots(
+        3, len(images), figsize=(len(images), 3.2), squeeze=False, layout="constrained"
+    )
     for line, (name, pictures) in zip(axes, rows.items(), strict=True):
-        pixels = (pictures * std + mean).clamp(0, 1)
-        if name == "seen":
-            pixels = pixels * (1 - hidden) + 0.6 * hidden
-        for axis, one in zip(line, pixels.cpu(), strict=True):
-            axis.imshow(rearrange(one, "c h w -> h w c").expand(-1, -1, 3).numpy())
+        for axis, picture in zip(line, pictures.cpu(), strict=True):
+            axis.imshow(rearrange(picture, "c h w -> h w c").expand(-1, -1, 3).numpy())
             axis.set(xticks=[], yticks=[])
         line[0].set_ylabel(name)
+    plt.close(figure)
     return figure
 
 
 if __name__ == "__main__":
-    train.run(main, options)
+    launch.run(main, parse)

@@ -1,19 +1,20 @@
-"""A Vision Transformer whose blocks say where they look, and can be told where to look.
+"""A Vision Transformer whose blocks say what they attended with, and can be told with what.
 
-Queries and keys decide *where* a ViT looks: map = softmax(q k' / sqrt(d)). Here they go out of every block, and another
-ViT's may come in. Everything this repository does with attention is built on that one seam:
+Queries and keys decide *where* a ViT looks: map = softmax(q k' / sqrt(d)). Here they go out of
+every block, and another ViT's may come in. Everything this repository does with attention is built
+on that one seam:
 
-    logits, looks = student(images)                       # looks: the (q, k) that each block looked with
-    logits, looks = student(images, qk=teacher_looks)     # the student looks where the teacher looks
+    for x, attended in vit.run(images): ...     # of each block: its tokens, and its q, k, v
+    logits = vit(images, given=theirs)          # each block attends with what is given to it
 
-Pre-norm blocks, class token, mean pooling over patch tokens (Dosovitskiy et al. 2021; He et al. 2022, section 4).
-Parameter names are timm's and MAE's, so their files load here and ours load there.
+Pre-norm blocks, class token, mean pooling over patch tokens (Dosovitskiy et al. 2021; He et al.
+2022, section 4). Parameter names are timm's and MAE's, so their files load here and ours load
+there.
 """
 
-import pickle
-import urllib.error
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from itertools import zip_longest
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,18 +29,50 @@ SIZES = {  # name: width, depth, heads
     "large": (1024, 24, 16),
     "huge": (1280, 32, 16),
 }
-# The teachers of the paper, as their authors publish them: --teacher mae. "huge" has patches of 14 pixels.
-MAE_WEIGHTS = "https://dl.fbaipublicfiles.com/mae/pretrain/mae_pretrain_vit_{}.pth"
-
-QK = tuple[Tensor, Tensor]  # queries and keys of one block, each (B, H, N, d)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k' / sqrt(d)) v, where d is the width of q's heads: what each query sees, (B, H, N, width of v's heads)."""
-    lent = v.requires_grad and not q.requires_grad  # for which a fused kernel finds gradients of q and k all the same
-    if q.device.type == "cpu" and (lent or q.dtype is torch.bfloat16):  # where a CPU's fused kernel is the slower one
-        return (q * q.shape[-1] ** -0.5 @ k.mT).softmax(dim=-1) @ v
-    return F.scaled_dot_product_attention(q, k, v)
+class Attended(NamedTuple):
+    """What a block attended with. In a loan, None means: your own."""
+
+    q: Tensor | None = None  # (B, H, N, d)
+    k: Tensor | None = None  # (B, H, N, d)
+    v: Tensor | None = None  # (B, H, N, d of the values)
+    bias: Tensor | None = None  # added to the scores: (B, H, N, N), or what broadcasts to it
+
+
+OWN = Attended()
+
+
+def lend_map(p: Tensor) -> Attended:
+    """Any map (B, H, N, N) as a loan: scores of 0, and a bias whose softmax is the map."""
+    zero = p.new_zeros(*p.shape[:-1], 8)  # 8: the least width that every fused kernel takes
+    return Attended(q=zero, k=zero, bias=p.log())
+
+
+def attention_scores(attended: Attended) -> Tensor:
+    """q k' / sqrt(d) + bias: (B, H, N, N)."""
+    q, k, _, bias = attended
+    scores = q * q.shape[-1] ** -0.5 @ k.mT
+    return scores if bias is None else scores + bias
+
+
+def attention_map(attended: Attended) -> Tensor:
+    """The softmax of the scores: (B, H, N, N), for each query a distribution over keys."""
+    return attention_scores(attended).softmax(dim=-1)
+
+
+def attend(attended: Attended) -> Tensor:
+    """map @ v: what each query sees, (B, H, N, d of v). A fused kernel never stores the map."""
+    q, k, v, bias = attended
+    if fused_is_slower(q, v):
+        return attention_map(attended) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
+def fused_is_slower(q: Tensor, v: Tensor) -> bool:
+    """On a CPU: in bf16, and where q and k are lent, since it computes their gradients as well."""
+    lent = v.requires_grad and not q.requires_grad
+    return q.device.type == "cpu" and (lent or q.dtype is torch.bfloat16)
 
 
 class Attention(nn.Module):
@@ -51,19 +84,26 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
+    def forward(self, x: Tensor, given: Attended = OWN) -> tuple[Tensor, Attended]:  # x: (B, N, D)
+        attended = self.complete(x, given)
+        y = attend(attended)
+        return self.proj(rearrange(y, "b h n d -> b n (h d)")), attended
+
+    def complete(self, x: Tensor, given: Attended) -> Attended:
+        """`given`, with those of q, k, v that it lacks computed from the tokens."""
+        lacking = [part for part in range(3) if given[part] is None]
+        if not lacking:
+            return given
+        first = lacking[0]
+        own = self.project(x, first, lacking[-1] + 1)
+        q, k, v = (own[i - first] if i in lacking else given[i] for i in range(3))
+        return Attended(q, k, v, given.bias)
+
     def project(self, x: Tensor, first: int, last: int) -> Tensor:
         """Parts `first` to `last` of (query, key, value), and no other: (parts, B, H, N, d)."""
         rows = slice(first * x.shape[-1], last * x.shape[-1])
         parts = F.linear(x, self.qkv.weight[rows], self.qkv.bias[rows])
         return rearrange(parts, "b n (p h d) -> p b h n d", p=last - first, h=self.heads)
-
-    def forward(self, x: Tensor, qk: QK | None = None) -> tuple[Tensor, QK]:  # x: (B, N, D)
-        if qk is None:
-            q, k, v = self.project(x, 0, 3)  # where to look: our own choice
-        else:
-            (q, k), (v,) = qk, self.project(x, 2, 3)  # lent: only what is seen there is ours
-        y = attend(q, k, v)
-        return self.proj(rearrange(y, "b h n d -> b n (h d)")), (q, k)
 
 
 class Mlp(nn.Module):
@@ -84,10 +124,12 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, int(mlp * dim))
 
-    def forward(self, x: Tensor, qk: QK | None = None, keep: Sequence = (1, 1)) -> tuple[Tensor, QK]:
-        y, qk = self.attn(self.norm1(x), qk)
+    def forward(
+        self, x: Tensor, given: Attended = OWN, keep: Sequence = (1, 1)
+    ) -> tuple[Tensor, Attended]:
+        y, attended = self.attn(self.norm1(x), given)
         x = x + keep[0] * y
-        return x + keep[1] * self.mlp(self.norm2(x)), qk
+        return x + keep[1] * self.mlp(self.norm2(x)), attended
 
 
 class PatchEmbed(nn.Module):
@@ -102,17 +144,32 @@ class PatchEmbed(nn.Module):
 class ViT(nn.Module):
     """A ViT of `depth` pre-norm blocks over a class token and (image_size / patch)^2 patch tokens.
 
-    images: (B, channels, image_size, image_size), normalised. `classes=0` leaves the head out (pre-training).
-    `drop_path` is the largest probability of dropping a branch, reached in the last block (Huang et al. 2016).
+    images: (B, channels, image_size, image_size), normalised. `classes=0` leaves the head out
+    (pre-training). `drop_path` is the largest probability of dropping a branch, reached in the last
+    block (Huang et al. 2016).
     """
 
-    def __init__(self, image_size: int, patch: int, channels: int, classes: int,
-                 dim: int, depth: int, heads: int, mlp: float = 4.0, drop_path: float = 0.0):  # fmt: skip
+    def __init__(
+        self,
+        image_size: int,
+        patch: int,
+        channels: int,
+        classes: int,
+        dim: int,
+        depth: int,
+        heads: int,
+        mlp: float = 4.0,
+        drop_path: float = 0.0,
+    ):
         super().__init__()
         if image_size % patch:
-            raise ValueError(f"image size {image_size} is no multiple of the patch size {patch}: change one of them")
-        self.architecture = dict(image_size=image_size, patch=patch, channels=channels, classes=classes,
-                                 dim=dim, depth=depth, heads=heads, mlp=mlp)  # fmt: skip
+            raise ValueError(
+                f"image size {image_size} is no multiple of the patch size {patch}: change one of "
+                "them"
+            )
+        self.architecture = dict(
+            image_size=image_size, patch=patch, channels=channels, classes=classes
+        ) | dict(dim=dim, depth=depth, heads=heads, mlp=mlp)
         self.heads, self.drop_path = heads, drop_path
         self.patch_embed = PatchEmbed(patch, channels, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
@@ -128,23 +185,64 @@ class ViT(nn.Module):
     def tokens(self) -> int:
         return self.pos_embed.shape[1]
 
-    def forward(self, images: Tensor, qk: Sequence[QK | None] = (), keep: Tensor | None = None):
-        """Logits (B, classes), and the (q, k) that each block looked with.
+    def forward(
+        self,
+        images: Tensor,
+        given: Iterable[Attended | None] = (),
+        drop_path_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Logits (B, classes); `given` and `drop_path_mask` as in `through`."""
+        return self.classify(self.encode(self.embed(images), given, drop_path_mask))
 
-        `qk[i]` lends block i another ViT's queries and keys; None, or a list that ends before i, leaves it its own.
-        `keep` are drop path's coin flips (see `draw_keep`), drawn here if training and not given.
+    def encode(
+        self, x: Tensor, given: Iterable[Attended | None] = (), drop_path_mask=None
+    ) -> Tensor:
+        """Tokens (B, N, D) through all blocks."""
+        for made, _ in self.through(x, given, drop_path_mask):
+            x = made
+        return x
+
+    def run(self, images: Tensor, given: Iterable[Attended | None] = (), drop_path_mask=None):
+        """Block by block: the tokens (B, 1 + N, D) that it made, and what it attended with."""
+        return self.through(self.embed(images), given, drop_path_mask)
+
+    def through(
+        self,
+        x: Tensor,
+        given: Iterable[Attended | None] = (),
+        drop_path_mask: Tensor | None = None,
+    ) -> Iterator[tuple[Tensor, Attended]]:
+        """Sends tokens (B, N, D) through all blocks, one at each step of this generator.
+
+        The i-th of `given` is lent to block i; None, or the end of `given`, leaves it its own. Two
+        ViTs can walk side by side: `given` is asked for block i only when it is the turn of block
+        i, and nothing is held longer. The mask of drop path is drawn here if training and not
+        given.
         """
-        keep = self.draw_keep(len(images), images.device) if keep is None else keep
-        x, looks = self.encode(self.embed(images), qk, keep)
-        return self.head(self.fc_norm(x[:, 1:].mean(dim=1))), looks
+        if drop_path_mask is None:
+            drop_path_mask = self.draw_drop_path_mask(len(x), x.device)
+        for i, (block, loan) in enumerate(zip_longest(self.blocks, given)):
+            keep = (1, 1) if drop_path_mask is None else drop_path_mask[i, :, :, None, None]
+            x, attended = block(x, loan or OWN, keep)
+            yield x, attended
 
-    def look(self, images: Tensor, layers: Iterable[int], keep: Tensor | None = None) -> list[QK | None]:
-        """The (q, k) of `layers` (None for others), ready to be lent, with no operation beyond the last of them."""
+    @torch.no_grad()
+    def queries_keys(
+        self, images: Tensor, layers: Collection[int], drop_path_mask: Tensor | None = None
+    ) -> Iterator[Attended | None]:
+        """Block by block, ready to be lent: the q and k of `layers`, None for others.
+
+        Without gradient.
+        Ends with the last of `layers`, of which no value, no MLP and no later block is computed.
+        """
         last = max(layers)
-        x, looks = self.encode(self.embed(images), keep=keep, depth=last)
+        x = self.embed(images)
+        for i, block in enumerate(self.blocks[:last]):
+            keep = (1, 1) if drop_path_mask is None else drop_path_mask[i, :, :, None, None]
+            x, (q, k, _, bias) = block(x, OWN, keep)
+            yield Attended(q, k, bias=bias) if i in layers else None
         block = self.blocks[last]
-        looks.append(tuple(block.attn.project(block.norm1(x), 0, 2)))  # no values, no MLP
-        return [qk if i in layers else None for i, qk in enumerate(looks)]
+        yield Attended(*block.attn.project(block.norm1(x), 0, 2))
 
     def embed(self, images: Tensor) -> Tensor:
         """Images to tokens (B, 1 + N, D), the class token first, each with its position added."""
@@ -152,31 +250,32 @@ class ViT(nn.Module):
         cls = self.cls_token + self.pos_embed[:, :1]
         return torch.cat([cls.expand(len(x), -1, -1), x], dim=1)
 
-    def encode(self, x: Tensor, qk: Sequence[QK | None] = (), keep: Tensor | None = None, depth: int | None = None):
-        """Tokens (B, N, D) through the first `depth` blocks (all of them if None)."""
-        looks = []
-        for i, block in enumerate(self.blocks[:depth]):
-            flips = (1, 1) if keep is None else keep[i, :, :, None, None]
-            x, look = block(x, qk[i] if i < len(qk) else None, flips)
-            looks.append(look)
-        return x, looks
+    def classify(self, x: Tensor) -> Tensor:
+        """The tokens of the last block to logits (B, classes)."""
+        return self.head(self.fc_norm(x[:, 1:].mean(dim=1)))
 
-    def draw_keep(self, batch: int, device) -> Tensor | None:
-        """Drop path's coin flips (depth, 2 branches, B): 0 drops the branch for an image, else 1 / P(kept)."""
+    def draw_drop_path_mask(self, batch: int, device) -> Tensor | None:
+        """Drop path's coin flips (depth, 2 branches, B): 0 drops the branch, else 1 / P(kept).
+
+        None if nothing is dropped: in evaluation, or without drop path.
+        """
         if not (self.training and self.drop_path):
             return None
-        kept = 1 - torch.linspace(0, self.drop_path, len(self.blocks), device=device)[:, None, None]
-        return (torch.rand(len(self.blocks), 2, batch, device=device) < kept) / kept
+        depth = len(self.blocks)
+        kept = 1 - torch.linspace(0, self.drop_path, depth, device=device)[:, None, None]
+        return (torch.rand(depth, 2, batch, device=device) < kept) / kept
 
     def layer_of(self, name: str) -> int:
-        """Which layer a parameter belongs to, for layer decay: 0 the embedding, 1..depth the blocks, then the head."""
+        """The layer of a parameter: 0 the embedding, 1..depth the blocks, then the head."""
         if name.startswith("blocks."):
             return int(name.split(".")[1]) + 1
-        return 0 if name.startswith(("patch_embed", "cls_token", "pos_embed")) else len(self.blocks) + 1
+        if name.startswith(("patch_embed", "cls_token", "pos_embed")):
+            return 0
+        return len(self.blocks) + 1
 
 
 def initialise(module: nn.Module) -> None:
-    """Xavier-uniform weights and zero biases, as MAE (models_mae.py) and the paper's JAX models have them."""
+    """Xavier-uniform weights and zero biases, as MAE and the paper's JAX code have."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
@@ -185,132 +284,11 @@ def initialise(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-def build(size: str, *, image_size: int, patch: int, channels: int, classes: int, drop_path: float = 0.0) -> ViT:
+def build(
+    size: str, *, image_size: int, patch: int, channels: int, classes: int, drop_path: float = 0.0
+) -> ViT:
     """A randomly initialised ViT of one of SIZES."""
     if size not in SIZES:
         raise ValueError(f"no ViT is called '{size}': choose one of {', '.join(SIZES)}")
     dim, depth, heads = SIZES[size]
     return ViT(image_size, patch, channels, classes, dim, depth, heads, drop_path=drop_path)
-
-
-def parse_layers(text: str, depth: int) -> list[int]:
-    """Block numbers from '18' (the first 18), '6-11' or '0,2,4-7' (these, counted from 0), or 'all'."""
-    try:
-        if text == "all":
-            layers = list(range(depth))
-        elif text.isdigit():
-            layers = list(range(int(text)))
-        else:
-            spans = [part.split("-", 1) for part in text.split(",")]
-            layers = sorted({i for span in spans for i in range(int(span[0]), int(span[-1]) + 1)})
-    except ValueError:
-        raise ValueError(f"--layers {text}: write a count (18), a range (6-11), a list (0,2,4-7) or 'all'") from None
-    if not layers or layers[-1] >= depth:
-        raise ValueError(f"--layers {text}: choose at least one of this model's {depth} layers (0 to {depth - 1})")
-    return layers
-
-
-def check_loan(teacher: ViT, student: ViT, layers: Sequence[int]) -> None:
-    """ValueError unless the teacher can look at the student's images, with maps of the same shape. Widths may differ."""
-    ours, theirs = ({"heads": net.heads, "tokens": net.tokens, "channels": net.architecture["channels"]}
-                    for net in (student, teacher))  # fmt: skip
-    for what, count in ours.items():
-        if count != theirs[what]:
-            raise ValueError(f"the teacher has {theirs[what]} {what} and the student {count}: choose --model, --patch, "
-                             "--data or --teacher so that they agree")  # fmt: skip
-    if layers[-1] >= len(teacher.blocks):
-        raise ValueError(f"--layers goes up to layer {layers[-1]}, but the teacher has {len(teacher.blocks)} layers")
-
-
-# Checkpoints -----------------------------------------------------------------------------------------------------------
-
-
-def read(source: str | Path) -> dict:
-    """A checkpoint from a path or URL as {"model": state dict, ...}: ours, MAE's, or a plain state dict.
-
-    Nothing in the file is executed. ValueError if it is not a checkpoint of a ViT, FileNotFoundError if it is not there.
-    """
-    source = str(source)
-    try:
-        if source.startswith(("http://", "https://")):  # a hash in the file's name (name-1a2b3c4d.pth) is checked
-            found = torch.hub.load_state_dict_from_url(source, map_location="cpu", weights_only=True, check_hash=True)
-        elif not Path(source).is_file():
-            raise FileNotFoundError(f"no checkpoint at {source}")
-        else:
-            found = torch.load(source, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except urllib.error.URLError as error:
-        raise ValueError(f"cannot download {source} ({error.reason}): fetch it elsewhere and name the file") from error
-    except (RuntimeError, OSError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{source} is no checkpoint that can be read safely: it is cut short, or holds more than "
-                         f"tensors ({type(error).__name__}: {str(error)[:80]})") from error  # fmt: skip
-    if isinstance(found, dict):
-        found = next(({**found, "model": found[key]} for key in ("model", "state_dict") if key in found),
-                     {"model": found})  # fmt: skip
-    if not isinstance(found, dict) or not isinstance(found["model"], dict) or "cls_token" not in found["model"]:
-        raise ValueError(f"{source} holds no ViT: there is no 'cls_token' among its keys")
-    return {**found, "source": source}
-
-
-def load(checkpoint: dict, *, image_size: int | None = None, classes: int | None = None, drop_path: float = 0.0) -> ViT:
-    """The ViT of a checkpoint (see `read`), at its own or another image size (positions are interpolated bicubically).
-
-    With `classes`, the head is made anew for so many; without, the file's own head must fit. What the file has
-    beyond a ViT of this kind (MAE's decoder, the final norm before pooling) is left; anything else is refused with a
-    ValueError that names the keys and shapes.
-    """
-    weights = {k: v for k, v in checkpoint["model"].items() if not k.startswith(("decoder", "mask_token", "norm."))}
-    arch = checkpoint.get("architecture") or infer_architecture(weights, checkpoint["source"])
-    if not isinstance(arch, dict) or not {"image_size", "classes"} <= arch.keys():
-        raise ValueError(f"{checkpoint['source']} describes no ViT that could be built ({arch})")
-    image_size = image_size or arch["image_size"]
-    if classes is not None or not arch["classes"]:  # a new head, and the norm before it if the file has none
-        weights = {k: v for k, v in weights.items() if not k.startswith("head.")}
-    try:
-        vit = ViT(**{**arch, "image_size": image_size, "classes": classes or arch["classes"]}, drop_path=drop_path)
-    except (TypeError, ZeroDivisionError, RuntimeError) as error:
-        raise ValueError(f"{checkpoint['source']} describes no ViT that could be built ({error})") from error
-    if "pos_embed" in weights:
-        weights["pos_embed"] = interpolate(weights["pos_embed"], vit.tokens)
-
-    own = vit.state_dict()
-    fresh = [k for k in own if k.startswith(("head.", "fc_norm.")) and (classes is not None or not arch["classes"])]
-    differ = [f"{k} is missing" for k in own if k not in weights and k not in fresh]
-    differ += [f"{k} is not ours" for k in weights if k not in own]
-    differ += [f"{k} is {tuple(weights[k].shape)}, not {tuple(own[k].shape)}"
-               for k in own if k in weights and weights[k].shape != own[k].shape]  # fmt: skip
-    if differ:
-        more = f", and {len(differ) - 4} more" if len(differ) > 4 else ""
-        raise ValueError(f"{checkpoint['source']} is not a plain ViT: " + "; ".join(differ[:4]) + more)
-    vit.load_state_dict(weights, strict=False)
-    return vit
-
-
-def infer_architecture(weights: dict, source: str) -> dict:
-    """What the shapes of a plain state dict tell; the number of heads they do not, so the size must be a known one."""
-    try:
-        dim, channels, patch, _ = weights["patch_embed.proj.weight"].shape
-        depth = 1 + max(int(k.split(".")[1]) for k in weights if k.startswith("blocks."))
-        tokens, hidden = weights["pos_embed"].shape[1] - 1, len(weights["blocks.0.mlp.fc1.weight"])
-        classes = len(weights["head.weight"]) if "head.weight" in weights else 0
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"{source} is not a plain ViT: {error} is missing") from None
-    heads = next((h for w, n, h in SIZES.values() if (w, n) == (dim, depth)), None)
-    if heads is None:
-        raise ValueError(f"{source} is a ViT of width {dim} and depth {depth}, whose number of heads is unknown")
-    return dict(image_size=round(tokens**0.5) * patch, patch=patch, channels=channels, classes=classes,
-                dim=dim, depth=depth, heads=heads, mlp=hidden / dim)  # fmt: skip
-
-
-def interpolate(pos_embed: Tensor, tokens: int) -> Tensor:
-    """Position embeddings (1, 1 + g*g, D) for another square grid of patches, by bicubic interpolation."""
-    if pos_embed.shape[1] == tokens:
-        return pos_embed
-    cls, grid = pos_embed[:, :1], pos_embed[:, 1:]
-    if round(grid.shape[1] ** 0.5) ** 2 != grid.shape[1]:
-        raise ValueError(f"{grid.shape[1]} position embeddings form no square grid of patches")
-    side, new = round(grid.shape[1] ** 0.5), round((tokens - 1) ** 0.5)
-    grid = rearrange(grid, "one (h w) d -> one d h w", h=side).float()
-    grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
-    return torch.cat([cls, rearrange(grid, "one d h w -> one (h w) d").to(cls.dtype)], dim=1)

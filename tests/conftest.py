@@ -1,7 +1,9 @@
 import os
 import sys
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # the nets of the tests are tiny: more threads would only wait for each other
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # the nets of the tests are tiny: more threads would only wait for each other
 
 import numpy as np
 import pytest
@@ -12,12 +14,14 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.stem != "test_tutorial")  # the longest first, beside all the others
+    items.sort(
+        key=lambda item: item.path.stem != "test_tutorial"
+    )  # the longest first, beside all the others
 
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory):
-    """An image folder of three classes, each with a colour and a lot of noise: 30 images for training, 15 for validation."""
+    """An image folder of three coloured, noisy classes: 30 images to train, 15 to validate."""
     root, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
     for part, count in (("train", 10), ("val", 5)):
         for channel, name in enumerate(("blue", "green", "red")):
@@ -33,8 +37,18 @@ def photos(tmp_path_factory):
 @pytest.fixture(scope="session")
 def small(photos):
     """Arguments that make any script finish at once on those photos."""
-    return ["--data", "folder", "--data-dir", str(photos), "--image-size", "16", "--patch", "4", "--model", "micro",
-            "--epochs", "2", "--labels", "24", "--warmup", "1", "--batch", "8", "--workers", "0"]  # fmt: skip
+    images = [
+        "--data",
+        "folder",
+        "--data-dir",
+        str(photos),
+        "--image-size",
+        "16",
+        "--num-labels",
+        "24",
+    ]
+    model = ["--patch", "4", "--model", "micro"]
+    return [*images, *model, "--epochs", "2", "--warmup", "1", "--batch", "8", "--workers", "0"]
 
 
 @pytest.fixture(scope="session")
@@ -43,19 +57,21 @@ def teacher(small, tmp_path_factory):
     import pretrain
 
     out = tmp_path_factory.mktemp("teacher")
-    pretrain.main(pretrain.options([*small, "--decoder-dim", "16", "--decoder-depth", "1", "--out", str(out)]))
+    pretrain.main(
+        pretrain.parse([*small, "--decoder-dim", "16", "--decoder-depth", "1", "--out", str(out)])
+    )
     return str(out / "model.pt")
 
 
 @pytest.fixture
 def failing(capsys, monkeypatch):
     """Runs a script with arguments that must fail: the exit code, and the one line on stderr."""
-    import train
+    import launch
 
     def run(script, argv):
         monkeypatch.setattr(sys, "argv", ["script", *map(str, argv)])
         with pytest.raises(SystemExit) as stopped:
-            train.run(script.main, script.options)
+            launch.run(script.main, script.parse)
         lines = capsys.readouterr().err.strip().splitlines()
         assert len(lines) == 1 and lines[0].startswith("error: "), lines
         return stopped.value.code, lines[0]

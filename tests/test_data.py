@@ -10,11 +10,15 @@ import torch.nn.functional as F
 from PIL import Image
 from torchvision.transforms import v2
 
+import attention_copy
+import checkpoints
 import data
+import digits
 import ensemble
 import finetune
+import image_files
 import pretrain
-import vit
+from augment import Draws, crop_and_flip, number, random_erase, seeded
 
 CPU = torch.device("cpu")
 
@@ -24,18 +28,22 @@ def first(part, epoch=0, start=0):
 
 
 def test_digits_are_placed_whole_and_anew_each_step_and_fixed_for_validation_and_test():
-    args = finetune.options(["--labels", "0"])
-    images = data.load(args, CPU)
+    settings = finetune.parse(["--num-labels", "0"])
+    images = data.load(settings, CPU)
     assert [len(p) for p in (images.train, images.val, images.test)] == [997, 1200, 2000]
-    pixels = torch.from_numpy(np.load(Path(data.__file__).parent / "digits.npz")["images"]) / 16
-    for batch, labels in (first(images.train), next(images.test.plainly(50))):
+    pixels = torch.from_numpy(np.load(digits.FILE)["images"]) / 16
+    for batch, labels in (first(images.train), next(images.test.in_order(50))):
         canvas = (batch * 0.35 + 0.25)[:, 0]
         assert batch.shape == (50, 1, 12, 12) and labels.shape == (50,)
-        windows = canvas.unfold(1, 8, 1).unfold(2, 8, 1)  # (B, 5, 5, 8, 8): each placement that a digit can have
-        for one in windows[:10]:  # some real digit lies somewhere, and nothing on the canvas is darker than it
+        windows = canvas.unfold(1, 8, 1).unfold(
+            2, 8, 1
+        )  # (B, 5, 5, 8, 8): each placement that a digit can have
+        for one in windows[
+            :10
+        ]:  # some real digit lies somewhere, and nothing on the canvas is darker than it
             inside = (one[:, :, None] >= pixels - 1e-5).all(-1).all(-1)
             assert inside.any()
-    again = data.load(args, CPU)
+    again = data.load(settings, CPU)
     assert torch.equal(first(images.train)[0], first(again.train)[0])
     assert torch.equal(images.test.source.images, again.test.source.images)
     assert not torch.equal(first(images.train)[0], first(images.train, epoch=1)[0])
@@ -45,19 +53,23 @@ def test_parts_of_the_digits_do_not_overlap_and_the_subset_follows_the_seed():
     def shown(part):
         return {tuple(x.flatten().tolist()) for x in part.source.images}
 
-    parts = [data.load(finetune.options(["--seed", str(seed), "--subset-seed", subset]), CPU).train
-             for seed, subset in ((0, "-1"), (1, "-1"), (1, "0"))]  # fmt: skip
+    parts = [
+        data.load(finetune.parse(["--seed", str(seed), "--subset-seed", subset]), CPU).train
+        for seed, subset in ((0, "-1"), (1, "-1"), (1, "0"))
+    ]
     assert all(len(p) == 100 for p in parts)
     assert shown(parts[0]) == shown(parts[2]) != shown(parts[1])
-    everything = data.load(pretrain.options([]), CPU).train
-    order = torch.randperm(1797, generator=data.seeded("digits"))
+    everything = data.load(pretrain.parse([]), CPU).train
+    order = torch.randperm(1797, generator=seeded("digits"))
     assert len(set(order.tolist())) == 1797 and len(everything) == 997
 
 
 def test_an_epoch_can_be_entered_at_any_step(small):
     for memory in ("2", "0"):
-        args = finetune.options([*small, "--memory", memory, "--mixup", "0.8", "--randaugment", "9"])
-        part = data.load(args, CPU).train
+        settings = finetune.parse(
+            [*small, "--memory", memory, "--mixup", "0.8", "--randaugment", "9"]
+        )
+        part = data.load(settings, CPU).train
         whole = [images.clone() for images, _ in part.epoch(3)]
         assert len(whole) == 3
         for (images, labels), expected in zip(part.epoch(3, start=1), whole[1:], strict=True):
@@ -69,15 +81,20 @@ def test_an_epoch_can_be_entered_at_any_step(small):
 def test_workers_do_not_change_what_is_seen(small):
     seen = []
     for workers in ("0", "2"):
-        args = finetune.options([*small, "--memory", "0", "--workers", workers, "--erase", "0.5"])
-        seen.append(torch.cat([images for images, _ in data.load(args, CPU).train.epoch(0)]))
+        settings = finetune.parse(
+            [*small, "--memory", "0", "--workers", workers, "--random-erase", "0.5"]
+        )
+        seen.append(torch.cat([images for images, _ in data.load(settings, CPU).train.epoch(0)]))
     assert torch.equal(*seen)
 
 
 def test_ranks_share_each_batch_and_each_evaluation_without_overlap(small, monkeypatch):
-    for argv in ([], [*small, "--cutmix", "0", "--mixup", "0", "--erase", "0", "--randaugment", "0"]):
-        args = finetune.options(argv)
-        part = data.load(args, CPU).train
+    for argv in (
+        [],
+        [*small, "--cutmix", "0", "--mixup", "0", "--random-erase", "0", "--randaugment", "0"],
+    ):
+        settings = finetune.parse(argv)
+        part = data.load(settings, CPU).train
         images, labels = first(part)
         shares = []
         for rank in (0, 1):
@@ -85,48 +102,57 @@ def test_ranks_share_each_batch_and_each_evaluation_without_overlap(small, monke
             shares.append(first(part))
         assert torch.equal(torch.cat([s[0] for s in shares]), images)
         assert torch.equal(torch.cat([s[1] for s in shares]), labels)
-        test = data.load(args, CPU).test
+        test = data.load(settings, CPU).test
         count = 0
         for rank in range(4):
             test.rank, test.world = rank, 4
-            count += sum(len(labels) for _, labels in test.plainly(3))
+            count += sum(len(labels) for _, labels in test.in_order(3))
         assert count == len(test)
 
 
 def test_memory_and_workers_show_the_same_test_images(small):
-    args = finetune.options([*small, "--memory", "0"])
-    streamed = torch.cat([images for images, _ in data.load(args, CPU).test.plainly(4)])
-    args.memory = 2.0
-    held = torch.cat([images for images, _ in data.load(args, CPU).test.plainly(4)])
-    # one resizes the decoded picture in float, the other in bytes before normalising: they may round differently
+    settings = finetune.parse([*small, "--memory", "0"])
+    streamed = torch.cat([images for images, _ in data.load(settings, CPU).test.in_order(4)])
+    settings = settings.but(memory=2.0)
+    held = torch.cat([images for images, _ in data.load(settings, CPU).test.in_order(4)])
+    # One resizes in float, the other in bytes before normalising: they may round differently.
     torch.testing.assert_close(streamed, held, atol=0.05, rtol=0)
 
 
-def draws(rows):
-    """A `draw` that hands out given numbers instead of random ones."""
-    rows = iter(rows)
-    return lambda k: torch.tensor(next(rows), dtype=torch.float32)[:, :k]
+class Given:
+    """Draws that hand out given numbers instead of random ones."""
+
+    def __init__(self, numbers):
+        self.numbers = torch.tensor(numbers, dtype=torch.float32)
+
+    def uniform(self, columns):
+        return self.numbers[:, :columns]
 
 
 def test_files_decode_to_pils_pixels_whatever_they_are_called(photos, tmp_path):
     pixels = np.random.default_rng(1).integers(0, 256, (9, 7, 3), dtype=np.uint8)
-    paths = [next(photos.rglob("*.jpg")), tmp_path / "a png.jpg", tmp_path / "grey.jpeg", tmp_path / "palette.png"]
+    paths = [
+        next(photos.rglob("*.jpg")),
+        tmp_path / "a png.jpg",
+        tmp_path / "grey.jpeg",
+        tmp_path / "palette.png",
+    ]
     Image.fromarray(pixels).save(paths[1], format="png")
     Image.fromarray(pixels[..., 0]).save(paths[2])
     Image.fromarray(pixels).convert("P").save(paths[3])
     for path in paths:
         expected = torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)
-        assert torch.equal(data.decode(str(path)), expected), path
+        assert torch.equal(image_files.decode(str(path)), expected), path
     with pytest.raises(OSError):
         (tmp_path / "broken.jpg").write_bytes(paths[0].read_bytes()[:200])
-        data.decode(str(tmp_path / "broken.jpg"))
+        image_files.decode(str(tmp_path / "broken.jpg"))
 
 
 def test_shifts_and_flips_are_exact():
     images = torch.randn(3, 2, 16, 16)
     centre, left = (2 + 0.5) / 5, 0.1  # of 5 shifts (-2..2), the middle one and the first
     u = [[0, 0, centre, centre, 0.9], [0, 0, centre, centre, 0.1], [0, 0, left, centre, 0.9]]
-    plain, flipped, shifted = data.crop_and_flip(images, draws([u]), 0.0)
+    plain, flipped, shifted = crop_and_flip(images, Given(u), 0.0)
     torch.testing.assert_close(plain, images[0], atol=1e-4, rtol=0)
     torch.testing.assert_close(flipped, images[1].flip(-1), atol=1e-4, rtol=0)
     torch.testing.assert_close(shifted[:, :, 2:], images[2][:, :, :-2], atol=1e-4, rtol=0)
@@ -134,63 +160,79 @@ def test_shifts_and_flips_are_exact():
 
 
 def test_resized_crops_are_torchvisions():
-    image = F.avg_pool2d(torch.randn(1, 3, 40, 40), 9, stride=1)  # 32x32 and smooth, so that resampling hardly matters
+    image = F.avg_pool2d(
+        torch.randn(1, 3, 40, 40), 9, stride=1
+    )  # 32x32 and smooth, so that resampling hardly matters
     w = h = 0.5  # an area of 1/4 and a square: share = 0.08 + 0.92 u
     u = [[(0.25 - 0.08) / 0.92, 0.5, 0.0, 1.0, 0.9]]  # at the left and bottom edge
-    ours = data.crop_and_flip(image, draws([u]), 0.08)
-    theirs = v2.functional.resized_crop(image, 16, 0, int(32 * h), int(32 * w), [32, 32],
-                                        interpolation=v2.InterpolationMode.BICUBIC, antialias=False)  # fmt: skip
+    ours = crop_and_flip(image, Given(u), 0.08)
+    theirs = v2.functional.resized_crop(
+        image,
+        16,
+        0,
+        int(32 * h),
+        int(32 * w),
+        [32, 32],
+        interpolation=v2.InterpolationMode.BICUBIC,
+        antialias=False,
+    )
     torch.testing.assert_close(ours[..., 3:-3, 3:-3], theirs[..., 3:-3, 3:-3], atol=1e-3, rtol=0)
 
 
 def test_erasing_fills_boxes_of_the_stated_size_as_often_as_asked():
-    generator = torch.Generator().manual_seed(0)
+    draws = Draws(torch.Generator().manual_seed(0), 4000, slice(None), CPU)
     images = torch.full((4000, 1, 32, 32), 7.0)
-    erased = data.erase(images, lambda k: torch.rand(4000, k, generator=generator), 0.25) != 7
+    erased = random_erase(images, draws, 0.25) != 7
     share = erased.flatten(1).float().mean(1)
     assert (share > 0).float().mean().item() == pytest.approx(0.25, abs=0.025)
     share = share[share > 0]
     assert share.max() < 0.37 and share.mean().item() == pytest.approx((0.02 + 0.33) / 2, abs=0.02)
-    for box in erased[erased.flatten(1).any(1)][:50, 0]:  # a box: the product of its rows and columns
+    for box in erased[erased.flatten(1).any(1)][
+        :50, 0
+    ]:  # a box: the product of its rows and columns
         assert torch.equal(box, box.any(1)[:, None] & box.any(0)[None])
 
 
 def test_normalisation_is_the_teachers(small):
     own = ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5])
     for memory in ("2", "0"):
-        args = finetune.options([*small, "--memory", memory])
-        usual, other = (next(data.load(args, CPU, n).test.plainly(4))[0] for n in (None, own))
+        settings = finetune.parse([*small, "--memory", memory])
+        usual, other = (next(data.load(settings, CPU, n).test.in_order(4))[0] for n in (None, own))
         mean, std = (torch.tensor(x)[:, None, None] for x in data.IMAGENET)
         torch.testing.assert_close((usual * std + mean - 0.5) / 0.5, other, atol=1e-5, rtol=1e-5)
 
 
 def test_held_out_images_are_not_trained_on(small):
     for memory in ("2", "0"):
-        args = finetune.options([*small, "--labels", "0", "--holdout", "6", "--memory", memory])
-        images = data.load(args, CPU)
+        settings = finetune.parse(
+            [*small, "--num-labels", "0", "--holdout", "6", "--memory", memory]
+        )
+        images = data.load(settings, CPU)
         assert (len(images.train), len(images.val), len(images.test)) == (24, 6, 15)
         if memory == "0":
             assert not set(images.train.source.samples) & set(images.val.source.samples)
 
 
 def test_cifar_as_torchvision_stores_it(tmp_path, monkeypatch):
-    """A made-up CIFAR-10 in torchvision's own format, its check sums replaced by those of these files."""
+    """A made-up CIFAR-10 in torchvision's own format, with the check sums of these files."""
     rng = np.random.default_rng(0)
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
     pixels = {}
     for name in ("data_batch_1", "test_batch"):
         pixels[name] = rng.integers(0, 256, (20, 3072), dtype=np.uint8)
-        (folder / name).write_bytes(pickle.dumps({"data": pixels[name], "labels": [i % 10 for i in range(20)]}))
+        (folder / name).write_bytes(
+            pickle.dumps({"data": pixels[name], "labels": [i % 10 for i in range(20)]})
+        )
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
     kind = data.datasets.CIFAR10
     monkeypatch.setattr(kind, "train_list", [["data_batch_1", None]])
     monkeypatch.setattr(kind, "test_list", [["test_batch", None]])
     monkeypatch.setattr(kind, "meta", kind.meta | {"md5": None})
-    args = finetune.options(["--data", "cifar10", "--data-dir", str(tmp_path), "--batch", "10"])
-    images = data.load(args, CPU)
+    settings = finetune.parse(["--data", "cifar10", "--data-dir", str(tmp_path), "--batch", "10"])
+    images = data.load(settings, CPU)
     assert images.classes == list("abcdefghij") and len(images.train) == 20
-    batch, labels = next(images.test.plainly(20))
+    batch, labels = next(images.test.in_order(20))
     mean, std = (torch.tensor(x)[:, None, None] for x in images.normalization)
     expected = torch.from_numpy(pixels["test_batch"]).view(20, 3, 32, 32)
     assert torch.equal(((batch * std + mean) * 255).round().to(torch.uint8), expected)
@@ -200,40 +242,58 @@ def test_cifar_as_torchvision_stores_it(tmp_path, monkeypatch):
 
 def test_an_ensemble_averages_probabilities_over_the_classes_at_hand(small, photos, tmp_path):
     for seed in ("0", "1"):
-        finetune.main(finetune.options([*small, "--teacher", "none", "--seed", seed, "--out", str(tmp_path / seed)]))
+        finetune.main(
+            finetune.parse(
+                [*small, "--teacher", "none", "--seed", seed, "--out", str(tmp_path / seed)]
+            )
+        )
     subset = tmp_path / "subset"
     subset.mkdir()
     for name in ("blue", "red"):  # two of the three classes, and no val/ around them
         (subset / name).symlink_to(photos / "val" / name)
     paths = [str(tmp_path / seed / "model.pt") for seed in ("0", "1")]
-    args = ensemble.options([*paths, "--data", "folder", "--data-dir", str(subset), "--json", str(tmp_path / "out.json")])
-    result = ensemble.main(args)
-    images = next(data.load(args, CPU, train=False).test.plainly(100))
+    settings = ensemble.parse(
+        [
+            *paths,
+            "--data",
+            "folder",
+            "--data-dir",
+            str(subset),
+            "--json",
+            str(tmp_path / "out.json"),
+        ]
+    )
+    result = ensemble.main(settings)
+    images = next(data.load(settings.but(image_size=16), CPU, train=False).test.in_order(100))
     total = 0
     for path, member in zip(paths, result["members"], strict=True):
-        p = vit.load(vit.read(path)).eval()(images[0])[0].softmax(-1)[:, [0, 2]]
+        p = checkpoints.open_model(path)(images[0]).softmax(-1)[:, [0, 2]]
         p = p / p.sum(-1, keepdim=True)
-        assert member["top1"] == pytest.approx(100 * (p.argmax(-1) == images[1]).float().mean().item())
+        assert member["top1"] == pytest.approx(
+            100 * (p.argmax(-1) == images[1]).float().mean().item()
+        )
         total = total + p
-    assert result["ensemble_top1"] == pytest.approx(100 * (total.argmax(-1) == images[1]).float().mean().item())
+    assert result["ensemble_top1"] == pytest.approx(
+        100 * (total.argmax(-1) == images[1]).float().mean().item()
+    )
     assert result["images"] == 10 and Path(tmp_path / "out.json").exists()
 
 
 def test_a_copy_student_is_evaluated_with_its_teacher(tmp_path):
-    import attention_copy
-
     out = tmp_path / "copy"
-    ran = attention_copy.main(attention_copy.options(
-        ["--teacher", "random", "--layers", "1-2", "--epochs", "30", "--warmup", "3", "--out", str(out)]))  # fmt: skip
-    found = ensemble.evaluate([str(out / "model.pt")], ensemble.options(["x"]))
+    argv = ["--teacher", "random", "--layers", "1-2", "--epochs", "30", "--warmup", "3"]
+    ran = attention_copy.main(attention_copy.parse([*argv, "--out", str(out)]))
+    found = ensemble.evaluate([str(out / "model.pt")], ensemble.parse(["x"]))
     assert found["members"][0]["top1"] == pytest.approx(ran["test_top1"], abs=1e-4)
-    card = vit.read(out / "model.pt")
-    card.pop("teacher")  # without its teacher the same student sees less
-    torch.save(card, out / "alone.pt")
-    alone = ensemble.evaluate([str(out / "alone.pt")], ensemble.options(["x"]))
+    content = torch.load(out / "model.pt", weights_only=True)
+    content.pop("teacher")  # without its teacher the same student sees less
+    torch.save(content, out / "alone.pt")
+    alone = ensemble.evaluate([str(out / "alone.pt")], ensemble.parse(["x"]))
     assert alone["members"][0]["top1"] != found["members"][0]["top1"]
 
 
 def test_seeds_are_a_function_of_all_their_parts():
-    numbers = {data.number(*parts) for parts in ((0, 1), (1, 0), (0, 1, 0), (0, 1, "a"), (0, 1, "b"), (1, 2))}
+    numbers = {
+        number(*parts) for parts in ((0, 1), (1, 0), (0, 1, 0), (0, 1, "a"), (0, 1, "b"), (1, 2))
+    }
     assert len(numbers) == 6 and all(0 <= n < 2**56 for n in numbers)

@@ -13,9 +13,15 @@ NUMBER = r"-?\d+\.\d+(?:e[-+]\d+)?"
 
 
 def printed(notebook) -> str:
-    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    outputs = [
+        output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs
+    ]
     assert not [output.evalue for output in outputs if output.output_type == "error"]
-    return "\n".join(output.text for output in outputs if output.output_type == "stream" and output.name == "stdout")
+    return "\n".join(
+        output.text
+        for output in outputs
+        if output.output_type == "stream" and output.name == "stdout"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +51,10 @@ def test_lending_is_copying_and_the_gradient_is_as_derived(text):
 def test_rows_are_in_the_order_that_the_prose_tells(text):
     after = "of fine-tuning's gain"
     start = text.rindex("from scratch", 0, text.index(after))
-    rows = {name: float(re.search(rf"^{name} +test top-1 +({NUMBER})", text[start:], re.M)[1])
-            for name in ("from scratch", "attention copy", "attention distillation", "fine-tuning")}  # fmt: skip
+    rows = {
+        name: float(re.search(rf"^{name} +test top-1 +({NUMBER})", text[start:], re.M)[1])
+        for name in ("from scratch", "attention copy", "attention distillation", "fine-tuning")
+    }
     assert rows["from scratch"] < rows["attention copy"] < rows["attention distillation"]
     assert rows["from scratch"] + 4 < min(rows["attention distillation"], rows["fine-tuning"])
     for name in ("fine-tuning + distillation", "fine-tuning twice"):
@@ -57,22 +65,36 @@ def test_rows_are_in_the_order_that_the_prose_tells(text):
 
 
 def test_maps_and_features_are_as_far_from_the_teachers_as_the_prose_tells(text):
-    divergence = {name: row(text, name, "divergence from the teacher's maps")[::2] for name in (
-        "attention copy", "attention distillation", "fine-tuning", "from scratch")}  # fmt: skip
+    divergence = {
+        name: row(text, name, "divergence from the teacher's maps")[::2]
+        for name in ("attention copy", "attention distillation", "fine-tuning", "from scratch")
+    }
     assert max(divergence["attention copy"][:3]) < 5e-4 and divergence["attention copy"][3] > 0.05
     for layer in range(3):
         assert divergence["attention distillation"][layer] < divergence["fine-tuning"][layer]
         assert divergence["fine-tuning"][layer] < divergence["from scratch"][layer] < 0.6932
     cka = {name: row(text, name, "CKA with the teacher's features") for name in divergence}
     assert all(-0.2 <= value <= 1.0001 for values in cka.values() for value in values)
-    for layer in range(3):  # copy: other features in spite of the same maps; distillation: much of the teacher's features
-        assert cka["attention copy"][layer] + 0.2 < min(cka["attention distillation"][layer], cka["fine-tuning"][layer])
+    for layer in range(
+        3
+    ):  # copy: other features in spite of the same maps; distillation: much of the teacher's features
+        assert cka["attention copy"][layer] + 0.2 < min(
+            cka["attention distillation"][layer], cka["fine-tuning"][layer]
+        )
         assert cka["from scratch"][layer] + 0.3 < cka["attention distillation"][layer]
 
 
 def test_learned_maps_matter(text):
-    trial = {name: row(text, name, "fine-tuning twice")[-1] for name in (
-        "attention distillation", "random teacher", "from scratch", "first layer only", "third layer only")}  # fmt: skip
+    trial = {
+        name: row(text, name, "fine-tuning twice")[-1]
+        for name in (
+            "attention distillation",
+            "random teacher",
+            "from scratch",
+            "first layer only",
+            "third layer only",
+        )
+    }
     assert trial["random teacher"] - 2 < trial["from scratch"] < trial["attention distillation"] - 4
     assert trial["first layer only"] + 4 < trial["third layer only"]
 
@@ -81,7 +103,11 @@ def test_the_stored_notebook_is_whole_and_small():
     path = ROOT / "tutorial.ipynb"
     notebook = nbformat.read(path, as_version=4)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))  # run once, from top to bottom
+    assert [cell.execution_count for cell in cells] == list(
+        range(1, len(cells) + 1)
+    )  # run once, from top to bottom
     assert "attention distillation" in printed(notebook)
-    pictures = [output for cell in cells for output in cell.outputs if "image/png" in output.get("data", {})]
+    pictures = [
+        output for cell in cells for output in cell.outputs if "image/png" in output.get("data", {})
+    ]
     assert 15 <= len(cells) <= 25 and len(pictures) >= 8 and path.stat().st_size < 1_500_000

@@ -1,0 +1,67 @@
+"""The loss of attention distillation: its definition, and the form that stores no map."""
+
+import torch
+from torch import Tensor
+
+from vit import Attended, attention_map, attention_scores
+
+
+def attention_loss_defined(student: Attended, teacher: Attended) -> Tensor:
+    """Cross-entropy of the student's attention maps relative to the teacher's.
+
+    Mean over images, heads and queries, in nats (Li et al., NeurIPS 2024, section 3). Not the KL
+    divergence: its least value is the entropy of the teacher's maps, not 0. Same gradients.
+    """
+    p_t, log_p_s = attention_map(teacher), attention_scores(student).log_softmax(dim=-1)
+    return -(p_t * log_p_s).sum(dim=-1).mean()
+
+
+def attention_loss(student: Attended, teacher: Attended) -> tuple[Tensor, Tensor]:
+    """The same, and the entropy of the teacher's maps, which is its floor: what training calls.
+
+    Their difference is the KL divergence, 0 where the maps agree. The entropy has no gradient.
+    """
+    if student.bias is None and teacher.bias is None:
+        return AttentionLoss.apply(student.q, student.k, teacher.q, teacher.k)
+    entropy = torch.special.entr(attention_map(teacher)).sum(dim=-1).mean()
+    return attention_loss_defined(student, teacher), entropy.detach()
+
+
+class AttentionLoss(torch.autograd.Function):
+    """The loss and its gradient in one go, so that no (N, N) map is kept until the backward pass.
+
+    Behind softmax, its gradient needs nothing but the two maps: with scores s = q k' / sqrt(d),
+
+        d loss / d s = P_S - P_T, so   d loss / d q = (P_S - P_T) k  / sqrt(d)
+                                       d loss / d k = (P_S - P_T)' q / sqrt(d)
+    """
+
+    @staticmethod
+    def forward(ctx, *qk: Tensor) -> tuple[Tensor, Tensor]:  # student's q, k, teacher's q, k
+        images, heads, tokens, _ = qk[0].shape
+        on_cpu = max(1, 2**18 // (heads * tokens**2))  # so many images have maps that fit its cache
+        pieces = zip(*(x.split(images if x.is_cuda else on_cpu) for x in qk), strict=True)
+        losses, entropies, dq, dk = zip(*(of_a_piece(*piece) for piece in pieces), strict=True)
+        ctx.save_for_backward(torch.cat(dq), torch.cat(dk))
+        ctx.rows = images * heads * tokens  # over which the mean is taken
+        entropy = sum(entropies) / ctx.rows
+        ctx.mark_non_differentiable(entropy)
+        return sum(losses) / ctx.rows, entropy
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor, _):
+        dq, dk = ctx.saved_tensors
+        scale = upstream * dq.shape[-1] ** -0.5 / ctx.rows
+        return scale * dq, scale * dk, None, None
+
+
+def of_a_piece(q: Tensor, k: Tensor, q_t: Tensor, k_t: Tensor) -> tuple[Tensor, ...]:
+    """Sums of the cross-entropy and of the teacher's entropy, and gradients but for a factor."""
+    # The difference of two maps would be too coarse in bf16.
+    precise = torch.promote_types(q.dtype, torch.float32)
+    p_t = (q_t * q_t.shape[-1] ** -0.5 @ k_t.mT).softmax(dim=-1, dtype=precise)
+    log_p = (q * q.shape[-1] ** -0.5 @ k.mT).log_softmax(dim=-1, dtype=precise)
+    loss = -torch.dot(p_t.flatten(), log_p.flatten())
+    entropy = torch.special.entr(p_t).sum()
+    gap = log_p.exp_().sub_(p_t)  # P_S - P_T
+    return loss, entropy, gap @ k, gap.mT @ q

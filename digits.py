@@ -1,0 +1,64 @@
+"""The built-in task: translated cluttered digits. Where to look is most of it.
+
+On an empty canvas of 12x12 pixels lie scraps of other digits (3x3 pixels, `--scraps` of them) and
+somewhere the digit itself. Training places all of them anew at every step; validation and test hold
+four fixed placements of each digit. 997 digits are for training, 300 for validation and 500 for
+test.
+
+The digits are the 1,797 8x8 images of E. Alpaydin and C. Kaynak, "Optical Recognition of
+Handwritten Digits" (test part), UCI Machine Learning Repository, 1998, CC BY 4.0,
+https://doi.org/10.24432/C50P49, as scikit-learn ships them.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from augment import Draws, Normalise
+
+CANVAS = 12
+FILE = Path(__file__).parent / "digits.npz"
+
+
+def read(device) -> tuple[Tensor, Tensor]:
+    """All digits (1797, 8, 8) in 0..1, and their labels (1797,)."""
+    file = np.load(FILE)
+    images = torch.from_numpy(file["images"]).to(device) / 16
+    return images, torch.from_numpy(file["labels"]).long().to(device)
+
+
+class Clutter:
+    """Places digits and scraps, then normalises: the augmentation of this task."""
+
+    def __init__(self, pool: Tensor, scraps: int, normalise: Normalise):
+        self.pool, self.scraps, self.normalise = pool, scraps, normalise  # pool: digits to cut from
+
+    def __call__(self, digits: Tensor, draws: Draws) -> Tensor:
+        return self.normalise(self.place(digits, draws))
+
+    def place(self, digits: Tensor, draws: Draws) -> Tensor:
+        """Digits (B, 8, 8) on their canvases (B, 1, 12, 12), not yet normalised."""
+        canvas = digits.new_zeros(len(digits), CANVAS, CANVAS)
+        numbers = draws.uniform(5 * self.scraps).unflatten(1, (self.scraps, 5))
+        for u in numbers.unbind(1):  # of each scrap: which digit, cut from where, put where
+            source = self.pool[(u[:, 0] * len(self.pool)).long()]
+            scrap = source[window((u[:, 1:3] * 6).long(), 3)]
+            paste(canvas, (u[:, 3:5] * (CANVAS - 2)).long(), scrap)
+        paste(canvas, (draws.uniform(2) * (CANVAS - 7)).long(), digits)
+        return canvas[:, None]
+
+
+def window(corner: Tensor, side: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Indices of side x side windows that begin at `corner` (B, 2), one in each of B pictures."""
+    span = torch.arange(side, device=corner.device)
+    pictures = torch.arange(len(corner), device=corner.device)
+    rows, columns = corner[:, :1, None] + span[:, None], corner[:, 1:, None] + span
+    return pictures[:, None, None], rows, columns
+
+
+def paste(pictures: Tensor, corner: Tensor, what: Tensor) -> None:
+    """Blends `what` (B, side, side) into `pictures` with max."""
+    at = window(corner, what.shape[-1])
+    pictures[at] = torch.maximum(pictures[at], what)

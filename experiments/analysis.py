@@ -1,0 +1,304 @@
+"""Compares two ViTs: where they look, and what they see.
+
+    python -m experiments.analysis A/model.pt B/model.pt
+    python -m experiments.analysis A/model.pt random --images 500
+    python -m experiments.analysis A/model.pt B/model.pt --data imagenet \\
+        --data-dir /imagenet --layer 18 --head 3
+
+For each layer: the divergence between the two ViTs' attention maps (heads as
+they stand, and heads matched as well as can be), the entropy of each head's
+maps and how far it looks; and the similarity (CKA) of the features of every
+pair of layers. A table on the terminal; in --out analysis.json, and as pictures
+maps.png, rollout.png, divergence.png, heads.png and cka.png.
+
+Any checkpoint will do: a teacher, a student (one of attention copy attends
+with its teacher's maps), or "random" for B.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Iterator
+from functools import cache, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import checkpoints
+import data
+import launch
+import vit
+from checkpoints import Model
+from experiments import figures
+from settings import HEADS, Setting, Settings, parse_settings, pick
+from vit import attention_map
+
+SETTINGS = pick("data", "data_dir", "scraps", "workers", "memory", "skip_unreadable", "device")
+SETTINGS |= HEADS | {
+    "images": Setting(200, "how many of the test images to compare on", low=4),
+    "batch": Setting(50, "images at a time", low=1),
+    "layer": Setting(0, "whose maps to draw, 1 the first (0: the last)"),
+    "head": Setting(0, "whose maps to draw, 1 the first (0: the mean of all)"),
+    "out": Setting("", "folder for the results (empty: runs/analysis-DATA)"),
+}
+POSITIONAL = ("checkpoints", "A and B: two model.pt, or one and 'random'")
+parse = partial(parse_settings, __doc__, SETTINGS, positional=POSITIONAL)
+
+
+# Where they look --------------------------------------------------------------------------------
+
+
+def entropy(p: Tensor) -> Tensor:
+    """Entropy in nats along the last dimension: from 0 (at one token) to ln N (at all alike)."""
+    return torch.special.entr(p).sum(dim=-1)
+
+
+def jensen_shannon(p: Tensor, q: Tensor) -> Tensor:
+    """Jensen-Shannon divergence in nats along the last dimension: 0 if equal, ln 2 if disjoint."""
+    return entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2
+
+
+def attention_distance(p: Tensor, patch: int) -> Tensor:
+    """The mean distance in pixels from a query's patch to where it looks: (B, H).
+
+    `p`: maps (B, H, 1 + n^2, 1 + n^2) over a class token, which is left out here, and a square grid
+    of patches (Dosovitskiy et al. 2021, D.7).
+    """
+    p = p[:, :, 1:, 1:]
+    p = p / p.sum(dim=-1, keepdim=True).clamp_min(1e-9)
+    side = math.isqrt(p.shape[-1])
+    axis = torch.arange(side, device=p.device) * float(patch)
+    spots = torch.cartesian_prod(axis, axis)
+    return (p * torch.cdist(spots, spots)).sum(dim=-1).mean(dim=-1)
+
+
+def rollout(maps: Iterable[Tensor]) -> Tensor:
+    """Where what each token holds at the end came from: (B, N, N) (Abnar and Zuidema 2020).
+
+    Each layer passes on half of what a token was (the residual branch) and half of what its heads
+    looked at.
+    """
+    total = None
+    for p in maps:
+        mixed = 0.5 * p.mean(dim=1) + 0.5 * torch.eye(p.shape[-1], device=p.device)
+        total = mixed if total is None else mixed @ total
+    return total
+
+
+def match(cost: np.ndarray) -> list[int]:
+    """The column for each row of a square matrix such that each is taken once and the sum is least.
+
+    Exact, by trying each column for the first row and matching the rest: 2^H subsets, fine for 16
+    heads.
+    """
+
+    @cache
+    def best(free: frozenset[int]) -> tuple[float, tuple[int, ...]]:
+        """Least cost, and columns, of the last rows, for which these columns are left."""
+        if not free:
+            return 0.0, ()
+        row = len(cost) - len(free)
+        rests = ((column, *best(free - {column})) for column in free)
+        return min(
+            (cost[row, column] + rest, (column, *columns)) for column, rest, columns in rests
+        )
+
+    return list(best(frozenset(range(len(cost))))[1])
+
+
+# What they see ----------------------------------------------------------------------------------
+
+
+def cka(x: Tensor, y: Tensor) -> float:
+    """Linear centred kernel alignment of features x (n, D1) and y (n, D2) of the same n images.
+
+    1 for a rotation, 0 for no relation (Kornblith et al. 2019). With the unbiased estimate of HSIC
+    (Song et al. 2012, equation 5): the usual one finds likeness between any two representations of
+    more features than images.
+    """
+    x, y = x.double() - x.double().mean(0), y.double() - y.double().mean(0)
+    gram_x, gram_y = (gram - gram.diag().diag() for gram in (x @ x.T, y @ y.T))
+    return (hsic(gram_x, gram_y) / (hsic(gram_x, gram_x) * hsic(gram_y, gram_y)).sqrt()).item()
+
+
+def hsic(a: Tensor, b: Tensor) -> Tensor:
+    n = len(a)
+    means = a.sum() * b.sum() / ((n - 1) * (n - 2))
+    return ((a * b).sum() + means - 2 * (a.sum(0) @ b.sum(0)) / (n - 2)) / (n * (n - 3))
+
+
+# The comparison ---------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def compare(a: Model, b: Model, batches: Iterable[Tensor], patch: int) -> dict:
+    """All figures of a comparison of two models on the same images: means over images and queries.
+
+    layers: of each, `divergence` of the maps, head by head (as they stand) and `matched` (each of
+    a's heads with the one of b's that `pairs` names), in nats; `entropy` of a's and b's heads, in
+    nats; `distance` that they look, in pixels. cka: a's layers by b's, of the features' mean over
+    patches, which is what the head of a ViT reads.
+    """
+    sums, features, count = {}, ([], []), 0
+    for images in batches:
+        count += len(images)
+        traces = [list(model.run(images)) for model in (a, b)]
+        for side, trace in zip(features, traces, strict=True):
+            side.append(
+                torch.stack([x[:, 1:].mean(dim=1) for x, _ in trace]).cpu()
+            )  # (layers, B, D)
+        for i, pair in enumerate(zip(*traces, strict=False)):
+            for what, value in compare_maps(
+                *(attention_map(used) for _, used in pair), patch
+            ).items():
+                sums[i, what] = sums.get((i, what), 0) + value.cpu()
+    if count < 4:
+        raise ValueError(f"{count} images are too few: the similarity of features needs at least 4")
+    x, y = (torch.cat(side, dim=1) for side in features)
+    alike = [[cka(one, other) for other in y] for one in x]
+    if not np.isfinite(alike).all():
+        raise ValueError(
+            "features are not finite, or the same for all images: was a ViT trained to ruin?"
+        )
+    depth = 1 + max(i for i, _ in sums)
+    layers = [
+        of_layer({what: sums[i, what] / count for what in ("pairs", "entropy", "distance")})
+        for i in range(depth)
+    ]
+    return {"images": count, "layers": layers, "cka": alike}
+
+
+def compare_maps(p: Tensor, q: Tensor, patch: int) -> dict[str, Tensor]:
+    """Sums over images: divergence of each pair of heads (H, H); entropy, distance (2, H)."""
+    pairs = [jensen_shannon(head[:, None], q).mean(-1).sum(0) for head in p.unbind(1)]
+    return {
+        "pairs": torch.stack(pairs),
+        "entropy": torch.stack([entropy(side).mean(-1).sum(0) for side in (p, q)]),
+        "distance": torch.stack([attention_distance(side, patch).sum(0) for side in (p, q)]),
+    }
+
+
+def of_layer(means: dict[str, Tensor]) -> dict:
+    pairs = means["pairs"]
+    columns = match(pairs.numpy())
+    return {
+        "divergence": pairs.diagonal().mean().item(),
+        "by_head": pairs.diagonal().tolist(),
+        "pairs": columns,
+        "matched": pairs[range(len(pairs)), columns].mean().item(),
+        "entropy": means["entropy"].tolist(),
+        "distance": means["distance"].tolist(),
+    }
+
+
+# From the command line --------------------------------------------------------------------------
+
+
+def open_pair(settings: Settings) -> tuple[Model, Model, data.Data]:
+    """The two models, and the images both can look at. ValueError if there are none."""
+    if len(settings.checkpoints) != 2 or settings.checkpoints[0] == "random":
+        raise ValueError(
+            "analysis compares two ViTs: name two checkpoints, or one and then 'random'"
+        )
+    device = launch.device(settings.device)
+    first, second = settings.checkpoints
+    a = checkpoints.open_model(first, device, settings.heads)
+    if second == "random":
+        torch.manual_seed(0)
+        b = Model(vit.ViT(**a.net.architecture).to(device).eval())
+    else:
+        b = checkpoints.open_model(second, device, settings.heads)
+    for what in ("image_size", "patch", "channels", "heads"):
+        ours, theirs = a.net.architecture[what], b.net.architecture[what]
+        if ours != theirs:
+            raise ValueError(
+                f"maps of these two cannot be compared: their {what} differ ({ours} and {theirs})"
+            )
+    opened = [model.checkpoint.normalization for model in (a, b) if model.checkpoint]
+    normalizations = [n for n in opened if n]
+    if any(n != normalizations[0] for n in normalizations):
+        raise ValueError(
+            "these two were trained on images normalised differently: they cannot see the same ones"
+        )
+    depth = min(len(a.net.blocks), len(b.net.blocks))
+    for name, value, count in (
+        ("layer", settings.layer, depth),
+        ("head", settings.head, a.net.heads),
+    ):
+        if value > count:
+            raise ValueError(f"--{name} {value}: there are {count}")
+    sized = settings.but(image_size=a.net.architecture["image_size"])
+    images = data.load(sized, device, normalizations[0] if normalizations else None, train=False)
+    if images.channels != a.net.architecture["channels"]:
+        channels = a.net.architecture["channels"]
+        raise ValueError(
+            f"the ViTs take {channels} channels, --data {settings.data} has {images.channels}"
+        )
+    return a, b, images
+
+
+def first_images(images: data.Data, settings: Settings) -> Iterator[Tensor]:
+    """The first --images of the test images, in batches, without their labels."""
+    left = settings.images
+    for some, _ in images.test.in_order(min(settings.batch, left)):
+        yield some[:left]
+        left -= len(some)
+        if left <= 0:
+            return
+
+
+def main(settings: Settings) -> dict:
+    a, b, images = open_pair(settings)
+    out = Path(settings.out or f"runs/analysis-{settings.data}")
+    out.mkdir(parents=True, exist_ok=True)
+    found = compare(a, b, first_images(images, settings), a.net.architecture["patch"])
+    show(found, settings.checkpoints)
+    about = {"models": settings.checkpoints, "data": settings.data, "commit": checkpoints.commit()}
+    checkpoints.write_text(out / "analysis.json", json.dumps(about | found, indent=1) + "\n")
+    draw(found, a, b, images, settings, out)
+    print(
+        f"\nwrote {out}/analysis.json, maps.png, rollout.png, divergence.png, heads.png and cka.png"
+    )
+    return about | found
+
+
+def show(found: dict, names: list[str]) -> None:
+    print(f"A {names[0]}\nB {names[1]}\non {found['images']} images\n")
+    print("       divergence, nats     entropy, nats   distance, pixels   features")
+    print("layer  as is    matched       A       B        A       B       CKA A, B")
+    for i, (layer, similar) in enumerate(zip(found["layers"], found["cka"], strict=False)):
+        entropies, distances = (
+            [np.mean(side) for side in layer[what]] for what in ("entropy", "distance")
+        )
+        print(
+            f"{i + 1:5}  {layer['divergence']:.3f}    {layer['matched']:7.3f}   "
+            f"{entropies[0]:5.2f}   {entropies[1]:5.2f}    "
+            f"{distances[0]:5.1f}   {distances[1]:5.1f}      {similar[i]:9.2f}"
+        )
+
+
+@torch.no_grad()
+def draw(found: dict, a: Model, b: Model, images: data.Data, settings: Settings, out: Path) -> None:
+    some = next(first_images(images, settings))[:6]
+    maps = {
+        name: [attention_map(used) for _, used in model.run(some)]
+        for name, model in (("A", a), ("B", b))
+    }
+    one_layer = {
+        k: figures.mean_look(p[settings.layer - 1], settings.head) for k, p in maps.items()
+    }
+    all_layers = {k: rollout(p)[:, 1:].mean(1) for k, p in maps.items()}
+    pictures = {
+        "maps": figures.overlays(some, one_layer, images.normalization),
+        "rollout": figures.overlays(some, all_layers, images.normalization),
+        "divergence": figures.divergences(found["layers"]),
+        "heads": figures.heads(found["layers"]),
+        "cka": figures.likeness(found["cka"]),
+    }
+    for name, picture in pictures.items():
+        figures.save(picture, out / f"{name}.png")
+
+
+if __name__ == "__main__":
+    launch.run(main, parse)

@@ -1,0 +1,182 @@
+"""One step of training, and all that it changes: weights and their average, optimiser, sums."""
+
+import contextlib
+import copy
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from launch import world
+
+
+def learning_rate(step: int, steps: int, warmup: int, peak: float, floor: float) -> float:
+    """Linear warm-up, then half a cosine from `peak` down to `floor`."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    cosine = math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
+    return floor + (peak - floor) * 0.5 * (1 + cosine)
+
+
+class Step(nn.Module):
+    """What DDP and torch.compile wrap: images and labels in, terms and diagnostics out."""
+
+    def __init__(self, net: nn.Module, loss: Callable):
+        super().__init__()
+        self.net, self.loss = net, loss
+
+    def forward(
+        self, images: Tensor, labels: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return self.loss(self.net, images, labels)
+
+
+class Learner:
+    """The state of training a net with a loss. `steps` is the length of the run.
+
+    Nothing in `learn` waits for the GPU.
+    """
+
+    def __init__(self, net: nn.Module, loss: Callable, settings, steps: int):
+        where = next(net.parameters()).device
+        self.net, self.settings, self.done = net, settings, 0
+        self.terms: dict[str, Tensor] = {}  # of the loss, and
+        self.diagnostics: dict[
+            str, Tensor
+        ] = {}  # what is only watched: sums over the steps of an epoch
+        self.average = copy.deepcopy(net).requires_grad_(False) if settings.ema else None
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(net, settings.weight_decay, settings.layer_decay),
+            lr=settings.lr,
+            betas=(0.9, settings.beta2),
+            fused=where.type in ("cuda", "cpu"),
+        )
+        fp16 = precision(settings.amp, net) is torch.float16
+        self.scaler = torch.amp.GradScaler(where.type, enabled=fp16)
+        self.autocast = autocast(settings.amp, net)
+        self.step = Step(net, loss)
+        if dist.is_initialized():
+            self.step = DistributedDataParallel(self.step, gradient_as_bucket_view=True)
+        if (mode := compilation(settings.compile, where, steps)) != "off":
+            self.step.compile(mode="reduce-overhead" if mode == "graphs" else None)
+
+    def learn(self, images: Tensor, labels: Tensor, rate: float) -> None:
+        """One step of the optimiser, at learning rate `rate`, on this process' share of a batch."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["scale"]
+        size = self.settings.micro_batch or len(images)
+        pieces = list(zip(images.split(size), labels.split(size), strict=True))
+        for i, piece in enumerate(pieces):
+            last = (
+                i == len(pieces) - 1 or world() == 1
+            )  # the last one exchanges the sum of the gradients
+            with contextlib.nullcontext() if last else self.step.no_sync():
+                self.backward(*piece, share=len(piece[0]) / len(images))
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.settings.clip or math.inf)
+        if not self.scaler.is_enabled():  # which skips steps with infinite gradients by itself
+            add(self.diagnostics, {"gradient_norm": norm}, 1)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.done += 1
+        if self.average:
+            update_average(self.average, self.net, self.settings.ema, self.done)
+
+    def backward(self, images: Tensor, labels: Tensor, share: float) -> None:
+        with self.autocast:
+            terms, diagnostics = self.step(images, labels)
+        self.scaler.scale(sum(terms.values()) * share).backward()
+        add(self.terms, terms, share)
+        add(self.diagnostics, diagnostics, share)
+
+    def state(self) -> dict:
+        parts = ("net", "optimizer", "scaler", "average")
+        states = {part: getattr(self, part).state_dict() for part in parts if getattr(self, part)}
+        return states | dict(step=self.done, terms=self.terms, diagnostics=self.diagnostics)
+
+    def restore(self, state: dict) -> None:
+        for part in ("net", "optimizer", "scaler", "average"):
+            if part in state:
+                getattr(self, part).load_state_dict(state[part])
+        where = next(self.net.parameters()).device
+        self.done = state["step"]
+        for sums in ("terms", "diagnostics"):
+            setattr(self, sums, {k: v.to(where) for k, v in state[sums].items()})
+
+
+@torch.no_grad()
+def add(sums: dict[str, Tensor], values: dict[str, Tensor], share: float) -> None:
+    for name, value in values.items():
+        sums[name] = sums.get(name, 0) + value.detach() * share
+
+
+def parameter_groups(net: nn.Module, weight_decay: float, layer_decay: float) -> list[dict]:
+    """Weight decay for matrices only; layer decay: a factor per layer below the head."""
+    groups = {}
+    top = net.layer_of("head") if layer_decay < 1 else 0
+    for name, p in net.named_parameters():
+        if p.requires_grad:
+            scale = layer_decay ** (top - net.layer_of(name)) if layer_decay < 1 else 1.0
+            bare = p.ndim <= 1 or name.rpartition(".")[2] in (
+                "pos_embed",
+                "cls_token",
+                "mask_token",
+            )
+            groups.setdefault((scale, 0.0 if bare else weight_decay), []).append(p)
+    return [
+        dict(params=params, scale=scale, weight_decay=decay)
+        for (scale, decay), params in groups.items()
+    ]
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, net: nn.Module, decay: float, step: int) -> None:
+    """Exponential moving average of the weights.
+
+    Young averages follow faster, so that short runs forget their start.
+    """
+    decay = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - decay)
+
+
+def precision(amp: str, net: nn.Module) -> torch.dtype | None:
+    """The dtype of mixed precision, or None for float32.
+
+    auto is bf16 where the hardware multiplies it (a T4 would only emulate it: fp16 is what it is
+    fast in). A net of under a million parameters is bound by calls, not by arithmetic: float32.
+    """
+    if amp != "auto":
+        return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+    where = next(net.parameters()).device.type
+    if sum(p.numel() for p in net.parameters()) < 1e6:
+        return None
+    if multiplies_bf16(where):
+        return torch.bfloat16
+    return torch.float16 if where == "cuda" else None
+
+
+def multiplies_bf16(where: str) -> bool:
+    """Whether a type of device here has bf16 in hardware. (Without, it may be very slow.)"""
+    if where == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    about = Path("/proc/cpuinfo")  # on Linux
+    return where == "cpu" and about.exists() and "bf16" in about.read_text()
+
+
+def autocast(amp: str, net: nn.Module):
+    """The context of mixed precision: made once, entered at each step."""
+    dtype = precision(amp, net)
+    where = next(net.parameters()).device.type
+    return torch.autocast(where, dtype) if dtype else contextlib.nullcontext()
+
+
+def compilation(choice: str, where: torch.device, steps: int) -> str:
+    """--compile, with auto decided: it takes minutes, which only long runs on a GPU earn back."""
+    if choice == "auto":
+        return "on" if where.type == "cuda" and steps >= 5000 else "off"
+    return choice

@@ -1,0 +1,114 @@
+"""The forms of the distillation loss, timed side by side.
+
+python -m speed.loss_forms            milliseconds of one layer of ViT-L
+"""
+
+import statistics
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import launch
+import vit
+from attention_loss import attention_loss, attention_loss_defined
+from launch import print0
+from settings import Setting, Settings, parse_settings, pick
+from speed.measure import Records, seconds
+from vit import Attended
+
+SETTINGS = pick("device") | {
+    "steps": Setting(20, "steps that are timed, of each form", low=1),
+    "results": Setting("results", "where the record goes"),
+}
+parse = partial(parse_settings, __doc__, SETTINGS)
+TOKENS = (197, 577, 1025)
+
+
+def at_once(student: Attended, teacher: Attended) -> Tensor:
+    """What training calls."""
+    return attention_loss(student, teacher)[0]
+
+
+def two_fused_calls(student: Attended, teacher: Attended) -> Tensor:
+    """The gradient by two calls of fused attention. Its value is not the loss."""
+    q, k = student.q, student.k
+    own = F.scaled_dot_product_attention(q.detach(), k.detach(), k)
+    gap = own - F.scaled_dot_product_attention(teacher.q, teacher.k, k)
+    return q.shape[-1] ** -0.5 * (q * gap).sum(dim=-1).mean()
+
+
+def log_sum_exp(student: Attended, teacher: Attended) -> Tensor:
+    """log(sum(exp(scores))) less what the teacher's map makes of them: one map instead of two."""
+    q, k = student.q * student.q.shape[-1] ** -0.5, student.k
+    seen = F.scaled_dot_product_attention(teacher.q, teacher.k, k)
+    return ((q @ k.mT).float().logsumexp(dim=-1) - (q * seen).float().sum(dim=-1)).mean()
+
+
+def flexible(student: Attended, teacher: Attended) -> Tensor:
+    """The same, and the log(sum(exp)) by flex_attention: no map at all. To be compiled."""
+    from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+
+    q, k = student.q, student.k
+    _, aux = flex_attention(q, k, k, return_aux=AuxRequest(lse=True))
+    seen = F.scaled_dot_product_attention(teacher.q, teacher.k, k)
+    return (aux.lse - q.shape[-1] ** -0.5 * (q * seen).float().sum(dim=-1)).mean()
+
+
+FORMS = {
+    "plain": attention_loss_defined,
+    "at once": at_once,
+    "two fused calls": two_fused_calls,
+    "log-sum-exp": log_sum_exp,
+}
+
+
+def time_forms(
+    forms: dict[str, Callable], tokens: int, images: int, steps: int, device
+) -> dict[str, float]:
+    """Milliseconds per image of forward and backward pass of each form, for a layer of `large`."""
+    on_gpu, heads = device.type == "cuda", vit.SIZES["large"][2]
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    drawn = torch.randn(4, images, heads, tokens, 64, device=device, dtype=dtype)
+    q, k, q_t, k_t = (x.clone().requires_grad_(i < 2) for i, x in enumerate(drawn))
+
+    def work(form: Callable) -> None:
+        with torch.autocast(device.type, dtype, enabled=on_gpu):
+            loss = form(Attended(q, k), Attended(q_t, k_t))
+        torch.autograd.grad(loss, (q, k))
+
+    took = {name: [] for name in forms}
+    for step in range(3 + steps):
+        for name, form in forms.items():
+            lasted = seconds(partial(work, form), device)
+            took[name] += [lasted] if step >= 3 else []
+    return {
+        name: round(1000 * statistics.median(lasted) / images, 4) for name, lasted in took.items()
+    }
+
+
+def main(settings: Settings) -> dict:
+    """Each form, plain and on a GPU compiled too."""
+    device = launch.device(settings.device)
+    on_gpu = device.type == "cuda"
+    records, forms = Records(settings.results, device), dict(FORMS)
+    if on_gpu:
+        forms |= {f"{name}, compiled": torch.compile(form) for name, form in FORMS.items()}
+        forms["flex, compiled"] = torch.compile(flexible)
+    table = {name: {} for name in forms}
+    for tokens in TOKENS:
+        images = (64 if on_gpu else 8) * 197 // tokens
+        for name, ms in time_forms(forms, tokens, images, settings.steps, device).items():
+            table[name][str(tokens)] = ms
+    print0(f"{'ms, one layer':26} " + " ".join(f"{tokens:>6} tokens" for tokens in TOKENS))
+    for name, row in table.items():
+        print0(f"{name:26} " + " ".join(f"{ms:13.3f}" for ms in row.values()))
+    dtype = str(torch.bfloat16 if on_gpu else torch.float32)
+    about = {"heads": vit.SIZES["large"][2], "dtype": dtype, "steps": settings.steps}
+    return records.add("speed.loss_forms", {"ms_per_image_and_layer": table} | about)
+
+
+if __name__ == "__main__":
+    launch.run(main, parse)

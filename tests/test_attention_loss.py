@@ -1,0 +1,114 @@
+"""The distillation loss against its definition in loops, its gradient against theory."""
+
+import math
+
+import pytest
+import torch
+
+from attention_loss import attention_loss, attention_loss_defined
+from vit import Attended, attention_map, lend_map
+
+
+def draw(*widths, dtype=torch.float64, tokens=5):
+    """q and k of a student (which learns) and of a teacher, of these widths."""
+    shapes = [(2, 3, tokens, width) for width in widths for _ in "qk"]
+    q, k, q_t, k_t = (torch.randn(shape, dtype=dtype) for shape in shapes)
+    return Attended(q.requires_grad_(), k.requires_grad_()), Attended(q_t, 2 * k_t)
+
+
+def gradients(loss, student):
+    return torch.autograd.grad(3 * loss, (student.q, student.k))
+
+
+def test_the_definition_is_the_cross_entropy_between_maps():
+    student, teacher = (Attended(*(x.detach() for x in side[:2])) for side in draw(8, 8))
+    total = 0.0
+    for b in range(2):
+        for h in range(3):
+            for i in range(5):
+                ours, theirs = (
+                    [math.exp(x.q[b, h, i] @ x.k[b, h, j] / math.sqrt(8)) for j in range(5)]
+                    for x in (student, teacher)
+                )
+                pairs = zip(ours, theirs, strict=True)
+                total -= sum(t / sum(theirs) * math.log(o / sum(ours)) for o, t in pairs)
+    found = attention_loss_defined(student, teacher).item()
+    assert found == pytest.approx(total / (2 * 3 * 5), rel=1e-12)
+
+
+def test_the_gradient_is_the_difference_of_the_maps():
+    """d/dq = (P_S - P_T) k / sqrt(d), d/dk = (P_S - P_T)' q / sqrt(d), over the rows averaged."""
+    student, teacher = draw(8, 16)  # a wider teacher
+    gap = (attention_map(student) - attention_map(teacher)) / math.sqrt(8) / (2 * 3 * 5)
+    for loss in (attention_loss_defined(student, teacher), attention_loss(student, teacher)[0]):
+        dq, dk = gradients(loss, student)
+        torch.testing.assert_close(dq, 3 * gap @ student.k)
+        torch.testing.assert_close(dk, 3 * gap.mT @ student.q)
+
+
+@pytest.mark.parametrize("dtype, close", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_the_fast_form_is_the_definition(dtype, close):
+    student, teacher = draw(8, 16, dtype=dtype, tokens=50)
+    plain, (fast, entropy) = (
+        attention_loss_defined(student, teacher),
+        attention_loss(student, teacher),
+    )
+    assert fast.dtype == plain.dtype and abs(fast / plain - 1) < close
+    assert entropy.item() == pytest.approx(
+        attention_loss_defined(teacher, teacher).item(), rel=1e-5
+    )
+    assert not entropy.requires_grad
+    for ours, theirs in zip(gradients(fast, student), gradients(plain, student), strict=True):
+        assert (ours - theirs).norm() < close * theirs.norm()
+
+
+def test_the_fast_form_in_bf16_as_training_meets_it_is_close_to_float32():
+    student, teacher = draw(8, 16, dtype=torch.bfloat16, tokens=50)
+    exact = Attended(*(x.detach().float().requires_grad_() for x in student[:2]))
+    plain = attention_loss_defined(exact, Attended(*(x.float() for x in teacher[:2])))
+    with torch.autocast("cpu", torch.bfloat16):
+        fast, _ = attention_loss(student, teacher)
+    assert fast.dtype == torch.float32 and abs(fast / plain - 1) < 2e-2
+    for ours, theirs in zip(gradients(fast, student), gradients(plain, exact), strict=True):
+        assert (ours - theirs).norm() < 2e-2 * theirs.norm()
+
+
+def test_the_fast_form_keeps_no_map():
+    student, teacher = draw(8, 8, tokens=50)
+    kept = []
+
+    def keep(x):
+        kept.append(x.numel())
+        return x
+
+    for loss, stores in ((attention_loss_defined, True), (lambda *x: attention_loss(*x)[0], False)):
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            loss(student, teacher).backward()
+        assert (max(kept) >= 2 * 3 * 50 * 50) == stores
+        kept.clear()
+
+
+def test_it_is_least_where_the_maps_agree_and_its_floor_is_the_teachers_entropy():
+    _, teacher = draw(8, 8)
+    p = attention_map(teacher)
+    floor, entropy = attention_loss(teacher, teacher)
+    torch.testing.assert_close(floor, -(p * p.log()).sum(-1).mean())
+    torch.testing.assert_close(floor, entropy)
+    other = Attended(teacher.q + 0.3 * torch.randn_like(teacher.q), teacher.k)
+    cross_entropy, entropy = attention_loss(other, teacher)
+    kl = (p * (p / attention_map(other)).log()).sum(-1).mean()
+    torch.testing.assert_close(cross_entropy - entropy, kl)
+    assert kl > 0
+
+
+def test_any_map_can_be_distilled():
+    """A lent map has the loss, entropy and gradients of the queries and keys that make it."""
+    student, teacher = draw(8, 8)
+    by_map = attention_loss(student, lend_map(attention_map(teacher)))
+    torch.testing.assert_close(by_map, attention_loss(student, teacher))
+    for a, b in zip(
+        gradients(by_map[0], student),
+        gradients(attention_loss(student, teacher)[0], student),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)

@@ -1,0 +1,111 @@
+"""Files of weights: ours, MAE's and timm's load; others are refused by name; any method opens."""
+
+import pytest
+import timm
+import torch
+
+import attention_copy
+import checkpoints
+import ensemble
+import teachers
+import vit
+
+CLASSES = [str(i) for i in range(10)]
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    return vit.build("tiny", image_size=32, patch=8, channels=3, classes=5)
+
+
+def test_positions_interpolate_as_timms_do():
+    pos = torch.randn(1, 1 + 49, 16)
+    resample = timm.layers.resample_abs_pos_embed
+    theirs = resample(pos, new_size=[14, 14], num_prefix_tokens=1, antialias=False)
+    torch.testing.assert_close(checkpoints.interpolate(pos, 1 + 196), theirs)
+    assert checkpoints.interpolate(pos, 50) is pos
+    with pytest.raises(ValueError, match="no square grid"):
+        checkpoints.interpolate(torch.randn(1, 12, 8), 17)
+
+
+def test_mae_style_and_timm_files_load(net, tmp_path):
+    mae = {k: v for k, v in net.state_dict().items() if not k.startswith(("head", "fc_norm"))}
+    mae |= {"norm.weight": torch.ones(192), "norm.bias": torch.zeros(192)}
+    mae["decoder_embed.weight"] = torch.ones(3, 3)
+    torch.save({"model": mae}, tmp_path / "mae.pth")
+    torch.save(net.state_dict(), tmp_path / "plain.pth")
+
+    loaded = checkpoints.load(checkpoints.read(tmp_path / "mae.pth", heads=3), classes=9)
+    assert loaded.head.out_features == 9
+    for name, p in loaded.named_parameters():
+        if not name.startswith(("head", "fc_norm")):
+            assert torch.equal(p, net.state_dict()[name])
+    images, plain = torch.randn(2, 3, 32, 32), checkpoints.read(tmp_path / "plain.pth", heads=3)
+    assert torch.equal(checkpoints.load(plain)(images), net(images))
+    larger = checkpoints.load(plain, image_size=64)
+    assert larger.tokens == 65 and torch.isfinite(larger(torch.randn(1, 3, 64, 64))).all()
+
+
+def test_heads_are_never_guessed(net, tmp_path, failing):
+    """With other heads the same weights are another function: MoCo v3's ViT-S has 12, not 6."""
+    path, images = tmp_path / "plain.pth", torch.randn(2, 3, 32, 32)
+    torch.save(net.state_dict(), path)
+    with pytest.raises(ValueError, match="does not say how many attention heads"):
+        checkpoints.read(path)
+    six = checkpoints.load(checkpoints.read(path, heads=6))
+    assert six.heads == 6 and not torch.allclose(six(images), net(images), atol=1e-3)
+    torch.save(checkpoints.export(net), tmp_path / "ours.pt")  # ours say it, whatever is asked
+    assert checkpoints.load(checkpoints.read(tmp_path / "ours.pt", heads=6)).heads == 3
+    code, line = failing(ensemble, [path])
+    assert code == 2 and "--heads" in line
+    code, line = failing(attention_copy, ["--teacher", path])
+    assert code == 2 and "--teacher-heads" in line
+    asked = attention_copy.parse(["--teacher", str(path), "--teacher-heads", "6"])
+    assert teachers.find(asked).architecture["heads"] == 6
+
+
+def test_what_does_not_fit_is_refused_by_name(net, tmp_path):
+    weights = net.state_dict()
+    del weights["blocks.3.mlp.fc2.bias"]
+    weights["blocks.0.ls1.gamma"] = torch.ones(192)
+    weights["blocks.1.norm1.weight"] = torch.ones(7)
+    torch.save(weights, tmp_path / "odd.pth")
+    with pytest.raises(ValueError) as error:
+        checkpoints.load(checkpoints.read(tmp_path / "odd.pth", heads=3))
+    for words in (
+        "blocks.3.mlp.fc2.bias is missing",
+        "blocks.0.ls1.gamma is not ours",
+        "blocks.1.norm1.weight is (7,), not (192,)",
+    ):
+        assert words in str(error.value)
+
+
+def test_a_model_opens_as_what_it_was_exported_from(tmp_path):
+    """A plain ViT, and a student of copy with its teacher: the same logits, tokens and maps."""
+    shape = dict(image_size=12, patch=3, channels=1, classes=10, dim=32, depth=3, heads=4)
+    student, teacher = vit.ViT(**shape), vit.ViT(**shape | {"dim": 48, "classes": 0})
+    images, layers = torch.randn(5, 1, 12, 12), [0, 2]
+    torch.save(checkpoints.export(student) | {"classes": CLASSES}, tmp_path / "plain.pt")
+    torch.save(attention_copy.export(student, teacher, layers), tmp_path / "copy.pt")
+    plain, copy = (checkpoints.open_model(tmp_path / f"{name}.pt") for name in ("plain", "copy"))
+    assert plain.checkpoint.classes == CLASSES
+    torch.testing.assert_close(plain(images), student(images))
+    expected = attention_copy.predict(student, images, teacher, layers)
+    torch.testing.assert_close(copy(images), expected)
+    assert not torch.allclose(expected, student(images))
+    for i, ((x, attended), (_, theirs)) in enumerate(
+        zip(copy.run(images), teacher.run(images), strict=True)
+    ):
+        assert torch.allclose(attended.q, theirs.q) if i in layers else attended.q.shape[-1] == 8
+    torch.testing.assert_close(student.classify(x), expected)
+
+
+def test_layers_are_written_as_count_range_or_list():
+    assert teachers.parse_layers("3", 12) == [0, 1, 2]
+    assert teachers.parse_layers("6-8", 12) == [6, 7, 8]
+    assert teachers.parse_layers("0,2,4-5", 12) == [0, 2, 4, 5]
+    assert teachers.parse_layers("all", 3) == [0, 1, 2]
+    for wrong in ("99", "0", "3-99", "x", "", "5-3", "-6"):
+        with pytest.raises(ValueError, match="--layers"):
+            teachers.parse_layers(wrong, 12)
