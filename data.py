@@ -113,10 +113,23 @@ def load(settings, device, normalization: Normalization | None = None, train: bo
                 f"--num-labels {settings.num_labels}: there are only {len(source)} training images"
             )
         seed = settings.seed if settings.subset_seed < 0 else settings.subset_seed
-        order = torch.randperm(len(source), generator=seeded("labels", seed))
-        source = source.subset(order[: settings.num_labels].tolist())
+        chosen = class_by_class(source.labels.cpu(), settings.num_labels, seeded("labels", seed))
+        source = source.subset(chosen)
     view = Train(source, parts.augment, settings, len(parts.classes), device)
     return Data(parts.classes, kind.channels, size, normalization, view, val, test)
+
+
+def class_by_class(labels: Tensor, count: int, generator: torch.Generator) -> list[int]:
+    """`count` random images, as many of each class as of any other, but for a rest of one.
+
+    Drawn round by round, one of each class that has any left.
+    """
+    order = torch.randperm(len(labels), generator=generator)
+    rounds = torch.empty_like(order)
+    for label in labels.unique():
+        of_class = labels[order] == label
+        rounds[of_class] = torch.arange(of_class.sum())
+    return order[rounds.argsort(stable=True)][:count].tolist()
 
 
 # Two views of a source: shuffled and augmented, or in order and as it is --------------------------

@@ -78,6 +78,10 @@ class Files(Dataset):
     def __len__(self) -> int:
         return len(self.samples)
 
+    @property
+    def labels(self) -> Tensor:
+        return torch.tensor([label for _, label in self.samples])
+
     def subset(self, indices: list[int]) -> "Files":
         samples = [self.samples[i] for i in indices]
         return Files(samples, self.crop, self.random_crop, self.settings)

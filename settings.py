@@ -35,8 +35,8 @@ IMAGES: Table = {
     "data": Setting("digits", "whose images", choices=data.KINDS),
     "data_dir": Setting("data", "where the images are, or go", free=True),
     "image_size": Setting(0, "side of the images in pixels (0: the data set's own)"),
-    "num_labels": Setting((100, 0, 0), "use so many training images, drawn by the seed (0: all)"),
-    "subset_seed": Setting(-1, "draws these images instead of --seed (-1: --seed does)", low=-1),
+    "num_labels": Setting((100, 0, 0), "use so many training images, class by class (0: all)"),
+    "subset_seed": Setting(-1, "draws these images (-1: --seed does)", low=-1),
     "holdout": Setting(0, "validate on so many training images, held out, not on the test images"),
     "scraps": Setting(2, "of other digits, that clutter the canvas of --data digits", high=20),
     "workers": Setting(

@@ -64,6 +64,50 @@ def test_parts_of_the_digits_do_not_overlap_and_the_subset_follows_the_seed():
     assert len(set(order.tolist())) == 1797 and len(everything) == 997
 
 
+@pytest.mark.parametrize("counts", [(30, 30, 30), (50, 3, 20), (1, 0, 9)])
+def test_labels_are_drawn_class_by_class(counts):
+    """As evenly as the classes allow, for any number; more labels hold the fewer."""
+    labels = torch.cat([torch.full((count,), label) for label, count in enumerate(counts)])
+    before = set()
+    for count in range(1, len(labels) + 1):
+        drawn = data.class_by_class(labels, count, seeded("test"))
+        found = torch.bincount(labels[drawn], minlength=3).tolist()
+        assert len(set(drawn)) == count == sum(found) and before <= set(drawn)
+        full = [label for label in range(3) if found[label] == counts[label]]
+        others = [found[label] for label in range(3) if label not in full]
+        if others:
+            assert max(others) - min(others) <= 1
+            assert all(counts[label] <= min(others) + 1 for label in full)
+        before = set(drawn)
+    if len(set(counts)) == 1:
+        assert data.class_by_class(labels, 9, seeded("other")) != drawn[:9]
+
+
+def test_the_labelled_digits_are_ten_of_each(small):
+    for seed in range(3):
+        labels = data.load(finetune.parse(["--seed", str(seed)]), CPU).train.source.labels
+        assert torch.bincount(labels).tolist() == [10] * 10
+    for memory in ("2", "0"):  # images in memory and in files: the same ones
+        settings = finetune.parse([*small, "--num-labels", "7", "--memory", memory])
+        labels = data.load(settings, CPU).train.source.labels
+        assert sorted(torch.bincount(labels).tolist()) == [2, 2, 3]
+
+
+def test_scraps_clutter_the_canvas_as_many_as_asked():
+    """With none, the digit alone; each more covers pixels that were empty, in all three parts."""
+    inked = []
+    for scraps in ("0", "1", "3"):
+        images = data.load(finetune.parse(["--scraps", scraps, "--num-labels", "0"]), CPU)
+        batches = first(images.train)[0], next(images.val.in_order(300))[0]
+        inked.append([(batch * 0.35 + 0.25 > 1e-3).float().mean().item() for batch in batches])
+    assert all(none < one < three for none, one, three in zip(*inked, strict=True))
+    pixels = torch.from_numpy(np.load(digits.FILE)["images"]) / 16
+    alone = data.load(finetune.parse(["--scraps", "0"]), CPU).val.in_order(10)
+    sums = (next(alone)[0] * 0.35 + 0.25).sum(dim=(1, 2, 3))
+    for total in sums:
+        assert (pixels.sum(dim=(1, 2)) - total).abs().min() < 1e-3
+
+
 def test_an_epoch_can_be_entered_at_any_step(small):
     for memory in ("2", "0"):
         settings = finetune.parse(
