@@ -43,23 +43,14 @@ SETTINGS = change(  # ImageNet: the README of the authors' code, ViT-L
 parse = partial(parse_settings, __doc__, SETTINGS)
 
 
-def predict(
-    student: ViT, images: Tensor, teacher: ViT, layers: Sequence[int], share_drops: bool = True
-) -> Tensor:
+def predict(student: ViT, images, teacher: ViT, layers, share_drops: bool = True) -> Tensor:
     """Logits of a student that attends with the teacher's maps in `layers`, else with its own."""
     mask = student.draw_drop_path_mask(len(images), images.device)  # None in evaluation
     theirs = teacher.queries_keys(images, layers, mask if share_drops else None)
     return student(images, given=theirs, drop_path_mask=mask)
 
 
-def loss(
-    student: ViT,
-    images: Tensor,
-    labels: Tensor,
-    teacher: ViT,
-    layers: Sequence[int],
-    settings: Settings,
-):
+def loss(student: ViT, images, labels, teacher: ViT, layers, settings: Settings):
     logits = predict(student, images, teacher, layers, settings.share_drops)
     return {"class": F.cross_entropy(logits, labels, label_smoothing=settings.smoothing)}, {}
 

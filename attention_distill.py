@@ -15,12 +15,10 @@ discarded.
         --data-dir /imagenet --micro-batch 64
 """
 
-from collections.abc import Sequence
 from functools import partial
 from itertools import zip_longest
 
 import torch.nn.functional as F
-from torch import Tensor
 
 import data
 import finetune
@@ -42,14 +40,7 @@ SETTINGS = change(  # ImageNet: the README of the authors' code, ViT-L, which di
 parse = partial(parse_settings, __doc__, SETTINGS)
 
 
-def loss(
-    student: ViT,
-    images: Tensor,
-    labels: Tensor,
-    teacher: ViT,
-    layers: Sequence[int],
-    settings: Settings,
-):
+def loss(student: ViT, images, labels, teacher: ViT, layers, settings: Settings):
     """Student and teacher walk side by side, block by block; in `layers`, maps are compared."""
     mask = student.draw_drop_path_mask(len(images), images.device)
     theirs = teacher.queries_keys(images, layers, mask if settings.share_drops else None)
@@ -63,9 +54,7 @@ def loss(
         "class": F.cross_entropy(student.classify(x), labels, label_smoothing=settings.smoothing),
         "attention": settings.attention_weight * attention,
     }
-    return terms, {
-        "divergence": divergence / len(layers)
-    }  # KL of the maps in nats: 0 where they agree
+    return terms, {"divergence": divergence / len(layers)}  # KL in nats: 0 where the maps agree
 
 
 def task(settings: Settings, images: data.Data | None = None) -> train.Task:

@@ -11,7 +11,7 @@ import pickle
 import subprocess
 import urllib.error
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -80,10 +80,10 @@ def read(source: str | Path, heads: int = 0) -> Checkpoint:
     """
     source = str(source)
     try:
-        if source.startswith(
-            ("http://", "https://")
-        ):  # a hash in its name (name-1a2b3c4d.pth) is checked
-            fetch = torch.hub.load_state_dict_from_url
+        if source.startswith(("http://", "https://")):
+            fetch = (
+                torch.hub.load_state_dict_from_url
+            )  # checks a hash in a name (name-1a2b3c4d.pth)
             found = fetch(source, map_location="cpu", weights_only=True, check_hash=True)
         elif not Path(source).is_file():
             raise FileNotFoundError(f"no checkpoint at {source}")
@@ -109,27 +109,16 @@ def understand(found: object, source: str, heads: int = 0) -> Checkpoint:
     weights = next((about[key] for key in ("model", "state_dict") if key in about), about)
     if not isinstance(weights, dict) or "cls_token" not in weights:
         raise ValueError(f"{source} holds no ViT: there is no 'cls_token' among its keys")
-    # Beyond the ViT: MAE's decoder, and the final norm of class-token pooling, which is not the one
-    # before our head.
-    beyond = ("decoder", "mask_token", "norm.")
+    beyond = ("decoder", "mask_token", "norm.")  # MAE's, and the final norm of class-token pooling
     weights = {k: v for k, v in weights.items() if not k.startswith(beyond)}
-    checkpoint = Checkpoint(
-        source, weights, about.get("architecture") or infer_architecture(weights, source, heads)
-    )
-    if (
-        not isinstance(checkpoint.architecture, dict)
-        or not {"image_size", "classes"} <= checkpoint.architecture.keys()
-    ):
-        raise ValueError(
-            f"{source} describes no ViT that could be built ({checkpoint.architecture})"
-        )
+    architecture = about.get("architecture") or infer_architecture(weights, source, heads)
+    if not isinstance(architecture, dict) or not {"image_size", "classes"} <= architecture.keys():
+        raise ValueError(f"{source} describes no ViT that could be built ({architecture})")
     known = {k: about[k] for k in ("classes", "normalization", "method") if k in about}
     if about.get("teacher"):
-        known["teacher"], known["layers"] = (
-            understand(about["teacher"], source),
-            tuple(about["layers"]),
-        )
-    return replace(checkpoint, **known)
+        known["teacher"] = understand(about["teacher"], source)
+        known["layers"] = tuple(about["layers"])
+    return Checkpoint(source, weights, architecture, **known)
 
 
 def infer_architecture(weights: dict[str, Tensor], source: str, heads: int) -> dict:

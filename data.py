@@ -63,6 +63,11 @@ class Data:
     val: "Eval"
     test: "Eval"  # the same object as `val` where a data set has no third part (ImageNet's custom)
 
+    def vit_shape(self, patch: int) -> dict[str, int]:
+        """The arguments of a ViT that say what images and classes it is for."""
+        sizes = dict(image_size=self.image_size, patch=patch)
+        return sizes | dict(channels=self.channels, classes=len(self.classes))
+
 
 class Parts(NamedTuple):
     """What a data set gives: images in three parts, and how those of the first are augmented."""

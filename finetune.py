@@ -58,22 +58,13 @@ def task(settings: Settings, images: data.Data | None = None) -> train.Task:
     teacher = teachers.find(settings)
     images = images or data.load(settings, device, teacher and teacher.normalization)
     torch.manual_seed(settings.seed)
-    net = from_teacher(teacher, settings, images) if teacher else from_scratch(settings, images)
-    name = "finetune" if teacher else "scratch"
-    return train.Task(
-        name, net.to(device), images, partial(loss, smoothing=settings.smoothing), predict
-    )
-
-
-def from_scratch(settings: Settings, images: data.Data) -> vit.ViT:
-    return vit.build(
-        settings.model,
-        image_size=images.image_size,
-        patch=settings.patch,
-        channels=images.channels,
-        classes=len(images.classes),
-        drop_path=settings.drop_path,
-    )
+    if teacher:
+        name, net = "finetune", from_teacher(teacher, settings, images)
+    else:
+        shape = images.vit_shape(settings.patch)
+        name, net = "scratch", vit.build(settings.model, **shape, drop_path=settings.drop_path)
+    own_loss = partial(loss, smoothing=settings.smoothing)
+    return train.Task(name, net.to(device), images, own_loss, predict)
 
 
 def from_teacher(teacher: checkpoints.Checkpoint, settings: Settings, images: data.Data) -> vit.ViT:

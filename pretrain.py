@@ -144,13 +144,8 @@ def sincos(side: int, dim: int) -> Tensor:
 
 def build(settings: Settings, images: data.Data) -> MAE:
     torch.manual_seed(settings.seed)
-    encoder = vit.build(
-        settings.model,
-        image_size=images.image_size,
-        patch=settings.patch,
-        channels=images.channels,
-        classes=0,
-    )
+    shape = images.vit_shape(settings.patch) | {"classes": 0}
+    encoder = vit.build(settings.model, **shape)
     decoder = settings.decoder_dim, settings.decoder_depth, settings.decoder_heads
     return MAE(encoder, settings.mask_ratio, *decoder, settings.norm_pix_loss)
 

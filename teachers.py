@@ -32,9 +32,8 @@ def find(settings: Settings) -> Checkpoint | None:
     if settings.teacher == "mae" or (settings.teacher == "auto" and not made_here):
         if settings.model not in MAE_SIZES:
             raise ValueError(
-                f"MAE published no '{settings.model}' teacher: choose --model "
-                f"{', '.join(MAE_SIZES)}, or "
-                "pre-train one (pretrain.py) and name it with --teacher"
+                f"MAE published no '{settings.model}' teacher: choose --model base, large or "
+                "huge, or pre-train one (pretrain.py) and name it with --teacher"
             )
         _, _, heads = vit.SIZES[settings.model]
         return checkpoints.read(MAE_WEIGHTS.format(settings.model), heads)
@@ -44,8 +43,7 @@ def find(settings: Settings) -> Checkpoint | None:
     if checkpoint.teacher:
         raise ValueError(
             f"{settings.teacher} is a student of attention copy: it never learned where to look "
-            "by itself, "
-            "so it can be no teacher (name the teacher it had)"
+            "by itself, so it can be no teacher (name the teacher it had)"
         )
     return checkpoint
 
@@ -54,9 +52,8 @@ def pretrained(settings: Settings) -> Path:
     """The model.pt of a teacher for these settings, pre-trained now if it is not there."""
     shared = (*IMAGES, "model", "patch", "seed", "device", "amp", "compile", "save_every")
     shared = {k: v for k, v in vars(settings).items() if k in shared}
-    own = pretrain.parse(["--data", settings.data]).but(
-        **shared, num_labels=0, holdout=0, resume=True
-    )
+    own = pretrain.parse(["--data", settings.data])
+    own = own.but(**shared, num_labels=0, holdout=0, resume=True)
     model = checkpoints.run_folder(own, "pretrain") / "model.pt"
     if not model.is_file():
         print0(f"No teacher at {model} yet: pre-training one first.")
@@ -76,16 +73,11 @@ def teacher_and_student(
     checkpoint = find(settings)
     if settings.teacher == "none":
         raise ValueError(
-            "--teacher none: there is nothing to transfer without a teacher (finetune.py trains "
-            "from scratch)"
+            "--teacher none: there is nothing to transfer without a teacher "
+            "(finetune.py trains from scratch)"
         )
     images = images or data.load(settings, device, checkpoint and checkpoint.normalization)
-    shape = dict(
-        image_size=images.image_size,
-        patch=settings.patch,
-        channels=images.channels,
-        classes=len(images.classes),
-    )
+    shape = images.vit_shape(settings.patch)
     torch.manual_seed(settings.seed)
     student = vit.build(settings.model, **shape, drop_path=settings.drop_path)
     if checkpoint:
@@ -113,19 +105,16 @@ def parse_layers(text: str, depth: int) -> list[int]:
         ) from None
     if not layers or layers[-1] >= depth:
         raise ValueError(
-            f"--layers {text}: choose at least one of this model's {depth} layers (0 to "
-            f"{depth - 1})"
+            f"--layers {text}: choose at least one of this model's {depth} layers "
+            f"(0 to {depth - 1})"
         )
     return layers
 
 
 def check_loan(teacher: vit.ViT, student: vit.ViT, layers: Sequence[int]) -> None:
     """ValueError unless the teacher's maps of its images fit the student. Widths may differ."""
-    for what in ("heads", "tokens", "channels"):
-        ours, theirs = (
-            net.architecture["channels"] if what == "channels" else getattr(net, what)
-            for net in (student, teacher)
-        )
+    for what, ours in counts(student).items():
+        theirs = counts(teacher)[what]
         if ours != theirs:
             raise ValueError(
                 f"the teacher has {theirs} {what} and the student {ours}: choose --model, --patch, "
@@ -133,6 +122,11 @@ def check_loan(teacher: vit.ViT, student: vit.ViT, layers: Sequence[int]) -> Non
             )
     if layers[-1] >= len(teacher.blocks):
         raise ValueError(
-            f"--layers goes up to layer {layers[-1]}, but the teacher has {len(teacher.blocks)} "
-            "layers"
+            f"--layers goes up to layer {layers[-1]}, "
+            f"but the teacher has {len(teacher.blocks)} layers"
         )
+
+
+def counts(net: vit.ViT) -> dict[str, int]:
+    """What must be equal for a map of one ViT to be one of another's, on the same images."""
+    return {"heads": net.heads, "tokens": net.tokens, "channels": net.architecture["channels"]}

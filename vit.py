@@ -164,12 +164,10 @@ class ViT(nn.Module):
         super().__init__()
         if image_size % patch:
             raise ValueError(
-                f"image size {image_size} is no multiple of the patch size {patch}: change one of "
-                "them"
+                f"image size {image_size} is no multiple of the patch size {patch}: change one"
             )
-        self.architecture = dict(
-            image_size=image_size, patch=patch, channels=channels, classes=classes
-        ) | dict(dim=dim, depth=depth, heads=heads, mlp=mlp)
+        images = dict(image_size=image_size, patch=patch, channels=channels, classes=classes)
+        self.architecture = images | dict(dim=dim, depth=depth, heads=heads, mlp=mlp)
         self.heads, self.drop_path = heads, drop_path
         self.patch_embed = PatchEmbed(patch, channels, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
@@ -230,9 +228,8 @@ class ViT(nn.Module):
     def queries_keys(
         self, images: Tensor, layers: Collection[int], drop_path_mask: Tensor | None = None
     ) -> Iterator[Attended | None]:
-        """Block by block, ready to be lent: the q and k of `layers`, None for others.
+        """Block by block, ready to be lent: q and k of `layers`, without gradient; else None.
 
-        Without gradient.
         Ends with the last of `layers`, of which no value, no MLP and no later block is computed.
         """
         last = max(layers)
