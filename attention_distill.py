@@ -35,7 +35,7 @@ SETTINGS = change(  # ImageNet: the README of the authors' code, ViT-L, which di
     layers=       ("3",  "9",  "18"),
     lr=           (8e-3, 1e-3, 8e-4),
 ) | {
-    "attention_weight": Setting(3.0, "of the attention loss"),
+    "attention_weight": Setting(3.0, "weight of the attention loss"),
 }  # fmt: skip
 parse = partial(parse_settings, __doc__, SETTINGS)
 

@@ -1,4 +1,4 @@
-"""The loss of attention distillation: its definition, and the form that stores no map."""
+"""The loss of attention distillation: its definition, and the form that keeps no map."""
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ class AttentionLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *qk: Tensor) -> tuple[Tensor, Tensor]:  # student's q, k, teacher's q, k
         images, heads, tokens, _ = qk[0].shape
-        on_cpu = max(1, 2**18 // (heads * tokens**2))  # so many images have maps that fit its cache
+        on_cpu = max(1, 2**18 // (heads * tokens**2))  # images whose maps, 1 MiB, fit its cache
         pieces = zip(*(x.split(images if x.is_cuda else on_cpu) for x in qk), strict=True)
         losses, entropies, dq, dk = zip(*(of_a_piece(*piece) for piece in pieces), strict=True)
         ctx.save_for_backward(torch.cat(dq), torch.cat(dk))

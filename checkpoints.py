@@ -81,9 +81,8 @@ def read(source: str | Path, heads: int = 0) -> Checkpoint:
     source = str(source)
     try:
         if source.startswith(("http://", "https://")):
-            fetch = (
-                torch.hub.load_state_dict_from_url
-            )  # checks a hash in a name (name-1a2b3c4d.pth)
+            # A hash in its name (name-1a2b3c4d.pth) is checked.
+            fetch = torch.hub.load_state_dict_from_url
             found = fetch(source, map_location="cpu", weights_only=True, check_hash=True)
         elif not Path(source).is_file():
             raise FileNotFoundError(f"no checkpoint at {source}")
@@ -150,14 +149,15 @@ def load(
 ) -> ViT:
     """The ViT of a checkpoint, at its own or another image size (positions are interpolated).
 
-    With `classes`, the head is made anew for so many; without, the file's own head must fit. What
-    does not fit is refused with a ValueError that names the keys and shapes.
+    With `classes`, the head is made anew for so many (0: no head); without, the file's own head
+    must fit. What does not fit is refused with a ValueError that names the keys and shapes.
     """
     arch, weights = checkpoint.architecture, dict(checkpoint.weights)
     new_head = classes is not None or not arch["classes"]
     if new_head:
         weights = {k: v for k, v in weights.items() if not k.startswith("head.")}
-    shape = {"image_size": image_size or arch["image_size"], "classes": classes or arch["classes"]}
+    shape = {"image_size": image_size or arch["image_size"]}
+    shape["classes"] = arch["classes"] if classes is None else classes
     try:
         vit = ViT(**arch | shape, drop_path=drop_path)
     except (TypeError, ZeroDivisionError, RuntimeError) as error:
@@ -240,16 +240,15 @@ def open_run(settings, name: str) -> tuple[Path, dict | None]:
         before = state["settings"]
     except Exception as error:  # unpickling errors are of many kinds
         raise ValueError(
-            f"cannot resume from {last}, which is damaged ({type(error).__name__}): start over "
-            "with --overwrite"
+            f"cannot resume from {last}, which is damaged ({type(error).__name__}): "
+            "start over with --overwrite"
         ) from error
     now = {k: v for k, v in vars(settings).items() if k not in FREE}
     differ = [f"{k} was {before.get(k)}, now {v}" for k, v in now.items() if before.get(k) != v]
     if differ:
         raise ValueError(
-            f"{out} holds a run with other settings ({'; '.join(differ[:3])}): choose another "
-            "--out, "
-            "or start over with --overwrite"
+            f"{out} holds a run with other settings ({'; '.join(differ[:3])}): "
+            "choose another --out, or start over with --overwrite"
         )
     return out, state
 
@@ -263,16 +262,12 @@ def commit() -> str:
     """The commit of this repository, marked if the code has been changed since."""
 
     def git(*words: str) -> str:
-        here = Path(__file__).parent
-        return subprocess.run(
-            ["git", *words], capture_output=True, text=True, cwd=here
-        ).stdout.strip()
+        how = dict(capture_output=True, text=True, cwd=Path(__file__).parent)
+        return subprocess.run(["git", *words], **how).stdout.strip()
 
     try:
-        head, changed = (
-            git("rev-parse", "HEAD"),
-            git("status", "--porcelain", "--", "*.py", "digits.npz"),
-        )
+        head = git("rev-parse", "HEAD")
+        changed = git("status", "--porcelain", "--", "*.py", "digits.npz")
     except OSError:  # no git here
         return "unknown"
     return (head or "unknown") + (" with changes" if changed else "")

@@ -5,7 +5,8 @@
     --data imagenet    --data-dir/train/CLASS/* and --data-dir/val/CLASS/*
     --data folder      the same, for images of your own
 
-To add a data set: a row of KINDS, and unless it is a folder of images, a function that gives Parts.
+To add a data set: a row of KINDS; unless it is a folder of images, also a function that gives Parts
+(such as from_cifar), called in `load`.
 
 Every batch is a function of (seed, epoch, step): a run that is killed and resumed sees the same
 images. The random numbers are drawn for the whole batch, over all GPUs, so crops and flips do not
@@ -86,15 +87,13 @@ def load(settings, device, normalization: Normalization | None = None, train: bo
     folder, in words that say how to mend it.
     """
     kind = KINDS[settings.data]
-    size, normalization = (
-        settings.image_size or kind.image_size,
-        normalization or kind.normalization,
-    )
+    size = settings.image_size or kind.image_size
+    normalization = normalization or kind.normalization
     normalise = Normalise(normalization, device)
     if settings.data == "digits":
         parts = from_digits(settings, size, normalise, device)
     elif settings.data.startswith("cifar") and not (Path(settings.data_dir) / "val").is_dir():
-        parts = from_cifar(settings, size, normalise, device)
+        parts = from_cifar(settings, size, normalise, device, train)
     else:
         parts = from_folders(settings, size, normalise, device, train)
     test = Eval(parts.test, normalise, device)
@@ -235,7 +234,7 @@ def from_digits(settings, size: int, normalise: Normalise, device) -> Parts:
     return Parts(classes, train, placed(val, "val"), placed(test, "test"), clutter)
 
 
-def from_cifar(settings, size: int, normalise: Normalise, device) -> Parts:
+def from_cifar(settings, size: int, normalise: Normalise, device, train: bool) -> Parts:
     if size != 32:
         raise ValueError(
             f"--image-size {size}: CIFAR images are 32 pixels a side "
@@ -247,20 +246,18 @@ def from_cifar(settings, size: int, normalise: Normalise, device) -> Parts:
             kind(settings.data_dir, download=True)
         if dist.is_initialized():
             dist.barrier()  # the others wait until it is there
-        sets = [kind(settings.data_dir, train=train) for train in (True, False)]
+        sets = [kind(settings.data_dir, train=part) for part in (True, False)]
     except (OSError, RuntimeError) as error:
         raise ValueError(
             f"{settings.data} is neither at {settings.data_dir} nor can it be downloaded "
             f"({error}): point --data-dir at folders train/CLASS/* and val/CLASS/*"
         ) from error
-    train, test = (
-        Tensors(
-            rearrange(torch.from_numpy(s.data), "b h w c -> b c h w").contiguous().to(device),
-            torch.tensor(s.targets, device=device),
-        )
-        for s in sets
-    )
-    return Parts(sets[0].classes, train, None, test, Augment(settings, normalise))
+    sources = []
+    for part in sets:
+        images = rearrange(torch.from_numpy(part.data), "b h w c -> b c h w").contiguous()
+        sources.append(Tensors(images.to(device), torch.tensor(part.targets, device=device)))
+    augment = Augment(settings, normalise) if train else None
+    return Parts(sets[0].classes, sources[0], None, sources[1], augment)
 
 
 def from_folders(settings, size: int, normalise: Normalise, device, train: bool) -> Parts:

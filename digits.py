@@ -18,7 +18,7 @@ from torch import Tensor
 
 from augment import Draws, Normalise
 
-CANVAS = 12
+CANVAS, DIGIT, SCRAP = 12, 8, 3  # pixels a side
 FILE = Path(__file__).parent / "digits.npz"
 
 
@@ -44,10 +44,15 @@ class Clutter:
         numbers = draws.uniform(5 * self.scraps).unflatten(1, (self.scraps, 5))
         for u in numbers.unbind(1):  # of each scrap: which digit, cut from where, put where
             source = self.pool[(u[:, 0] * len(self.pool)).long()]
-            scrap = source[window((u[:, 1:3] * 6).long(), 3)]
-            paste(canvas, (u[:, 3:5] * (CANVAS - 2)).long(), scrap)
-        paste(canvas, (draws.uniform(2) * (CANVAS - 7)).long(), digits)
+            scrap = source[window(corner(u[:, 1:3], SCRAP, DIGIT), SCRAP)]
+            paste(canvas, corner(u[:, 3:5], SCRAP, CANVAS), scrap)
+        paste(canvas, corner(draws.uniform(2), DIGIT, CANVAS), digits)
         return canvas[:, None]
+
+
+def corner(u: Tensor, side: int, within: int) -> Tensor:
+    """Numbers (B, 2) in 0..1 to corners of squares that lie within a larger one."""
+    return (u * (within - side + 1)).long()
 
 
 def window(corner: Tensor, side: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -100,12 +100,16 @@ def images_for(model: Model, settings: Settings, device) -> data.Data:
 def columns_of(classes: list[str], model: Model, settings: Settings) -> list[int]:
     """Which of the model's outputs are these classes."""
     known, outputs = model.checkpoint.classes or classes, model.net.architecture["classes"]
-    strange = [name for name in classes if name not in known]
-    if strange or len(known) != outputs:
+    source = model.checkpoint.source
+    if len(known) != outputs:
         raise ValueError(
-            f"{model.checkpoint.source} knows {outputs} classes, and "
-            f"{', '.join(strange[:3]) or 'as many as'} "
-            f"in --data {settings.data} ({len(classes)} classes) are not among them"
+            f"{source} has {outputs} outputs, but --data {settings.data} {len(known)} classes"
+        )
+    strange = [name for name in classes if name not in known]
+    if strange:
+        few = ", ".join(strange[:3])
+        raise ValueError(
+            f"{source} does not know {few} of --data {settings.data} ({len(classes)} classes)"
         )
     return [known.index(name) for name in classes]
 

@@ -44,8 +44,8 @@ def predict(net: vit.ViT, images: Tensor) -> Tensor:
     return net(images)
 
 
-def loss(net: vit.ViT, images: Tensor, labels: Tensor, smoothing: float = 0.0):
-    return {"class": F.cross_entropy(net(images), labels, label_smoothing=smoothing)}, {}
+def loss(net: vit.ViT, images, labels, settings: Settings):
+    return {"class": F.cross_entropy(net(images), labels, label_smoothing=settings.smoothing)}, {}
 
 
 def task(settings: Settings, images: data.Data | None = None) -> train.Task:
@@ -63,8 +63,7 @@ def task(settings: Settings, images: data.Data | None = None) -> train.Task:
     else:
         shape = images.vit_shape(settings.patch)
         name, net = "scratch", vit.build(settings.model, **shape, drop_path=settings.drop_path)
-    own_loss = partial(loss, smoothing=settings.smoothing)
-    return train.Task(name, net.to(device), images, own_loss, predict)
+    return train.Task(name, net.to(device), images, partial(loss, settings=settings), predict)
 
 
 def from_teacher(teacher: checkpoints.Checkpoint, settings: Settings, images: data.Data) -> vit.ViT:

@@ -39,7 +39,7 @@ def describe(error: BaseException) -> tuple[str, int]:
     if isinstance(error, torch.OutOfMemoryError):
         return "the GPU's memory is full: try a smaller --micro-batch (--batch stays the same)", 1
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename}", 2
+        return error.strerror + (f": {error.filename}" if error.filename else ""), 2
     return str(error), 1 if isinstance(error, Failed) else 2
 
 
@@ -71,8 +71,9 @@ def device(name: str) -> torch.device:
     here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     try:
         chosen = torch.device(here if name == "auto" else name)
-        if chosen.type == "cuda":
+        if chosen.type == "cuda" and (chosen.index is None or "LOCAL_RANK" in os.environ):
             chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if chosen.type == "cuda":
             torch.cuda.set_device(chosen)
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:

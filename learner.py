@@ -44,10 +44,8 @@ class Learner:
     def __init__(self, net: nn.Module, loss: Callable, settings, steps: int):
         where = next(net.parameters()).device
         self.net, self.settings, self.done = net, settings, 0
-        self.terms: dict[str, Tensor] = {}  # of the loss, and
-        self.diagnostics: dict[
-            str, Tensor
-        ] = {}  # what is only watched: sums over the steps of an epoch
+        # Sums over the steps of an epoch: of the terms of the loss, and of what is only watched.
+        self.terms, self.diagnostics = {}, {}
         self.average = copy.deepcopy(net).requires_grad_(False) if settings.ema else None
         self.optimizer = torch.optim.AdamW(
             parameter_groups(net, settings.weight_decay, settings.layer_decay),
@@ -71,10 +69,8 @@ class Learner:
         size = self.settings.micro_batch or len(images)
         pieces = list(zip(images.split(size), labels.split(size), strict=True))
         for i, piece in enumerate(pieces):
-            last = (
-                i == len(pieces) - 1 or world() == 1
-            )  # the last one exchanges the sum of the gradients
-            with contextlib.nullcontext() if last else self.step.no_sync():
+            last = i == len(pieces) - 1  # which exchanges the sum of the gradients
+            with contextlib.nullcontext() if last or world() == 1 else self.step.no_sync():
                 self.backward(*piece, share=len(piece[0]) / len(images))
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.settings.clip or math.inf)

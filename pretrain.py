@@ -87,17 +87,15 @@ class MAE(nn.Module):
             part.apply(vit.initialise)
         nn.init.normal_(self.mask_token, std=0.02)
         side = round(self.patches**0.5)
+        # Positions are fixed here, those of the encoder too.
         self.decoder_pos_embed = nn.Parameter(sincos(side, dim), requires_grad=False)
-        encoder.pos_embed = nn.Parameter(
-            sincos(side, arch["dim"]), requires_grad=False
-        )  # fixed here
+        encoder.pos_embed = nn.Parameter(sincos(side, arch["dim"]), requires_grad=False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The reconstructed patches (B, N, p*p*c), and the mask (B, N): 1 where masked."""
         x = self.encoder.embed(images)
-        ids_shuffle = torch.rand(len(x), self.patches, device=x.device).argsort(
-            dim=1
-        )  # for each image its own
+        noise = torch.rand(len(x), self.patches, device=x.device)  # another order for each image
+        ids_shuffle = noise.argsort(dim=1)
         ids_keep, ids_restore = ids_shuffle[:, : self.visible], ids_shuffle.argsort(dim=1)
         visible = x[:, 1:].gather(1, repeat(ids_keep, "b n -> b n d", d=x.shape[-1]))
         x = self.encoder.encode(torch.cat([x[:, :1], visible], dim=1))
@@ -110,6 +108,10 @@ class MAE(nn.Module):
         for block in self.decoder_blocks:
             x, _ = block(x)
         return self.decoder_pred(self.decoder_norm(x))[:, 1:], (ids_restore >= self.visible).float()
+
+    def layer_of(self, name: str) -> int:
+        """The layer of a parameter, for layer decay: the encoder's, and the decoder on top."""
+        return self.encoder.layer_of(name.removeprefix("encoder."))
 
     def target(self, images: Tensor) -> Tensor:
         """The pixels of each patch (B, N, p*p*c), normalised within the patch (MAE, section 4)."""
@@ -203,13 +205,10 @@ def reconstruct(mae: MAE, images: Tensor, normalization: data.Normalization):
     import matplotlib.pyplot as plt
 
     patches, mask = mae(images)
-    if (
-        mae.norm_pix_loss
-    ):  # the decoder does not know a patch's mean and deviation: they are the original's
+    if mae.norm_pix_loss:  # the decoder does not know a patch's mean and deviation: the original's
         pixels = patchify(images, mae.patch)
-        patches = patches * (pixels.var(-1, keepdim=True) + 1e-6).sqrt() + pixels.mean(
-            -1, keepdim=True
-        )
+        patches = patches * (pixels.var(-1, keepdim=True) + 1e-6).sqrt()
+        patches = patches + pixels.mean(-1, keepdim=True)
     fold = dict(h=round(mae.patches**0.5), p=mae.patch, q=mae.patch)
     patches = rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", **fold)
     masked = repeat(mask, "b (h w) -> b 1 (h p) (w q)", **fold)

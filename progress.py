@@ -13,11 +13,8 @@ class Clock:
     """How long a run has lasted, how fast it trains and how long it will take."""
 
     def __init__(self, step: int, steps: int, batch: int, seconds: float):
-        self.first, self.steps, self.batch = step, steps, batch  # first step of this process
-        self.before, self.evaluation = (
-            seconds,
-            0.0,
-        )  # seconds before this process, and of evaluation
+        self.first, self.steps, self.batch = step, steps, batch
+        self.before, self.evaluation = seconds, 0.0  # `before` this process, which began at `first`
         self.began = self.shown = self.saved = time.perf_counter()
 
     def elapsed(self) -> float:

@@ -17,6 +17,8 @@ import vit
 
 
 class Setting(NamedTuple):
+    """A row. The type of a setting is that of its (first) default."""
+
     default: Any  # one for all data sets, or three: for the digits, CIFAR, and ImageNet or a folder
     help: str
     low: float = 0
@@ -38,7 +40,9 @@ IMAGES: Table = {
     "num_labels": Setting((100, 0, 0), "use so many training images, class by class (0: all)"),
     "subset_seed": Setting(-1, "draws these images (-1: --seed does)", low=-1),
     "holdout": Setting(0, "validate on so many training images, held out, not on the test images"),
-    "scraps": Setting(2, "of other digits, that clutter the canvas of --data digits", high=20),
+    "scraps": Setting(
+        2, "number of scraps of other digits on the canvas of --data digits", high=20
+    ),
     "workers": Setting(
         8, "processes that decode images, per GPU (at most one per core)", free=True
     ),
@@ -207,9 +211,11 @@ def parser(doc: str, table: Table, positional: tuple[str, str] | None = None) ->
     }
     for name, row in table.items():
         kind = type(row.of(0))
-        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+        how = {"type": kind, "metavar": "X"}
+        if kind is bool:
+            how = {"action": argparse.BooleanOptionalAction}
         flag = "--" + name.replace("_", "-")
-        groups[titles[name]].add_argument(flag, help=described(row), metavar="X", **how)
+        groups[titles[name]].add_argument(flag, help=described(row), **how)
     return made
 
 

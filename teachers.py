@@ -28,7 +28,7 @@ def find(settings: Settings) -> Checkpoint | None:
     """
     if settings.teacher in ("none", "random"):
         return None
-    made_here = settings.data == "digits" or settings.data.startswith("cifar")
+    made_here = data.KINDS[settings.data].recipe < 2  # digits, CIFAR
     if settings.teacher == "mae" or (settings.teacher == "auto" and not made_here):
         if settings.model not in MAE_SIZES:
             raise ValueError(
@@ -52,8 +52,8 @@ def pretrained(settings: Settings) -> Path:
     """The model.pt of a teacher for these settings, pre-trained now if it is not there."""
     shared = (*IMAGES, "model", "patch", "seed", "device", "amp", "compile", "save_every")
     shared = {k: v for k, v in vars(settings).items() if k in shared}
-    own = pretrain.parse(["--data", settings.data])
-    own = own.but(**shared, num_labels=0, holdout=0, resume=True)
+    own = pretrain.parse(["--data", settings.data]).but(**shared)
+    own = own.but(num_labels=0, holdout=0, resume=True)
     model = checkpoints.run_folder(own, "pretrain") / "model.pt"
     if not model.is_file():
         print0(f"No teacher at {model} yet: pre-training one first.")
@@ -81,7 +81,7 @@ def teacher_and_student(
     torch.manual_seed(settings.seed)
     student = vit.build(settings.model, **shape, drop_path=settings.drop_path)
     if checkpoint:
-        teacher = checkpoints.load(checkpoint, image_size=images.image_size)
+        teacher = checkpoints.load(checkpoint, image_size=images.image_size, classes=0)
     else:
         teacher = vit.build(settings.model, **shape)
     layers = parse_layers(settings.layers, len(student.blocks))

@@ -7,9 +7,9 @@ on that one seam:
     for x, attended in vit.run(images): ...     # of each block: its tokens, and its q, k, v
     logits = vit(images, given=theirs)          # each block attends with what is given to it
 
-Pre-norm blocks, class token, mean pooling over patch tokens (Dosovitskiy et al. 2021; He et al.
-2022, section 4). Parameter names are timm's and MAE's, so their files load here and ours load
-there.
+Pre-norm blocks, a class token, and a head that reads the mean of the patch tokens (Dosovitskiy et
+al. 2021; He et al. 2022, section 4). Parameter names are timm's and MAE's, so their files load here
+and ours load there.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -32,7 +32,7 @@ SIZES = {  # name: width, depth, heads
 
 
 class Attended(NamedTuple):
-    """What a block attended with. In a loan, None means: your own."""
+    """What a block attended with. In a loan, q, k or v that is None stays the block's own."""
 
     q: Tensor | None = None  # (B, H, N, d)
     k: Tensor | None = None  # (B, H, N, d)
@@ -220,6 +220,8 @@ class ViT(nn.Module):
         if drop_path_mask is None:
             drop_path_mask = self.draw_drop_path_mask(len(x), x.device)
         for i, (block, loan) in enumerate(zip_longest(self.blocks, given)):
+            if block is None:
+                raise ValueError(f"more is given than the {len(self.blocks)} blocks can take")
             keep = (1, 1) if drop_path_mask is None else drop_path_mask[i, :, :, None, None]
             x, attended = block(x, loan or OWN, keep)
             yield x, attended
@@ -236,8 +238,8 @@ class ViT(nn.Module):
         x = self.embed(images)
         for i, block in enumerate(self.blocks[:last]):
             keep = (1, 1) if drop_path_mask is None else drop_path_mask[i, :, :, None, None]
-            x, (q, k, _, bias) = block(x, OWN, keep)
-            yield Attended(q, k, bias=bias) if i in layers else None
+            x, (q, k, *_) = block(x, OWN, keep)
+            yield Attended(q, k) if i in layers else None
         block = self.blocks[last]
         yield Attended(*block.attn.project(block.norm1(x), 0, 2))
 
@@ -272,7 +274,7 @@ class ViT(nn.Module):
 
 
 def initialise(module: nn.Module) -> None:
-    """Xavier-uniform weights and zero biases, as MAE and the paper's JAX code have."""
+    """Xavier-uniform weights and zero biases, as MAE has them (after the official JAX ViT)."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)

@@ -76,7 +76,7 @@ class Runner:
                 for (
                     name,
                     job,
-                ) in jobs.items():  # behind those it needs, so that no thread waits in vain
+                ) in jobs.items():  # each behind those it needs: no thread waits in vain
                     needed = [futures[other] for other in job.after]
                     futures[name] = pool.submit(self.one, name, job, needed)
                 return {name: future.result() for name, future in futures.items()}
@@ -94,11 +94,8 @@ class Runner:
             self.process(name, job)
             result = job.result()
             note = f"{minutes(result['seconds'])} of training"
-        self.done, self.runs, self.seconds = (
-            self.done + 1,
-            self.runs + 1,
-            self.seconds + result["seconds"],
-        )
+        self.done, self.runs = self.done + 1, self.runs + 1
+        self.seconds += result["seconds"]
         score = f"{result[self.score]:6.2f} %" if self.score in result else " " * 8
         print(f"{self.done:>3}/{self.total}  {score}  {name:<40} {note}", flush=True)
         return result

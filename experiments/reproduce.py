@@ -27,14 +27,14 @@ from experiments.figures import cell
 from experiments.jobs import Job, Runner
 from settings import Setting, Settings, parse_settings, pick
 
-SETTINGS = pick("data", "data_dir", "workers", "holdout") | {
+SETTINGS = pick("data", "data_dir", "scraps", "workers", "holdout") | {
     "seeds": Setting(3, "runs of each row, with seeds 0, 1, ...", low=1),
     "tune": Setting(False, "try rates on the validation images instead"),
     "jobs": Setting(0, "runs at a time (0: one per CPU core, or one on a GPU)"),
     "minutes": Setting(0.0, "stop after so long; the same command goes on (0: no limit)"),
     "runs": Setting("runs/reproduce", "where the runs go"),
     "results": Setting("results", "where the table goes"),
-    "extra": Setting("", "more arguments for every run, such as '--epochs 2'"),
+    "extra": Setting("", "more arguments for every training, such as '--epochs 2'"),
 }
 parse = partial(parse_settings, __doc__, SETTINGS)
 
@@ -46,10 +46,7 @@ ROWS = {  # row: script, its teacher
     "copy, random teacher": ("copy", "random"),
     "distillation, random teacher": ("distill", "random"),
     "copy, fine-tuned teacher": ("copy", "fine-tuning"),
-    "fine-tuning again": (
-        "finetune",
-        "pre-trained",
-    ),  # the same images in another order, for the ensemble
+    "fine-tuning again": ("finetune", "pre-trained"),  # in another order, for the ensemble
 }
 MAIN = list(ROWS)[:4]
 ENSEMBLES = {
@@ -107,14 +104,8 @@ def jobs_of_seed(
 
 def images_of(settings: Settings) -> list[str]:
     """The arguments that say which images, for any script."""
-    return [
-        "--data",
-        settings.data,
-        "--data-dir",
-        settings.data_dir,
-        "--workers",
-        str(settings.workers),
-    ]
+    names = ("data", "data_dir", "scraps", "workers")
+    return [w for k in names for w in ("--" + k.replace("_", "-"), str(getattr(settings, k)))]
 
 
 def summary(values: list[float]) -> dict:

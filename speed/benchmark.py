@@ -75,9 +75,8 @@ def recipe_of(method: str, settings: Settings, batch: int) -> Settings:
         asked["layers"] = settings.layers
     argv = [word for k, v in asked.items() for word in ("--" + k.replace("_", "-"), str(v))]
     recipe = SCRIPTS[method].parse(argv)
-    if (
-        transfers and not settings.layers and recipe.layers.isdigit()
-    ):  # as deep as in the recipe's model
+    if transfers and not settings.layers and recipe.layers.isdigit():
+        # As deep as in the recipe's model.
         usual = SCRIPTS[method].parse(["--data", settings.data]).model
         depth = vit.SIZES[recipe.model][1] / vit.SIZES[usual][1]
         recipe = recipe.but(layers=str(max(1, int(int(recipe.layers) * depth))))

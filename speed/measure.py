@@ -38,9 +38,8 @@ def operations(method: str, settings: Settings) -> float:
     patches = ((settings.image_size or kind.image_size) // settings.patch) ** 2
     pixels = settings.patch**2 * kind.channels
 
-    def block(
-        tokens: int, d: int = dim
-    ) -> float:  # forward: qkv, projection, MLP, and what is seen
+    def block(tokens: int, d: int = dim) -> float:
+        """Forward: qkv, projection, MLP, and what is seen."""
         return 2 * tokens * d * d * (3 + 1 + 8) + 2 * tokens**2 * d
 
     def one_map(tokens: int, d: int = dim) -> float:

@@ -1,13 +1,20 @@
 """Files of weights: ours, MAE's and timm's load; others are refused by name; any method opens."""
 
+from pathlib import Path
+
 import pytest
 import timm
 import torch
 
 import attention_copy
+import attention_distill
 import checkpoints
+import data
 import ensemble
+import finetune
+import pretrain
 import teachers
+import train
 import vit
 
 CLASSES = [str(i) for i in range(10)]
@@ -45,6 +52,49 @@ def test_mae_style_and_timm_files_load(net, tmp_path):
     assert torch.equal(checkpoints.load(plain)(images), net(images))
     larger = checkpoints.load(plain, image_size=64)
     assert larger.tokens == 65 and torch.isfinite(larger(torch.randn(1, 3, 64, 64))).all()
+
+
+def test_a_teacher_with_another_pooling_can_teach(net, tmp_path):
+    """timm's usual ViTs pool by class token: no fc_norm, but a norm and a head of their own."""
+    theirs = timm.create_model("deit_tiny_patch16_224", num_classes=7, img_size=32, patch_size=8)
+    torch.save(theirs.state_dict(), tmp_path / "deit.pth")
+    argv = ["--data", "cifar10", "--model", "tiny", "--patch", "8", "--teacher-heads", "3"]
+    asked = attention_copy.parse([*argv, "--teacher", str(tmp_path / "deit.pth")])
+    images = data.Data(CLASSES, 3, 32, ([0.5] * 3, [0.5] * 3), None, None, None)
+    teacher, student, layers, _ = teachers.teacher_and_student(asked, images)
+    batch, seen = torch.randn(2, 3, 32, 32), []
+    timm.layers.set_fused_attn(False)
+    for i in layers:
+        attention = theirs.blocks[i].attn
+        attention.fused_attn = False
+        attention.attn_drop.register_forward_hook(lambda *hook: seen.append(hook[-1]))
+    theirs.eval()(batch)
+    for lent, p in zip(teacher.queries_keys(batch, layers), seen, strict=True):
+        torch.testing.assert_close(vit.attention_map(lent), p)
+    assert student(batch, teacher.queries_keys(batch, layers)).shape == (2, 10)
+
+
+def test_a_teacher_is_pre_trained_where_there_is_none(tmp_path, monkeypatch):
+    """Once, with the recipe of pretrain.py, on all images of the kind that this run has."""
+    trained = []
+
+    def fit(task, settings):
+        trained.append(settings)
+        Path(settings.out or checkpoints.run_folder(settings, task.name)).mkdir(parents=True)
+        exported = task.export(task.net) | {"normalization": task.data.normalization}
+        checkpoints.save(exported, checkpoints.run_folder(settings, task.name) / "model.pt")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "fit", fit)
+    argv = ["--scraps", "1", "--seed", "3", "--num-labels", "50", "--epochs", "7"]
+    for script in (attention_distill, attention_copy, finetune):
+        task = script.task(script.parse(argv))
+    (asked,) = trained
+    usual = pretrain.parse([])
+    assert (asked.scraps, asked.seed, asked.num_labels, asked.resume) == (1, 3, 0, True)
+    assert (asked.epochs, asked.lr, asked.mask_ratio) == (usual.epochs, usual.lr, usual.mask_ratio)
+    made = checkpoints.read(tmp_path / "runs" / "pretrain-digits-micro-s3" / "model.pt")
+    assert torch.equal(task.net.blocks[0].attn.qkv.weight, made.weights["blocks.0.attn.qkv.weight"])
 
 
 def test_heads_are_never_guessed(net, tmp_path, failing):

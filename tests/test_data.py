@@ -19,6 +19,7 @@ import finetune
 import image_files
 import pretrain
 from augment import Draws, crop_and_flip, number, random_erase, seeded
+from experiments import analysis
 
 CPU = torch.device("cpu")
 
@@ -282,6 +283,10 @@ def test_cifar_as_torchvision_stores_it(tmp_path, monkeypatch):
     assert torch.equal(((batch * std + mean) * 255).round().to(torch.uint8), expected)
     assert labels.tolist() == [i % 10 for i in range(20)]
     assert first(images.train)[0].shape == (10, 3, 32, 32)
+    for script in (ensemble, analysis):  # which evaluate, and know no augmentation
+        settings = script.parse(["A", "--data", "cifar10", "--data-dir", str(tmp_path)])
+        images = data.load(settings.but(image_size=32), CPU, train=False)
+        assert torch.equal(next(images.test.in_order(20))[0], batch)
 
 
 def test_an_ensemble_averages_probabilities_over_the_classes_at_hand(small, photos, tmp_path):

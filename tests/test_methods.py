@@ -123,6 +123,10 @@ def test_layer_decay_and_weight_decay_reach_the_right_parameters():
     assert named["blocks.0.mlp.fc1.weight"] == (0.5**4, 0.1)
     assert named["patch_embed.proj.weight"] == (0.5**5, 0.1)
     assert named["pos_embed"] == named["cls_token"] == (0.5**5, 0.0)
+    mae = pretrain.MAE(make(0, classes=0), mask_ratio=0.75, dim=16, depth=1, heads=2)
+    layers = {name: mae.layer_of(name) for name, _ in mae.named_parameters()}
+    assert layers["encoder.blocks.3.attn.qkv.weight"] == 4 and layers["encoder.cls_token"] == 0
+    assert layers["decoder_blocks.0.attn.qkv.weight"] == layers["mask_token"] == 5
 
 
 def test_learning_rate_warms_up_and_falls_as_half_a_cosine():

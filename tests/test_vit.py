@@ -146,6 +146,12 @@ def test_copying_from_a_twin_changes_nothing():
     torch.testing.assert_close(student(images, lent), student(images))
 
 
+def test_more_loans_than_blocks_are_refused():
+    net, images = make(), torch.randn(2, 3, 32, 32)
+    with pytest.raises(ValueError, match="more is given than the 3 blocks"):
+        net(images, given=[None] * 4)
+
+
 @torch.no_grad()
 def test_a_forward_pass_holds_the_queries_of_one_block_at_a_time():
     net, images = make(depth=12), torch.randn(2, 3, 32, 32)
