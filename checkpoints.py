@@ -99,7 +99,11 @@ def read(source: str | Path, heads: int = 0) -> Checkpoint:
             f"{source} is no checkpoint that can be read safely: it is cut short, or holds more "
             f"than tensors ({type(error).__name__}: {str(error)[:80]})"
         ) from error
-    return understand(found, source, heads)
+    try:
+        return understand(found, source, heads)
+    except (TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{source} holds no ViT that can be understood ({reason})") from error
 
 
 def understand(found: object, source: str, heads: int = 0) -> Checkpoint:
@@ -108,6 +112,8 @@ def understand(found: object, source: str, heads: int = 0) -> Checkpoint:
     weights = next((about[key] for key in ("model", "state_dict") if key in about), about)
     if not isinstance(weights, dict) or "cls_token" not in weights:
         raise ValueError(f"{source} holds no ViT: there is no 'cls_token' among its keys")
+    if not all(isinstance(value, Tensor) for value in weights.values()):
+        raise ValueError(f"{source} holds no ViT: not all of its weights are tensors")
     beyond = ("decoder", "mask_token", "norm.")  # MAE's, and the final norm of class-token pooling
     weights = {k: v for k, v in weights.items() if not k.startswith(beyond)}
     architecture = about.get("architecture") or infer_architecture(weights, source, heads)
@@ -160,7 +166,7 @@ def load(
     shape["classes"] = arch["classes"] if classes is None else classes
     try:
         vit = ViT(**arch | shape, drop_path=drop_path)
-    except (TypeError, ZeroDivisionError, RuntimeError) as error:
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise ValueError(
             f"{checkpoint.source} describes no ViT that could be built ({error})"
         ) from error
@@ -237,7 +243,7 @@ def open_run(settings, name: str) -> tuple[Path, dict | None]:
         )
     try:
         state = torch.load(last, map_location="cpu", weights_only=True)
-        before = state["settings"]
+        before = dict(state["settings"])
     except Exception as error:  # unpickling errors are of many kinds
         raise ValueError(
             f"cannot resume from {last}, which is damaged ({type(error).__name__}): "

@@ -76,7 +76,7 @@ def device(name: str) -> torch.device:
         if chosen.type == "cuda":
             torch.cuda.set_device(chosen)
         torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).splitlines()[0][:100]
         raise ValueError(f"--device {name} is not to be had here ({reason})") from None
     return chosen

@@ -90,15 +90,18 @@ class Learner:
         add(self.terms, terms, share)
         add(self.diagnostics, diagnostics, share)
 
+    def parts(self) -> dict:
+        """What has a state of its own."""
+        parts = {"net": self.net, "optimizer": self.optimizer, "scaler": self.scaler}
+        return parts | ({"average": self.average} if self.average else {})
+
     def state(self) -> dict:
-        parts = ("net", "optimizer", "scaler", "average")
-        states = {part: getattr(self, part).state_dict() for part in parts if getattr(self, part)}
+        states = {name: part.state_dict() for name, part in self.parts().items()}
         return states | dict(step=self.done, terms=self.terms, diagnostics=self.diagnostics)
 
     def restore(self, state: dict) -> None:
-        for part in ("net", "optimizer", "scaler", "average"):
-            if part in state:
-                getattr(self, part).load_state_dict(state[part])
+        for name, part in self.parts().items():
+            part.load_state_dict(state[name])
         where = next(self.net.parameters()).device
         self.done = state["step"]
         for sums in ("terms", "diagnostics"):

@@ -183,8 +183,8 @@ def trained(settings: Settings, images: data.Data) -> MAE:
     mae = build(settings, images)
     try:
         mae.load_state_dict(torch.load(last, map_location="cpu", weights_only=True)["net"])
-    except (RuntimeError, KeyError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # whatever a file of something else leads to
+        reason = f"{type(error).__name__}: {str(error)[:80]}"
         raise ValueError(f"{last} holds no masked autoencoder of these sizes ({reason})") from error
     return mae.eval()
 

@@ -240,7 +240,9 @@ def check(name: str, value: Any, row: Setting) -> None:
         raise ValueError(f"{flag}: choose one of {', '.join(row.choices)}")
     if not isinstance(value, int | float):
         return
-    if not (math.isfinite(value) and row.low <= value <= row.high):
+    if not value < 2**63:  # nor is nan
+        raise ValueError(f"{flag}: must be a finite number")
+    if not row.low <= value <= row.high:
         bounds = f"between {row.low} and {row.high}"
         if row.high == math.inf:
             bounds = f"at least {row.low}"

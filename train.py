@@ -55,12 +55,10 @@ def fit(task: Task, settings: Settings) -> dict:
     per_epoch = steps_per_epoch(task, settings)
     steps, warmup = settings.epochs * per_epoch, settings.warmup * per_epoch
     out, state = checkpoints.open_run(settings, task.name)
-    learner, rows = Learner(task.net, task.loss, settings, steps), []
+    learner, rows, seconds = Learner(task.net, task.loss, settings, steps), [], 0.0
     if state:
-        learner.restore(state)
-        rows = state["rows"]
-        print0(f"{out}: going on from step {learner.done} of {steps}")
-    clock = Clock(learner.done, steps, settings.batch, state["seconds"] if state else 0.0)
+        rows, seconds = take_up(learner, state, steps, per_epoch, out)
+    clock = Clock(learner.done, steps, settings.batch, seconds)
     write_log(out, settings, task, rows)
 
     task.net.train()
@@ -107,6 +105,23 @@ def steps_per_epoch(task: Task, settings: Settings) -> int:
             f"--warmup {settings.warmup}: must be less than --epochs {settings.epochs}"
         )
     return images // settings.batch
+
+
+def take_up(learner: Learner, state: dict, steps: int, per_epoch: int, out: Path):
+    """Goes on from a saved state: the rows of the log, and the seconds, so far."""
+    try:
+        learner.restore(state)
+        rows, seconds = list(state["rows"]), float(state["seconds"])
+        if not 0 <= learner.done <= steps or len(rows) != learner.done // per_epoch:
+            raise ValueError(f"{learner.done} of {steps} steps and {len(rows)} epochs")
+    except Exception as error:  # whatever a file of another run, or a damaged one, leads to
+        reason = str(error).splitlines()[0][:80]
+        raise ValueError(
+            f"cannot go on from {out / 'last.pt'}, which does not fit this run "
+            f"({type(error).__name__}: {reason}): start over with --overwrite"
+        ) from error
+    print0(f"{out}: going on from step {learner.done} of {steps}")
+    return rows, seconds
 
 
 def finish(task: Task, learner: Learner, rows: list[dict], settings: Settings, out: Path) -> dict:

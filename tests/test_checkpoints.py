@@ -131,6 +131,19 @@ def test_what_does_not_fit_is_refused_by_name(net, tmp_path):
         assert words in str(error.value)
 
 
+@pytest.mark.parametrize("odd", [
+    {"layers": None}, {"layers": 5}, {"teacher": {"model": {"cls_token": 5}}},
+    {"model": {"cls_token": 5}}, {"model": {1: torch.ones(3), "cls_token": 5}},
+    {"architecture": {"image_size": 12, "classes": 10}},
+])  # fmt: skip
+def test_odd_contents_are_refused_in_one_line(odd, failing, tmp_path):
+    shape = dict(image_size=12, patch=3, channels=1, classes=10, dim=32, depth=3, heads=4)
+    found = attention_copy.export(vit.ViT(**shape), vit.ViT(**shape), [0, 2])
+    torch.save(found | odd, tmp_path / "model.pt")
+    code, line = failing(ensemble, [tmp_path / "model.pt"])
+    assert code == 2 and "model.pt" in line
+
+
 def test_a_model_opens_as_what_it_was_exported_from(tmp_path):
     """A plain ViT, and a student of copy with its teacher: the same logits, tokens and maps."""
     shape = dict(image_size=12, patch=3, channels=1, classes=10, dim=32, depth=3, heads=4)

@@ -26,6 +26,8 @@ ROOT = Path(__file__).parent.parent
     (["--data", "cifar10", "--data-dir", "/dev/null/x"], "point --data-dir at folders"),
     (["--lr", "-1"], "--lr -1.0: must be at least 0"),
     (["--lr", "nan"], "--lr nan"),
+    (["--lr", "inf"], "must be a finite number"),
+    (["--epochs", "1" + 400 * "0"], "must be a finite number"),
     (["--lr", "fast"], "invalid float value: 'fast'"),
     (["--epochs", "0"], "--epochs 0: must be at least 1"),
     (["--batch", "0"], "--batch 0"),

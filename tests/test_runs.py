@@ -230,6 +230,13 @@ def test_a_run_is_not_spoiled_by_another(tmp_path, failing, uninterrupted):
         code, line = failing(attention_distill, [*DIGITS, *more, "--out", uninterrupted])
         assert code == 2 and words in line
     assert (uninterrupted / "last.pt").read_bytes() == kept
+    argv, state = [*DIGITS, "--resume", "--out", tmp_path], weights(uninterrupted)
+    odd = {"net": {}, "step": 1000, "rows": [], "optimizer": {}, "seconds": "long"}
+    for name, value in odd.items():
+        for changed in (state | {name: value}, {k: v for k, v in state.items() if k != name}):
+            torch.save(changed, tmp_path / "last.pt")
+            code, line = failing(attention_distill, argv)
+            assert code == 2 and "does not fit this run" in line and "--overwrite" in line
     (tmp_path / "last.pt").write_bytes(kept[: len(kept) // 2])
-    code, line = failing(attention_distill, [*DIGITS, "--resume", "--out", tmp_path])
+    code, line = failing(attention_distill, argv)
     assert code == 2 and "damaged" in line
