@@ -10,7 +10,7 @@ All else the student learns from scratch. After training the teacher is
 discarded.
 
     python attention_distill.py                    digits; makes a teacher first
-    python attention_distill.py --teacher random   control: maps nobody learned
+    python attention_distill.py --teacher random --out runs/random       control
     torchrun --nproc_per_node=8 attention_distill.py --data imagenet \\
         --data-dir /imagenet --micro-batch 64
 """

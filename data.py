@@ -249,7 +249,7 @@ def from_cifar(settings, size: int, normalise: Normalise, device, train: bool) -
         sets = [kind(settings.data_dir, train=part) for part in (True, False)]
     except (OSError, RuntimeError) as error:
         raise ValueError(
-            f"{settings.data} is neither at {settings.data_dir} nor can it be downloaded "
+            f"{settings.data} is neither in folder {settings.data_dir} nor can it be downloaded "
             f"({error}): point --data-dir at folders train/CLASS/* and val/CLASS/*"
         ) from error
     sources = []

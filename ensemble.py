@@ -1,8 +1,9 @@
 """Evaluates checkpoints of any method, each alone and all together.
 
 Fine-tuning and attention distillation reach the same accuracy in different
-ways, so their averaged probabilities are better than either (Li et al.,
-NeurIPS 2024: 85.7 and 85.7 make 86.3). One checkpoint is plain evaluation.
+ways, and their averaged probabilities are better than either (Li et al.,
+NeurIPS 2024: 85.7 and 85.7 make 86.3); README has the control. One checkpoint
+is plain evaluation.
 
     python ensemble.py runs/finetune-digits-micro-s0/model.pt \\
         runs/distill-digits-micro-s0/model.pt

@@ -64,17 +64,19 @@ def progress_line(learner: Learner, per_epoch: int, clock: Clock) -> None:
 
 
 def report(row: dict, epochs: int, left: str) -> None:
-    """A line for every tenth of the epochs: terms and diagnostics, accuracy, pace."""
+    """A line for every tenth of the epochs: terms, diagnostics, accuracy or the time left."""
     epoch = row["epoch"]
     if epoch % max(1, epochs // 10) and epoch != epochs:
         return
     own = {"epoch", "gradient_norm", "lr", "images_per_s", "seconds", "val_top1", "val_top1_ema"}
     words = [
         f"epoch {epoch:>3}/{epochs}",
-        *(f"{k} {v:.3f}" for k, v in row.items() if k not in own),
+        *(f"{k} {v:#.3g}" for k, v in row.items() if k not in own),
     ]
-    if "val_top1" in row:
-        average = f" (EMA {row['val_top1_ema']:.1f})" if "val_top1_ema" in row else ""
-        words.append(f"val {row['val_top1']:.1f} %{average}")
-    words += [f"{row['images_per_s']:,.0f} img/s", f"{left} left"]
+    if "val_top1_ema" in row:
+        words.append(f"val {row['val_top1_ema']:.1f} % (EMA)")
+    elif "val_top1" in row:
+        words.append(f"val {row['val_top1']:.1f} %")
+    else:
+        words.append(f"{left} left")
     print0(("\r\033[K" if sys.stdout.isatty() else "") + "  ".join(words))

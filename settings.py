@@ -34,7 +34,7 @@ class Setting(NamedTuple):
 Table = dict[str, Setting]
 
 IMAGES: Table = {
-    "data": Setting("digits", "whose images", choices=data.KINDS),
+    "data": Setting("digits", "the data set", choices=data.KINDS),
     "data_dir": Setting("data", "where the images are, or go", free=True),
     "image_size": Setting(0, "side of the images in pixels (0: the data set's own)"),
     "num_labels": Setting((100, 0, 0), "use so many training images, class by class (0: all)"),
@@ -225,7 +225,7 @@ def group_of(name: str) -> str:
 
 def described(row: Setting) -> str:
     """The help of a setting: what it is, what may be chosen, the default (of each data set)."""
-    choices = f" ({', '.join(row.choices)})" if row.choices else ""
+    choices = f" ({', '.join(filter(None, row.choices))})" if row.choices else ""
     default = row.default
     if isinstance(default, tuple):
         digits, cifar, imagenet = default
@@ -237,7 +237,7 @@ def check(name: str, value: Any, row: Setting) -> None:
     """ValueError unless a value is within the bounds of its row."""
     flag = f"--{name.replace('_', '-')} {value}"
     if row.choices and value not in row.choices:
-        raise ValueError(f"{flag}: choose one of {', '.join(row.choices)}")
+        raise ValueError(f"{flag}: choose one of {', '.join(filter(None, row.choices))}")
     if not isinstance(value, int | float):
         return
     if not value < 2**63:  # nor is nan

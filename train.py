@@ -133,6 +133,8 @@ def finish(task: Task, learner: Learner, rows: list[dict], settings: Settings, o
             top1 = accuracy(task.predict, shared, task.data.test, settings)
         result["test_top1"] = top1
         print0(f"test top-1 {top1:.2f} %  ({out / 'model.pt'})")
+    else:
+        print0(f"wrote {out / 'model.pt'}")
     if rank() == 0:
         log = [json.dumps(row) + "\n" for row in [*rows[:-1], result]]
         checkpoints.write_text(out / "log.jsonl", "".join(log))
