@@ -2,7 +2,7 @@
 
     python finetune.py                             digits; makes a teacher first
     python finetune.py --teacher none              from scratch, with a recipe of
-                                                   its own (SCRATCH below)
+                                                   its own
     torchrun --nproc_per_node=8 finetune.py --data imagenet \\
         --data-dir /imagenet --micro-batch 128
 """
