@@ -1,24 +1,19 @@
 """The data paths against plain computations, against torchvision, and against each other."""
 
 import pickle
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from torchvision.transforms import v2
 
-import attention_copy
-import checkpoints
 import data
 import digits
 import ensemble
 import finetune
 import image_files
 import pretrain
-from augment import Draws, crop_and_flip, number, random_erase, seeded
+from augment import seeded
 from experiments import analysis
 
 CPU = torch.device("cpu")
@@ -164,16 +159,6 @@ def test_memory_and_workers_show_the_same_test_images(small):
     torch.testing.assert_close(streamed, held, atol=0.05, rtol=0)
 
 
-class Given:
-    """Draws that hand out given numbers instead of random ones."""
-
-    def __init__(self, numbers):
-        self.numbers = torch.tensor(numbers, dtype=torch.float32)
-
-    def uniform(self, columns):
-        return self.numbers[:, :columns]
-
-
 def test_files_decode_to_pils_pixels_whatever_they_are_called(photos, tmp_path):
     pixels = np.random.default_rng(1).integers(0, 256, (9, 7, 3), dtype=np.uint8)
     paths = [
@@ -191,51 +176,6 @@ def test_files_decode_to_pils_pixels_whatever_they_are_called(photos, tmp_path):
     with pytest.raises(OSError):
         (tmp_path / "broken.jpg").write_bytes(paths[0].read_bytes()[:200])
         image_files.decode(str(tmp_path / "broken.jpg"))
-
-
-def test_shifts_and_flips_are_exact():
-    images = torch.randn(3, 2, 16, 16)
-    centre, left = (2 + 0.5) / 5, 0.1  # of 5 shifts (-2..2), the middle one and the first
-    u = [[0, 0, centre, centre, 0.9], [0, 0, centre, centre, 0.1], [0, 0, left, centre, 0.9]]
-    plain, flipped, shifted = crop_and_flip(images, Given(u), 0.0)
-    torch.testing.assert_close(plain, images[0], atol=1e-4, rtol=0)
-    torch.testing.assert_close(flipped, images[1].flip(-1), atol=1e-4, rtol=0)
-    torch.testing.assert_close(shifted[:, :, 2:], images[2][:, :, :-2], atol=1e-4, rtol=0)
-    assert shifted[:, :, :1].abs().max() < 1e-3  # what comes in from outside is the mean: zero
-
-
-def test_resized_crops_are_torchvisions():
-    image = F.avg_pool2d(
-        torch.randn(1, 3, 40, 40), 9, stride=1
-    )  # 32x32 and smooth, so that resampling hardly matters
-    w = h = 0.5  # an area of 1/4 and a square: share = 0.08 + 0.92 u
-    u = [[(0.25 - 0.08) / 0.92, 0.5, 0.0, 1.0, 0.9]]  # at the left and bottom edge
-    ours = crop_and_flip(image, Given(u), 0.08)
-    theirs = v2.functional.resized_crop(
-        image,
-        16,
-        0,
-        int(32 * h),
-        int(32 * w),
-        [32, 32],
-        interpolation=v2.InterpolationMode.BICUBIC,
-        antialias=False,
-    )
-    torch.testing.assert_close(ours[..., 3:-3, 3:-3], theirs[..., 3:-3, 3:-3], atol=1e-3, rtol=0)
-
-
-def test_erasing_fills_boxes_of_the_stated_size_as_often_as_asked():
-    draws = Draws(torch.Generator().manual_seed(0), 4000, slice(None), CPU)
-    images = torch.full((4000, 1, 32, 32), 7.0)
-    erased = random_erase(images, draws, 0.25) != 7
-    share = erased.flatten(1).float().mean(1)
-    assert (share > 0).float().mean().item() == pytest.approx(0.25, abs=0.025)
-    share = share[share > 0]
-    assert share.max() < 0.37 and share.mean().item() == pytest.approx((0.02 + 0.33) / 2, abs=0.02)
-    for box in erased[erased.flatten(1).any(1)][
-        :50, 0
-    ]:  # a box: the product of its rows and columns
-        assert torch.equal(box, box.any(1)[:, None] & box.any(0)[None])
 
 
 def test_normalisation_is_the_teachers(small):
@@ -287,62 +227,3 @@ def test_cifar_as_torchvision_stores_it(tmp_path, monkeypatch):
         settings = script.parse(["A", "--data", "cifar10", "--data-dir", str(tmp_path)])
         images = data.load(settings.but(image_size=32), CPU, train=False)
         assert torch.equal(next(images.test.in_order(20))[0], batch)
-
-
-def test_an_ensemble_averages_probabilities_over_the_classes_at_hand(small, photos, tmp_path):
-    for seed in ("0", "1"):
-        finetune.main(
-            finetune.parse(
-                [*small, "--teacher", "none", "--seed", seed, "--out", str(tmp_path / seed)]
-            )
-        )
-    subset = tmp_path / "subset"
-    subset.mkdir()
-    for name in ("blue", "red"):  # two of the three classes, and no val/ around them
-        (subset / name).symlink_to(photos / "val" / name)
-    paths = [str(tmp_path / seed / "model.pt") for seed in ("0", "1")]
-    settings = ensemble.parse(
-        [
-            *paths,
-            "--data",
-            "folder",
-            "--data-dir",
-            str(subset),
-            "--json",
-            str(tmp_path / "out.json"),
-        ]
-    )
-    result = ensemble.main(settings)
-    images = next(data.load(settings.but(image_size=16), CPU, train=False).test.in_order(100))
-    total = 0
-    for path, member in zip(paths, result["members"], strict=True):
-        p = checkpoints.open_model(path)(images[0]).softmax(-1)[:, [0, 2]]
-        p = p / p.sum(-1, keepdim=True)
-        assert member["top1"] == pytest.approx(
-            100 * (p.argmax(-1) == images[1]).float().mean().item()
-        )
-        total = total + p
-    assert result["ensemble_top1"] == pytest.approx(
-        100 * (total.argmax(-1) == images[1]).float().mean().item()
-    )
-    assert result["images"] == 10 and Path(tmp_path / "out.json").exists()
-
-
-def test_a_copy_student_is_evaluated_with_its_teacher(tmp_path):
-    out = tmp_path / "copy"
-    argv = ["--teacher", "random", "--layers", "1-2", "--epochs", "30", "--warmup", "3"]
-    ran = attention_copy.main(attention_copy.parse([*argv, "--out", str(out)]))
-    found = ensemble.evaluate([str(out / "model.pt")], ensemble.parse(["x"]))
-    assert found["members"][0]["top1"] == pytest.approx(ran["test_top1"], abs=1e-4)
-    content = torch.load(out / "model.pt", weights_only=True)
-    content.pop("teacher")  # without its teacher the same student sees less
-    torch.save(content, out / "alone.pt")
-    alone = ensemble.evaluate([str(out / "alone.pt")], ensemble.parse(["x"]))
-    assert alone["members"][0]["top1"] != found["members"][0]["top1"]
-
-
-def test_seeds_are_a_function_of_all_their_parts():
-    numbers = {
-        number(*parts) for parts in ((0, 1), (1, 0), (0, 1, 0), (0, 1, "a"), (0, 1, "b"), (1, 2))
-    }
-    assert len(numbers) == 6 and all(0 <= n < 2**56 for n in numbers)
