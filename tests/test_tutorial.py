@@ -20,13 +20,15 @@ def printed(notebook) -> str:
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    """What the cells print when the notebook is run in a fresh copy of the repository."""
+    """What the cells print when the notebook is run, on shorter runs, in a fresh copy."""
     here = tmp_path_factory.mktemp("course")
     for path in (*ROOT.glob("*.py"), ROOT / "digits.npz", ROOT / "tutorial.ipynb"):
         shutil.copy(path, here)
     for folder in ("experiments", "results"):
         shutil.copytree(ROOT / folder, here / folder)
     notebook = nbformat.read(here / "tutorial.ipynb", as_version=4)
+    cell = next(cell for cell in notebook.cells if '"--epochs", "200"' in cell.source)
+    cell.source = cell.source.replace('"--epochs", "200"', '"--epochs", "60"')
     NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(here)}}).execute()
     return printed(notebook)
 
@@ -73,7 +75,8 @@ def test_the_gain_of_a_row_is_relative_to_fine_tunings(text):
     for name in ("attention copy", "attention distillation"):
         gain = (float(found[name]) - scratch) / (tuned - scratch)
         shown = re.search(rf"^{name} .* (-?\d+)% {after}", text[start:], re.M)[1]
-        assert float(shown) == pytest.approx(100 * gain, abs=2.5)  # accuracies have one decimal
+        rounding = 0.5 + 100 * 0.1 * (1 + abs(gain)) / abs(tuned - scratch)  # of one decimal
+        assert float(shown) == pytest.approx(100 * gain, abs=rounding)
 
 
 def test_the_stored_notebook_is_whole_and_small():
