@@ -1,8 +1,7 @@
 """The baselines: fine-tuning starts from a teacher's weights, scratch from none.
 
     python finetune.py                             digits; makes a teacher first
-    python finetune.py --teacher none              from scratch, with a recipe of
-                                                   its own
+    python finetune.py --teacher none              from scratch (SCRATCH below)
     torchrun --nproc_per_node=8 finetune.py --data imagenet \\
         --data-dir /imagenet --micro-batch 128
 """
