@@ -226,7 +226,6 @@ class ViT(nn.Module):
             x, attended = block(x, loan or OWN, keep)
             yield x, attended
 
-    @torch.no_grad()
     def queries_keys(
         self, images: Tensor, layers: Collection[int], drop_path_mask: Tensor | None = None
     ) -> Iterator[Attended | None]:
@@ -239,9 +238,9 @@ class ViT(nn.Module):
         for i, block in enumerate(self.blocks[:last]):
             keep = (1, 1) if drop_path_mask is None else drop_path_mask[i, :, :, None, None]
             x, (q, k, *_) = block(x, OWN, keep)
-            yield Attended(q, k) if i in layers else None
+            yield Attended(q.detach(), k.detach()) if i in layers else None
         block = self.blocks[last]
-        yield Attended(*block.attn.project(block.norm1(x), 0, 2))
+        yield Attended(*block.attn.project(block.norm1(x), 0, 2).detach())
 
     def embed(self, images: Tensor) -> Tensor:
         """Images to tokens (B, 1 + N, D), the class token first, each with its position added."""
