@@ -48,6 +48,12 @@ class Normalise:
         return (images / scale - self.mean) / self.std
 
 
+def to_pixels(images: Tensor, normalization: tuple[list[float], list[float]]) -> Tensor:
+    """What was normalised as pixels again, for pictures: in 0..1."""
+    mean, std = (torch.tensor(x, device=images.device)[:, None, None] for x in normalization)
+    return (images * std + mean).clamp(0, 1)
+
+
 class Augment:
     """RandAugment, crop, flip, normalisation and erasing, as the settings of a recipe have them.
 

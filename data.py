@@ -265,14 +265,14 @@ def from_folders(settings, size: int, normalise: Normalise, device, train: bool)
     found = image_files.find(Path(settings.data_dir), train)
     classes, count = found["test"].classes, sum(len(part) for part in found.values())
     in_memory = count * 3 * size * size <= settings.memory * 2**30
-    sources = {}
+    sources, pin = {}, device.type == "cuda" and not in_memory
     for name, part in found.items():
         crop_pct = KINDS[settings.data].crop_pct
         if in_memory and name == "train":  # decoded once, as the whole square
             crop_pct = 1.0
         random_crop = image_files.random_crop(size, settings) if name == "train" else None
         centre_crop = image_files.centre_crop(size, crop_pct)
-        sources[name] = image_files.Files(part.samples, centre_crop, random_crop, settings)
+        sources[name] = image_files.Files(part.samples, centre_crop, random_crop, settings, pin)
         if in_memory:
             sources[name] = Tensors(*image_files.decode_all(sources[name], device))
     augment = Augment(settings, normalise, cropped=not in_memory) if train else None

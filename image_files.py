@@ -70,8 +70,10 @@ def decode(path: str) -> Tensor:
 class Files(Dataset):
     """Images in files, decoded and cropped by worker processes when a batch asks for them."""
 
-    def __init__(self, samples: list[tuple[str, int]], crop: Callable, random_crop, settings):
-        self.samples, self.settings = samples, settings
+    def __init__(
+        self, samples: list[tuple[str, int]], crop: Callable, random_crop, settings, pin: bool
+    ):
+        self.samples, self.settings, self.pin = samples, settings, pin  # pin: for a GPU
         self.crop, self.random_crop = crop, random_crop
         self.unreadable: set[str] = set()
 
@@ -84,7 +86,7 @@ class Files(Dataset):
 
     def subset(self, indices: list[int]) -> "Files":
         samples = [self.samples[i] for i in indices]
-        return Files(samples, self.crop, self.random_crop, self.settings)
+        return Files(samples, self.crop, self.random_crop, self.settings, self.pin)
 
     def batches(self, order, key: tuple = ()) -> Iterator[tuple[Tensor, Tensor]]:
         """The images (uint8) and labels of each row of `order`, on the CPU.
@@ -97,7 +99,7 @@ class Files(Dataset):
             batch_sampler=Keys(order, key),
             num_workers=workers,
             collate_fn=collate,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=self.pin,
         )
         for images, labels, bad in loader:
             self.report(bad)

@@ -26,6 +26,7 @@ import data
 import launch
 import train
 import vit
+from augment import to_pixels
 from settings import COMMON, Setting, Settings, change, parse_settings
 
 SETTINGS = change(  # ImageNet: MAE's PRETRAIN.md, ViT-L (the published weights saw 1600 epochs)
@@ -118,9 +119,8 @@ class MAE(nn.Module):
         pixels = patchify(images, self.patch)
         if not self.norm_pix_loss:
             return pixels
-        return (pixels - pixels.mean(-1, keepdim=True)) / (
-            pixels.var(-1, keepdim=True) + 1e-6
-        ).sqrt()
+        mean, deviation = statistics(pixels)
+        return (pixels - mean) / deviation
 
 
 def loss(mae: MAE, images: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -131,6 +131,11 @@ def loss(mae: MAE, images: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], d
 
 def patchify(images: Tensor, patch: int) -> Tensor:
     return rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=patch, q=patch)
+
+
+def statistics(pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of the pixels of each patch."""
+    return pixels.mean(-1, keepdim=True), (pixels.var(-1, keepdim=True) + 1e-6).sqrt()
 
 
 def sincos(side: int, dim: int) -> Tensor:
@@ -193,9 +198,8 @@ def show(settings: Settings) -> None:
     device = launch.device(settings.device)
     images = data.load(settings, device)
     mae = trained(settings, images).to(device)
-    reconstruct(mae, next(images.val.in_order(8))[0], images.normalization).savefig(
-        settings.reconstruct, dpi=150
-    )
+    figure = reconstruct(mae, next(images.val.in_order(8))[0], images.normalization)
+    figure.savefig(settings.reconstruct, dpi=150)
     launch.print0(f"wrote {settings.reconstruct}")
 
 
@@ -206,14 +210,12 @@ def reconstruct(mae: MAE, images: Tensor, normalization: data.Normalization):
 
     patches, mask = mae(images)
     if mae.norm_pix_loss:  # the decoder does not know a patch's mean and deviation: the original's
-        pixels = patchify(images, mae.patch)
-        patches = patches * (pixels.var(-1, keepdim=True) + 1e-6).sqrt()
-        patches = patches + pixels.mean(-1, keepdim=True)
+        mean, deviation = statistics(patchify(images, mae.patch))
+        patches = patches * deviation + mean
     fold = dict(h=round(mae.patches**0.5), p=mae.patch, q=mae.patch)
     patches = rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", **fold)
     masked = repeat(mask, "b (h w) -> b 1 (h p) (w q)", **fold)
-    mean, std = (torch.tensor(x, device=images.device)[:, None, None] for x in normalization)
-    original, guess = ((x * std + mean).clamp(0, 1) for x in (images, patches))
+    original, guess = (to_pixels(x, normalization) for x in (images, patches))
     rows = {
         "original": original,
         "visible": original * (1 - masked) + 0.6 * masked,

@@ -142,6 +142,15 @@ def pick(*names: str) -> Table:
     return {name: COMMON[name] for name in names}
 
 
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def to_argv(values: dict[str, Any]) -> list[str]:
+    """The words of a command line that give these settings."""
+    return [word for name, value in values.items() for word in (flag(name), str(value))]
+
+
 class Settings:
     """What a run was asked for, as attributes. They do not change: `but` makes others."""
 
@@ -214,8 +223,7 @@ def parser(doc: str, table: Table, positional: tuple[str, str] | None = None) ->
         how = {"type": kind, "metavar": "X"}
         if kind is bool:
             how = {"action": argparse.BooleanOptionalAction}
-        flag = "--" + name.replace("_", "-")
-        groups[titles[name]].add_argument(flag, help=described(row), **how)
+        groups[titles[name]].add_argument(flag(name), help=described(row), **how)
     return made
 
 
@@ -235,15 +243,15 @@ def described(row: Setting) -> str:
 
 def check(name: str, value: Any, row: Setting) -> None:
     """ValueError unless a value is within the bounds of its row."""
-    flag = f"--{name.replace('_', '-')} {value}"
+    asked = f"{flag(name)} {value}"
     if row.choices and value not in row.choices:
-        raise ValueError(f"{flag}: choose one of {', '.join(filter(None, row.choices))}")
+        raise ValueError(f"{asked}: choose one of {', '.join(filter(None, row.choices))}")
     if not isinstance(value, int | float):
         return
     if not value < 2**63:  # nor is nan
-        raise ValueError(f"{flag}: must be a finite number")
+        raise ValueError(f"{asked}: must be a finite number")
     if not row.low <= value <= row.high:
         bounds = f"between {row.low} and {row.high}"
         if row.high == math.inf:
             bounds = f"at least {row.low}"
-        raise ValueError(f"{flag}: must be {bounds}")
+        raise ValueError(f"{asked}: must be {bounds}")

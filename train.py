@@ -115,7 +115,7 @@ def take_up(learner: Learner, state: dict, steps: int, per_epoch: int, out: Path
         if not 0 <= learner.done <= steps or len(rows) != learner.done // per_epoch:
             raise ValueError(f"{learner.done} of {steps} steps and {len(rows)} epochs")
     except Exception as error:  # whatever a file of another run, or a damaged one, leads to
-        reason = str(error).splitlines()[0][:80]
+        reason = str(error)[:80]
         raise ValueError(
             f"cannot go on from {out / 'last.pt'}, which does not fit this run "
             f"({type(error).__name__}: {reason}): start over with --overwrite"
@@ -136,8 +136,7 @@ def finish(task: Task, learner: Learner, rows: list[dict], settings: Settings, o
     else:
         print0(f"wrote {out / 'model.pt'}")
     if rank() == 0:
-        log = [json.dumps(row) + "\n" for row in [*rows[:-1], result]]
-        checkpoints.write_text(out / "log.jsonl", "".join(log))
+        write_rows(out, [*rows[:-1], result])
         data = {"classes": task.data.classes, "normalization": task.data.normalization}
         checkpoints.save(task.export(shared) | data | {"method": task.name}, out / "model.pt")
     if dist.is_initialized():
@@ -249,7 +248,11 @@ def write_log(out: Path, settings: Settings, task: Task, rows: list[dict]) -> No
         where = str(next(task.net.parameters()).device)
         about = {"torch": torch.__version__, "on": where, "commit": checkpoints.commit()}
         checkpoints.write_text(out / "config.json", json.dumps(vars(settings) | about, indent=1))
-        checkpoints.write_text(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        write_rows(out, rows)
+
+
+def write_rows(out: Path, rows: list[dict]) -> None:
+    checkpoints.write_text(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def append_log(out: Path, row: dict) -> None:

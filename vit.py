@@ -222,8 +222,7 @@ class ViT(nn.Module):
         for i, (block, loan) in enumerate(zip_longest(self.blocks, given)):
             if block is None:
                 raise ValueError(f"more is given than the {len(self.blocks)} blocks can take")
-            keep = (1, 1) if drop_path_mask is None else drop_path_mask[i, :, :, None, None]
-            x, attended = block(x, loan or OWN, keep)
+            x, attended = block(x, loan or OWN, of_block(drop_path_mask, i))
             yield x, attended
 
     def queries_keys(
@@ -236,8 +235,7 @@ class ViT(nn.Module):
         last = max(layers)
         x = self.embed(images)
         for i, block in enumerate(self.blocks[:last]):
-            keep = (1, 1) if drop_path_mask is None else drop_path_mask[i, :, :, None, None]
-            x, (q, k, *_) = block(x, OWN, keep)
+            x, (q, k, *_) = block(x, OWN, of_block(drop_path_mask, i))
             yield Attended(q.detach(), k.detach()) if i in layers else None
         block = self.blocks[last]
         yield Attended(*block.attn.project(block.norm1(x), 0, 2).detach())
@@ -270,6 +268,11 @@ class ViT(nn.Module):
         if name.startswith(("patch_embed", "cls_token", "pos_embed")):
             return 0
         return len(self.blocks) + 1
+
+
+def of_block(drop_path_mask: Tensor | None, i: int) -> Sequence:
+    """The factors of block i's two branches, each (B, 1, 1)."""
+    return (1, 1) if drop_path_mask is None else drop_path_mask[i, :, :, None, None]
 
 
 def initialise(module: nn.Module) -> None:

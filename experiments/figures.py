@@ -3,9 +3,10 @@
 import math
 from pathlib import Path
 
-import torch
 from einops import rearrange
 from torch import Tensor
+
+from augment import to_pixels
 
 COLOURS = {  # of Okabe and Ito, which colour-blind eyes can tell apart
     "teacher": "#000000",
@@ -46,8 +47,7 @@ def overlays(images: Tensor, looks: dict[str, Tensor], normalization):
 
     Bright is where a ViT looks; each map is scaled to its own maximum, without the class token.
     """
-    mean, std = (torch.tensor(x, device=images.device)[:, None, None] for x in normalization)
-    pixels = rearrange((images * std + mean).clamp(0, 1), "b c h w -> b h w c").cpu()
+    pixels = rearrange(to_pixels(images, normalization), "b c h w -> b h w c").cpu()
     whole = (0, pixels.shape[2], pixels.shape[1], 0)
     fig, axes = figure(
         len(images), 1 + len(looks), 1 + len(looks), len(images) + 0.4, squeeze=False

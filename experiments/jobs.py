@@ -73,10 +73,8 @@ class Runner:
         with ThreadPoolExecutor(self.workers) as pool:
             futures: dict[str, Future] = {}
             try:
-                for (
-                    name,
-                    job,
-                ) in jobs.items():  # each behind those it needs: no thread waits in vain
+                # Each job stands behind those it needs, so that no thread waits in vain.
+                for name, job in jobs.items():
                     needed = [futures[other] for other in job.after]
                     futures[name] = pool.submit(self.one, name, job, needed)
                 return {name: future.result() for name, future in futures.items()}
@@ -104,12 +102,8 @@ class Runner:
         """Runs a job as a process, from where it was if it was begun. Failed if it fails."""
         job.out.mkdir(parents=True, exist_ok=True)
         script = ROOT / f"{SCRIPTS[job.script].__name__}.py"
-        command = [
-            sys.executable,
-            str(script),
-            *job.argv,
-            "--resume" if job.begun() else "--overwrite",
-        ]
+        again = "--resume" if job.begun() else "--overwrite"
+        command = [sys.executable, str(script), *job.argv, again]
         threads = str(max(1, (os.cpu_count() or 1) // self.workers))
         environment = os.environ | {"OMP_NUM_THREADS": threads}
         output = job.out / "output.txt"

@@ -25,7 +25,7 @@ import launch
 from experiments import analysis, figures
 from experiments.figures import cell
 from experiments.jobs import Job, Runner
-from settings import Setting, Settings, parse_settings, pick
+from settings import Setting, Settings, parse_settings, pick, to_argv
 
 SETTINGS = pick("data", "data_dir", "scraps", "workers", "holdout") | {
     "seeds": Setting(3, "runs of each row, with seeds 0, 1, ...", low=1),
@@ -86,14 +86,13 @@ def jobs_of_seed(
         script, source = ROWS[row]
         after = {"pre-trained": teacher, "fine-tuning": f"fine-tuning s{seed}"}.get(source)
         name = f"{row}{label} s{seed}"
+        own = {"out": root / name, "teacher": root / after / "model.pt" if after else source}
         argv = [
             *common,
-            "--out",
-            str(root / name),
-            "--teacher",
-            str(root / after / "model.pt") if after else source,
+            *to_argv(own | {"seed": seed}),
+            *CHOSEN.get(settings.data, {}).get(row, []),
+            *more,
         ]
-        argv += ["--seed", str(seed), *CHOSEN.get(settings.data, {}).get(row, []), *more]
         if row == "fine-tuning again":
             argv += ["--seed", str(seed + 1000), "--subset-seed", str(seed)]
         if epochs:
@@ -105,7 +104,7 @@ def jobs_of_seed(
 def images_of(settings: Settings) -> list[str]:
     """The arguments that say which images, for any script."""
     names = ("data", "data_dir", "scraps", "workers")
-    return [w for k in names for w in ("--" + k.replace("_", "-"), str(getattr(settings, k)))]
+    return to_argv({name: getattr(settings, name) for name in names})
 
 
 def summary(values: list[float]) -> dict:
@@ -226,7 +225,7 @@ def attempt(
     jobs, names = {}, {}
     for row, flags in ((row, flags) for row, options in choices.items() for flags in options):
         words = " ".join(f"{k} {v}" for k, v in flags.items())
-        more = [word for k, v in flags.items() for word in (f"--{k}", str(v))]
+        more = to_argv(flags)
         for seed in seeds:
             jobs |= jobs_of_seed(seed, settings, [row], more=more, label=f", {words}")
         names[row, words] = [f"{row}, {words} s{seed}" for seed in seeds]

@@ -38,7 +38,7 @@ import pretrain
 import vit
 from launch import Failed, print0
 from learner import Learner
-from settings import Setting, Settings, parse_settings, pick
+from settings import Setting, Settings, parse_settings, pick, to_argv
 from speed.measure import Records, classes_of, matrix_rate, operations, peak, seconds
 from speed.plain import PlainLearner, plain_task
 
@@ -73,8 +73,7 @@ def recipe_of(method: str, settings: Settings, batch: int) -> Settings:
     transfers = method in ("copy", "distill")
     if transfers and settings.layers:
         asked["layers"] = settings.layers
-    argv = [word for k, v in asked.items() for word in ("--" + k.replace("_", "-"), str(v))]
-    recipe = SCRIPTS[method].parse(argv)
+    recipe = SCRIPTS[method].parse(to_argv(asked))
     if transfers and not settings.layers and recipe.layers.isdigit():
         # As deep as in the recipe's model.
         usual = SCRIPTS[method].parse(["--data", settings.data]).model
