@@ -11,8 +11,10 @@ teacher is needed at test time too.
     python attention_copy.py                       digits; makes a teacher first
     python attention_copy.py --teacher random --out runs/random-copy     control
     torchrun --nproc_per_node=8 attention_copy.py --data imagenet \\
-        --data-dir /imagenet --micro-batch 64
+        --data-dir /imagenet
 """
+
+import launch
 
 from collections.abc import Sequence
 from functools import partial
@@ -22,7 +24,7 @@ from torch import Tensor
 
 import checkpoints
 import data
-import launch
+import runs
 import train
 from settings import COMMON, TEACHER, TRANSFER, Settings, change, parse_settings
 from teachers import teacher_and_student
@@ -57,7 +59,7 @@ def loss(student: ViT, images, labels, teacher: ViT, layers, settings: Settings)
 
 def task(settings: Settings, images: data.Data | None = None) -> train.Task:
     """Everything that train.fit needs. `images`: others than those that the settings name."""
-    teacher, student, layers, images = teacher_and_student(settings, images)
+    teacher, student, layers, images, source = teacher_and_student(settings, images)
     return train.Task(
         "copy",
         student,
@@ -65,6 +67,7 @@ def task(settings: Settings, images: data.Data | None = None) -> train.Task:
         loss=partial(loss, teacher=teacher, layers=layers, settings=settings),
         predict=partial(predict, teacher=teacher, layers=layers),
         export=partial(export, teacher=teacher, layers=layers),
+        teacher=source,
     )
 
 
@@ -74,6 +77,7 @@ def export(student: ViT, teacher: ViT, layers: Sequence[int]) -> dict:
 
 
 def main(settings: Settings) -> dict:
+    runs.check(settings, "copy")
     return train.fit(task(settings), settings)
 
 

@@ -12,8 +12,10 @@ discarded.
     python attention_distill.py                    digits; makes a teacher first
     python attention_distill.py --teacher random --out runs/random       control
     torchrun --nproc_per_node=8 attention_distill.py --data imagenet \\
-        --data-dir /imagenet --micro-batch 64
+        --data-dir /imagenet
 """
+
+import launch
 
 from functools import partial
 from itertools import zip_longest
@@ -22,7 +24,7 @@ import torch.nn.functional as F
 
 import data
 import finetune
-import launch
+import runs
 import train
 from attention_loss import attention_loss
 from settings import COMMON, TEACHER, TRANSFER, Setting, Settings, change, parse_settings
@@ -31,8 +33,8 @@ from vit import ViT
 
 SETTINGS = change(  # ImageNet: the README of the authors' code, ViT-L, which distils 21 layers
     COMMON | TEACHER | TRANSFER,
-    #             digits cifar imagenet
-    layers=       ("3",  "9",  "18"),
+    #             digits cifar imagenet folder
+    layers=       ("3",  "9",  "18", "4"),
     lr=           (8e-3, 1e-3, 8e-4),
 ) | {
     "attention_weight": Setting(3.0, "weight of the attention loss"),
@@ -54,17 +56,18 @@ def loss(student: ViT, images, labels, teacher: ViT, layers, settings: Settings)
         "class": F.cross_entropy(student.classify(x), labels, label_smoothing=settings.smoothing),
         "attention": settings.attention_weight * attention,
     }
-    return terms, {"divergence": divergence / len(layers)}  # KL in nats: 0 where the maps agree
+    return terms, {"kl": divergence / len(layers)}  # in nats: 0 where the maps agree
 
 
 def task(settings: Settings, images: data.Data | None = None) -> train.Task:
     """Everything that train.fit needs. `images`: others than those that the settings name."""
-    teacher, student, layers, images = teacher_and_student(settings, images)
+    teacher, student, layers, images, source = teacher_and_student(settings, images)
     own_loss = partial(loss, teacher=teacher, layers=layers, settings=settings)
-    return train.Task("distill", student, images, own_loss, finetune.predict)
+    return train.Task("distill", student, images, own_loss, finetune.predict, teacher=source)
 
 
 def main(settings: Settings) -> dict:
+    runs.check(settings, "distill")
     return train.fit(task(settings), settings)
 
 

@@ -1,9 +1,9 @@
 """Augmentation of a whole batch at a time, on the device: crops, flips, erasing, normalisation."""
 
 import hashlib
+import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -37,27 +37,39 @@ class Draws:
         return numbers[self.mine].to(self.device, non_blocking=True)
 
 
+LOG_4_3 = math.log(4 / 3)
+Normalization = tuple[list[float], list[float]]  # mean and deviation per channel, of pixels in 0..1
+
+
 class Normalise:
     """Images as bytes, or as floats in 0..1, less the mean of a data set, over its deviation."""
 
-    def __init__(self, normalization: tuple[list[float], list[float]], device):
-        self.mean, self.std = (torch.tensor(x, device=device)[:, None, None] for x in normalization)
+    def __init__(self, normalization: Normalization, device):
+        self.device = device
+        self.adopt(normalization)
+
+    def adopt(self, normalization: Normalization) -> None:
+        """Normalises as a teacher was used to, from now on."""
+        self.normalization = normalization
+        mean, std = (torch.tensor(x, device=self.device) for x in normalization)
+        self.mean, self.std = mean[:, None, None], std[:, None, None]
 
     def __call__(self, images: Tensor) -> Tensor:
         scale = 255.0 if images.dtype is torch.uint8 else 1.0
         return (images / scale - self.mean) / self.std
 
 
-def to_pixels(images: Tensor, normalization: tuple[list[float], list[float]]) -> Tensor:
-    """What was normalised as pixels again, for pictures: in 0..1."""
+def to_pixels(images: Tensor, normalization: Normalization) -> Tensor:
+    """What was normalised as pixels again: in 0..1."""
     mean, std = (torch.tensor(x, device=images.device)[:, None, None] for x in normalization)
     return (images * std + mean).clamp(0, 1)
 
 
 class Augment:
-    """RandAugment, crop, flip, normalisation and erasing, as the settings of a recipe have them.
+    """Crop, flip, RandAugment, normalisation and erasing, as the settings of a recipe have them.
 
-    `cropped`: the first three were done already, where the images were decoded.
+    `cropped`: the first three were done already, one image at a time (image_files.random_crop):
+    other random numbers, the same distribution.
     """
 
     def __init__(self, settings, normalise: Normalise, cropped: bool = False):
@@ -67,34 +79,53 @@ class Augment:
             self.randaugment = v2.RandAugment(2, settings.randaugment)
 
     def __call__(self, images: Tensor, draws: Draws) -> Tensor:
-        if self.randaugment:  # one operation for 1/16 of the batch: a few kernels, not thousands
-            images = torch.cat([self.randaugment(group) for group in images.chunk(16)])
         images = self.normalise(images)
         if not self.cropped:
             images = crop_and_flip(images, draws, self.settings.crop_area)
+        if self.randaugment:  # one operation for 1/16 of the batch: a few kernels, not thousands
+            pixels = to_pixels(images, self.normalise.normalization).mul(255).round().byte()
+            images = torch.cat([self.randaugment(group) for group in pixels.chunk(16)])
+            images = self.normalise(images)
         return random_erase(images, draws, self.settings.random_erase)
 
 
 def crop_and_flip(images: Tensor, draws: Draws, area: float) -> Tensor:
-    """RandomResizedCrop of at least `area` of the image, and half the time a flip.
+    """RandomResizedCrop of at least `area` of each square image, and half the time a flip.
 
     With `area` 0 a shift by up to 1/8 of the side. One affine resampling, for each image its own.
     """
-    u = draws.uniform(5)
     size = images.shape[-1]
     if area:
-        share, ratio = area + (1 - area) * u[:, 0], torch.exp((2 * u[:, 1] - 1) * np.log(4 / 3))
-        w, h = (share * ratio).sqrt().clamp(max=1), (share / ratio).sqrt().clamp(max=1)
-        x, y = (1 - w) * (2 * u[:, 2] - 1), (1 - h) * (2 * u[:, 3] - 1)
+        left, top, w, h = crop_boxes(draws, area, size)
     else:
-        w = h = torch.ones_like(u[:, 0])
-        reach = size // 8
-        x, y = ((u[:, 2:4] * (2 * reach + 1)).floor() - reach).mul(2 / size).unbind(1)
-    zero = torch.zeros_like(w)
-    flip = torch.where(u[:, 4] < 0.5, -1.0, 1.0)
-    rows = torch.stack([w * flip, zero, x], 1), torch.stack([zero, h, y], 1)
-    grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
+        left, top = shifts(draws, size).unbind(1)
+        w = h = torch.full_like(left, size)
+    zero, flip = torch.zeros_like(w), torch.where(draws.uniform(1)[:, 0] < 0.5, -1.0, 1.0)
+    columns = torch.stack([w / size * flip, zero, (2 * left + w) / size - 1], 1)
+    rows = torch.stack([zero, h / size, (2 * top + h) / size - 1], 1)
+    grid = F.affine_grid(torch.stack([columns, rows], 1), list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, mode="bicubic" if area else "bilinear", align_corners=False)
+
+
+def crop_boxes(draws: Draws, area: float, size: int, tries: int = 10) -> tuple[Tensor, ...]:
+    """Left, top, width and height (B,) of crops from squares, as torchvision draws them.
+
+    Of `tries` boxes of random share and aspect ratio the first that fits; if none, the whole.
+    """
+    u = draws.uniform(2 * tries)
+    share, ratio = area + (1 - area) * u[:, :tries], torch.exp((2 * u[:, tries:] - 1) * LOG_4_3)
+    w, h = ((x.sqrt() * size).round() for x in (share * ratio, share / ratio))
+    fits = (torch.maximum(w, h) <= size) & (torch.minimum(w, h) > 0)
+    first = fits.float().argmax(dim=1, keepdim=True)
+    w, h = (torch.where(fits.any(1), x.gather(1, first)[:, 0], float(size)) for x in (w, h))
+    left, top = (draws.uniform(2) * (size + 1 - torch.stack([w, h], 1))).floor().unbind(1)
+    return left, top, w, h
+
+
+def shifts(draws: Draws, size: int) -> Tensor:
+    """By how many pixels to shift each image: (B, 2)."""
+    reach = size // 8
+    return (draws.uniform(2) * (2 * reach + 1)).floor() - reach
 
 
 def random_erase(images: Tensor, draws: Draws, probability: float) -> Tensor:
@@ -102,7 +133,7 @@ def random_erase(images: Tensor, draws: Draws, probability: float) -> Tensor:
     if not probability:
         return images
     u, size = draws.uniform(5), images.shape[-1]
-    share, ratio = 0.02 + 0.31 * u[:, 1], torch.exp((2 * u[:, 2] - 1) * np.log(1 / 0.3))
+    share, ratio = 0.02 + 0.31 * u[:, 1], torch.exp((2 * u[:, 2] - 1) * math.log(1 / 0.3))
     h, w = ((x.sqrt().clamp(max=1) * size) for x in (share * ratio, share / ratio))
     top, left = u[:, 3] * (size - h), u[:, 4] * (size - w)
     line = torch.arange(size, device=images.device) + 0.5

@@ -1,17 +1,14 @@
-"""Files of weights: written whole or not at all, read without running anything, opened as a model.
+"""What files of weights mean: ours, MAE's or any plain ViT's, opened as a model.
 
 model = open_model("runs/.../model.pt")         # of any method
 logits = model(images)
 for x, attended in model.run(images): ...       # block by block, as vit.ViT.run
 """
 
-import contextlib
-import os
-import pickle
-import subprocess
-import urllib.error
-from collections.abc import Iterator
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -19,8 +16,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from launch import Failed
-from settings import FREE
+import storage
+from settings import IMAGES, RUN, Settings, check
 from vit import Attended, ViT
 
 
@@ -36,6 +33,37 @@ class Checkpoint:
     method: str = "?"
     teacher: "Checkpoint | None" = None  # of a student of attention copy: whose maps it uses,
     layers: tuple[int, ...] = ()  # and in which blocks
+    settings: dict = field(default_factory=dict)  # of the run that made it, where the file says it
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the weights, whatever file they are in."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.weights.items()):
+            digest.update(name.encode())
+            digest.update(value.contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()[:12]
+
+    def images(self, asked: Settings) -> Settings:
+        """`asked`, with the images that this was trained on where no others are asked for."""
+        own, name = self.settings, asked.data or self.settings.get("data")
+        if not name:
+            raise ValueError(f"{self.source} does not say which images it is for: say it by --data")
+        which = {"data": name, "image_size": self.architecture["image_size"], "holdout": 0}
+        if asked.scraps < 0:
+            which["scraps"] = own.get("scraps", IMAGES["scraps"].default)
+        if name == own.get("data"):
+            folder = own.get("data_dir") or f"data/{name}"
+            if not asked.data_dir or Path(asked.data_dir).resolve() == Path(folder).resolve():
+                kept = "data_dir", "holdout", "skip_unreadable"
+                which |= {k: own[k] for k in kept if k in own}
+        return asked.but(**which)
+
+    def __str__(self) -> str:
+        epochs = self.settings.get("epochs")
+        made = "" if self.method == "?" else f"{self.method}, "
+        made += f"{epochs} epochs, " if epochs else ""
+        return f"{self.source} ({made}weights {self.fingerprint})"
 
 
 @dataclass
@@ -66,7 +94,34 @@ def open_model(source: str | Path, device="cpu", heads: int = 0) -> Model:
     if not checkpoint.teacher:
         return Model(net, checkpoint)
     teacher = load(checkpoint.teacher).to(device).eval().requires_grad_(False)
+    try:
+        check_loan(teacher, net, checkpoint.layers)
+    except ValueError as error:
+        raise ValueError(
+            f"{source} holds a student and a teacher of another kind ({error})"
+        ) from None
     return Model(net, checkpoint, teacher, checkpoint.layers)
+
+
+def check_loan(teacher: ViT, student: ViT, layers: Sequence[int]) -> None:
+    """ValueError unless the teacher's maps of its images fit the student. Widths may differ."""
+    for what, ours in counts(student).items():
+        theirs = counts(teacher)[what]
+        if ours != theirs:
+            raise ValueError(
+                f"the teacher has {theirs} {what} and the student {ours}: choose --model, --patch, "
+                "--data or --teacher so that they agree"
+            )
+    if layers[-1] >= len(teacher.blocks):
+        raise ValueError(
+            f"--layers goes up to layer {layers[-1]}, "
+            f"but the teacher has {len(teacher.blocks)} layers"
+        )
+
+
+def counts(net: ViT) -> dict[str, int]:
+    """What must be equal for a map of one ViT to be one of another's, on the same images."""
+    return {"heads": net.heads, "tokens": net.tokens, "channels": net.architecture["channels"]}
 
 
 # Reading ------------------------------------------------------------------------------------------
@@ -78,30 +133,12 @@ def read(source: str | Path, heads: int = 0) -> Checkpoint:
     `heads`: the number of attention heads, for a file that does not say it. Nothing in the file is
     executed. ValueError if it is not a checkpoint of a ViT, FileNotFoundError if it is not there.
     """
-    source = str(source)
-    try:
-        if source.startswith(("http://", "https://")):
-            # A hash in its name (name-1a2b3c4d.pth) is checked.
-            fetch = torch.hub.load_state_dict_from_url
-            found = fetch(source, map_location="cpu", weights_only=True, check_hash=True)
-        elif not Path(source).is_file():
-            raise FileNotFoundError(f"no checkpoint at {source}")
-        else:
-            found = torch.load(source, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except urllib.error.URLError as error:
-        raise ValueError(
-            f"cannot download {source} ({error.reason}): fetch it elsewhere and name the file"
-        ) from error
-    except (RuntimeError, OSError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
-        raise ValueError(
-            f"{source} is no checkpoint that can be read safely: it is cut short, or holds more "
-            f"than tensors ({type(error).__name__}: {str(error)[:80]})"
-        ) from error
+    source, found = str(source), storage.read(source)
     try:
         return understand(found, source, heads)
-    except (TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError) as error:
+    except Exception as error:  # whatever a file of something else leads to
+        if source in str(error):
+            raise
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{source} holds no ViT that can be understood ({reason})") from error
 
@@ -109,21 +146,71 @@ def read(source: str | Path, heads: int = 0) -> Checkpoint:
 def understand(found: object, source: str, heads: int = 0) -> Checkpoint:
     """What was found in a file, as a Checkpoint."""
     about = found if isinstance(found, dict) else {}
+    if "optimizer" in about and "run" in about:
+        raise ValueError(f"{source} is the state of a run, to resume it: name its model.pt")
     weights = next((about[key] for key in ("model", "state_dict") if key in about), about)
     if not isinstance(weights, dict) or "cls_token" not in weights:
         raise ValueError(f"{source} holds no ViT: there is no 'cls_token' among its keys")
-    if not all(isinstance(value, Tensor) for value in weights.values()):
-        raise ValueError(f"{source} holds no ViT: not all of its weights are tensors")
     beyond = ("decoder", "mask_token", "norm.")  # MAE's, and the final norm of class-token pooling
-    weights = {k: v for k, v in weights.items() if not k.startswith(beyond)}
+    weights = {k: v for k, v in weights.items() if not str(k).startswith(beyond)}
+    for name, value in weights.items():
+        if wrong := what_is_wrong(name, value):
+            raise ValueError(f"{source} holds no ViT that can be used: {name} {wrong}")
     architecture = about.get("architecture") or infer_architecture(weights, source, heads)
-    if not isinstance(architecture, dict) or not {"image_size", "classes"} <= architecture.keys():
-        raise ValueError(f"{source} describes no ViT that could be built ({architecture})")
-    known = {k: about[k] for k in ("classes", "normalization", "method") if k in about}
+    names = ("classes", "normalization", "method", "settings")
+    known = {k: about[k] for k in names if about.get(k) is not None}
+    check_facts(source, architecture, **known)
+    if "normalization" in known:  # a tuple of lists, as ours are: to compare
+        known["normalization"] = tuple([float(x) for x in xs] for xs in known["normalization"])
     if about.get("teacher"):
         known["teacher"] = understand(about["teacher"], source)
         known["layers"] = tuple(about["layers"])
+        depth = min(architecture["depth"], known["teacher"].architecture["depth"])
+        if not known["layers"] or not all(i in range(depth) for i in known["layers"]):
+            raise ValueError(f"{source} copies layers {known['layers']} of {depth}")
     return Checkpoint(source, weights, architecture, **known)
+
+
+def what_is_wrong(name: object, value: object) -> str:
+    """Why something cannot be a weight; nothing if it can."""
+    if not isinstance(name, str) or not isinstance(value, Tensor):
+        return "is no tensor with a name"
+    if value.layout is not torch.strided or value.is_meta or not value.is_floating_point():
+        return f"is not made of ordinary numbers ({value.dtype}, {value.layout}, {value.device})"
+    return "" if value.isfinite().all() else "is not finite: it was trained to ruin"
+
+
+def check_facts(
+    source: str, architecture: dict, classes=None, normalization=None, method="", settings=None
+) -> None:
+    """ValueError if what a file says beside its weights cannot be."""
+    sizes = {"image_size", "patch", "channels", "classes", "dim", "depth", "heads", "mlp"}
+    if not isinstance(architecture, dict) or architecture.keys() != sizes:
+        raise ValueError(f"{source} describes no ViT that could be built ({architecture})")
+    for name, value in architecture.items():
+        if type(value) not in (int, float) or not (name == "classes" or value > 0) or value > 1e5:
+            raise ValueError(f"{source} describes no ViT that could be built ({name} {value})")
+    if classes is not None:
+        named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+        named = named and len(set(classes)) == len(classes)
+        if not named or len(classes) not in (architecture["classes"] or len(classes),):
+            raise ValueError(
+                f"{source} has {architecture['classes']} outputs, but names other classes"
+            )
+    if normalization is not None:
+        mean, deviation = torch.tensor(normalization, dtype=torch.float32)
+        scale = 1 / deviation
+        channels = len(mean) == len(deviation) == architecture["channels"]
+        if not channels or not (mean.isfinite() & scale.isfinite() & (scale > 0)).all():
+            raise ValueError(f"{source} has no normalisation that could be used: {normalization}")
+    if not isinstance(method, str) or type(settings) not in (dict, type(None)):
+        raise ValueError(f"{source} does not say how it was made in words ({method}, {settings})")
+    for name, row in (IMAGES | {"amp": RUN["amp"]}).items():
+        if name in (settings or {}):
+            kind = type(row.of(0))
+            if type(settings[name]) not in ((int, float) if kind is float else (kind,)):
+                raise ValueError(f"{source} was made with an odd {name}: {settings[name]!r}")
+            check(name, settings[name], row)
 
 
 def infer_architecture(weights: dict[str, Tensor], source: str, heads: int) -> dict:
@@ -168,7 +255,8 @@ def load(
         vit = ViT(**arch | shape, drop_path=drop_path)
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise ValueError(
-            f"{checkpoint.source} describes no ViT that could be built ({error})"
+            f"{checkpoint.source} can be no ViT for these images of {shape['image_size']} pixels "
+            f"({error}): change --data, --image-size or the file"
         ) from error
     if "pos_embed" in weights:
         weights["pos_embed"] = interpolate(weights["pos_embed"], vit.tokens)
@@ -199,81 +287,6 @@ def interpolate(pos_embed: Tensor, tokens: int) -> Tensor:
     return torch.cat([cls, rearrange(grid, "one d h w -> one (h w) d").to(cls.dtype)], dim=1)
 
 
-# Writing ------------------------------------------------------------------------------------------
-
-
-def save(what: dict, path: Path) -> None:
-    """Writes a checkpoint whole or not at all: until then, what stood there before stays."""
-    part = path.with_suffix(".part")
-    try:
-        with open(part, "wb") as file:
-            torch.save(what, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-        kept = f" (what was saved before is intact: {path})" if path.exists() else ""
-        raise Failed(f"could not write {path}: {error}. Is the disk full?{kept}") from error
-
-
-def write_text(path: Path, text: str) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(text)
-    os.replace(part, path)
-
-
 def export(net: ViT) -> dict:
-    """What model.pt holds of a ViT. (train.fit adds classes, normalisation and the method.)"""
+    """What model.pt holds of a ViT. (train.fit adds what it was trained on, and how.)"""
     return {"model": net.state_dict(), "architecture": net.architecture}
-
-
-def open_run(settings, name: str) -> tuple[Path, dict | None]:
-    """The folder of a run, and the state to go on from. ValueError rather than spoil a run."""
-    out = run_folder(settings, name)
-    out.mkdir(parents=True, exist_ok=True)
-    last = out / "last.pt"
-    if not last.exists() or (settings.overwrite and not settings.resume):
-        return out, None
-    if not settings.resume:
-        raise ValueError(
-            f"{out} already holds a run: go on with --resume, start over with --overwrite, or "
-            "choose another --out"
-        )
-    try:
-        state = torch.load(last, map_location="cpu", weights_only=True)
-        before = dict(state["settings"])
-    except Exception as error:  # unpickling errors are of many kinds
-        raise ValueError(
-            f"cannot resume from {last}, which is damaged ({type(error).__name__}): "
-            "start over with --overwrite"
-        ) from error
-    now = {k: v for k, v in vars(settings).items() if k not in FREE}
-    differ = [f"{k} was {before.get(k)}, now {v}" for k, v in now.items() if before.get(k) != v]
-    if differ:
-        raise ValueError(
-            f"{out} holds a run with other settings ({'; '.join(differ[:3])}): "
-            "choose another --out, or start over with --overwrite"
-        )
-    return out, state
-
-
-def run_folder(settings, name: str) -> Path:
-    usual = Path("runs") / f"{name}-{settings.data}-{settings.model}-s{settings.seed}"
-    return Path(settings.out or usual)
-
-
-def commit() -> str:
-    """The commit of this repository, marked if the code has been changed since."""
-
-    def git(*words: str) -> str:
-        how = dict(capture_output=True, text=True, cwd=Path(__file__).parent)
-        return subprocess.run(["git", *words], **how).stdout.strip()
-
-    try:
-        head = git("rev-parse", "HEAD")
-        changed = git("status", "--porcelain", "--", "*.py", "digits.npz")
-    except OSError:  # no git here
-        return "unknown"
-    return (head or "unknown") + (" with changes" if changed else "")

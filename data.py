@@ -3,7 +3,8 @@
     --data digits      built in: translated cluttered digits, no download (digits.py)
     --data cifar10     downloaded to --data-dir, or image folders found there; also cifar100
     --data imagenet    --data-dir/train/CLASS/* and --data-dir/val/CLASS/*
-    --data folder      the same, for images of your own
+    --data folder      the same, or --data-dir/CLASS/*, for images of your own; without val/ a part
+                       is held out; to pre-train they may lie in one folder, without labels
 
 To add a data set: a row of KINDS; unless it is a folder of images, also a function that gives Parts
 (such as from_cifar), called in `load`.
@@ -14,9 +15,10 @@ depend on how many GPUs there are. What comes after them (the noise of erasing, 
 each process draws for its own share.
 """
 
+from launch import counted, print0, rank, world
+
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -28,10 +30,10 @@ from torchvision.transforms import v2
 
 import digits
 import image_files
-from augment import Augment, Draws, Normalise, number, seeded
-from launch import rank, world
+import image_folders
+import subsets
+from augment import Augment, Draws, Normalise, Normalization, number, seeded
 
-Normalization = tuple[list[float], list[float]]  # mean and deviation per channel, of pixels in 0..1
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 
 
@@ -40,16 +42,22 @@ class Kind(NamedTuple):
     channels: int
     normalization: Normalization
     crop_pct: float  # share of the image's side that evaluation sees
-    recipe: int  # which of the three defaults of a setting: 0 digits, 1 CIFAR, 2 ImageNet
+    recipe: int  # which default of a setting: 0 digits, 1 CIFAR, 2 ImageNet, 3 other folders
+    advice: str = "point --data-dir at one that holds train/CLASS/* and val/CLASS/*, or CLASS/*"
 
 
 KINDS = {
     "digits": Kind(digits.CANVAS, 1, ([0.25], [0.35]), 1.0, 0),
     "cifar10": Kind(32, 3, ([0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]), 1.0, 1),
     "cifar100": Kind(32, 3, ([0.5071, 0.4865, 0.4409], [0.2673, 0.2564, 0.2762]), 1.0, 1),
-    "imagenet": Kind(224, 3, IMAGENET, 0.875, 2),
-    "folder": Kind(224, 3, IMAGENET, 0.875, 2),
-}
+    "imagenet": Kind(
+        224, 3, IMAGENET, 0.875, 2,
+        advice="ImageNet-1K is to be had, free for research, from image-net.org: unpack it (or "
+        "link it) so that images lie in train/CLASS/* and val/CLASS/* there, or point --data-dir "
+        "at such a folder",
+    ),
+    "folder": Kind(96, 3, IMAGENET, 0.875, 3),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -59,10 +67,39 @@ class Data:
     classes: list[str]
     channels: int
     image_size: int
-    normalization: Normalization
-    train: "Train | None"
-    val: "Eval"
-    test: "Eval"  # the same object as `val` where a data set has no third part (ImageNet's custom)
+    normalise: Normalise  # of all its images; a teacher's can be adopted
+    train: "Train | None" = None
+    val: "Eval | None" = None
+    test: "Eval | None" = None  # the same as `val` if there is no third part (ImageNet's custom)
+    held_out: int = 0  # so many of the training images are tested on, for want of others
+    available: int = 0  # images to train on, before --num-labels takes some: a teacher sees all
+    fingerprint: str = ""  # of these, if they are files
+
+    def described(self, labels: bool) -> str:
+        """How many images there are, and of how many classes if `labels` matter."""
+        said = f"{self.image_size} x {self.image_size}: {len(self.train):,} to train on"
+        held = " held out" if self.held_out else ""
+        if not labels:
+            return said + (f", {len(self.val):,}{held}" if held else "")
+        if self.val is self.test:
+            said += f", {len(self.test):,}{held} to validate and test on"
+        else:
+            said += f", {len(self.val):,}{held} to validate on, {len(self.test):,} to test on"
+        return f"{said}; {len(self.classes)} classes"
+
+    @property
+    def normalization(self) -> Normalization:
+        return self.normalise.normalization
+
+    def adopt(self, teacher) -> None:
+        """Normalises the images as a teacher (a checkpoints.Checkpoint) was used to."""
+        if teacher.normalization:
+            if len(teacher.normalization[0]) != self.channels:
+                raise ValueError(
+                    f"{teacher.source} was trained on images of {len(teacher.normalization[0])} "
+                    f"channels; these have {self.channels}: change --data or --teacher"
+                )
+            self.normalise.adopt(teacher.normalization)
 
     def vit_shape(self, patch: int) -> dict[str, int]:
         """The arguments of a ViT that say what images and classes it is for."""
@@ -76,64 +113,50 @@ class Parts(NamedTuple):
     classes: list[str]
     train: "Tensors | image_files.Files | None"
     val: "Tensors | image_files.Files | None"
-    test: "Tensors | image_files.Files"
-    augment: Callable[[Tensor, Draws], Tensor] | None
+    test: "Tensors | image_files.Files | None"  # None: a part of `train` is held out
+    augment: Callable[[Tensor, Draws], Tensor] | None = None  # None: as the recipe has it
 
 
-def load(settings, device, normalization: Normalization | None = None, train: bool = True) -> Data:
+def load(settings, device, train: bool = True) -> Data:
     """The data set of the settings, to train on, or (with train=False) its test images only.
 
-    `normalization` overrides the data set's own. Raises ValueError, or OSError for a missing
-    folder, in words that say how to mend it.
+    Raises ValueError, or OSError for a missing folder, in words that say how to mend it.
     """
-    kind = KINDS[settings.data]
+    kind, folder = KINDS[settings.data], image_folders.folder_of(settings)
     size = settings.image_size or kind.image_size
-    normalization = normalization or kind.normalization
-    normalise = Normalise(normalization, device)
+    normalise = Normalise(kind.normalization, device)
     if settings.data == "digits":
         parts = from_digits(settings, size, normalise, device)
-    elif settings.data.startswith("cifar") and not (Path(settings.data_dir) / "val").is_dir():
-        parts = from_cifar(settings, size, normalise, device, train)
+    elif settings.data.startswith("cifar") and not (folder / "val").is_dir():
+        parts = from_cifar(settings, size, device)
     else:
-        parts = from_folders(settings, size, normalise, device, train)
-    test = Eval(parts.test, normalise, device)
-    val = Eval(parts.val, normalise, device) if parts.val else test
-    if not train:
-        return Data(parts.classes, kind.channels, size, normalization, None, val, test)
-
-    source = parts.train
-    if settings.holdout:
-        if parts.val or settings.holdout >= len(source):
-            raise ValueError(
-                f"--holdout {settings.holdout}: hold out fewer images than there are for training "
-                f"({len(source)}); digits come with a validation part of their own"
-            )
-        order = torch.randperm(len(source), generator=seeded("holdout")).tolist()
-        val = Eval(source.subset(order[: settings.holdout]), normalise, device)
-        source = source.subset(order[settings.holdout :])
-    if settings.num_labels:
-        if settings.num_labels > len(source):
-            raise ValueError(
-                f"--num-labels {settings.num_labels}: there are only {len(source)} training images"
-            )
-        seed = settings.seed if settings.subset_seed < 0 else settings.subset_seed
-        chosen = class_by_class(source.labels.cpu(), settings.num_labels, seeded("labels", seed))
-        source = source.subset(chosen)
-    view = Train(source, parts.augment, settings, len(parts.classes), device)
-    return Data(parts.classes, kind.channels, size, normalization, view, val, test)
-
-
-def class_by_class(labels: Tensor, count: int, generator: torch.Generator) -> list[int]:
-    """`count` random images, as many of each class as of any other, but for a rest of one.
-
-    Drawn round by round, one of each class that has any left.
-    """
-    order = torch.randperm(len(labels), generator=generator)
-    rounds = torch.empty_like(order)
-    for label in labels.unique():
-        of_class = labels[order] == label
-        rounds[of_class] = torch.arange(of_class.sum())
-    return order[rounds.argsort(stable=True)][:count].tolist()
+        parts = from_folders(settings, size, device, train)
+    if len(parts.classes) < 2 and hasattr(settings, "smoothing"):  # pre-training needs no labels
+        raise ValueError(f"{folder} holds one class: put each in a folder of its own")
+    source, val, test = parts.train, parts.val, parts.test
+    if count := subsets.held_out(settings, parts, train):
+        order = subsets.stratified(source.labels.cpu(), source.names)
+        val, source = source.subset(order[:count]), source.subset(order[count:])
+    test = test or val or source  # without any parts, all there is
+    test_view = Eval(to_evaluate(test, device), normalise, device)
+    val_view = test_view
+    if val and val is not test:
+        val_view = Eval(to_evaluate(val, device), normalise, device)
+    view, available, fingerprint = None, 0, ""
+    if train:
+        source = source.readable()  # after the split, which does not depend on it
+        available, fingerprint = len(source), source.fingerprint
+        if settings.num_labels:
+            source = subsets.labelled(source, settings)
+        elif missing := set(range(len(parts.classes))) - set(source.labels.tolist()):
+            few = ", ".join(parts.classes[i] for i in sorted(missing)[:5])
+            print0(f"note: there is no image to train on of {few}")
+        source = to_train(source, device)
+        in_files = isinstance(source, image_files.Files)
+        augment = parts.augment or Augment(settings, normalise, cropped=in_files)
+        view = Train(source, augment, settings, len(parts.classes), device)
+    views, held = (view, val_view, test_view), 0 if parts.test else count
+    return Data(parts.classes, kind.channels, size, normalise, *views, held, available, fingerprint)
 
 
 # Two views of a source: shuffled and augmented, or in order and as it is --------------------------
@@ -144,8 +167,15 @@ class Train:
 
     def __init__(self, source, augment: Callable, settings, classes: int, device):
         self.source, self.augment, self.device = source, augment, device
-        self.seed, self.batch = settings.seed, settings.batch
-        self.rank, self.world = rank(), world()
+        self.rank, self.world, self.seed = rank(), world(), settings.seed
+        self.batch = settings.batch or share_of(len(source), self.world)
+        if self.batch % self.world:
+            raise ValueError(
+                f"--batch {self.batch} does not divide by the {self.world} processes: choose a "
+                "multiple"
+            )
+        if self.batch > len(source):
+            raise ValueError(f"--batch {self.batch} is more than the {len(source)} training images")
         mixes = []
         for mix, name in ((v2.MixUp, "mixup"), (v2.CutMix, "cutmix")):
             if alpha := getattr(settings, name, 0.0):  # pre-training, without labels, has no such
@@ -171,6 +201,11 @@ class Train:
             images = self.augment(images, draws)
             torch.manual_seed(number(seed, epoch, step, self.rank))  # from here on each its own
             yield self.mix(images, labels) if self.mix else (images, labels)
+
+
+def share_of(images: int, ranks: int) -> int:
+    """The batch of --batch 0: an eighth of the images, but at most 64 (for each process alike)."""
+    return max(1, min(64, images // 8) // ranks) * ranks
 
 
 class Eval:
@@ -199,12 +234,16 @@ class Tensors:
 
     def __init__(self, images: Tensor, labels: Tensor):
         self.images, self.labels = images, labels
+        self.names, self.fingerprint = range(len(images)), ""
 
     def __len__(self) -> int:
         return len(self.images)
 
     def subset(self, indices: list[int]) -> "Tensors":
         return Tensors(self.images[indices], self.labels[indices])
+
+    def readable(self) -> "Tensors":
+        return self
 
     def batches(self, order, key=None) -> Iterator[tuple[Tensor, Tensor]]:
         """The images of each row of `order`. `key` is for sources that crop while they decode."""
@@ -218,6 +257,10 @@ def from_digits(settings, size: int, normalise: Normalise, device) -> Parts:
         raise ValueError(
             f"--image-size {size}: the canvas of --data digits has {digits.CANVAS} pixels a side"
         )
+    for name in ("crop_area", "randaugment", "random_erase"):
+        if getattr(settings, name, 0):
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{flag}: digits are placed anew at each step, and no more is done")
     images, labels = digits.read(device)
     order = torch.randperm(len(images), generator=seeded("digits"))
     test, val, rest = (part.to(device) for part in order.split([500, 300, 997]))
@@ -234,46 +277,60 @@ def from_digits(settings, size: int, normalise: Normalise, device) -> Parts:
     return Parts(classes, train, placed(val, "val"), placed(test, "test"), clutter)
 
 
-def from_cifar(settings, size: int, normalise: Normalise, device, train: bool) -> Parts:
+def from_cifar(settings, size: int, device) -> Parts:
     if size != 32:
         raise ValueError(
             f"--image-size {size}: CIFAR images are 32 pixels a side "
             "(or point --data-dir at image folders)"
         )
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[settings.data]
+    folder = image_folders.folder_of(settings)
     try:
         if rank() == 0:
-            kind(settings.data_dir, download=True)
+            kind(folder, download=True)
         if dist.is_initialized():
             dist.barrier()  # the others wait until it is there
-        sets = [kind(settings.data_dir, train=part) for part in (True, False)]
+        sets = [kind(folder, train=part) for part in (True, False)]
     except (OSError, RuntimeError) as error:
         raise ValueError(
-            f"{settings.data} is neither in folder {settings.data_dir} nor can it be downloaded "
+            f"{settings.data} is neither in folder {folder} nor can it be downloaded "
             f"({error}): point --data-dir at folders train/CLASS/* and val/CLASS/*"
         ) from error
     sources = []
     for part in sets:
         images = rearrange(torch.from_numpy(part.data), "b h w c -> b c h w").contiguous()
         sources.append(Tensors(images.to(device), torch.tensor(part.targets, device=device)))
-    augment = Augment(settings, normalise) if train else None
-    return Parts(sets[0].classes, sources[0], None, sources[1], augment)
+    return Parts(sets[0].classes, sources[0], None, sources[1])
 
 
-def from_folders(settings, size: int, normalise: Normalise, device, train: bool) -> Parts:
-    """Folders of image files: held in memory if they are small, else decoded as they are needed."""
-    found = image_files.find(Path(settings.data_dir), train)
-    classes, count = found["test"].classes, sum(len(part) for part in found.values())
-    in_memory = count * 3 * size * size <= settings.memory * 2**30
-    sources, pin = {}, device.type == "cuda" and not in_memory
+def from_folders(settings, size: int, device, train: bool) -> Parts:
+    kind, root = KINDS[settings.data], image_folders.folder_of(settings)
+    found = image_folders.find(root, train or settings.holdout > 0, kind.advice)
+    sources, pin = {}, device.type == "cuda"
     for name, part in found.items():
-        crop_pct = KINDS[settings.data].crop_pct
-        if in_memory and name == "train":  # decoded once, as the whole square
-            crop_pct = 1.0
-        random_crop = image_files.random_crop(size, settings) if name == "train" else None
-        centre_crop = image_files.centre_crop(size, crop_pct)
-        sources[name] = image_files.Files(part.samples, centre_crop, random_crop, settings, pin)
-        if in_memory:
-            sources[name] = Tensors(*image_files.decode_all(sources[name], device))
-    augment = Augment(settings, normalise, cropped=not in_memory) if train else None
-    return Parts(classes, sources.get("train"), None, sources["test"], augment)
+        sources[name] = image_files.Files(part.samples, size, kind, settings, pin)
+    classes = next(iter(found.values())).classes
+    return Parts(classes, sources.get("train"), None, sources.get("test"))
+
+
+def to_train(source: "Tensors | image_files.Files", device) -> "Tensors | image_files.Files":
+    """Images in files are decoded once, if they fit in memory, and cropped there.
+
+    Squares of the very size as one tensor on the device, to be cropped a batch at a time.
+    """
+    if isinstance(source, Tensors) or not source.hold():
+        return source
+    if all(image.shape[1:] == (source.size, source.size) for image in source.held):
+        return Tensors(torch.stack(source.held).to(device), source.labels.to(device))
+    return source
+
+
+def to_evaluate(source: "Tensors | image_files.Files", device) -> "Tensors | image_files.Files":
+    """Images in files are decoded and cropped once, if they fit in memory."""
+    source = source.readable()
+    if isinstance(source, Tensors) or not source.may_fit():
+        return source
+    numbers = torch.arange(len(source)).split(256)
+    batches = counted(source.batches(numbers), len(numbers), "batches decoded")
+    images, labels = zip(*batches, strict=True)
+    return Tensors(torch.cat(images).to(device), torch.cat(labels).to(device))

@@ -7,13 +7,16 @@ is plain evaluation.
 
     python ensemble.py runs/finetune-digits-micro-s0/model.pt \\
         runs/distill-digits-micro-s0/model.pt
-    python ensemble.py model.pt --data imagenet --data-dir /imagenet
     python ensemble.py model.pt --data folder --data-dir /imagenet-a
+    python ensemble.py model.pt --image photo.jpg      what it sees, and where
 
-If the folder has only some of the classes of a checkpoint, probabilities are
-taken over these (as ImageNet-A and -R are scored). Folders may be
---data-dir/val/CLASS/* or just --data-dir/CLASS/*.
+The images are those that the first checkpoint was trained for, unless --data
+or --data-dir say others. If a folder has only some of the classes of a
+checkpoint, probabilities are taken over these (as ImageNet-A and -R are
+scored). Folders may be --data-dir/val/CLASS/* or just --data-dir/CLASS/*.
 """
+
+import launch
 
 import json
 from functools import partial
@@ -21,23 +24,26 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torchvision.transforms import v2
 
 import checkpoints
 import data
-import launch
+import image_files
+import pictures
+import storage
+import vit
 from checkpoints import Model
 from learner import autocast
-from settings import HEADS, Setting, Settings, parse_settings, pick
+from settings import AMP, OPENING, Setting, Settings, parse_settings
 
-SETTINGS = pick(
-    "data", "data_dir", "scraps", "workers", "memory", "skip_unreadable", "device", "amp"
-)
-SETTINGS |= HEADS | {
+SETTINGS = OPENING | {
+    "amp": Setting("", "mixed precision (empty: as in training)", choices=("", *AMP)),
     "part": Setting(
-        "test", "which images (the same ones, but for the digits)", choices=("test", "val")
+        "test", "the part that is reported, or the one to choose by", choices=("test", "val")
     ),
     "batch": Setting(256, "images at a time", low=1),
     "json": Setting("", "where to write the results (empty: runs/ensemble-DATA.json)"),
+    "image": Setting("", "evaluate nothing: say what this image shows, and draw where they look"),
 }
 parse = partial(
     parse_settings, __doc__, SETTINGS, positional=("checkpoints", "one or more model.pt")
@@ -46,12 +52,11 @@ parse = partial(
 
 def evaluate(paths: list[str], settings: Settings) -> dict:
     """Top-1 in per cent of each checkpoint, and of their averaged probabilities."""
-    if launch.world() > 1:
-        raise ValueError("ensemble.py runs in one process: start it with python, not torchrun")
     device = launch.device(settings.device)
+    models = [checkpoints.open_model(path, device, settings.heads) for path in paths]
+    settings = models[0].checkpoint.images(settings)
     members, total, first = [], 0, None
-    for path in paths:
-        model = checkpoints.open_model(path, device, settings.heads)
+    for path, model in zip(paths, models, strict=True):
         p, labels, classes = probabilities(model, settings, device)
         if first not in (None, classes):
             raise ValueError(f"{path} was evaluated on other classes than {paths[0]}")
@@ -67,17 +72,17 @@ def probabilities(model: Model, settings: Settings, device) -> tuple[Tensor, Ten
     """Class probabilities (images, classes) of a model, labels (images,), names of classes."""
     images = images_for(model, settings, device)
     columns = torch.tensor(columns_of(images.classes, model, settings), device=device)
-    parts, labels, mixed = [], [], autocast(settings.amp, model.net)
+    parts, labels = [], []
+    amp = settings.amp or model.checkpoint.settings.get("amp", "auto")
+    mixed = autocast(amp, model.net)
     for batch, theirs in getattr(images, settings.part).in_order(settings.batch):
         with mixed:
             logits = model(batch)
         parts.append(logits.float()[:, columns].softmax(dim=-1).cpu())
         labels.append(theirs.cpu())
-    if not torch.cat(parts).isfinite().all():
-        source = model.checkpoint.source
-        raise ValueError(
-            f"{source} gives probabilities that are not finite: its weights are ruined"
-        )
+        if not logits.isfinite().all():
+            source = model.checkpoint.source
+            raise ValueError(f"{source} gives logits that are not finite: it was trained to ruin")
     return torch.cat(parts), torch.cat(labels), images.classes
 
 
@@ -89,12 +94,13 @@ def images_for(model: Model, settings: Settings, device) -> data.Data:
             f"{source} has no head: fine-tune it, or transfer its attention, before evaluation"
         )
     settings = settings.but(image_size=architecture["image_size"])
-    images = data.load(settings, device, model.checkpoint.normalization, train=False)
+    images = data.load(settings, device, train=False)
     if images.channels != architecture["channels"]:
         raise ValueError(
             f"{source} takes images of {architecture['channels']} channels, "
             f"--data {settings.data} has {images.channels}"
         )
+    images.adopt(model.checkpoint)
     return images
 
 
@@ -119,16 +125,63 @@ def top1(p: Tensor, labels: Tensor) -> float:
     return 100 * (p.argmax(dim=-1) == labels).float().mean().item()
 
 
+# One image ----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def look(paths: list[str], settings: Settings) -> dict[str, dict[str, float]]:
+    """What each model sees in --image: its likeliest classes. A picture of where it looks."""
+    if not Path(settings.image).is_file():
+        raise FileNotFoundError(f"no image {settings.image}")
+    device, image = launch.device(settings.device), image_files.read(settings.image)
+    seen = {}
+    for number, path in enumerate(paths, 1):
+        model = checkpoints.open_model(path, device, settings.heads)
+        about = model.checkpoint
+        kind = data.KINDS.get(settings.data or about.settings.get("data"), data.KINDS["imagenet"])
+        arch, normalization = about.architecture, about.normalization or kind.normalization
+        square = image_files.centre_crop(arch["image_size"], kind.crop_pct)(image)
+        if arch["channels"] == 1:
+            square = v2.functional.rgb_to_grayscale(square)
+        x = data.Normalise(normalization, device)(square[None].to(device))
+        maps = [vit.attention_map(attended) for _, attended in model.run(x)]
+        some = sorted({round(i * (len(maps) - 1) / 3) for i in range(4)})
+        looks = {f"layer {i + 1}": pictures.mean_look(maps[i]) for i in some}
+        which = f"-{number}" if len(paths) > 1 else ""
+        drawn = Path("runs") / f"{Path(settings.image).stem}-looks{which}.png"
+        drawn.parent.mkdir(exist_ok=True)
+        pictures.save(pictures.overlays(x, looks, normalization), drawn)
+        print(f"{settings.image} by {path} ({about.method})")
+        seen[path] = likeliest(model(x)[0], about.classes) if arch["classes"] else {}
+        for name, percent in seen[path].items():
+            print(f"{percent:7.2f} %  {name}")
+        print(f"where it looks, on average over heads and patches: {drawn}")
+    return seen
+
+
+def likeliest(logits: Tensor, classes: list[str] | None) -> dict[str, float]:
+    """The five likeliest classes, in per cent."""
+    names = classes or [f"class {i}" for i in range(len(logits))]
+    p, best = logits.softmax(-1).topk(min(5, len(names)))
+    return {names[i]: 100 * q for i, q in zip(best.tolist(), p.tolist(), strict=True)}
+
+
 def main(settings: Settings) -> dict:
-    result = evaluate(settings.checkpoints, settings)
-    print(f"top-1 on {result['images']:,} images of {settings.data} ({settings.part})")
+    paths = settings.checkpoints
+    launch.one_process()
+    if settings.image:
+        return look(paths, settings)
+    if Path(settings.json).is_dir() and settings.json:
+        raise ValueError(f"--json {settings.json} is a folder: name a file")
+    result = evaluate(paths, settings)
+    print(f"top-1 on {result['images']:,} images of {result['data']} ({settings.part})")
     for member in result["members"]:
         print(f"{member['top1']:7.2f} %  {member['method']:<9} {member['checkpoint']}")
     if len(result["members"]) > 1:
         print(f"{result['ensemble_top1']:7.2f} %  together, probabilities averaged")
-    out = Path(settings.json or f"runs/ensemble-{settings.data}.json")
+    out = Path(settings.json or f"runs/ensemble-{result['data']}.json")
     out.parent.mkdir(parents=True, exist_ok=True)
-    checkpoints.write_text(out, json.dumps(result, indent=1) + "\n")
+    storage.write_text(out, json.dumps(result, indent=1) + "\n")
     return result
 
 

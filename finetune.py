@@ -1,10 +1,13 @@
 """The baselines: fine-tuning starts from a teacher's weights, scratch from none.
 
     python finetune.py                             digits; makes a teacher first
-    python finetune.py --teacher none              from scratch (SCRATCH below)
+    python finetune.py --teacher none              from scratch; settings of its
+                                                   own: --help --teacher none
     torchrun --nproc_per_node=8 finetune.py --data imagenet \\
-        --data-dir /imagenet --micro-batch 128
+        --data-dir /imagenet
 """
+
+import launch
 
 from functools import partial
 
@@ -14,19 +17,20 @@ from torch import Tensor, nn
 
 import checkpoints
 import data
-import launch
+import runs
 import teachers
 import train
 import vit
-from settings import COMMON, TEACHER, Settings, change, parse_settings
+from settings import COMMON, TEACHER, TEACHERS, Setting, Settings, change, parse_settings
 
+SOURCE = {"teacher": Setting("auto", TEACHERS + "none, or a checkpoint's path or URL", free=True)}
 SCRATCH = change(  # with --teacher none. ImageNet: the recipe of distillation, less the teacher
-    COMMON | TEACHER,
+    COMMON | TEACHER | SOURCE,
     #             digits cifar imagenet
     weight_decay= (0.5,  0.05, 0.3),
 )  # fmt: skip
 SETTINGS = change(  # ImageNet: MAE's FINETUNE.md, ViT-L
-    COMMON | TEACHER,
+    COMMON | TEACHER | SOURCE,
     #             digits cifar imagenet
     epochs=       (450,  100,  50),
     warmup=       (45,   5,    5),
@@ -55,15 +59,19 @@ def task(settings: Settings, images: data.Data | None = None) -> train.Task:
         raise ValueError(
             "--teacher random: fine-tuning random weights is training from scratch, --teacher none"
         )
-    teacher = teachers.find(settings)
-    images = images or data.load(settings, device, teacher and teacher.normalization)
+    teachers.check(settings)
+    images = images or data.load(settings, device)
     torch.manual_seed(settings.seed)
+    shape = images.vit_shape(settings.patch)
+    net = vit.build(settings.model, **shape, drop_path=settings.drop_path)
+    teacher = teachers.find(settings, images)
     if teacher:
-        name, net = "finetune", from_teacher(teacher, settings, images)
-    else:
-        shape = images.vit_shape(settings.patch)
-        name, net = "scratch", vit.build(settings.model, **shape, drop_path=settings.drop_path)
-    return train.Task(name, net.to(device), images, partial(loss, settings=settings), predict)
+        images.adopt(teacher)
+        torch.manual_seed(settings.seed)
+        net = from_teacher(teacher, settings, images)
+    name = "finetune" if teacher else "scratch"
+    own_loss = partial(loss, settings=settings)
+    return train.Task(name, net.to(device), images, own_loss, predict, teacher=teacher)
 
 
 def from_teacher(teacher: checkpoints.Checkpoint, settings: Settings, images: data.Data) -> vit.ViT:
@@ -86,6 +94,7 @@ def from_teacher(teacher: checkpoints.Checkpoint, settings: Settings, images: da
 
 
 def main(settings: Settings) -> dict:
+    runs.check(settings, "scratch" if settings.teacher == "none" else "finetune")
     return train.fit(task(settings), settings)
 
 

@@ -1,11 +1,31 @@
-"""From a command to processes and devices: one or many (`torchrun`), each error one line."""
+"""From a command to processes and devices: one or many (`torchrun`), each error one line.
+
+Scripts import it first, so that Ctrl-C while the others are imported is one line too.
+"""
 
 import os
+import signal
 import sys
-from collections.abc import Callable
 
-import torch
-import torch.distributed as dist
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+
+def leave(*_) -> None:
+    print("error: interrupted", file=sys.stderr)
+    os._exit(130)
+
+
+# Only where a script of ours is what runs: not in a notebook, not in tests.
+SCRIPTS = (HERE, os.path.join(HERE, "experiments"), os.path.join(HERE, "speed"))
+if os.path.dirname(getattr(sys.modules["__main__"], "__file__", "") or "") in SCRIPTS:
+    signal.signal(signal.SIGINT, leave)  # until `run` begins
+
+import shutil  # noqa: E402
+import time  # noqa: E402
+from collections.abc import Callable, Iterable, Iterator  # noqa: E402
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
 
 
 class Failed(RuntimeError):
@@ -17,30 +37,58 @@ def run(main: Callable, parse: Callable) -> None:
 
     Exit code 2 for input that is wrong, 1 for a run that failed. TRACEBACK=1 shows the traceback.
     """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         start_ranks()
         main(parse(sys.argv[1:]))
-    except (ValueError, OSError, Failed, torch.OutOfMemoryError, KeyboardInterrupt) as error:
-        if os.environ.get("TRACEBACK"):
-            raise
+        if sys.stdout:
+            sys.stdout.flush()
+    except BrokenPipeError:  # `| head`: who listened has gone
+        os._exit(141)
+    except (ValueError, OSError, RuntimeError, KeyboardInterrupt) as error:
         text, code = describe(error)
-        print("error: " + " ".join(text.split()), file=sys.stderr, flush=True)
+        first = first_to_fail()  # what the others say follows from it
+        if os.environ.get("TRACEBACK") or (first and not code):
+            raise
+        if first:
+            print("error: " + " ".join(text.split()), file=sys.stderr, flush=True)
         if dist.is_initialized():  # other ranks may never reach a clean shutdown
-            os._exit(code)
+            os._exit(code or 1)
         sys.exit(code)
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def describe(error: BaseException) -> tuple[str, int]:
-    """What to say of an error, and the exit code."""
+    """What to say of an error, and the exit code. Code 0: it is a fault of the program."""
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted; --resume goes on from the last checkpoint", 130
-    if isinstance(error, torch.OutOfMemoryError):
-        return "the GPU's memory is full: try a smaller --micro-batch (--batch stays the same)", 1
+        return "interrupted", 130
+    if out_of_memory(error):
+        return "the memory is full: try a smaller --micro-batch (--batch stays the same)", 1
     if isinstance(error, OSError) and error.strerror:
         return error.strerror + (f": {error.filename}" if error.filename else ""), 2
-    return str(error), 1 if isinstance(error, Failed) else 2
+    if isinstance(error, Failed):
+        return str(error), 1
+    return str(error), 0 if isinstance(error, RuntimeError) else 2
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """CUDA has an error of its own for it; others only say so."""
+    words = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )
+
+
+def first_to_fail() -> bool:
+    """Whether no other process has said that something is wrong: all would say the same."""
+    if not dist.is_initialized():
+        return True
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        return store.add(f"failed-{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", 1) == 1
+    except (RuntimeError, AttributeError):  # the store has gone
+        return rank() == 0
 
 
 def start_ranks() -> None:
@@ -57,10 +105,39 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def one_process() -> None:
+    """ValueError under torchrun."""
+    if world() > 1:
+        raise ValueError("this runs in one process: start it with python, not torchrun")
+
+
 def print0(*words) -> None:
     """Prints on the first process only."""
     if rank() == 0:
         print(*words, flush=True)
+
+
+def counted(things: Iterable, total: int, words: str) -> Iterator:
+    """The things, counted on a terminal if they take more than a second."""
+    shown = time.perf_counter()
+    try:
+        for i, thing in enumerate(things, 1):
+            yield thing
+            if time.perf_counter() - shown > 1:
+                shown = time.perf_counter()
+                rewrite(f"{i:,} of {total:,} {words}")
+    finally:
+        rewrite("")
+
+
+def rewrite(line: str) -> None:
+    """On a terminal: the line in place of the one before."""
+    if rank() == 0 and on_terminal():
+        print("\r\033[K" + line[: shutil.get_terminal_size().columns - 1], end="", flush=True)
+
+
+def on_terminal() -> bool:
+    return sys.stdout is not None and sys.stdout.isatty()
 
 
 def device(name: str) -> torch.device:
@@ -75,8 +152,17 @@ def device(name: str) -> torch.device:
             chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         if chosen.type == "cuda":
             torch.cuda.set_device(chosen)
-        torch.empty(0, device=chosen)
+        torch.zeros(1, device=chosen).item()  # "meta" has no numbers
     except (RuntimeError, AssertionError, ImportError) as error:
-        reason = str(error).splitlines()[0][:100]
+        reason = str(error).partition("\n")[0][:100]
         raise ValueError(f"--device {name} is not to be had here ({reason})") from None
     return chosen
+
+
+def device_name(where: torch.device) -> str:
+    """What computes: a GPU by its name, a CPU by its threads; times the number of processes."""
+    threads = torch.get_num_threads()
+    name = f"{where.type}, {threads} thread{'s' if threads > 1 else ''}"
+    if where.type != "cpu":
+        name = torch.cuda.get_device_name(where) if where.type == "cuda" else where.type
+    return f"{world()} x ({name})" if world() > 1 else name

@@ -1,5 +1,7 @@
 """One step of training, and all that it changes: weights and their average, optimiser, sums."""
 
+from launch import Failed, out_of_memory, world
+
 import contextlib
 import copy
 import math
@@ -11,8 +13,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from launch import world
-
 
 def learning_rate(step: int, steps: int, warmup: int, peak: float, floor: float) -> float:
     """Linear warm-up, then half a cosine from `peak` down to `floor`."""
@@ -20,6 +20,15 @@ def learning_rate(step: int, steps: int, warmup: int, peak: float, floor: float)
         return peak * (step + 1) / warmup
     cosine = math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
     return floor + (peak - floor) * 0.5 * (1 + cosine)
+
+
+def scaled_rates(settings, batch: int) -> tuple[float, float]:
+    """The peak and the floor of the learning rate at a batch, in proportion to it.
+
+    Goyal et al. 2017; as MAE and the published code have it.
+    """
+    scale = batch / settings.lr_batch if settings.lr_batch else 1
+    return settings.lr * scale, settings.min_lr * scale
 
 
 class Step(nn.Module):
@@ -43,7 +52,8 @@ class Learner:
 
     def __init__(self, net: nn.Module, loss: Callable, settings, steps: int):
         where = next(net.parameters()).device
-        self.net, self.settings, self.done = net, settings, 0
+        self.net, self.loss, self.settings, self.done = net, loss, settings, 0
+        self.micro_batch = settings.micro_batch  # images at a time; 0: all at once
         # Sums over the steps of an epoch: of the terms of the loss, and of what is only watched.
         self.terms, self.diagnostics = {}, {}
         self.average = copy.deepcopy(net).requires_grad_(False) if settings.ema else None
@@ -66,7 +76,7 @@ class Learner:
         """One step of the optimiser, at learning rate `rate`, on this process' share of a batch."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["scale"]
-        size = self.settings.micro_batch or len(images)
+        size = self.micro_batch or len(images)
         pieces = list(zip(images.split(size), labels.split(size), strict=True))
         for i, piece in enumerate(pieces):
             last = i == len(pieces) - 1  # which exchanges the sum of the gradients
@@ -90,6 +100,46 @@ class Learner:
         add(self.terms, terms, share)
         add(self.diagnostics, diagnostics, share)
 
+    def find_micro_batch(self, share: int, shape: tuple[int, int, int]) -> None:
+        """Without --micro-batch: as many images of this process' share as fit, by halves.
+
+        Tried on blank images of a shape, beside as much memory as AdamW will take; the same on all
+        processes.
+        """
+        if self.micro_batch:
+            return
+        where, size = next(self.net.parameters()).device, share
+        trained = [p for p in self.net.parameters() if p.requires_grad]
+        moments = [torch.empty_like(p) for p in trained for _ in range(2)]
+        images = torch.zeros(share, *shape, device=where)
+        while not self.all_fit(images[:size]):
+            if size == 1:
+                raise Failed(
+                    "one image at a time does not fit in memory: choose a smaller --model or "
+                    "--image-size"
+                )
+            size = (size + 1) // 2
+        self.micro_batch = size
+        del images, moments
+        if where.type == "cuda":
+            torch.cuda.empty_cache()  # NCCL and cuBLAS allocate beside PyTorch
+
+    def all_fit(self, images: Tensor) -> bool:
+        """Whether every process can compute gradients of so many images at a time."""
+        fits, labels = torch.ones(1, device=images.device), images.new_zeros(len(images)).long()
+        try:
+            with self.autocast:
+                terms, _ = self.loss(self.net, images, labels)
+            sum(terms.values()).backward()
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            fits.zero_()
+        self.optimizer.zero_grad()
+        if dist.is_initialized():
+            dist.all_reduce(fits, dist.ReduceOp.MIN)
+        return fits.item() == 1
+
     def parts(self) -> dict:
         """What has a state of its own."""
         parts = {"net": self.net, "optimizer": self.optimizer, "scaler": self.scaler}
@@ -101,7 +151,8 @@ class Learner:
 
     def restore(self, state: dict) -> None:
         for name, part in self.parts().items():
-            part.load_state_dict(state[name])
+            if state[name] or part is not self.scaler:  # that of other hardware is empty
+                part.load_state_dict(state[name])
         where = next(self.net.parameters()).device
         self.done = state["step"]
         for sums in ("terms", "diagnostics"):
@@ -161,6 +212,10 @@ def multiplies_bf16(where: str) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     about = Path("/proc/cpuinfo")  # on Linux
     return where == "cpu" and about.exists() and "bf16" in about.read_text()
+
+
+def precision_name(amp: str, net: nn.Module) -> str:
+    return str(precision(amp, net) or torch.float32).removeprefix("torch.")
 
 
 def autocast(amp: str, net: nn.Module):

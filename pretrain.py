@@ -8,14 +8,17 @@ label is used.
     python pretrain.py                             digits, minutes on 2 cores
     python pretrain.py --data cifar10 --data-dir cifar10
     torchrun --nproc_per_node=8 pretrain.py --data imagenet \\
-        --data-dir /imagenet --micro-batch 64
+        --data-dir /imagenet
     python pretrain.py --reconstruct out.png       pictures of what it learned
 
-The other scripts call this one when they need a teacher for the digits or
-CIFAR and find none.
+The other scripts call this one when they need a teacher and find none (but for
+ImageNet, which has a published one).
 """
 
+import launch
+
 from functools import partial
+from pathlib import Path
 
 import torch
 from einops import rearrange, repeat
@@ -23,19 +26,21 @@ from torch import Tensor, nn
 
 import checkpoints
 import data
-import launch
+import pictures
+import runs
+import storage
 import train
 import vit
-from augment import to_pixels
+from augment import Normalization, to_pixels
 from settings import COMMON, Setting, Settings, change, parse_settings
 
 SETTINGS = change(  # ImageNet: MAE's PRETRAIN.md, ViT-L (the published weights saw 1600 epochs)
     {k: v for k, v in COMMON.items() if k not in
      ("drop_path", "eval_every", "mixup", "cutmix", "smoothing")},
-    #             digits cifar imagenet
+    #             digits cifar imagenet folder
     num_labels=   0,
-    epochs=       (300,  400,  800),
-    warmup=       (30,   20,   40),
+    epochs=       (300,  400,  800,  150),
+    warmup=       (30,   20,   40,   10),
     batch=        (128,  1024, 4096),
     lr=           (2e-3, 1e-3, 2.4e-3),
     min_lr=       0.0,
@@ -43,14 +48,14 @@ SETTINGS = change(  # ImageNet: MAE's PRETRAIN.md, ViT-L (the published weights 
     beta2=        0.95,
     clip=         (1.0,  0.0,  0.0),
     ema=          0.0,
-    crop_area=    (0.0,  0.0,  0.2),
+    crop_area=    (0.0,  0.0,  0.2,  0.2),
     randaugment=  0,
     random_erase= 0.0,
 ) | {
     "mask_ratio":    Setting((0.6, 0.75, 0.75), "share of the patches masked", low=0.05, high=0.95),
-    "decoder_dim":   Setting((48, 128, 512), "width of the decoder", low=4),
-    "decoder_depth": Setting((1, 2, 8), "blocks of the decoder"),
-    "decoder_heads": Setting((4, 4, 16), "heads of the decoder", low=1),
+    "decoder_dim":   Setting((48, 128, 512), "width of the decoder", 4, 8192),
+    "decoder_depth": Setting((1, 2, 8, 1), "blocks of the decoder", high=64),
+    "decoder_heads": Setting((4, 4, 16), "heads of the decoder", 1, 512),
     "norm_pix_loss": Setting((False, True, True), "compare pixels normalised within their patch"),
     "reconstruct":   Setting("", "train nothing: show in this PNG what --out has learned"),
 }  # fmt: skip
@@ -71,7 +76,8 @@ class MAE(nn.Module):
     ):
         super().__init__()
         arch = encoder.architecture
-        self.encoder, self.patch, self.norm_pix_loss = encoder, arch["patch"], norm_pix_loss
+        self.encoder, self.architecture = encoder, arch
+        self.patch, self.norm_pix_loss = arch["patch"], norm_pix_loss
         self.patches = encoder.tokens - 1
         self.visible = int(self.patches * (1 - mask_ratio))
         if not 0 < self.visible < self.patches:
@@ -174,6 +180,7 @@ def task(settings: Settings, images: data.Data | None = None) -> train.Task:
 def main(settings: Settings) -> dict | None:
     if settings.reconstruct:
         return show(settings)
+    runs.check(settings, "pretrain")
     return train.fit(task(settings), settings)
 
 
@@ -182,12 +189,15 @@ def main(settings: Settings) -> dict | None:
 
 def trained(settings: Settings, images: data.Data) -> MAE:
     """The masked autoencoder of a run, with its decoder. FileNotFoundError if there is no run."""
-    last = checkpoints.run_folder(settings, "pretrain") / "last.pt"
+    last = runs.folder(settings, "pretrain") / "last.pt"
     if not last.is_file():
         raise FileNotFoundError(f"no run at {last}: pre-train first, or say where with --out")
     mae = build(settings, images)
     try:
-        mae.load_state_dict(torch.load(last, map_location="cpu", weights_only=True)["net"])
+        state = storage.read(last)
+        mae.load_state_dict(state["net"])
+        if state["run"]["norm_pix_loss"] != settings.norm_pix_loss:
+            raise ValueError("it was trained with another --norm-pix-loss")
     except Exception as error:  # whatever a file of something else leads to
         reason = f"{type(error).__name__}: {str(error)[:80]}"
         raise ValueError(f"{last} holds no masked autoencoder of these sizes ({reason})") from error
@@ -195,19 +205,18 @@ def trained(settings: Settings, images: data.Data) -> MAE:
 
 
 def show(settings: Settings) -> None:
+    launch.one_process()
     device = launch.device(settings.device)
     images = data.load(settings, device)
     mae = trained(settings, images).to(device)
     figure = reconstruct(mae, next(images.val.in_order(8))[0], images.normalization)
-    figure.savefig(settings.reconstruct, dpi=150)
+    pictures.save(figure, Path(settings.reconstruct))
     launch.print0(f"wrote {settings.reconstruct}")
 
 
 @torch.no_grad()
-def reconstruct(mae: MAE, images: Tensor, normalization: data.Normalization):
+def reconstruct(mae: MAE, images: Tensor, normalization: Normalization):
     """A matplotlib figure: images, what the encoder sees of them, what the decoder makes of it."""
-    import matplotlib.pyplot as plt
-
     patches, mask = mae(images)
     if mae.norm_pix_loss:  # the decoder does not know a patch's mean and deviation: the original's
         mean, deviation = statistics(patchify(images, mae.patch))
@@ -221,15 +230,12 @@ def reconstruct(mae: MAE, images: Tensor, normalization: data.Normalization):
         "visible": original * (1 - masked) + 0.6 * masked,
         "reconstructed": original * (1 - masked) + guess * masked,
     }
-    figure, axes = plt.subplots(
-        3, len(images), figsize=(len(images), 3.2), squeeze=False, layout="constrained"
-    )
-    for line, (name, pictures) in zip(axes, rows.items(), strict=True):
-        for axis, picture in zip(line, pictures.cpu(), strict=True):
+    figure, axes = pictures.figure(3, len(images), len(images), 3.2, squeeze=False)
+    for line, (name, row) in zip(axes, rows.items(), strict=True):
+        for axis, picture in zip(line, row.cpu(), strict=True):
             axis.imshow(rearrange(picture, "c h w -> h w c").expand(-1, -1, 3).numpy())
             axis.set(xticks=[], yticks=[])
         line[0].set_ylabel(name)
-    plt.close(figure)
     return figure
 
 

@@ -1,12 +1,14 @@
 """How long a run has lasted, how fast it is, and what it says of that on the terminal."""
 
-import contextlib
-import shutil
-import sys
-import time
+from launch import device_name, on_terminal, print0, rewrite, world
 
-from launch import print0, rank
-from learner import Learner
+import contextlib
+import textwrap
+import time
+from pathlib import Path
+
+import pictures
+from learner import Learner, precision_name
 
 
 class Clock:
@@ -15,7 +17,8 @@ class Clock:
     def __init__(self, step: int, steps: int, batch: int, seconds: float):
         self.first, self.steps, self.batch = step, steps, batch
         self.before, self.evaluation = seconds, 0.0  # `before` this process, which began at `first`
-        self.began = self.shown = self.saved = time.perf_counter()
+        self.began = self.shown = self.saved = self.drawn = time.perf_counter()
+        self.announced = False  # how long it will take
 
     def elapsed(self) -> float:
         return time.perf_counter() - self.began
@@ -37,6 +40,13 @@ class Clock:
             self.shown = time.perf_counter()
         return passed
 
+    def a_minute_passed(self) -> bool:
+        """Since pictures were drawn."""
+        passed = time.perf_counter() - self.drawn > 60
+        if passed:
+            self.drawn = time.perf_counter()
+        return passed
+
     def unsaved(self) -> float:
         return time.perf_counter() - self.saved
 
@@ -53,14 +63,14 @@ def minutes(seconds: float) -> str:
 
 
 def progress_line(learner: Learner, per_epoch: int, clock: Clock) -> None:
-    """The line that rewrites itself on a terminal."""
-    if rank() or not sys.stdout.isatty():
-        return
+    """The line that rewrites itself on a terminal; elsewhere, once, how long it will take."""
+    pace = f"{clock.speed(learner.done):,.0f} images/s  {clock.left(learner.done)} left"
+    if not on_terminal() and clock.elapsed() > 5 and not clock.announced:
+        clock.announced = True
+        print0(f"epoch {learner.done // per_epoch}  {pace}")
     epoch, step = divmod(learner.done - 1, per_epoch)
     terms = "  ".join(f"{k} {v.item() / (step + 1):.3f}" for k, v in learner.terms.items())
-    pace = f"{clock.speed(learner.done):,.0f} img/s  {clock.left(learner.done)} left"
-    line = f"epoch {epoch + 1}  step {step + 1}/{per_epoch}  {terms}  {pace}"
-    print("\r" + line[: shutil.get_terminal_size().columns - 1].ljust(79), end="", flush=True)
+    rewrite(f"epoch {epoch + 1}  step {step + 1}/{per_epoch}  {terms}  {pace}")
 
 
 def report(row: dict, epochs: int, left: str) -> None:
@@ -68,15 +78,76 @@ def report(row: dict, epochs: int, left: str) -> None:
     epoch = row["epoch"]
     if epoch % max(1, epochs // 10) and epoch != epochs:
         return
-    own = {"epoch", "gradient_norm", "lr", "images_per_s", "seconds", "val_top1", "val_top1_ema"}
-    words = [
-        f"epoch {epoch:>3}/{epochs}",
-        *(f"{k} {v:#.3g}" for k, v in row.items() if k not in own),
-    ]
+    terms = [f"{k} {v:#.3g}" for k, v in row.items() if k not in pictures.NO_TERMS]
+    words = [f"epoch {epoch:>3}/{epochs}", *terms]
     if "val_top1_ema" in row:
         words.append(f"val {row['val_top1_ema']:.1f} % (EMA)")
     elif "val_top1" in row:
         words.append(f"val {row['val_top1']:.1f} %")
-    else:
-        words.append(f"{left} left")
-    print0(("\r\033[K" if sys.stdout.isatty() else "") + "  ".join(words))
+    words.append(f"{left} left")
+    rewrite("")
+    print0("  ".join(words))
+
+
+def introduce(task, learner: Learner, out: Path, rate: float) -> None:
+    """What is about to be trained, on what, how, and where it goes."""
+    settings, images = learner.settings, task.data
+    where = next(task.net.parameters()).device
+    teacher = task.teacher or (
+        "random weights" if getattr(settings, "teacher", "") == "random" else ""
+    )
+    if teacher and "layers" in vars(settings):
+        teacher = f"{teacher}; --layers {settings.layers}"
+    lines = {
+        "net": f"{settings.model}: {size_of(task.net)}",
+        "teacher": teacher,
+        "images": f"{settings.data}, {images.described(labels=bool(task.predict))}",
+        "device": f"{device_name(where)}, {precision_name(settings.amp, task.net)}",
+        "steps": f"{settings.epochs} epochs of {plan(learner, images.train, rate)}",
+    }
+    print0(f"{task.name} -> {out}")
+    for name, line in lines.items():
+        if line:
+            how = dict(break_on_hyphens=False, break_long_words=False)  # paths can be copied
+            print0(textwrap.fill(f"  {name:<8} {line}", 79, subsequent_indent=" " * 11, **how))
+
+
+def size_of(net) -> str:
+    arch, trained = net.architecture, [p for p in net.parameters() if p.requires_grad]
+    patches = (arch["image_size"] // arch["patch"]) ** 2
+    return (
+        f"{arch['dim']} wide, {arch['depth']} deep, {arch['heads']} heads, "
+        f"{patches} patches of {arch['patch']} x {arch['patch']}; "
+        f"{sum(p.numel() for p in trained):,} parameters"
+    )
+
+
+def plan(learner: Learner, train, rate: float) -> str:
+    """The batches of an epoch, and what was adapted to them."""
+    settings, batch = learner.settings, train.batch
+    said = f"{len(train) // batch} batches of {batch}"
+    if not settings.batch:
+        said += " (1/8 of the images, at most 64)"
+    if learner.micro_batch < batch // world():
+        said += f", {learner.micro_batch} images at a time"
+    said += f"; rate {rate:.3g}"
+    if rate != settings.lr:
+        said += f" ({settings.lr:g} at batch {settings.lr_batch})"
+    return f"{said}, warm-up {settings.warmup} epochs"
+
+
+def conclude(rows: list[dict], out: Path) -> None:
+    """The best epoch of validation, if it is not the last, and where everything is."""
+    validated = [row for row in rows if "val_top1" in row]
+    if validated:
+
+        def value(row: dict) -> float:
+            return row.get("val_top1_ema", row["val_top1"])
+
+        best = max(validated, key=value)
+        if value(best) > value(validated[-1]):
+            print0(
+                f"best validation: {value(best):.1f} % after epoch {best['epoch']} "
+                f"(what is reported is the last, {value(validated[-1]):.1f} %)"
+            )
+    print0(f"{out}: model.pt, log.jsonl, curves.png, last.pt")

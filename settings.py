@@ -9,6 +9,7 @@ A script's table is the common rows below, changed where the method differs, and
 
 import argparse
 import math
+import sys
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ import vit
 class Setting(NamedTuple):
     """A row. The type of a setting is that of its (first) default."""
 
-    default: Any  # one for all data sets, or three: for the digits, CIFAR, and ImageNet or a folder
+    default: Any  # one for all data sets, or one for each of RECIPES
     help: str
     low: float = 0
     high: float = math.inf
@@ -27,58 +28,74 @@ class Setting(NamedTuple):
     free: bool = False  # may change between a run and its resumption
 
     def of(self, recipe: int) -> Any:
-        """The default for one of the three recipes (see data.Kind)."""
-        return self.default[recipe] if isinstance(self.default, tuple) else self.default
+        """The default for one of RECIPES (see data.Kind). A folder's is CIFAR's if not given."""
+        if not isinstance(self.default, tuple):
+            return self.default
+        return self.default[recipe if recipe < len(self.default) else RECIPES.index("cifar")]
 
 
+RECIPES = ("digits", "cifar", "imagenet", "folder")
 Table = dict[str, Setting]
 
 IMAGES: Table = {
     "data": Setting("digits", "the data set", choices=data.KINDS),
-    "data_dir": Setting("data", "where the images are, or go", free=True),
-    "image_size": Setting(0, "side of the images in pixels (0: the data set's own)"),
+    "data_dir": Setting("", "where the images are, or go (empty: data/DATA)", free=True),
+    "image_size": Setting(0, "side of the images in pixels (0: the data set's own)", high=4096),
     "num_labels": Setting((100, 0, 0), "use so many training images, class by class (0: all)"),
-    "subset_seed": Setting(-1, "draws these images (-1: --seed does)", low=-1),
-    "holdout": Setting(0, "validate on so many training images, held out, not on the test images"),
+    "subset_seed": Setting(-1, "draws the --num-labels images (-1: --seed does)", low=-1),
+    "holdout": Setting(
+        -1,
+        "validate on so many training images, held out, not on the test images "
+        "(-1: a fifth of a folder that has no val/, else none)",
+        low=-1,
+    ),
     "scraps": Setting(
         2, "number of scraps of other digits on the canvas of --data digits", high=20
     ),
     "workers": Setting(
         8, "processes that decode images, per GPU (at most one per core)", free=True
     ),
-    "memory": Setting(2.0, "hold a folder in memory if it has at most so many GB when decoded"),
-    "skip_unreadable": Setting(False, "skip images that cannot be read, and count them"),
+    "memory": Setting(
+        2.0, "hold images of a folder in memory if they have at most so many GB decoded", free=True
+    ),
+    "skip_unreadable": Setting(False, "try all images first, and leave out what cannot be read"),
 }
 MODEL: Table = {
-    "model": Setting(("micro", "tiny", "large"), "size of the ViT", choices=vit.SIZES),
-    "patch": Setting((3, 4, 16), "side of a patch in pixels", low=1),
+    "model": Setting(("micro", "tiny", "large", "mini"), "size of the ViT", choices=vit.SIZES),
+    "patch": Setting((3, 4, 16, 16), "side of a patch in pixels", low=1),
     "drop_path": Setting(
         (0.0, 0.1, 0.2), "probability of dropping a branch, in the last block", high=0.99
     ),
 }
 TRAINING: Table = {  # as training from scratch has them; the methods change some
-    # name                   digits cifar imagenet
-    "epochs":       Setting((450,   100,   200), "passes over the training images", low=1),
+    # name                   digits cifar imagenet folder
+    "epochs":       Setting((450,   100,   200), "passes over the training images", 1, 10**7),
     "warmup":       Setting((45,    5,     20), "epochs of linear warm-up (follows --epochs)"),
-    "batch":        Setting((50,    512,   2048), "images per step, over all GPUs", low=1),
-    "lr":           Setting((4e-3,  1e-3,  8e-4), "peak learning rate, at this batch"),
-    "min_lr":       Setting((0.0,   1e-6,  1e-6), "learning rate at the end of the cosine"),
+    "batch":        Setting((50,    512,   2048,  0), "images per step, over all GPUs (0: 1/8 of "
+                            "the images, at most 64)"),
+    "lr":           Setting((4e-3,  1e-3,  8e-4), "peak learning rate, at --lr-batch"),
+    "lr_batch":     Setting((50,    512,   2048,  64), "the batch that the rate is for: with "
+                            "another it is scaled (0, also if --lr is given: it is not)"),
+    "min_lr":       Setting((0.0,   1e-6,  1e-6), "rate at the end of the cosine, at --lr-batch"),
     "weight_decay": Setting((0.05,  0.05,  0.3), "AdamW's, of matrices only"),
     "beta2":        Setting((0.999, 0.999, 0.95), "AdamW's second beta (first: 0.9)", high=0.9999),
     "layer_decay":  Setting(1.0, "factor on the rate per layer below the head", low=0.01, high=1),
     "clip":         Setting((1.0,   1.0,   0.0), "largest gradient norm (0: no limit)"),
-    "ema":          Setting((0.0,   0.999, 0.9999), "average's decay (0: none)", high=0.999999),
-    "eval_every":   Setting((45,    1,     1), "epochs between validations", low=1),
+    "ema":          Setting((0.0,   0.999, 0.9999), "decay of the average of the weights "
+                            "(0: no average)", 0, 0.999999),
+    "eval_every":   Setting((45,    1,     1,     5), "epochs between validations", low=1),
 }  # fmt: skip
 AUGMENTATION: Table = {
-    # name                   digits cifar imagenet
-    "crop_area":    Setting((0.0,   0.0,   0.08), "least share a crop keeps (0: shifts)", high=1),
+    # name                   digits cifar imagenet folder
+    "crop_area":    Setting((0.0,   0.0,   0.08,  0.3), "least share of an image that a crop "
+                            "keeps (0: shifts)", 0, 1),
     "randaugment":  Setting((0,     0,     9), "magnitude of RandAugment (0: none)", high=30),
     "random_erase": Setting((0.0,   0.25,  0.25), "probability of random erasing", high=1),
     "mixup":        Setting((0.0,   0.8,   0.8), "alpha of MixUp (0: none)"),
     "cutmix":       Setting((0.0,   1.0,   1.0), "alpha of CutMix (0: none)"),
     "smoothing":    Setting((0.0,   0.1,   0.1), "label smoothing", high=0.99),
 }  # fmt: skip
+AMP = ("auto", "off", "bf16", "fp16")
 RUN: Table = {
     "seed": Setting(0, "the run is a function of it", high=2**63 - 1),
     "out": Setting("", "folder of the run (empty: runs/METHOD-DATA-MODEL-sSEED)", free=True),
@@ -89,10 +106,12 @@ RUN: Table = {
     "amp": Setting(
         "auto",
         "mixed precision; auto: bf16 if the hardware has it, else fp16 on GPUs; not for tiny nets",
-        choices=("auto", "off", "bf16", "fp16"),
+        choices=AMP,
     ),
     "micro_batch": Setting(
-        0, "images at a time per GPU; gradients add up to --batch (0: all at once)", free=True
+        0,
+        "images at a time per GPU; gradients add up to --batch (0: as many as fit in its memory)",
+        free=True,
     ),
     "compile": Setting(
         "auto",
@@ -101,12 +120,10 @@ RUN: Table = {
         free=True,
     ),
 }
+TEACHERS = "auto (pre-trained here if need be; mae for imagenet), mae (published weights), "
 TEACHER: Table = {
-    "teacher": Setting(
-        "auto",
-        "auto (pre-trained here if need be), mae (published weights), random, none, "
-        "or a checkpoint's path or URL",
-    ),
+    # Free, since it is compared by its weights.
+    "teacher": Setting("auto", TEACHERS + "random, or a checkpoint's path or URL", free=True),
     "teacher_heads": Setting(0, "attention heads of a --teacher whose file does not say how many"),
 }
 TRANSFER: Table = {
@@ -116,7 +133,12 @@ TRANSFER: Table = {
     ),
     "share_drops": Setting(True, "drop path drops the same branches in teacher and student"),
 }
-HEADS: Table = {  # of scripts that open checkpoints
+OPENING: Table = {  # of scripts that open checkpoints, which say what they were trained on
+    "data": Setting("", "the data set (empty: the checkpoint's)", choices=("", *data.KINDS)),
+    "data_dir": Setting("", "where the images are (empty: where they were, or data/DATA)"),
+    "scraps": Setting(-1, "scraps on the canvas of --data digits (-1: as in training)", -1, 20),
+    **{name: IMAGES[name] for name in ("workers", "memory", "skip_unreadable")},
+    "device": RUN["device"],
     "heads": Setting(0, "attention heads, for files of others that do not say how many"),
 }
 GROUPS = {
@@ -133,8 +155,16 @@ FREE = {name for table in GROUPS.values() for name, row in table.items() if row.
 
 
 def change(table: Table, **defaults) -> Table:
-    """The table with other defaults."""
-    return table | {name: table[name]._replace(default=value) for name, value in defaults.items()}
+    """The table with other defaults. --lr-batch follows --batch; a folder's stays if not given."""
+    if "batch" in defaults:
+        defaults["lr_batch"] = defaults["batch"]
+    return table | {name: changed(table[name], value) for name, value in defaults.items()}
+
+
+def changed(row: Setting, default: Any) -> Setting:
+    if isinstance(default, tuple) and isinstance(row.default, tuple):
+        default += row.default[len(default) :]
+    return row._replace(default=default)
 
 
 def pick(*names: str) -> Table:
@@ -186,32 +216,50 @@ def parse_settings(
     of words that belong to no flag. Raises ValueError, in words that name the flag, for what is
     unknown or out of bounds.
     """
-    given = vars(parser(doc, table, positional).parse_args(argv))
+    given = vars(parser(doc, positional, table).parse_intermixed_args(argv))
+    help_asked = given.pop("help", False)
     for (name, value), other in (variants or {}).items():
         if given.get(name, table[name].of(0)) == value:
             table = other
     for name, row in table.items():
         if name in given:
             check(name, given[name], row)
-    images = given.get("data", table["data"].of(0) if "data" in table else "digits")
-    recipe = data.KINDS[images].recipe
+    images = given.get("data", table["data"].of(0) if "data" in table else "")
+    recipe = data.KINDS[images].recipe if images else 0
+    if help_asked:
+        print(parser(doc, positional, table, recipe).format_help(), end="")
+        sys.exit(0)
+    if positional and not given.get(positional[0]):
+        raise ValueError(f"name {positional[1]} (--help shows how)")
     values = {name: row.of(recipe) for name, row in table.items()}
     if "epochs" in given and "warmup" in values:
         values["warmup"] = values["warmup"] * given["epochs"] // values["epochs"]
-    return Settings(**values | given)
+    if "lr" in given:
+        values["lr_batch"] = 0
+    made = Settings(**values | given)
+    if "warmup" in values and made.warmup >= made.epochs:
+        raise ValueError(f"--warmup {made.warmup}: must be less than --epochs {made.epochs}")
+    return made
 
 
-def parser(doc: str, table: Table, positional: tuple[str, str] | None = None) -> Parser:
+def parser(doc: str, positional: tuple[str, str] | None, table: Table, recipe: int = 0) -> Parser:
+    """argparse's, whose help shows the defaults of one recipe."""
     words = f" {positional[0].upper()} ..." if positional else ""
+    others = ", ".join(name for name, kind in data.KINDS.items() if kind.recipe != recipe)
+    which = f"[Defaults] are those of {RECIPES[recipe]}. Others:\n--help --data NAME ({others})"
+    several = any(isinstance(row.default, tuple) for row in table.values())
     made = Parser(
         description=doc,
         usage=f"%(prog)s{words} [--NAME VALUE ...]",
+        epilog=which if several else None,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
+        add_help=False,
     )
+    made.add_argument("--help", "-h", action="store_true", help=argparse.SUPPRESS)
     if positional:
-        made.add_argument(positional[0], nargs="+", help=positional[1])
+        made.add_argument(positional[0], nargs="*", help=positional[1])
     titles = {name: group_of(name) for name in table}
     groups = {
         title: made.add_argument_group(title)
@@ -223,7 +271,7 @@ def parser(doc: str, table: Table, positional: tuple[str, str] | None = None) ->
         how = {"type": kind, "metavar": "X"}
         if kind is bool:
             how = {"action": argparse.BooleanOptionalAction}
-        groups[titles[name]].add_argument(flag(name), help=described(row), **how)
+        groups[titles[name]].add_argument(flag(name), help=described(row, recipe), **how)
     return made
 
 
@@ -231,14 +279,10 @@ def group_of(name: str) -> str:
     return next((title for title, rows in GROUPS.items() if name in rows), OWN)
 
 
-def described(row: Setting) -> str:
-    """The help of a setting: what it is, what may be chosen, the default (of each data set)."""
+def described(row: Setting, recipe: int) -> str:
+    """The help of a setting: what it is, what may be chosen, bounds, the default."""
     choices = f" ({', '.join(filter(None, row.choices))})" if row.choices else ""
-    default = row.default
-    if isinstance(default, tuple):
-        digits, cifar, imagenet = default
-        default = f"digits {digits}, cifar {cifar}, imagenet {imagenet}"
-    return f"{row.help}{choices} [{default}]"
+    return f"{row.help}{choices} [{row.of(recipe)}]".replace("%", "%%").replace(" []", "")
 
 
 def check(name: str, value: Any, row: Setting) -> None:

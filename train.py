@@ -2,18 +2,16 @@
 
 Copy, distillation and fine-tuning can be compared because everything else is literally the same
 code. One process or many (`torchrun`), CPU, CUDA or MPS, float32 or mixed precision; a run killed
-at any moment goes on with --resume.
-
-A run leaves in --out: config.json (its settings), log.jsonl (a row per epoch), last.pt (to resume)
-and model.pt (to share).
+at any moment goes on with --resume. What it leaves in --out: runs.py.
 """
 
+from launch import Failed, first_to_fail, print0, rank, world
+
 import contextlib
-import json
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,10 +20,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import checkpoints
-from data import Data, Eval
-from launch import Failed, print0, rank, world
-from learner import Learner, autocast, learning_rate
-from progress import Clock, progress_line, report
+import pictures
+import runs
+import storage
+from data import Data, Eval, Tensors
+from learner import Learner, autocast, learning_rate, scaled_rates
+from progress import Clock, conclude, introduce, progress_line, report
 from settings import Settings
 
 
@@ -44,6 +44,7 @@ class Task:
     loss: Callable[[nn.Module, Tensor, Tensor], tuple[dict[str, Tensor], dict[str, Tensor]]]
     predict: Callable[[nn.Module, Tensor], Tensor] | None
     export: Callable[[nn.Module], dict] = checkpoints.export
+    teacher: checkpoints.Checkpoint | None = None  # it learns from: part of what the run is
 
 
 def fit(task: Task, settings: Settings) -> dict:
@@ -52,27 +53,42 @@ def fit(task: Task, settings: Settings) -> dict:
     With --ema, model.pt gets the average of the weights, and the accuracy reported is the
     average's. Failed if the loss stops being finite.
     """
-    per_epoch = steps_per_epoch(task, settings)
+    runs.check(settings, task.name)
+    with runs.locked(runs.folder(settings, task.name)) as out:
+        return train(task, settings, out)
+
+
+def train(task: Task, settings: Settings, out: Path) -> dict:
+    images, size = task.data.train, task.data.image_size
+    per_epoch = len(images) // images.batch
     steps, warmup = settings.epochs * per_epoch, settings.warmup * per_epoch
-    out, state = checkpoints.open_run(settings, task.name)
+    peak, floor = scaled_rates(settings, images.batch)
+    run = runs.identity(task.name, task.data, task.teacher, settings)
+    run["images_per_step"] = images.batch  # with --batch 0 it depends on the number of processes
+    run["one_tensor"] = isinstance(images.source, Tensors)  # with files, it depends on --memory
+    state = runs.begin(out, settings, run)
     learner, rows, seconds = Learner(task.net, task.loss, settings, steps), [], 0.0
+    task.net.train()
+    learner.find_micro_batch(images.batch // world(), (task.data.channels, size, size))
+    introduce(task, learner, out, peak)
     if state:
         rows, seconds = take_up(learner, state, steps, per_epoch, out)
-    clock = Clock(learner.done, steps, settings.batch, seconds)
-    write_log(out, settings, task, rows)
+    check_agreement(learner)
+    clock = Clock(learner.done, steps, images.batch, seconds)
+    runs.describe(out, run, settings, next(task.net.parameters()).device)
+    runs.write_rows(out, rows)
 
-    task.net.train()
     with interrupted() as signals:
         for epoch in range(learner.done // per_epoch, settings.epochs):
-            for images, labels in task.data.train.epoch(epoch, start=learner.done % per_epoch):
-                rate = learning_rate(learner.done, steps, warmup, settings.lr, settings.min_lr)
-                learner.learn(images, labels, rate)
+            for batch in images.epoch(epoch, start=learner.done % per_epoch):
+                rate = learning_rate(learner.done, steps, warmup, peak, floor)
+                learner.learn(*batch, rate)
                 if clock.a_second_passed():
                     check_finite(learner, out)
                     progress_line(learner, per_epoch, clock)
                 ends_epoch = learner.done % per_epoch == 0
                 if not ends_epoch and (signals or clock.unsaved() > settings.save_every):
-                    save_state(out, learner, rows, settings, clock, signals)
+                    save_state(out, learner, rows, run, clock, signals)
 
             gather(learner)
             check_finite(learner, out)
@@ -84,27 +100,12 @@ def fit(task: Task, settings: Settings) -> dict:
             rows.append(row)
             learner.terms, learner.diagnostics = {}, {}
             report(row, settings.epochs, clock.left(learner.done))
-            save_state(out, learner, rows, settings, clock, signals)
-            append_log(out, row)
+            runs.append_row(out, row)
+            save_state(out, learner, rows, run, clock, signals)
+            if clock.a_minute_passed():
+                draw(out, rows)
 
     return finish(task, learner, rows, settings, out)
-
-
-def steps_per_epoch(task: Task, settings: Settings) -> int:
-    """Batches of an epoch. ValueError if batch, ranks, images and warm-up do not go together."""
-    if settings.batch % world():
-        raise ValueError(
-            f"--batch {settings.batch} does not divide by the {world()} processes: choose a "
-            "multiple"
-        )
-    images = len(task.data.train)
-    if settings.batch > images:
-        raise ValueError(f"--batch {settings.batch} is more than the {images} training images")
-    if settings.warmup >= settings.epochs:
-        raise ValueError(
-            f"--warmup {settings.warmup}: must be less than --epochs {settings.epochs}"
-        )
-    return images // settings.batch
 
 
 def take_up(learner: Learner, state: dict, steps: int, per_epoch: int, out: Path):
@@ -124,23 +125,39 @@ def take_up(learner: Learner, state: dict, steps: int, per_epoch: int, out: Path
     return rows, seconds
 
 
+def check_agreement(learner: Learner) -> None:
+    """Failed unless all processes go on from the same step."""
+    steps = [learner.done] * world()
+    if dist.is_initialized():
+        dist.all_gather_object(steps, learner.done)
+    if len(set(steps)) > 1:
+        raise Failed(
+            f"the processes go on from different steps ({steps}): --out must be on a disk that all "
+            "of them see"
+        )
+
+
 def finish(task: Task, learner: Learner, rows: list[dict], settings: Settings, out: Path) -> dict:
     """Tests what was trained, and writes model.pt."""
     shared, result = learner.average or task.net, dict(rows[-1])
     if task.predict:
         top1 = result["val_top1_ema" if learner.average else "val_top1"]
         if task.data.test is not task.data.val:
-            top1 = accuracy(task.predict, shared, task.data.test, settings)
+            top1 = accuracy(task.predict, shared, task.data.test, settings, learner.micro_batch)
         result["test_top1"] = top1
-        print0(f"test top-1 {top1:.2f} %  ({out / 'model.pt'})")
-    else:
-        print0(f"wrote {out / 'model.pt'}")
+    runs.write_rows(out, [*rows[:-1], result])
     if rank() == 0:
-        write_rows(out, [*rows[:-1], result])
-        data = {"classes": task.data.classes, "normalization": task.data.normalization}
-        checkpoints.save(task.export(shared) | data | {"method": task.name}, out / "model.pt")
+        about = {"classes": task.data.classes, "normalization": task.data.normalization}
+        about |= {"method": task.name, "settings": vars(settings)}
+        if task.data.held_out:  # as many, if there are more images one day
+            about["settings"] = about["settings"] | {"holdout": task.data.held_out}
+        storage.save(task.export(shared) | about, out / "model.pt")
+    draw(out, rows)
     if dist.is_initialized():
         dist.barrier()
+    conclude(rows, out)
+    if task.predict:
+        print0(f"test top-1 {top1:.2f} %")
     return result
 
 
@@ -148,22 +165,32 @@ def finish(task: Task, learner: Learner, rows: list[dict], settings: Settings, o
 
 
 @torch.no_grad()
-def accuracy(predict: Callable, net: nn.Module, images: Eval, settings: Settings) -> float:
-    """Top-1 in per cent, exact over all ranks: each counts its own images, none twice."""
+def accuracy(
+    predict: Callable, net: nn.Module, images: Eval, settings: Settings, micro_batch: int = 64
+) -> float:
+    """Top-1 in per cent, exact over all ranks: each counts its own images, none twice.
+
+    `micro_batch`: how many fit in memory with their gradients; without, more do.
+    """
     was_training = net.training
     net.eval()
     where = next(net.parameters()).device
     mixed = autocast(settings.amp, net)
-    counts = torch.zeros(2, dtype=torch.long, device=where)  # correct, all
-    for batch, labels in images.in_order(settings.micro_batch or 256):
+    counts = torch.zeros(3, dtype=torch.long, device=where)  # correct, all, not finite
+    for batch, labels in images.in_order(min(256, 4 * micro_batch)):
         with mixed:
-            correct = predict(net, batch).argmax(dim=-1) == labels
-        counts += torch.stack([correct.sum(), torch.tensor(len(correct), device=where)])
+            logits = predict(net, batch)
+        correct, finite = logits.argmax(dim=-1) == labels, logits.isfinite().all(dim=-1)
+        counts += torch.stack([correct.sum(), torch.ones_like(correct).sum(), (~finite).sum()])
     if dist.is_initialized():
         dist.all_reduce(counts)
     net.train(was_training)
-    correct, count = counts.tolist()
-    return 100 * correct / max(1, count)
+    correct, count, ruined = counts.tolist()
+    if ruined:
+        raise Failed("logits are no longer finite: try a lower --lr or a longer --warmup")
+    if not count:
+        raise Failed("there is no image to evaluate on")
+    return 100 * correct / count
 
 
 def validation_due(epoch: int, settings: Settings) -> bool:
@@ -171,10 +198,11 @@ def validation_due(epoch: int, settings: Settings) -> bool:
 
 
 def validate(task: Task, learner: Learner, settings: Settings) -> dict[str, float]:
-    row = {"val_top1": accuracy(task.predict, task.net, task.data.val, settings)}
-    if learner.average:
-        row["val_top1_ema"] = accuracy(task.predict, learner.average, task.data.val, settings)
-    return row
+    def top1(net: nn.Module) -> float:
+        return accuracy(task.predict, net, task.data.val, settings, learner.micro_batch)
+
+    row = {"val_top1": top1(task.net)}
+    return row | ({"val_top1_ema": top1(learner.average)} if learner.average else {})
 
 
 # What a run says and saves ------------------------------------------------------------------------
@@ -203,15 +231,18 @@ def check_finite(learner: Learner, out: Path) -> None:
 
 
 def save_state(
-    out: Path, learner: Learner, rows: list, settings: Settings, clock: Clock, signals: list
+    out: Path, learner: Learner, rows: list, run: dict, clock: Clock, signals: list
 ) -> None:
     """Writes last.pt, and leaves if a signal asked for it."""
     check_finite(learner, out)
     if rank() == 0:
-        about = dict(settings=vars(settings), rows=rows, seconds=clock.before + clock.elapsed())
-        checkpoints.save(learner.state() | about, out / "last.pt")
+        about = dict(run=run, rows=rows, seconds=clock.before + clock.elapsed())
+        where = next(learner.net.parameters()).device
+        about |= dict(threads=torch.get_num_threads(), device=where.type)
+        storage.save(learner.state() | about, out / "last.pt")
     clock.saved = time.perf_counter()
     if signals:
+        first_to_fail()  # so that the others leave without a word
         print0(
             f"\nstopped by a signal at step {learner.done}; --resume goes on from {out / 'last.pt'}"
         )
@@ -219,7 +250,7 @@ def save_state(
 
 
 @contextlib.contextmanager
-def interrupted():
+def interrupted() -> Iterator[list[int]]:
     """A list that fills when SIGTERM or Ctrl-C arrives, for the loop to save and leave.
 
     Of many processes only the first decides: the others would leave at other steps, and it could
@@ -242,20 +273,6 @@ def interrupted():
             signal.signal(number, handler)
 
 
-def write_log(out: Path, settings: Settings, task: Task, rows: list[dict]) -> None:
-    """config.json, and log.jsonl as far as the run has come."""
+def draw(out: Path, rows: list[dict]) -> None:
     if rank() == 0:
-        where = str(next(task.net.parameters()).device)
-        about = {"torch": torch.__version__, "on": where, "commit": checkpoints.commit()}
-        checkpoints.write_text(out / "config.json", json.dumps(vars(settings) | about, indent=1))
-        write_rows(out, rows)
-
-
-def write_rows(out: Path, rows: list[dict]) -> None:
-    checkpoints.write_text(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def append_log(out: Path, row: dict) -> None:
-    if rank() == 0:
-        with open(out / "log.jsonl", "a") as log:
-            log.write(json.dumps(row) + "\n")
+        pictures.save(pictures.curves(rows), out / "curves.png", dpi=100)

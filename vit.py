@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 SIZES = {  # name: width, depth, heads
     "micro": (64, 4, 4),  # for the built-in 12x12 digits
+    "mini": (128, 6, 4),  # for small photographs
     "tiny": (192, 12, 3),
     "small": (384, 12, 6),
     "base": (768, 12, 12),

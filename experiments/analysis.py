@@ -15,6 +15,8 @@ Any checkpoint will do: a teacher, a student (one of attention copy attends
 with its teacher's maps), or "random" for B.
 """
 
+import launch
+
 import json
 import math
 from collections.abc import Iterable, Iterator
@@ -27,15 +29,16 @@ from torch import Tensor
 
 import checkpoints
 import data
-import launch
+import pictures
+import runs
+import storage
 import vit
 from checkpoints import Model
 from experiments import figures
-from settings import HEADS, Setting, Settings, parse_settings, pick
+from settings import OPENING, Setting, Settings, parse_settings
 from vit import attention_map
 
-SETTINGS = pick("data", "data_dir", "scraps", "workers", "memory", "skip_unreadable", "device")
-SETTINGS |= HEADS | {
+SETTINGS = OPENING | {
     "images": Setting(200, "how many of the test images to compare on", low=4),
     "batch": Setting(50, "images at a time", low=1),
     "layer": Setting(0, "whose maps to draw, 1 the first (0: the last)"),
@@ -215,9 +218,9 @@ def open_pair(settings: Settings) -> tuple[Model, Model, data.Data]:
             raise ValueError(
                 f"maps of these two cannot be compared: their {what} differ ({ours} and {theirs})"
             )
-    opened = [model.checkpoint.normalization for model in (a, b) if model.checkpoint]
-    normalizations = [n for n in opened if n]
-    if any(n != normalizations[0] for n in normalizations):
+    trained = [model.checkpoint for model in (a, b) if model.checkpoint]
+    normalised = [checkpoint for checkpoint in trained if checkpoint.normalization]
+    if any(c.normalization != normalised[0].normalization for c in normalised):
         raise ValueError(
             "these two were trained on images normalised differently: they cannot see the same ones"
         )
@@ -228,13 +231,12 @@ def open_pair(settings: Settings) -> tuple[Model, Model, data.Data]:
     ):
         if value > count:
             raise ValueError(f"--{name} {value}: there are {count}")
-    sized = settings.but(image_size=a.net.architecture["image_size"])
-    images = data.load(sized, device, normalizations[0] if normalizations else None, train=False)
+    images = data.load(a.checkpoint.images(settings), device, train=False)
     if images.channels != a.net.architecture["channels"]:
         channels = a.net.architecture["channels"]
-        raise ValueError(
-            f"the ViTs take {channels} channels, --data {settings.data} has {images.channels}"
-        )
+        raise ValueError(f"the ViTs take {channels} channels, the images have {images.channels}")
+    if normalised:
+        images.adopt(normalised[0])
     return a, b, images
 
 
@@ -249,13 +251,15 @@ def first_images(images: data.Data, settings: Settings) -> Iterator[Tensor]:
 
 
 def main(settings: Settings) -> dict:
+    launch.one_process()
     a, b, images = open_pair(settings)
-    out = Path(settings.out or f"runs/analysis-{settings.data}")
+    name = a.checkpoint.images(settings).data
+    out = Path(settings.out or f"runs/analysis-{name}")
     out.mkdir(parents=True, exist_ok=True)
     found = compare(a, b, first_images(images, settings), a.net.architecture["patch"])
     show(found, settings.checkpoints)
-    about = {"models": settings.checkpoints, "data": settings.data, "commit": checkpoints.commit()}
-    checkpoints.write_text(out / "analysis.json", json.dumps(about | found, indent=1) + "\n")
+    about = {"models": settings.checkpoints, "data": name, "commit": runs.commit()}
+    storage.write_text(out / "analysis.json", json.dumps(about | found, indent=1) + "\n")
     draw(found, a, b, images, settings, out)
     print(
         f"\nwrote {out}/analysis.json, maps.png, rollout.png, divergence.png, heads.png and cka.png"
@@ -286,18 +290,18 @@ def draw(found: dict, a: Model, b: Model, images: data.Data, settings: Settings,
         for name, model in (("A", a), ("B", b))
     }
     one_layer = {
-        k: figures.mean_look(p[settings.layer - 1], settings.head) for k, p in maps.items()
+        k: pictures.mean_look(p[settings.layer - 1], settings.head) for k, p in maps.items()
     }
     all_layers = {k: rollout(p)[:, 1:].mean(1) for k, p in maps.items()}
-    pictures = {
-        "maps": figures.overlays(some, one_layer, images.normalization),
-        "rollout": figures.overlays(some, all_layers, images.normalization),
+    drawn = {
+        "maps": pictures.overlays(some, one_layer, images.normalization),
+        "rollout": pictures.overlays(some, all_layers, images.normalization),
         "divergence": figures.divergences(found["layers"]),
         "heads": figures.heads(found["layers"]),
         "cka": figures.likeness(found["cka"]),
     }
-    for name, picture in pictures.items():
-        figures.save(picture, out / f"{name}.png")
+    for name, picture in drawn.items():
+        pictures.save(picture, out / f"{name}.png")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,6 @@
-"""Pictures of maps, curves over layers, likeness of features, and the table of results."""
+"""Pictures of comparisons: curves over layers, likeness of features, and the table of results."""
 
-import math
-from pathlib import Path
-
-from einops import rearrange
-from torch import Tensor
-
-from augment import to_pixels
+from pictures import figure
 
 COLOURS = {  # of Okabe and Ito, which colour-blind eyes can tell apart
     "teacher": "#000000",
@@ -16,54 +10,6 @@ COLOURS = {  # of Okabe and Ito, which colour-blind eyes can tell apart
     "fine-tuning": "#D55E00",
     "ensemble": "#009E73",
 }
-
-
-def figure(rows: int = 1, columns: int = 1, width: float = 5.0, height: float = 3.2, **how):
-    """A white figure, also in a dark notebook, and its axes."""
-    import matplotlib.pyplot as plt
-
-    size = (width, height)
-    return plt.subplots(rows, columns, figsize=size, facecolor="white", layout="constrained", **how)
-
-
-def save(fig, path: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    fig.savefig(path, dpi=160)
-    plt.close(fig)
-
-
-# Maps over images -------------------------------------------------------------------------------
-
-
-def mean_look(p: Tensor, head: int = 0) -> Tensor:
-    """Where the patches of an image look, on average: (B, N), of one head (1 the first) or all."""
-    p = p[:, head - 1 : head] if head else p
-    return p[:, :, 1:].mean(dim=(1, 2))
-
-
-def overlays(images: Tensor, looks: dict[str, Tensor], normalization):
-    """A row for each image, a column for each of `looks`: weights (B, 1 + n^2) drawn over it.
-
-    Bright is where a ViT looks; each map is scaled to its own maximum, without the class token.
-    """
-    pixels = rearrange(to_pixels(images, normalization), "b c h w -> b h w c").cpu()
-    whole = (0, pixels.shape[2], pixels.shape[1], 0)
-    fig, axes = figure(
-        len(images), 1 + len(looks), 1 + len(looks), len(images) + 0.4, squeeze=False
-    )
-    for i, line in enumerate(axes):
-        line[0].imshow(pixels[i].expand(-1, -1, 3), extent=whole)
-        for axis, weights in zip(line[1:], looks.values(), strict=True):
-            side = math.isqrt(weights.shape[1] - 1)
-            grid = weights[i, 1:].view(side, side).detach().cpu()
-            axis.imshow(pixels[i].mean(-1), cmap="gray", extent=whole, vmin=0, vmax=1)
-            axis.imshow(grid, cmap="magma", extent=whole, alpha=0.65, vmin=0)
-        for axis in line:
-            axis.set(xticks=[], yticks=[])
-    for axis, name in zip(axes[0], ("image", *looks), strict=True):
-        axis.set_title(name.replace(" ", "\n"), fontsize=8)
-    return fig
 
 
 # Over layers ------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """Many runs of the scripts: several at a time, each after those it needs, and none twice."""
 
+from launch import Failed
+
 import json
 import os
 import signal
@@ -14,10 +16,9 @@ import torch
 
 import attention_copy
 import attention_distill
-import checkpoints
 import finetune
 import pretrain
-from launch import Failed
+import runs
 from progress import minutes
 from settings import FREE
 
@@ -53,7 +54,7 @@ class Job:
         except (OSError, ValueError):
             return False
         asked = vars(SCRIPTS[self.script].parse(self.argv))
-        return all(settings.get(k) == v for k, v in asked.items() if k not in FREE)
+        return all(settings.get(k) == v for k, v in asked.items() if k not in FREE - {"teacher"})
 
 
 class Runner:
@@ -65,11 +66,12 @@ class Runner:
         self.deadline = time.time() + 60 * limit if limit else None
         self.score = score  # what to print of each result
         self.running: set[subprocess.Popen] = set()
-        self.commit, self.runs, self.seconds = checkpoints.commit(), 0, 0.0
+        self.commit, self.runs, self.seconds = runs.commit(), 0, 0.0
 
     def run(self, jobs: dict[str, Job]) -> dict[str, dict]:
         """The results of all jobs by name. Failed if one of them fails, or if time is up."""
         self.done, self.total = 0, len(jobs)
+        print(f"{self.total} runs, {self.workers} at a time", flush=True)
         with ThreadPoolExecutor(self.workers) as pool:
             futures: dict[str, Future] = {}
             try:

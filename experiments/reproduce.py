@@ -11,6 +11,8 @@ that the table does not use. Killed at any moment, the same command goes on
 where it was.
 """
 
+import launch
+
 import json
 import signal
 import statistics
@@ -18,10 +20,10 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import checkpoints
 import ensemble
 import finetune
-import launch
+import pictures
+import storage
 from experiments import analysis, figures
 from experiments.figures import cell
 from experiments.jobs import Job, Runner
@@ -34,7 +36,7 @@ SETTINGS = pick("data", "data_dir", "scraps", "workers", "holdout") | {
     "minutes": Setting(0.0, "stop after so long; the same command goes on (0: no limit)"),
     "runs": Setting("runs/reproduce", "where the runs go"),
     "results": Setting("results", "where the table goes"),
-    "extra": Setting("", "more arguments for every training, such as '--epochs 2'"),
+    "extra": Setting("", "more arguments for every training, such as '--device cpu'"),
 }
 parse = partial(parse_settings, __doc__, SETTINGS)
 
@@ -249,6 +251,7 @@ def show_tuning(result: dict) -> None:
 
 
 def main(settings: Settings) -> dict:
+    launch.one_process()
     runner = Runner(settings.jobs, settings.minutes, "val_top1" if settings.tune else "test_top1")
     results = Path(settings.results)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which stops the runs as well
@@ -259,9 +262,9 @@ def main(settings: Settings) -> dict:
     else:
         result, name = table(settings, runner), settings.data
         show(result)
-        figures.save(figures.table(result), results / f"{name}.png")
+        pictures.save(figures.table(result), results / f"{name}.png")
     path = results / f"{name}.json"
-    checkpoints.write_text(path, json.dumps(result, indent=1) + "\n")
+    storage.write_text(path, json.dumps(result, indent=1) + "\n")
     print(f"\nwrote {path}")
     return result
 

@@ -18,8 +18,12 @@ over steps after warm-up, a whole step with optimiser and, where the recipe has
 one, the average of the weights. The share of the hardware is that of its own
 rate of multiplying matrices, measured in the same run (in bf16 where that is
 faster). It counts the operations that a method needs, whatever a variant does
-beyond (measure.operations). Records: results/benchmark-DEVICE.json.
+beyond (measure.operations). --record keeps the figures in
+results/benchmark-DEVICE.json.
 """
+
+import launch
+from launch import Failed, print0
 
 import math
 import multiprocessing
@@ -33,13 +37,12 @@ import attention_copy
 import attention_distill
 import data
 import finetune
-import launch
 import pretrain
 import vit
-from launch import Failed, print0
+from augment import Normalise
 from learner import Learner
 from settings import Setting, Settings, parse_settings, pick, to_argv
-from speed.measure import Records, classes_of, matrix_rate, operations, peak, seconds
+from speed.measure import RECORD, Records, classes_of, matrix_rate, operations, peak, seconds
 from speed.plain import PlainLearner, plain_task
 
 SCRIPTS = {
@@ -57,7 +60,7 @@ SETTINGS = pick("image_size", "device", "amp", "compile") | {
     "batch": Setting("64", "images at a time; of several (32,64,128) the best counts"),
     "steps": Setting(20, "steps that are timed, of each variant", low=1),
     "layers": Setting("", "layers to transfer (empty: the recipe's)"),
-    "results": Setting("results", "where the record goes"),
+    **RECORD,
 }
 parse = partial(parse_settings, __doc__, SETTINGS)
 VARIANTS = ("plain", "plain-amp", "ours")
@@ -88,7 +91,8 @@ def build(method: str, variant: str, recipe: Settings) -> tuple[Learner, Tensor,
     kind, classes = data.KINDS[recipe.data], classes_of(recipe)
     size = recipe.image_size or kind.image_size
     names = [str(i) for i in range(classes)]
-    made_up = data.Data(names, kind.channels, size, kind.normalization, None, None, None)
+    normalise = Normalise(kind.normalization, device)
+    made_up = data.Data(names, kind.channels, size, normalise)
     if variant != "ours":
         recipe = recipe.but(amp={"plain": "off", "plain-amp": "bf16"}[variant], compile="off")
     task = SCRIPTS[method].task(recipe, made_up)
@@ -205,11 +209,13 @@ def main(settings: Settings) -> dict:
     variants = choose(settings.variant, VARIANTS, "--variant")
     try:
         batches = [int(b) for b in settings.batch.split(",")]
+        if min(batches) < 1:
+            raise ValueError
     except ValueError:
         raise ValueError(
             f"--batch {settings.batch}: write a number, or several with commas"
         ) from None
-    records, matrix = Records(settings.results, device), matrix_rate(device)
+    records, matrix = Records(settings, device), matrix_rate(device)
     print0(
         f"matrix rate {matrix / 1e12:.4g} Tflop/s; "
         f"{settings.steps} steps of each variant, in turns\n"

@@ -4,6 +4,9 @@ python -m speed.loader                         images in memory
 python -m speed.loader --data-dir /imagenet    JPEG files too
 """
 
+import launch
+from launch import print0
+
 import statistics
 import time
 from functools import partial
@@ -13,16 +16,14 @@ import torch
 
 import data
 import finetune
-import launch
 from augment import Augment, Normalise
 from image_files import cores
-from launch import print0
 from settings import Setting, Settings, parse_settings, pick
-from speed.measure import Records, seconds
+from speed.measure import RECORD, Records, seconds
 
 SETTINGS = pick("data_dir", "workers", "device") | {
     "batch": Setting(64, "images at a time", low=1),
-    "results": Setting("results", "where the record goes"),
+    **RECORD,
 }
 parse = partial(parse_settings, __doc__, SETTINGS)
 
@@ -54,8 +55,8 @@ def cifar_rate(device: torch.device) -> float:
     return rate(data.Train(source, augment, recipe, 10, device), device)
 
 
-def jpeg_view(settings: Settings, workers: int, device: torch.device) -> data.Train:
-    argv = ["--data", "imagenet", "--data-dir", settings.data_dir, "--device", settings.device]
+def jpeg_view(settings: Settings, folder: Path, workers: int, device: torch.device) -> data.Train:
+    argv = ["--data", "imagenet", "--data-dir", str(folder), "--device", settings.device]
     argv += ["--batch", str(settings.batch), "--memory", "0", "--workers", str(workers)]
     return data.load(finetune.parse(argv), device).train
 
@@ -74,16 +75,17 @@ def gpu_decoding_rate(view: data.Train, device: torch.device) -> float:
 
 def main(settings: Settings) -> dict:
     device, table = launch.device(settings.device), {}
-    records = Records(settings.results, device)
+    records = Records(settings, device)
 
     def note(name: str, speed: float) -> None:
         table[name] = round(speed, 1)
         print0(f"{name:52} {speed:12,.0f} images/s")
 
     note("CIFAR on the device, augmented and mixed", cifar_rate(device))
-    if Path(settings.data_dir).is_dir():
+    folder = Path(settings.data_dir or "data/imagenet")
+    if folder.is_dir():
         for workers in dict.fromkeys((1, min(settings.workers, cores()))):
-            view = jpeg_view(settings, workers, device)
+            view = jpeg_view(settings, folder, workers, device)
             note(
                 f"JPEG files, {workers} worker{'s' * (workers > 1)} on {cores()} cores",
                 rate(view, device),
@@ -92,8 +94,7 @@ def main(settings: Settings) -> dict:
             note("JPEG files, decoded alone, on the GPU", gpu_decoding_rate(view, device))
     else:
         print0(
-            f"no folder {settings.data_dir}: point --data-dir at train/CLASS/* and val/CLASS/* to "
-            "time JPEGs"
+            f"no folder {folder}: point --data-dir at train/CLASS/* and val/CLASS/* to time JPEGs"
         )
     return records.add("speed.loader", {"images_per_s": table, "cores": cores()})
 

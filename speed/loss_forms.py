@@ -3,6 +3,9 @@
 python -m speed.loss_forms            milliseconds of one layer of ViT-L
 """
 
+import launch
+from launch import print0
+
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -11,17 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import launch
 import vit
 from attention_loss import attention_loss, attention_loss_defined
-from launch import print0
 from settings import Setting, Settings, parse_settings, pick
-from speed.measure import Records, seconds
+from speed.measure import RECORD, Records, seconds
 from vit import Attended
 
 SETTINGS = pick("device") | {
     "steps": Setting(20, "steps that are timed, of each form", low=1),
-    "results": Setting("results", "where the record goes"),
+    **RECORD,
 }
 parse = partial(parse_settings, __doc__, SETTINGS)
 TOKENS = (197, 577, 1025)
@@ -93,7 +94,7 @@ def main(settings: Settings) -> dict:
     """Each form, plain and on a GPU compiled too."""
     device = launch.device(settings.device)
     on_gpu = device.type == "cuda"
-    records, forms = Records(settings.results, device), dict(FORMS)
+    records, forms = Records(settings, device), dict(FORMS)
     if on_gpu:
         forms |= {f"{name}, compiled": torch.compile(form) for name, form in FORMS.items()}
         forms["flex, compiled"] = torch.compile(flexible)

@@ -1,5 +1,7 @@
 """What all measurements share: operations counted, seconds, memory, records."""
 
+from launch import device_name, print0
+
 import json
 import platform
 import resource
@@ -11,12 +13,12 @@ from pathlib import Path
 
 import torch
 
-import checkpoints
 import data
+import runs
+import storage
 import vit
-from launch import print0
 from learner import multiplies_bf16
-from settings import Settings
+from settings import Setting, Settings, Table
 from teachers import parse_layers
 
 
@@ -100,32 +102,41 @@ def peak(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-class Records:
-    """results/benchmark-DEVICE.json: a record for each command, the newest of each."""
+RECORD: Table = {
+    "record": Setting(False, "keep the figures in --results/benchmark-DEVICE.json"),
+    "results": Setting("results", "where the record goes"),
+}
 
-    def __init__(self, folder: str, device: torch.device):
-        on_gpu = device.type == "cuda"
-        threads = f"{device.type}, {torch.get_num_threads()} threads"
-        self.device = torch.cuda.get_device_name(device) if on_gpu else threads
-        name = self.device.replace(" ", "-") if on_gpu else device.type
-        self.path = Path(folder) / f"benchmark-{name}.json"
-        self.path.parent.mkdir(exist_ok=True, parents=True)
-        try:
-            self.all = json.loads(self.path.read_text()) if self.path.exists() else []
-            self.all = {record["command"]: record for record in self.all}
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(
-                f"{self.path} holds no records of speed measurements: move it away, or choose "
-                "other --results"
-            ) from error
+
+class Records:
+    """results/benchmark-DEVICE.json, with --record: a record for each command, its newest."""
+
+    def __init__(self, settings: Settings, device: torch.device):
+        self.device = device_name(device)
+        name = self.device.replace(" ", "-") if device.type == "cuda" else device.type
+        self.path = Path(settings.results) / f"benchmark-{name}.json" if settings.record else None
+        self.all = read_records(self.path) if self.path and self.path.exists() else {}
         print0(f"{self.device}, torch {torch.__version__}")
 
     def add(self, module: str, found: dict) -> dict:
         command = " ".join(["python", "-m", module, *sys.argv[1:]])
-        about = {"command": command, "commit": checkpoints.commit(), "device": self.device}
+        about = {"command": command, "commit": runs.commit(), "device": self.device}
         versions = {"torch": torch.__version__, "python": platform.python_version()}
-        self.all.pop(command, None)
-        self.all[command] = about | versions | found
-        checkpoints.write_text(self.path, json.dumps(list(self.all.values()), indent=1) + "\n")
-        print0(f"\nwrote {self.path}")
-        return self.all[command]
+        record = about | versions | found
+        if self.path:
+            self.all.pop(command, None)
+            self.all[command] = record
+            self.path.parent.mkdir(exist_ok=True, parents=True)
+            storage.write_text(self.path, json.dumps(list(self.all.values()), indent=1) + "\n")
+            print0(f"\nwrote {self.path}")
+        return record
+
+
+def read_records(path: Path) -> dict[str, dict]:
+    try:
+        return {record["command"]: record for record in json.loads(path.read_text())}
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{path} holds no records of speed measurements: move it away, or choose other "
+            "--results"
+        ) from error

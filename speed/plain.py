@@ -1,5 +1,7 @@
 """Methods and loop as they are usually written: maps stored, the teacher run to its end."""
 
+from launch import Failed
+
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -9,7 +11,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from launch import Failed
 from learner import Learner, parameter_groups
 from settings import Settings
 from train import Task

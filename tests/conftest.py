@@ -13,10 +13,12 @@ from PIL import Image
 torch.set_num_threads(1)
 
 
+LONGEST = ("test_tutorial", "test_runs", "test_reproduce", "test_inputs", "test_checkpoints")
+
+
 def pytest_collection_modifyitems(items):
-    items.sort(
-        key=lambda item: item.path.stem != "test_tutorial"
-    )  # the longest first, beside all the others
+    """The longest files first: each goes to one process, and both shall end together."""
+    items.sort(key=lambda item: [item.path.stem != name for name in LONGEST])
 
 
 @pytest.fixture(scope="session")

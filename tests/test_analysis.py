@@ -168,7 +168,9 @@ def test_a_copy_student_attends_with_its_teachers_maps(tmp_path, capsys):
     )
     paths = [str(tmp_path / "teacher.pt"), str(tmp_path / "model.pt")]
     record = analysis.main(
-        analysis.parse([*paths, "--images", "60", "--out", str(tmp_path / "out")])
+        analysis.parse(
+            [*paths, "--data", "digits", "--images", "60", "--out", str(tmp_path / "out")]
+        )
     )
     assert json.loads((tmp_path / "out" / "analysis.json").read_text()) == record
     divergences = [layer["divergence"] for layer in record["layers"]]

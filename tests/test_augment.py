@@ -17,13 +17,14 @@ class Given:
         self.numbers = torch.tensor(numbers, dtype=torch.float32)
 
     def uniform(self, columns):
-        return self.numbers[:, :columns]
+        now, self.numbers = self.numbers.tensor_split([columns], dim=1)
+        return now
 
 
 def test_shifts_and_flips_are_exact():
     images = torch.randn(3, 2, 16, 16)
     centre, left = (2 + 0.5) / 5, 0.1  # of 5 shifts (-2..2), the middle one and the first
-    u = [[0, 0, centre, centre, 0.9], [0, 0, centre, centre, 0.1], [0, 0, left, centre, 0.9]]
+    u = [[centre, centre, 0.9], [centre, centre, 0.1], [left, centre, 0.9]]
     plain, flipped, shifted = crop_and_flip(images, Given(u), 0.0)
     torch.testing.assert_close(plain, images[0], atol=1e-4, rtol=0)
     torch.testing.assert_close(flipped, images[1].flip(-1), atol=1e-4, rtol=0)
@@ -36,7 +37,9 @@ def test_resized_crops_are_torchvisions():
         torch.randn(1, 3, 40, 40), 9, stride=1
     )  # 32x32 and smooth, so that resampling hardly matters
     w = h = 0.5  # an area of 1/4 and a square: share = 0.08 + 0.92 u
-    u = [[(0.25 - 0.08) / 0.92, 0.5, 0.0, 1.0, 0.9]]  # at the left and bottom edge
+    too_wide = [1.0, 1.0]  # the whole area at 4:3, which the second try mends
+    shares, ratios = [too_wide[0], *[(0.25 - 0.08) / 0.92] * 9], [too_wide[1], *[0.5] * 9]
+    u = [[*shares, *ratios, 0.0, 0.999, 0.9]]  # at the left and bottom edge
     ours = crop_and_flip(image, Given(u), 0.08)
     theirs = v2.functional.resized_crop(
         image,
@@ -49,6 +52,8 @@ def test_resized_crops_are_torchvisions():
         antialias=False,
     )
     torch.testing.assert_close(ours[..., 3:-3, 3:-3], theirs[..., 3:-3, 3:-3], atol=1e-3, rtol=0)
+    whole = crop_and_flip(image, Given([[1.0] * 20 + [0.5, 0.5, 0.9]]), 0.08)  # no try fits
+    torch.testing.assert_close(whole, image, atol=1e-4, rtol=0)
 
 
 def test_erasing_fills_boxes_of_the_stated_size_as_often_as_asked():

@@ -13,6 +13,8 @@ import data
 import ensemble
 import finetune
 import pretrain
+import runs
+import storage
 import teachers
 import train
 import vit
@@ -60,8 +62,8 @@ def test_a_teacher_with_another_pooling_can_teach(net, tmp_path):
     torch.save(theirs.state_dict(), tmp_path / "deit.pth")
     argv = ["--data", "cifar10", "--model", "tiny", "--patch", "8", "--teacher-heads", "3"]
     asked = attention_copy.parse([*argv, "--teacher", str(tmp_path / "deit.pth")])
-    images = data.Data(CLASSES, 3, 32, ([0.5] * 3, [0.5] * 3), None, None, None)
-    teacher, student, layers, _ = teachers.teacher_and_student(asked, images)
+    images = data.Data(CLASSES, 3, 32, data.Normalise(([0.5] * 3, [0.5] * 3), "cpu"))
+    teacher, student, layers, *_ = teachers.teacher_and_student(asked, images)
     batch, seen = torch.randn(2, 3, 32, 32), []
     timm.layers.set_fused_attn(False)
     for i in layers:
@@ -74,27 +76,77 @@ def test_a_teacher_with_another_pooling_can_teach(net, tmp_path):
     assert student(batch, teacher.queries_keys(batch, layers)).shape == (2, 10)
 
 
-def test_a_teacher_is_pre_trained_where_there_is_none(tmp_path, monkeypatch):
-    """Once, with the recipe of pretrain.py, on all images of the kind that this run has."""
+@pytest.fixture
+def pretrainings(tmp_path, monkeypatch):
+    """The settings of each pre-training of a teacher, which leave untrained ones."""
     trained = []
 
     def fit(task, settings):
         trained.append(settings)
-        Path(settings.out or checkpoints.run_folder(settings, task.name)).mkdir(parents=True)
-        exported = task.export(task.net) | {"normalization": task.data.normalization}
-        checkpoints.save(exported, checkpoints.run_folder(settings, task.name) / "model.pt")
+        out = runs.folder(settings, task.name)
+        with runs.locked(out):
+            run = runs.identity(task.name, task.data, None, settings)
+            runs.describe(out, run, settings, "cpu")
+            about = {"normalization": task.data.normalization, "settings": vars(settings)}
+            storage.save(task.export(task.net) | about, out / "model.pt")
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "fit", fit)
+    return trained
+
+
+def test_a_teacher_is_pre_trained_where_there_is_none(pretrainings):
+    """Once, with the recipe of pretrain.py, on all images of the kind that this run has."""
     argv = ["--scraps", "1", "--seed", "3", "--num-labels", "50", "--epochs", "7"]
     for script in (attention_distill, attention_copy, finetune):
         task = script.task(script.parse(argv))
-    (asked,) = trained
+    (asked,) = pretrainings
     usual = pretrain.parse([])
-    assert (asked.scraps, asked.seed, asked.num_labels, asked.resume) == (1, 3, 0, True)
+    assert (asked.scraps, asked.seed, asked.num_labels) == (1, 3, 0)
     assert (asked.epochs, asked.lr, asked.mask_ratio) == (usual.epochs, usual.lr, usual.mask_ratio)
-    made = checkpoints.read(tmp_path / "runs" / "pretrain-digits-micro-s3" / "model.pt")
+    made = checkpoints.read("runs/pretrain-digits-micro-s3/model.pt")
     assert torch.equal(task.net.blocks[0].attn.qkv.weight, made.weights["blocks.0.attn.qkv.weight"])
+    assert task.teacher.fingerprint == made.fingerprint and str(usual.epochs) in str(made)
+
+
+def test_a_teacher_that_was_made_otherwise_is_said_and_never_mixed(pretrainings, capsys):
+    usual = "runs/pretrain-digits-micro-s0"
+    pretrain_fit(["--epochs", "2", "--warmup", "0", "--out", usual])  # an earlier trial
+    task = finetune.task(finetune.parse([]))
+    assert "is made otherwise (epochs was 2, now 300" in capsys.readouterr().out
+    assert task.teacher.settings["epochs"] == 300 and task.teacher.source != f"{usual}/model.pt"
+    for argv in ([], ["--amp", "bf16"], ["--num-labels", "50"], ["--memory", "0"]):  # the same one
+        assert finetune.task(finetune.parse(argv)).teacher.source == task.teacher.source
+    assert len(pretrainings) == 2
+    other = finetune.task(finetune.parse(["--scraps", "1"])).teacher
+    assert other.settings["scraps"] == 1 and other.source != task.teacher.source
+    assert checkpoints.read(f"{usual}/model.pt").settings["epochs"] == 2  # left alone
+    Path(usual, "config.json").unlink()
+    assert finetune.task(finetune.parse([])).teacher.source == task.teacher.source
+    assert "of unknown origin" in capsys.readouterr().out and Path(usual, "model.pt").exists()
+
+
+def test_a_teacher_of_some_images_is_not_taken_for_one_of_all(pretrainings, capsys):
+    usual = "runs/pretrain-digits-micro-s0"
+    pretrain_fit(["--num-labels", "500", "--out", usual])
+    task = finetune.task(finetune.parse(["--subset-seed", "3"]))
+    assert "num_labels was 500, now 0" in capsys.readouterr().out
+    assert task.teacher.source != f"{usual}/model.pt"
+    assert finetune.task(finetune.parse([])).teacher.source == task.teacher.source
+
+
+def pretrain_fit(argv):
+    asked = pretrain.parse(argv)
+    train.fit(pretrain.task(asked), asked)
+
+
+def test_an_unfinished_teacher_is_finished_first(pretrainings, capsys):
+    out = Path("runs/pretrain-digits-micro-s0")
+    finetune.task(finetune.parse([]))
+    (out / "model.pt").unlink()
+    finetune.task(finetune.parse([]))
+    assert "is not finished: going on with it" in capsys.readouterr().out
+    assert [asked.resume for asked in pretrainings] == [False, True]
 
 
 def test_heads_are_never_guessed(net, tmp_path, failing):
@@ -112,7 +164,7 @@ def test_heads_are_never_guessed(net, tmp_path, failing):
     code, line = failing(attention_copy, ["--teacher", path])
     assert code == 2 and "--teacher-heads" in line
     asked = attention_copy.parse(["--teacher", str(path), "--teacher-heads", "6"])
-    assert teachers.find(asked).architecture["heads"] == 6
+    assert teachers.find(asked, None).architecture["heads"] == 6
 
 
 def test_what_does_not_fit_is_refused_by_name(net, tmp_path):
@@ -131,17 +183,99 @@ def test_what_does_not_fit_is_refused_by_name(net, tmp_path):
         assert words in str(error.value)
 
 
+SHAPE = dict(image_size=12, patch=3, channels=1, classes=10, dim=32, depth=3, heads=4)
+
+
 @pytest.mark.parametrize("odd", [
-    {"layers": None}, {"layers": 5}, {"teacher": {"model": {"cls_token": 5}}},
+    {"layers": None}, {"layers": 5}, {"layers": []}, {"layers": [7]}, {"layers": [-1]},
+    {"teacher": {"model": {"cls_token": 5}}}, {"teacher": [1]},
     {"model": {"cls_token": 5}}, {"model": {1: torch.ones(3), "cls_token": 5}},
-    {"architecture": {"image_size": 12, "classes": 10}},
+    {"architecture": {"image_size": 12, "classes": 10}}, {"architecture": SHAPE | {"dim": 1e9}},
+    {"architecture": SHAPE | {"depth": -1}}, {"architecture": SHAPE | {"heads": "4"}},
+    {"architecture": SHAPE | {"mlp": float("nan")}}, {"architecture": SHAPE | {"depth": 2.5}},
+    {"classes": ["a"]}, {"classes": 10}, {"classes": [[i] for i in range(10)]},
+    {"normalization": 5}, {"normalization": ([0.5], [0.0])}, {"normalization": ["a", "b"]},
+    {"normalization": ([0.5] * 3, [0.5] * 3)}, {"method": 7}, {"settings": [1]},
+    {"settings": {"data": "mnist"}}, {"settings": {"data": "digits", "scraps": 10**9}},
+    {"settings": {"data": "digits", "holdout": "all"}}, {"settings": []}, {"settings": ""},
+    {"settings": {"data": "digits", "scraps": True}}, {"classes": ["a"] * 10},
+    {"settings": {"data": "digits", "amp": "fp8"}}, {"layers": [0.5, 1]},
+    {"normalization": ([float("nan")], [1.0])}, {"normalization": ([0.5], [1e-45])},
 ])  # fmt: skip
 def test_odd_contents_are_refused_in_one_line(odd, failing, tmp_path):
-    shape = dict(image_size=12, patch=3, channels=1, classes=10, dim=32, depth=3, heads=4)
-    found = attention_copy.export(vit.ViT(**shape), vit.ViT(**shape), [0, 2])
-    torch.save(found | odd, tmp_path / "model.pt")
+    found = attention_copy.export(vit.ViT(**SHAPE), vit.ViT(**SHAPE), [0, 2])
+    torch.save(found | {"settings": {"data": "digits"}} | odd, tmp_path / "model.pt")
     code, line = failing(ensemble, [tmp_path / "model.pt"])
     assert code == 2 and "model.pt" in line
+
+
+@pytest.mark.parametrize("odd, words", [
+    (lambda w: w.to_sparse(), "ordinary numbers"), (lambda w: w.to("meta"), "ordinary numbers"),
+    (lambda w: w.long(), "ordinary numbers"), (lambda w: w.to(torch.complex64), "ordinary numbers"),
+    (lambda w: w * float("nan"), "is not finite: it was trained to ruin"),
+    (lambda w: "weights", "is no tensor"), (lambda w: w[:1, :1], "not (96, 32)"),
+])  # fmt: skip
+def test_odd_weights_are_refused_in_one_line(odd, words, failing, tmp_path):
+    state = checkpoints.export(vit.ViT(**SHAPE)) | {"settings": {"data": "digits"}}
+    name = "blocks.1.attn.qkv.weight"
+    state["model"][name] = odd(state["model"][name])
+    torch.save(state, tmp_path / "odd.pt")
+    for script, argv in (
+        (ensemble, []),
+        (attention_copy, ["--teacher"]),
+        (finetune, ["--teacher"]),
+    ):
+        code, line = failing(script, [*argv, tmp_path / "odd.pt"])
+        assert code == 2 and name in line and words in line and "--lr" not in line
+
+
+def test_a_teacher_of_a_copy_that_does_not_fit_is_refused(failing, tmp_path):
+    odd = {"heads": {"heads": 2}, "tokens": {"patch": 4}, "channels": {"channels": 3}}
+    for words, changes in odd.items():
+        found = attention_copy.export(vit.ViT(**SHAPE), vit.ViT(**SHAPE | changes), [0, 2])
+        torch.save(found | {"settings": {"data": "digits"}}, tmp_path / "model.pt")
+        code, line = failing(ensemble, [tmp_path / "model.pt"])
+        assert code == 2 and f"{next(iter(changes)).rstrip('s')[:4]}" in line.replace(
+            "tokens", "patc"
+        )
+
+
+def test_flipped_bytes_are_found(failing, tmp_path):
+    """In every tenth of the file, in a model and in the state of a run."""
+    argv = ["--teacher", "none", "--epochs", "1", "--warmup", "0", "--out", str(tmp_path)]
+    finetune.main(finetune.parse(argv))
+    for name, script, asked in (
+        ("model.pt", ensemble, [tmp_path / "model.pt"]),
+        ("last.pt", finetune, [*argv, "--resume"]),
+    ):
+        whole = (tmp_path / name).read_bytes()
+        for tenth in range(10):
+            flipped = bytearray(whole)
+            at = len(whole) * (2 * tenth + 1) // 20
+            for i in range(at, at + 64):  # wider than what only fills up a line
+                flipped[i] ^= 0x10
+            (tmp_path / name).write_bytes(flipped)
+            code, line = failing(script, asked)
+            assert code == 2 and ("damaged" in line)
+        (tmp_path / name).write_bytes(whole)
+
+
+def test_the_state_of_a_run_is_no_model(failing, tmp_path):
+    argv = ["--teacher", "none", "--epochs", "1", "--warmup", "0", "--out", str(tmp_path)]
+    finetune.main(finetune.parse(argv))
+    code, line = failing(ensemble, [tmp_path / "last.pt"])
+    assert code == 2 and "name its model.pt" in line
+
+
+def test_the_fingerprint_is_of_the_weights_not_of_the_file(net, tmp_path):
+    torch.save(checkpoints.export(net), tmp_path / "ours.pt")
+    torch.save(net.state_dict(), tmp_path / "plain.pth")
+    found = [checkpoints.read(tmp_path / name, heads=3) for name in ("ours.pt", "plain.pth")]
+    assert found[0].fingerprint == found[1].fingerprint
+    with torch.no_grad():
+        net.blocks[3].mlp.fc1.bias[0] += 1e-3
+    torch.save(net.state_dict(), tmp_path / "plain.pth")
+    assert checkpoints.read(tmp_path / "plain.pth", heads=3).fingerprint != found[0].fingerprint
 
 
 def test_a_model_opens_as_what_it_was_exported_from(tmp_path):

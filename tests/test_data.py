@@ -13,6 +13,7 @@ import ensemble
 import finetune
 import image_files
 import pretrain
+import subsets
 from augment import seeded
 from experiments import analysis
 
@@ -66,7 +67,7 @@ def test_labels_are_drawn_class_by_class(counts):
     labels = torch.cat([torch.full((count,), label) for label, count in enumerate(counts)])
     before = set()
     for count in range(1, len(labels) + 1):
-        drawn = data.class_by_class(labels, count, seeded("test"))
+        drawn = subsets.class_by_class(labels, count, seeded("test"))
         found = torch.bincount(labels[drawn], minlength=3).tolist()
         assert len(set(drawn)) == count == sum(found) and before <= set(drawn)
         full = [label for label in range(3) if found[label] == counts[label]]
@@ -76,7 +77,7 @@ def test_labels_are_drawn_class_by_class(counts):
             assert all(counts[label] <= min(others) + 1 for label in full)
         before = set(drawn)
     if len(set(counts)) == 1:
-        assert data.class_by_class(labels, 9, seeded("other")) != drawn[:9]
+        assert subsets.class_by_class(labels, 9, seeded("other")) != drawn[:9]
 
 
 def test_the_labelled_digits_are_ten_of_each(small):
@@ -84,7 +85,7 @@ def test_the_labelled_digits_are_ten_of_each(small):
         labels = data.load(finetune.parse(["--seed", str(seed)]), CPU).train.source.labels
         assert torch.bincount(labels).tolist() == [10] * 10
     for memory in ("2", "0"):  # images in memory and in files: the same ones
-        settings = finetune.parse([*small, "--num-labels", "7", "--memory", memory])
+        settings = finetune.parse([*small, "--num-labels", "7", "--batch", "7", "--memory", memory])
         labels = data.load(settings, CPU).train.source.labels
         assert sorted(torch.bincount(labels).tolist()) == [2, 2, 3]
 
@@ -182,7 +183,10 @@ def test_normalisation_is_the_teachers(small):
     own = ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5])
     for memory in ("2", "0"):
         settings = finetune.parse([*small, "--memory", memory])
-        usual, other = (next(data.load(settings, CPU, n).test.in_order(4))[0] for n in (None, own))
+        images = data.load(settings, CPU)
+        usual, _ = next(images.test.in_order(4))
+        images.normalise.adopt(own)
+        other, _ = next(images.test.in_order(4))
         mean, std = (torch.tensor(x)[:, None, None] for x in data.IMAGENET)
         torch.testing.assert_close((usual * std + mean - 0.5) / 0.5, other, atol=1e-5, rtol=1e-5)
 
@@ -225,5 +229,5 @@ def test_cifar_as_torchvision_stores_it(tmp_path, monkeypatch):
     assert first(images.train)[0].shape == (10, 3, 32, 32)
     for script in (ensemble, analysis):  # which evaluate, and know no augmentation
         settings = script.parse(["A", "--data", "cifar10", "--data-dir", str(tmp_path)])
-        images = data.load(settings.but(image_size=32), CPU, train=False)
+        images = data.load(settings.but(image_size=32, holdout=-1), CPU, train=False)
         assert torch.equal(next(images.test.in_order(20))[0], batch)

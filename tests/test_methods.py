@@ -36,7 +36,7 @@ def test_distillation_sums_named_terms_and_reaches_only_the_layers_asked_for():
     losses = [attention_loss_defined(ours[i], theirs[i]) for i in (0, 2)]
     floors = [attention_loss_defined(theirs[i], theirs[i]) for i in (0, 2)]
     torch.testing.assert_close(terms["attention"], 2.5 * sum(losses))
-    torch.testing.assert_close(diagnostics["divergence"], (sum(losses) - sum(floors)).detach() / 2)
+    torch.testing.assert_close(diagnostics["kl"], (sum(losses) - sum(floors)).detach() / 2)
     terms["attention"].backward()
     reached = [block.attn.qkv.weight.grad is not None for block in student.blocks]
     assert reached == [True, True, True, False] and student.head.weight.grad is None
@@ -51,7 +51,7 @@ def test_a_twin_of_the_teacher_has_no_divergence():
     _, found = attention_distill.loss(
         student, images, torch.tensor([1, 2, 3]), teacher, [0, 3], settings
     )
-    assert found["divergence"].abs() < 1e-6 and not found["divergence"].requires_grad
+    assert found["kl"].abs() < 1e-6 and not found["kl"].requires_grad
 
 
 def test_teacher_and_student_share_drop_path_masks_or_not():

@@ -1,5 +1,7 @@
 """The table: every row is what its runs found, and a killed reproduction repeats none of them."""
 
+from launch import Failed
+
 import json
 import statistics
 from pathlib import Path
@@ -8,7 +10,6 @@ import pytest
 
 from experiments import jobs, reproduce
 from experiments.figures import cell
-from launch import Failed
 
 ROOT = Path(__file__).parent.parent
 RAN = []

@@ -1,7 +1,10 @@
 """Runs of the scripts: killed and resumed, on one process and on two, failing without harm."""
 
+from launch import Failed
+
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,10 +15,14 @@ import torch
 
 import attention_copy
 import attention_distill
+import checkpoints
 import data
 import finetune
 import learner
+import pictures
+import progress
 import train
+from settings import Settings
 
 ROOT = Path(__file__).parent.parent
 SHORT = "--teacher random --epochs 6 --warmup 1 --num-labels 300 --batch 50 --eval-every 3".split()
@@ -110,7 +117,7 @@ def test_two_ranks_train_to_the_weights_of_one(micro_batch, tmp_path):
     for part in ("net", "average"):
         assert_same(*(weights(out)[part] for out in places), exact=False)
     rows = [log_of(out)[-1] for out in places]
-    for key in ("class", "attention", "divergence", "gradient_norm"):
+    for key in ("class", "attention", "kl", "gradient_norm"):
         assert rows[0][key] == pytest.approx(rows[1][key], rel=1e-3)
     assert rows[0]["test_top1"] == pytest.approx(rows[1]["test_top1"], abs=0.11)  # of 2,000 images
     assert alone["test_top1"] == rows[0]["test_top1"] and text.count("test top-1") == 1
@@ -215,7 +222,7 @@ def test_a_full_disk_fails_the_run_and_keeps_the_last_checkpoint(tmp_path, faili
     def report(row, *_):
         if row["epoch"] == 2:
             before.append((tmp_path / "last.pt").read_bytes())
-            (tmp_path / "last.part").symlink_to("/dev/full")  # where every write fails
+            (tmp_path / "last.pt.part").symlink_to("/dev/full")  # where every write fails
 
     monkeypatch.setattr(train, "report", report)
     argv = "--teacher none --num-labels 300 --epochs 2 --warmup 0".split()
@@ -240,3 +247,189 @@ def test_a_run_is_not_spoiled_by_another(tmp_path, failing, uninterrupted):
     (tmp_path / "last.pt").write_bytes(kept[: len(kept) // 2])
     code, line = failing(attention_distill, argv)
     assert code == 2 and "damaged" in line
+
+
+# What a run is, and what it leaves ----------------------------------------------------------------
+
+
+QUICK = "--teacher none --epochs 2 --warmup 1".split()
+
+
+def test_another_run_is_not_gone_on_with(tmp_path, failing, uninterrupted, teacher, small):
+    """Of another method, classes, number of images or teacher: each is named."""
+    last, state = tmp_path / "last.pt", weights(uninterrupted)
+    last.write_bytes((uninterrupted / "last.pt").read_bytes())
+    code, line = failing(attention_copy, [*DIGITS, "--resume", "--out", tmp_path])
+    assert code == 2 and "method was distill, now copy" in line
+    for changes in ({"classes": list("abcdefghij")}, {"images": 99}, {"teacher_weights": "0123"}):
+        torch.save(state | {"run": state["run"] | changes}, last)
+        code, line = failing(attention_distill, [*DIGITS, "--resume", "--out", tmp_path])
+        assert code == 2 and f"{next(iter(changes))} was " in line and "--overwrite" in line
+    argv = [*small, "--out", tmp_path / "mine", "--teacher", tmp_path / "teacher.pt"]
+    (tmp_path / "teacher.pt").write_bytes(Path(teacher).read_bytes())
+    run_here(attention_copy, *argv, "--epochs", "1", "--warmup", "0")
+    found = torch.load(teacher, weights_only=True)
+    found["model"]["cls_token"] += 1
+    torch.save(found, tmp_path / "teacher.pt")
+    again = [*argv, "--epochs", "1", "--warmup", "0", "--resume"]
+    code, line = failing(attention_copy, again)
+    assert code == 2 and "teacher_weights was " in line
+
+
+def test_renamed_classes_are_another_run(photos, small, tmp_path, failing):
+    images = shutil.copytree(photos, tmp_path / "images")
+    argv = [*small, "--data-dir", images, "--teacher", "none", "--out", tmp_path / "run"]
+    run_here(finetune, *argv)
+    for part in ("train", "val"):
+        (images / part / "blue").rename(images / part / "azure")
+    code, line = failing(finetune, [*argv, "--resume"])
+    assert code == 2 and "classes was " in line
+
+
+def test_starting_over_leaves_nothing_of_the_run_before(tmp_path, monkeypatch):
+    run_here(finetune, *QUICK, "--out", tmp_path)
+    left = {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")}
+    assert left == {"config.json", "curves.png", "last.pt", "log.jsonl", "model.pt"}
+
+    def killed(*step, **bound):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(finetune, "loss", killed)
+    with pytest.raises(KeyboardInterrupt):  # before its first checkpoint
+        run_here(finetune, *QUICK, "--lr", "0.5", "--overwrite", "--out", tmp_path)
+    assert not {"last.pt", "model.pt", "log.jsonl"} & {path.name for path in tmp_path.iterdir()}
+
+
+def test_a_model_without_its_state_is_not_written_over(tmp_path, failing):
+    run_here(finetune, *QUICK, "--out", tmp_path)
+    (tmp_path / "last.pt").unlink()
+    for more in ([], ["--resume"]):
+        code, line = failing(finetune, [*QUICK, *more, "--out", tmp_path])
+        assert code == 2 and "no last.pt to go on from" in line
+    assert (tmp_path / "model.pt").exists()
+
+
+def test_a_moved_teacher_is_the_same_and_another_batch_is_not(tmp_path, teacher, small, failing):
+    shutil.copy(teacher, tmp_path / "moved.pt")
+    argv = [*small, "--layers", "2", "--batch", "0", "--out", tmp_path / "run"]
+    run_here(attention_copy, *argv, "--teacher", teacher)
+    run_here(attention_copy, *argv, "--teacher", tmp_path / "moved.pt", "--resume")
+    state = weights(tmp_path / "run")
+    assert state["run"]["images_per_step"] == 3  # --batch 0: an eighth of 24
+    torch.save(state | {"run": state["run"] | {"images_per_step": 2}}, tmp_path / "run" / "last.pt")
+    code, line = failing(attention_copy, [*argv, "--teacher", teacher, "--resume"])
+    assert code == 2 and "images_per_step was 2, now 3" in line
+
+
+def test_processes_that_go_on_from_different_steps_are_told(monkeypatch):
+    """As they would with --out on disks of their own."""
+    steps = iter([[4, 4], [4, 0]])
+    monkeypatch.setattr(train, "world", lambda: 2)
+    monkeypatch.setattr(train.dist, "is_initialized", lambda: True)
+    gather = lambda found, mine: found.__setitem__(slice(None), next(steps))  # noqa: E731
+    monkeypatch.setattr(train.dist, "all_gather_object", gather)
+    train.check_agreement(Settings(done=4))
+    with pytest.raises(Failed, match="different steps"):
+        train.check_agreement(Settings(done=4))
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path, failing):
+    """The second ends with one line; the first, when it is killed, leaves no lock behind."""
+    argv = [*DIGITS, "--out", tmp_path, "--save-every", 0]
+    run = start("attention_distill.py", *argv)
+    wait_for_step(run, tmp_path, 1)
+    for more in (["--overwrite"], ["--resume"]):
+        code, line = failing(attention_distill, [*argv, *more])
+        assert code == 2 and "another process is training in" in line
+    assert run.poll() is None
+    run.kill()
+    run.wait()
+    run_here(attention_distill, *argv, "--resume")
+
+
+def test_another_number_of_threads_is_said_at_a_resume(tmp_path, capsys):
+    argv = [*QUICK, "--out", tmp_path]
+    run_here(finetune, *argv)
+    state = weights(tmp_path)
+    assert state["threads"] == torch.get_num_threads()
+    run_here(finetune, *argv, "--resume")
+    assert "threads, now" not in capsys.readouterr().out
+    torch.save(state | {"threads": 64}, tmp_path / "last.pt")
+    run_here(finetune, *argv, "--resume")
+    assert "begun with 64 threads, now" in capsys.readouterr().out
+
+
+SIMULATED = """
+import sys, torch
+sys.path.insert(0, {root!r})
+import launch, {script}
+honest, sizes = {script}.loss, []
+def loss(net, images, *rest, **bound):
+    sizes.append(len(images))
+    limit = 20 if launch.rank() == 0 else 7
+    if len(images) > limit:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    return honest(net, images, *rest, **bound)
+{script}.loss = loss
+launch.run({script}.main, {script}.parse)
+print("sizes", sorted(set(sizes)))
+"""
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_micro_batch_is_found_by_itself(ranks, tmp_path):
+    """By halves of 50 (or of 25 on each of two ranks, of which one has less memory)."""
+    same = [*SHORT, "--epochs", "2"]
+    run_here(attention_distill, *same, "--out", tmp_path / "whole")
+    driver = tmp_path / "driver.py"
+    driver.write_text(SIMULATED.format(root=str(ROOT), script="attention_distill"))
+    launcher = (sys.executable,) if ranks == 1 else TORCHRUN
+    run = start(driver, *same, "--out", tmp_path / "pieces", launcher=launcher)
+    text, errors = run.communicate(timeout=120)
+    assert run.returncode == 0, errors
+    found = 13 if ranks == 1 else 7
+    assert f"{found} images at a time" in " ".join(text.split())
+    assert_same(weights(tmp_path / "whole")["net"], weights(tmp_path / "pieces")["net"], False)
+
+
+def test_a_run_says_what_it_is_and_where_everything_went(tmp_path, teacher, small, capsys):
+    argv = [*small, "--teacher", teacher, "--ema", "0.9", "--out", tmp_path]
+    run_here(attention_distill, *argv, "--layers", "2")
+    lines = capsys.readouterr().out.splitlines()
+    said, fingerprint = " ".join(" ".join(lines).split()), checkpoints.read(teacher).fingerprint
+    for words in (
+        f"distill -> {tmp_path}", "micro: 64 wide, 4 deep, 4 heads", "patches of 4 x 4",
+        "pretrain, 2 epochs", fingerprint, "24 to train on, 15 to validate and test on; 3 classes",
+        "--layers 2",
+        "warm-up 1 epochs", "float32",
+        "2 epochs of 3 batches of 8", "model.pt, log.jsonl, curves.png, last.pt", "test top-1",
+    ):  # fmt: skip
+        assert words in said, words
+    net = checkpoints.open_model(tmp_path / "model.pt").net
+    assert f"{sum(p.numel() for p in net.parameters()):,} parameters" in said
+    assert max(len(line) for line in lines if str(tmp_path) not in line) <= 80
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["run"]["teacher_weights"] == fingerprint
+    assert config["run"]["images"] == 30 and config["run"]["classes"] == ["blue", "green", "red"]
+    made = checkpoints.read(tmp_path / "model.pt")
+    assert made.method == "distill" and made.settings["layers"] == "2"
+
+
+def test_the_best_epoch_of_validation_is_named(capsys):
+    rows = [{"epoch": i + 1, "val_top1": v} for i, v in enumerate((50.0, 70.0, 60.0))]
+    progress.conclude([*rows[:1], {"epoch": 9}, *rows[1:]], Path("out"))
+    assert "70.0 % after epoch 2 (what is reported is the last, 60.0 %)" in capsys.readouterr().out
+    progress.conclude(rows[:2], Path("out"))
+    assert "best" not in capsys.readouterr().out
+
+
+def test_curves_show_each_term_and_the_validation():
+    rows = [{"epoch": i, "class": 1 / i, "divergence": 2 / i, "lr": 1} for i in (1, 2, 3)]
+    rows[2] |= {"val_top1": 50, "val_top1_ema": 55}
+    lines = [line for axis in pictures.curves(rows).axes for line in axis.lines]
+    assert {line.get_label(): list(line.get_ydata()) for line in lines} == {
+        "class": [1, 1 / 2, 1 / 3],
+        "divergence": [2, 1, 2 / 3],
+        "val top1": [50],
+        "val top1 ema": [55],
+    }

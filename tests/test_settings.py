@@ -1,16 +1,19 @@
 """Settings: defaults of a data set, bounds, and that each is read somewhere."""
 
+import re
 from typing import ClassVar
 
 import pytest
 
 import attention_copy
 import attention_distill
+import data
 import ensemble
 import finetune
 import pretrain
 import settings
 from experiments import analysis, reproduce
+from learner import learning_rate
 from settings import Settings
 from speed import benchmark, loader, loss_forms
 
@@ -79,10 +82,41 @@ def test_help_fits_a_terminal_and_shows_every_setting(script, capsys, monkeypatc
     assert lines[0].startswith("usage: ") and lines[1] == ""  # one line, not a wall of flags
     for name in script.SETTINGS:
         assert "--" + name.replace("_", "-") in text
+    if script in METHODS:
+        assert "[Defaults] are those of digits" in text and "--help --data" in text
+
+
+@pytest.mark.parametrize("script", METHODS)
+def test_help_shows_the_defaults_of_the_data_set_that_is_named(script, capsys):
+    for name, kind in data.KINDS.items():
+        with pytest.raises(SystemExit):
+            script.parse(["--data", name, "--help"])
+        text = " ".join(capsys.readouterr().out.split())
+        asked, recipe = script.parse(["--data", name]), settings.RECIPES[kind.recipe]
+        assert f"[Defaults] are those of {recipe}" in text
+        for key in ("lr", "epochs", "patch", "model"):
+            (shown,) = re.search(rf"--{key} X [^\[]*\[(.*?)\]", text).groups()
+            assert shown == str(getattr(asked, key))
+
+
+def test_help_offers_nothing_that_is_refused(capsys):
+    for script, offered in (
+        (finetune, "none"),
+        (attention_copy, "random"),
+        (attention_distill, "random"),
+    ):
+        with pytest.raises(SystemExit):
+            script.parse(["--help"])
+        text = capsys.readouterr().out.partition("--teacher X")[2].partition("--teacher-heads")[0]
+        assert offered in text and ({"none", "random"} - {offered}).pop() not in text
+
+
+def test_positional_words_may_stand_anywhere():
+    assert ensemble.parse(["a.pt", "--batch", "7", "b.pt"]).checkpoints == ["a.pt", "b.pt"]
 
 
 def test_defaults_are_those_of_the_data_set():
-    for name, recipe in (("digits", 0), ("cifar100", 1), ("imagenet", 2), ("folder", 2)):
+    for name, recipe in (("digits", 0), ("cifar100", 1), ("imagenet", 2), ("folder", 3)):
         found = attention_distill.parse(["--data", name, "--attention-weight", "9"])
         for key, row in attention_distill.SETTINGS.items():
             expected = {"data": name, "attention_weight": 9.0}.get(key, row.of(recipe))
@@ -105,6 +139,43 @@ def test_warm_up_follows_the_number_of_epochs_unless_given():
     assert finetune.parse(["--epochs=90", "--warmup=7"]).warmup == 7
 
 
+def test_a_folder_has_a_recipe_of_its_own():
+    for script in METHODS:
+        digits, cifar, folder = (
+            script.parse(["--data", d]) for d in ("digits", "cifar10", "folder")
+        )
+        assert (folder.model, folder.batch, folder.lr_batch) == ("mini", 0, 64)
+        assert folder.weight_decay == cifar.weight_decay  # CIFAR's where there is no other
+        assert digits.batch == digits.lr_batch and cifar.batch == cifar.lr_batch
+
+
+@pytest.mark.parametrize("argv, factor", [
+    ([], 1), (["--batch", "25"], 0.5), (["--batch", "100"], 2),
+    (["--batch", "25", "--lr", "0.004"], 1), (["--batch", "25", "--lr-batch", "100"], 0.25),
+])  # fmt: skip
+def test_the_rate_follows_the_batch_unless_it_is_given(argv, factor, tmp_path, capsys):
+    """The recipe's is for its batch (50): scaled linearly, from its peak to its end."""
+    argv = ["--teacher", "none", "--epochs", "2", "--warmup", "1", "--min-lr", "0.001", *argv]
+    row = finetune.main(finetune.parse([*argv, "--out", str(tmp_path)]))
+    asked, said = finetune.parse(argv), capsys.readouterr().out
+    batches = 100 // asked.batch
+    steps = 2 * batches, batches
+    last = learning_rate(steps[0] - 1, *steps, factor * asked.lr, factor * asked.min_lr)
+    assert row["lr"] == pytest.approx(last)
+    assert ("at batch" in said) == (factor != 1)
+    if factor != 1:
+        assert f"({asked.lr:g} at batch {asked.lr_batch})" in " ".join(said.split())
+
+
+def test_a_small_folder_is_cut_into_small_batches_and_it_is_said(photos, tmp_path, capsys):
+    argv = ["--data", "folder", "--data-dir", str(photos), "--image-size", "32"]
+    argv += ["--epochs", "1", "--warmup", "0", "--model", "micro", "--out", str(tmp_path)]
+    row = finetune.main(finetune.parse([*argv, "--teacher", "none"]))
+    said = " ".join(capsys.readouterr().out.split())  # 30 images: batches of 3
+    assert "10 batches of 3 (1/8 of the images, at most 64)" in said and "at batch 64)" in said
+    assert row["lr"] < finetune.parse(argv).lr * 3 / 64
+
+
 def test_settings_do_not_change():
     usual = finetune.parse([])
     with pytest.raises(AttributeError, match="frozen"):
@@ -116,5 +187,5 @@ def test_settings_do_not_change():
 def test_what_may_change_at_a_resumption_is_marked_in_its_row():
     assert {
         "data_dir", "workers", "out", "resume", "overwrite", "save_every", "device", "micro_batch",
-        "compile",
+        "compile", "memory", "teacher",
     } == settings.FREE  # fmt: skip

@@ -62,7 +62,7 @@ def test_operations_are_counted_as_pytorch_counts_them(method, monkeypatch):
 
 def test_a_run_leaves_a_record_that_its_command_replaces(tmp_path, capsys, monkeypatch):
     argv = [*TINY, "--method", "distill", "--variant", "plain,ours", "--batch", "4", "--steps", "4"]
-    argv += ["--results", str(tmp_path)]
+    argv += ["--record", "--results", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["benchmark", *argv])
     command, path = "python -m speed.benchmark " + " ".join(argv), tmp_path / "benchmark-cpu.json"
     path.write_text(json.dumps([{"command": command, "rows": "old"}, {"command": "another"}]))
@@ -79,6 +79,13 @@ def test_a_run_leaves_a_record_that_its_command_replaces(tmp_path, capsys, monke
     assert "x plain" in capsys.readouterr().out
 
 
+def test_nothing_is_written_unless_it_is_asked_for(tmp_path):
+    for argv, files in ((["--record"], 1), ([], 0)):
+        asked = loader.parse([*argv, "--results", str(tmp_path / str(files))])
+        found = measure.Records(asked, torch.device("cpu")).add("speed.loader", {"cores": 2})
+        assert found["cores"] == 2 and len(list(tmp_path.rglob("*.json"))) == 1
+
+
 def test_all_forms_of_the_loss_have_its_gradient():
     q, k, q_t, k_t = torch.randn(4, 2, 3, 20, 8, dtype=torch.float64).unbind()
     student = vit.Attended(q.requires_grad_(), k.requires_grad_())
@@ -92,10 +99,10 @@ def test_all_forms_of_the_loss_have_its_gradient():
 
 def test_what_cannot_be_measured_or_recorded_is_refused_before_it_begins(failing, tmp_path, photos):
     argv = ["--data-dir", photos, "--results", tmp_path, "--device", "cpu"]
-    code, line = failing(loader, argv)
+    code, line = failing(loader, [*argv, "--record"])
     assert code == 2 and "--batch 64 is more than the 30 training images" in line
     (tmp_path / "benchmark-cpu.json").write_text('{"a": 1}')
-    code, line = failing(benchmark, [*TINY, "--results", tmp_path])
+    code, line = failing(benchmark, [*TINY, "--record", "--results", tmp_path])
     assert code == 2 and "holds no records of speed" in line
 
 
@@ -103,7 +110,8 @@ def test_the_figures_of_the_readme_are_those_of_the_record_and_of_the_count():
     readme = (ROOT / "README.md").read_text()
     small, slow, *_ = json.loads((ROOT / "results" / "benchmark-cpu.json").read_text())
     full = benchmark.parse(["--model", "large"])
-    assert small["command"] == "python -m speed.benchmark --method all --model small --batch 8"
+    command = "python -m speed.benchmark --method all --model small --batch 8 --record"
+    assert small["command"] == command
     for method, rows in small["rows"].items():
         variants = ("plain", "plain-amp", "ours")
         speeds = " | ".join(f"{rows[variant]['images_per_s']:.1f}" for variant in variants)
@@ -118,7 +126,7 @@ def test_the_figures_of_the_readme_are_those_of_the_record_and_of_the_count():
     times = {
         name: f"{rows['ours']['times_plain']:.1f} times" for name, rows in slow["rows"].items()
     }
-    assert slow["command"].endswith("--amp off")
+    assert slow["command"].endswith("--amp off --record")
     assert f"{times['copy']} plain for copy and {times['distill']} for distillation" in readme
 
 

@@ -28,7 +28,7 @@ def text(tmp_path_factory):
         shutil.copytree(ROOT / folder, here / folder)
     notebook = nbformat.read(here / "tutorial.ipynb", as_version=4)
     cell = next(cell for cell in notebook.cells if '"--epochs", "200"' in cell.source)
-    cell.source = cell.source.replace('"--epochs", "200"', '"--epochs", "60"')
+    cell.source = cell.source.replace('"--epochs", "200"', '"--epochs", "20"')
     NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(here)}}).execute()
     return printed(notebook)
 

@@ -1,0 +1,94 @@
+"""Folders of images: which files there are, and of which class."""
+
+from launch import print0
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+
+class Listing(NamedTuple):
+    """The images below a folder, each with the number of its class."""
+
+    classes: list[str]  # the names of the subfolders; [""] for a flat folder, without labels
+    samples: list[tuple[str, int]]
+
+
+def folder_of(settings) -> Path:
+    return Path(settings.data_dir or f"data/{settings.data}")
+
+
+def find(root: Path, train: bool, advice: str) -> dict[str, Listing]:
+    """train/CLASS/* and val/CLASS/* (or valid, validation, test) below `root`: "train" and "test".
+
+    Without val/ there is no "test"; train/CLASS/* may then lie in root/CLASS/*, or, without labels,
+    in one flat folder. With train=False, "test" alone if it is there. FileNotFoundError if there
+    are no images, with `advice`.
+    """
+    if not root.is_dir():
+        raise FileNotFoundError(f"no folder {root}: {advice}")
+    parts = parts_of(root)
+    if "val" in parts and not train:
+        return {"test": listing(parts["val"])}
+    found = {"train": listing(parts.get("train") or root)}
+    if "val" in parts:
+        found["test"] = listing(parts["val"])
+        odd = sorted(set(found["train"].classes) ^ set(found["test"].classes))
+        if odd:
+            raise ValueError(
+                f"{root}/train and {root}/val have different classes: "
+                f"{', '.join(odd[:5])} in one of them only"
+            )
+    return found
+
+
+def parts_of(root: Path) -> dict[str, Path]:
+    """The folders that hold images to train on ("train") and to test on ("val"), if there are."""
+    known = {"train": ("train", "training"), "val": ("val", "valid", "validation", "test")}
+    there = {entry.name.lower(): root / entry.name for entry in visible(root) if entry.is_dir()}
+    found = {part: [there[n] for n in names if n in there] for part, names in known.items()}
+    return {part: folders[0] for part, folders in found.items() if folders}
+
+
+def listing(folder: Path) -> Listing:
+    """FileNotFoundError if the folder, or one of its classes, holds no image."""
+    classes, others = [entry.name for entry in visible(folder) if entry.is_dir()], []
+    paths = {name: images_below(folder / name, others) for name in classes or [""]}
+    if others:
+        print0(f"note: {len(others)} files are no images of a known kind, such as {others[0]}")
+    empty = [name for name, found in paths.items() if not found]
+    if empty == [""]:
+        raise FileNotFoundError(f"{folder} holds neither images nor folders of images")
+    if empty:
+        raise FileNotFoundError(
+            f"{folder} is no folder of classes with images in them: there are none in "
+            f"{', '.join(empty[:5])}"
+        )
+    samples = [(path, label) for label, name in enumerate(paths) for path in paths[name]]
+    return Listing(list(paths), samples)
+
+
+def images_below(folder: str | Path, others: list[str], above: tuple[str, ...] = ()) -> list[str]:
+    """Paths of images; `others` gets those of other files.
+
+    ValueError where a link leads back to a folder above it.
+    """
+    here, found = os.path.realpath(folder), []
+    if here in above:
+        raise ValueError(f"{folder} is a link to a folder that it lies in: remove it")
+    for entry in visible(folder):
+        if entry.is_dir():
+            found += images_below(entry.path, others, (*above, here))
+        elif not entry.name.lower().endswith(IMG_EXTENSIONS):
+            others.append(entry.path)
+        elif entry.is_file() or entry.is_symlink():  # a link to nothing will be named as such
+            found.append(entry.path)
+    return found
+
+
+def visible(folder: str | Path) -> list[os.DirEntry]:
+    """What lies in a folder and is not hidden (as .ipynb_checkpoints is), in order."""
+    with os.scandir(folder) as entries:
+        return sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)

@@ -1,0 +1,81 @@
+"""Pictures: the curves of a run, maps over images."""
+
+import math
+from pathlib import Path
+
+from einops import rearrange
+from torch import Tensor
+
+import storage
+from augment import Normalization, to_pixels
+
+NO_TERMS = {  # what stands in a log beside the terms of the loss
+    "epoch", "gradient_norm", "lr", "images_per_s", "seconds", "val_top1", "val_top1_ema",
+    "test_top1",
+}  # fmt: skip
+
+
+def figure(rows: int = 1, columns: int = 1, width: float = 5.0, height: float = 3.2, **how):
+    """A white figure, also in a dark notebook, and its axes."""
+    import matplotlib.pyplot as plt
+
+    size = (width, height)
+    return plt.subplots(rows, columns, figsize=size, facecolor="white", layout="constrained", **how)
+
+
+def save(fig, path: Path, dpi: int = 160) -> None:
+    import matplotlib.pyplot as plt
+
+    kind = path.suffix.removeprefix(".") or "png"
+    storage.write(path, lambda file: fig.savefig(file, dpi=dpi, format=kind))
+    plt.close(fig)
+
+
+def curves(rows: list[dict]):
+    """The log of a run: the terms of its loss, what else is watched, and validation accuracy."""
+    losses = [name for name in rows[0] if name not in NO_TERMS]
+    scores = [name for name in rows[-1] if name.startswith("val_")]
+    panels = {"loss": losses} | ({"validation top-1 (%)": scores} if scores else {})
+    fig, axes = figure(1, len(panels), width=4.5 * len(panels), squeeze=False)
+    for axis, (label, names) in zip(axes[0], panels.items(), strict=True):
+        for name in names:
+            known = [row for row in rows if name in row]
+            marker = "o" if len(known) == 1 else None  # one epoch is no line
+            epochs, values = [row["epoch"] for row in known], [row[name] for row in known]
+            axis.plot(epochs, values, label=name.replace("_", " "), marker=marker)
+        axis.set(xlabel="epoch", ylabel=label)
+        if label == "loss" and len(names) > 1:  # of different sizes
+            axis.set_yscale("log")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False, fontsize=8)
+    return fig
+
+
+def mean_look(p: Tensor, head: int = 0) -> Tensor:
+    """Where the patches of an image look, on average: (B, N), of one head (1 the first) or all."""
+    p = p[:, head - 1 : head] if head else p
+    return p[:, :, 1:].mean(dim=(1, 2))
+
+
+def overlays(images: Tensor, looks: dict[str, Tensor], normalization: Normalization):
+    """A row for each image, a column for each of `looks`: weights (B, 1 + n^2) drawn over it.
+
+    Bright is where a ViT looks; each map is scaled to its own maximum, without the class token.
+    """
+    pixels = rearrange(to_pixels(images, normalization), "b c h w -> b h w c").cpu()
+    whole = (0, pixels.shape[2], pixels.shape[1], 0)
+    fig, axes = figure(
+        len(images), 1 + len(looks), 1 + len(looks), len(images) + 0.4, squeeze=False
+    )
+    for i, line in enumerate(axes):
+        line[0].imshow(pixels[i].expand(-1, -1, 3), extent=whole)
+        for axis, weights in zip(line[1:], looks.values(), strict=True):
+            side = math.isqrt(weights.shape[1] - 1)
+            grid = weights[i, 1:].view(side, side).detach().cpu()
+            axis.imshow(pixels[i].mean(-1), cmap="gray", extent=whole, vmin=0, vmax=1)
+            axis.imshow(grid, cmap="magma", extent=whole, alpha=0.65, vmin=0)
+        for axis in line:
+            axis.set(xticks=[], yticks=[])
+    for axis, name in zip(axes[0], ("image", *looks), strict=True):
+        axis.set_title(name.replace(" ", "\n"), fontsize=8)
+    return fig

@@ -1,0 +1,174 @@
+"""The folder of a run: what the run is, what it leaves there, whether --resume may continue it.
+
+config.json   what the run is, and how it was asked for
+log.jsonl     a row per epoch: [json.loads(line) for line in open("log.jsonl")]
+curves.png    the same as a picture
+last.pt       the state to resume from
+model.pt      the weights to share (checkpoints.open_model)
+"""
+
+from launch import print0, rank
+
+import contextlib
+import hashlib
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+import storage
+from checkpoints import Checkpoint
+from data import Data
+from settings import FREE, Settings
+
+LEFT_BEHIND = ("last.pt", "model.pt", "log.jsonl", "curves.png", "config.json")
+
+
+def folder(settings: Settings, name: str) -> Path:
+    usual = Path("runs") / f"{name}-{settings.data}-{settings.model}-s{settings.seed}"
+    return Path(settings.out or usual)
+
+
+def identity(name: str, images: Data, teacher: Checkpoint | None, settings: Settings) -> dict:
+    """What a run is: with anything of it changed it would be another run."""
+    shaping = {k: v for k, v in vars(settings).items() if k not in FREE}
+    about = {"method": name, "classes": images.classes, "images": images.available}
+    about["images_fingerprint"] = images.fingerprint
+    return about | {"teacher_weights": teacher and teacher.fingerprint} | shaping
+
+
+def differences(before: dict, now: dict) -> list[str]:
+    def shown(value) -> str:
+        return str(value) if len(str(value)) < 40 else f"{str(value)[:36]} ..."
+
+    odd = [k for k in (*before, *now) if before.get(k) != now.get(k)]
+    return [f"{k} was {shown(before.get(k))}, now {shown(now.get(k))}" for k in dict.fromkeys(odd)]
+
+
+def what_is_in(out: Path) -> dict | None:
+    """What the run in a folder is, finished or not: {} if it is not said, None if there is none."""
+    try:
+        return dict(json.loads((out / "config.json").read_text())["run"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return {} if any((out / name).exists() for name in ("last.pt", "model.pt")) else None
+
+
+def check(settings: Settings, name: str) -> None:
+    """ValueError if --out cannot be made, or holds a run and nobody said what to do about it."""
+    out = folder(settings, name)
+    if settings.resume and settings.overwrite:
+        raise ValueError("--resume goes on, --overwrite starts over: choose one")
+    above = next(place for place in (out, *out.parents) if place.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ValueError(f"--out {out}: {above} is no folder to write to, so choose another --out")
+    if settings.overwrite or what_is_in(out) is None:
+        return
+    if not settings.resume and (out / "last.pt").exists():
+        raise ValueError(
+            f"{out} already holds a run: go on with --resume, start over with --overwrite, or "
+            "choose another --out"
+        )
+    if (out / "model.pt").exists() and not (out / "last.pt").exists():
+        raise ValueError(
+            f"{out} holds a model.pt and no last.pt to go on from: start over with --overwrite, or "
+            "choose another --out"
+        )
+
+
+@contextlib.contextmanager
+def locked(out: Path) -> Iterator[Path]:
+    """The folder, made if need be, for this process alone; others end with one line.
+
+    The lock goes with the process, however that ends.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    if rank():
+        yield out
+        return
+    with open(out / ".lock", "a") as file:
+        with contextlib.suppress(ImportError):  # Windows has no fcntl
+            import fcntl
+
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                raise ValueError(
+                    f"another process is training in {out}: wait for it, or choose another --out"
+                ) from None
+            except OSError:  # a disk without locks
+                pass
+        yield out
+
+
+def begin(out: Path, settings: Settings, run: dict) -> dict | None:
+    """The state to go on from, or None to start over: then what an earlier run left is gone.
+
+    ValueError rather than go on with another run, or with a damaged one.
+    """
+    last = out / "last.pt"
+    if not (settings.resume and last.exists()):
+        if rank() == 0:
+            for name in LEFT_BEHIND:
+                (out / name).unlink(missing_ok=True)
+        return None
+    try:
+        state = storage.read(last)
+        before = dict(state["run"])
+    except (ValueError, LookupError, TypeError) as error:  # it is damaged, or something else
+        raise ValueError(
+            f"cannot resume from {last}, which is damaged, or of something else "
+            f"({type(error).__name__}: {str(error)[:80]}): start over with --overwrite"
+        ) from error
+    if odd := differences(before, run):
+        more = f", and {len(odd) - 4} more" if len(odd) > 4 else ""
+        raise ValueError(
+            f"{out} holds another run ({'; '.join(odd[:4])}{more}): "
+            "choose another --out, or start over with --overwrite"
+        )
+    threads = torch.get_num_threads()
+    if state.get("device") == "cpu" and state.get("threads") != threads:
+        print0(
+            f"note: begun with {state.get('threads')} threads, now {threads}: sums are rounded "
+            "differently (OMP_NUM_THREADS sets them), so it will not be the same to the bit"
+        )
+    return state
+
+
+def describe(out: Path, run: dict, settings: Settings, device) -> None:
+    """Writes config.json."""
+    if rank() == 0:
+        about = {"torch": torch.__version__, "on": str(device), "commit": commit(), "run": run}
+        storage.write_text(out / "config.json", json.dumps(vars(settings) | about, indent=1))
+
+
+def write_rows(out: Path, rows: list[dict]) -> None:
+    if rank() == 0:
+        storage.write_text(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def append_row(out: Path, row: dict) -> None:
+    if rank() == 0:
+        with open(out / "log.jsonl", "a") as log:
+            log.write(json.dumps(row) + "\n")
+
+
+def digest(run: dict) -> str:
+    return hashlib.blake2b(json.dumps(run, sort_keys=True).encode(), digest_size=4).hexdigest()
+
+
+def commit() -> str:
+    """The commit of this repository, marked if the code has been changed since."""
+
+    def git(*words: str) -> str:
+        how = dict(capture_output=True, text=True, cwd=Path(__file__).parent)
+        return subprocess.run(["git", *words], **how).stdout.strip()
+
+    try:
+        head = git("rev-parse", "HEAD")
+        changed = git("status", "--porcelain", "--", "*.py", "digits.npz")
+    except OSError:  # no git here
+        return "unknown"
+    return (head or "unknown") + (" with changes" if changed else "")
