@@ -21,6 +21,12 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: [item.path.stem != name for name in LONGEST])
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path_factory, monkeypatch):
+    """Each test in a folder of its own: what a reader has trained in runs/ must not matter."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+
+
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory):
     """An image folder of three coloured, noisy classes: 30 images to train, 15 to validate."""
