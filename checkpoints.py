@@ -193,10 +193,9 @@ def check_facts(
     if classes is not None:
         named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
         named = named and len(set(classes)) == len(classes)
-        if not named or len(classes) not in (architecture["classes"] or len(classes),):
-            raise ValueError(
-                f"{source} has {architecture['classes']} outputs, but names other classes"
-            )
+        outputs = architecture["classes"]
+        if not named or (outputs and len(classes) != outputs):
+            raise ValueError(f"{source} has {outputs} outputs, but names other classes")
     if normalization is not None:
         mean, deviation = torch.tensor(normalization, dtype=torch.float32)
         scale = 1 / deviation

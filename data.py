@@ -131,7 +131,7 @@ def load(settings, device, train: bool = True) -> Data:
         parts = from_cifar(settings, size, device)
     else:
         parts = from_folders(settings, size, device, train)
-    if len(parts.classes) < 2 and hasattr(settings, "smoothing"):  # pre-training needs no labels
+    if len(parts.classes) < 2 and subsets.needs_labels(settings):
         raise ValueError(f"{folder} holds one class: put each in a folder of its own")
     source, val, test = parts.train, parts.val, parts.test
     if count := subsets.held_out(settings, parts, train):

@@ -144,7 +144,9 @@ def look(paths: list[str], settings: Settings) -> dict[str, dict[str, float]]:
         if arch["channels"] == 1:
             square = v2.functional.rgb_to_grayscale(square)
         x = data.Normalise(normalization, device)(square[None].to(device))
-        maps = [vit.attention_map(attended) for _, attended in model.run(x)]
+        maps = []
+        for tokens, attended in model.run(x):
+            maps.append(vit.attention_map(attended))
         some = sorted({round(i * (len(maps) - 1) / 3) for i in range(4)})
         looks = {f"layer {i + 1}": pictures.mean_look(maps[i]) for i in some}
         which = f"-{number}" if len(paths) > 1 else ""
@@ -152,7 +154,9 @@ def look(paths: list[str], settings: Settings) -> dict[str, dict[str, float]]:
         drawn.parent.mkdir(exist_ok=True)
         pictures.save(pictures.overlays(x, looks, normalization), drawn)
         print(f"{settings.image} by {path} ({about.method})")
-        seen[path] = likeliest(model(x)[0], about.classes) if arch["classes"] else {}
+        seen[path] = (
+            likeliest(model.net.classify(tokens)[0], about.classes) if arch["classes"] else {}
+        )
         for name, percent in seen[path].items():
             print(f"{percent:7.2f} %  {name}")
         print(f"where it looks, on average over heads and patches: {drawn}")

@@ -1,9 +1,4 @@
-"""Folders of image files: found, decoded by worker processes or held in memory, cropped.
-
-find(root)                  what is there: labelled by folders, or not
-readable(samples)           without the files that cannot be decoded
-Files(samples, ...)         a source of batches, as data.Tensors is one
-"""
+"""Image files: decoded by worker processes or held in memory, cropped, in batches."""
 
 from launch import counted, print0, rank, world
 
@@ -184,7 +179,7 @@ class Files(Dataset):
     @property
     def names(self) -> list[str]:
         """CLASS/FILE of each, wherever the folder is."""
-        return ["/".join(Path(path).parts[-2:]) for path, _ in self.samples]
+        return ["/".join(path.split(os.sep)[-2:]) for path, _ in self.samples]
 
     @property
     def fingerprint(self) -> str:

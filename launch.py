@@ -117,14 +117,27 @@ def print0(*words) -> None:
         print(*words, flush=True)
 
 
+class Every:
+    """True once in so many seconds."""
+
+    def __init__(self, seconds: float):
+        self.seconds, self.last = seconds, time.perf_counter()
+
+    def __call__(self) -> bool:
+        now = time.perf_counter()
+        due = now - self.last > self.seconds
+        if due:
+            self.last = now
+        return due
+
+
 def counted(things: Iterable, total: int, words: str) -> Iterator:
     """The things, counted on a terminal if they take more than a second."""
-    shown = time.perf_counter()
+    due = Every(1)
     try:
         for i, thing in enumerate(things, 1):
             yield thing
-            if time.perf_counter() - shown > 1:
-                shown = time.perf_counter()
+            if due():
                 rewrite(f"{i:,} of {total:,} {words}")
     finally:
         rewrite("")

@@ -1,6 +1,6 @@
 """How long a run has lasted, how fast it is, and what it says of that on the terminal."""
 
-from launch import device_name, on_terminal, print0, rewrite, world
+from launch import Every, device_name, on_terminal, print0, rewrite, world
 
 import contextlib
 import textwrap
@@ -17,7 +17,8 @@ class Clock:
     def __init__(self, step: int, steps: int, batch: int, seconds: float):
         self.first, self.steps, self.batch = step, steps, batch
         self.before, self.evaluation = seconds, 0.0  # `before` this process, which began at `first`
-        self.began = self.shown = self.saved = self.drawn = time.perf_counter()
+        self.began = self.saved = time.perf_counter()
+        self.a_second_passed, self.a_minute_passed = Every(1), Every(60)
         self.announced = False  # how long it will take
 
     def elapsed(self) -> float:
@@ -33,19 +34,6 @@ class Clock:
     def row(self, step: int) -> dict[str, float]:
         seconds = self.before + self.elapsed()
         return {"images_per_s": round(self.speed(step), 1), "seconds": round(seconds, 2)}
-
-    def a_second_passed(self) -> bool:
-        passed = time.perf_counter() - self.shown > 1
-        if passed:
-            self.shown = time.perf_counter()
-        return passed
-
-    def a_minute_passed(self) -> bool:
-        """Since pictures were drawn."""
-        passed = time.perf_counter() - self.drawn > 60
-        if passed:
-            self.drawn = time.perf_counter()
-        return passed
 
     def unsaved(self) -> float:
         return time.perf_counter() - self.saved
@@ -136,18 +124,18 @@ def plan(learner: Learner, train, rate: float) -> str:
     return f"{said}, warm-up {settings.warmup} epochs"
 
 
+def validation(row: dict) -> float:
+    """Accuracy on the validation images: of the average of the weights, if there is one."""
+    return row.get("val_top1_ema", row["val_top1"])
+
+
 def conclude(rows: list[dict], out: Path) -> None:
     """The best epoch of validation, if it is not the last, and where everything is."""
     validated = [row for row in rows if "val_top1" in row]
-    if validated:
-
-        def value(row: dict) -> float:
-            return row.get("val_top1_ema", row["val_top1"])
-
-        best = max(validated, key=value)
-        if value(best) > value(validated[-1]):
-            print0(
-                f"best validation: {value(best):.1f} % after epoch {best['epoch']} "
-                f"(what is reported is the last, {value(validated[-1]):.1f} %)"
-            )
+    best = max(validated, key=validation, default=None)
+    if best and validation(best) > validation(validated[-1]):
+        print0(
+            f"best validation: {validation(best):.1f} % after epoch {best['epoch']} "
+            f"(what is reported is the last, {validation(validated[-1]):.1f} %)"
+        )
     print0(f"{out}: model.pt, log.jsonl, curves.png, last.pt")

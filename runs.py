@@ -21,7 +21,7 @@ import torch
 
 import storage
 from checkpoints import Checkpoint
-from data import Data
+from data import Data, Tensors
 from settings import FREE, Settings
 
 LEFT_BEHIND = ("last.pt", "model.pt", "log.jsonl", "curves.png", "config.json")
@@ -37,6 +37,8 @@ def identity(name: str, images: Data, teacher: Checkpoint | None, settings: Sett
     shaping = {k: v for k, v in vars(settings).items() if k not in FREE}
     about = {"method": name, "classes": images.classes, "images": images.available}
     about["images_fingerprint"] = images.fingerprint
+    about["images_per_step"] = images.train.batch  # of --batch 0: it follows the processes
+    about["one_tensor"] = isinstance(images.train.source, Tensors)  # of files: it follows --memory
     return about | {"teacher_weights": teacher and teacher.fingerprint} | shaping
 
 

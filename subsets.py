@@ -11,6 +11,11 @@ from augment import number, seeded
 from image_folders import folder_of
 
 
+def needs_labels(settings) -> bool:
+    """Pre-training does not, and so it smooths none."""
+    return hasattr(settings, "smoothing")
+
+
 def held_out(settings, parts, train: bool) -> int:
     """How many training images (of a data.Parts) to validate on: --holdout, or a fifth if there is
     no val/."""
@@ -22,8 +27,7 @@ def held_out(settings, parts, train: bool) -> int:
             f"--holdout {count}: hold out fewer images than there are for training ({images}); "
             "digits come with a validation part of their own"
         )
-    labelled = hasattr(settings, "smoothing")
-    if train and labelled and not count and not parts.test:
+    if train and needs_labels(settings) and not count and not parts.test:
         raise ValueError(
             f"{folder_of(settings)} has no val/: --holdout some of its {images} images"
         )

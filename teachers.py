@@ -60,10 +60,8 @@ def check(settings: Settings) -> None:
             f"MAE published no '{settings.model}' teacher: choose --model base, large or "
             "huge, or pre-train one (pretrain.py) and name it with --teacher"
         )
-    named = (
-        settings.teacher not in ("auto", "mae", "none", "random") and "://" not in settings.teacher
-    )
-    if named and not Path(settings.teacher).is_file():
+    a_file = settings.teacher not in NAMED and "://" not in settings.teacher
+    if a_file and not Path(settings.teacher).is_file():
         raise FileNotFoundError(f"no checkpoint at {settings.teacher}")
 
 

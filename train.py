@@ -23,9 +23,9 @@ import checkpoints
 import pictures
 import runs
 import storage
-from data import Data, Eval, Tensors
+from data import Data, Eval
 from learner import Learner, autocast, learning_rate, scaled_rates
-from progress import Clock, conclude, introduce, progress_line, report
+from progress import Clock, conclude, introduce, progress_line, report, validation
 from settings import Settings
 
 
@@ -64,8 +64,6 @@ def train(task: Task, settings: Settings, out: Path) -> dict:
     steps, warmup = settings.epochs * per_epoch, settings.warmup * per_epoch
     peak, floor = scaled_rates(settings, images.batch)
     run = runs.identity(task.name, task.data, task.teacher, settings)
-    run["images_per_step"] = images.batch  # with --batch 0 it depends on the number of processes
-    run["one_tensor"] = isinstance(images.source, Tensors)  # with files, it depends on --memory
     state = runs.begin(out, settings, run)
     learner, rows, seconds = Learner(task.net, task.loss, settings, steps), [], 0.0
     task.net.train()
@@ -141,7 +139,7 @@ def finish(task: Task, learner: Learner, rows: list[dict], settings: Settings, o
     """Tests what was trained, and writes model.pt."""
     shared, result = learner.average or task.net, dict(rows[-1])
     if task.predict:
-        top1 = result["val_top1_ema" if learner.average else "val_top1"]
+        top1 = validation(result)
         if task.data.test is not task.data.val:
             top1 = accuracy(task.predict, shared, task.data.test, settings, learner.micro_batch)
         result["test_top1"] = top1
@@ -180,8 +178,9 @@ def accuracy(
     for batch, labels in images.in_order(min(256, 4 * micro_batch)):
         with mixed:
             logits = predict(net, batch)
-        correct, finite = logits.argmax(dim=-1) == labels, logits.isfinite().all(dim=-1)
-        counts += torch.stack([correct.sum(), torch.ones_like(correct).sum(), (~finite).sum()])
+        counts[0] += (logits.argmax(dim=-1) == labels).sum()
+        counts[1] += len(labels)
+        counts[2] += (~logits.isfinite().all(dim=-1)).sum()
     if dist.is_initialized():
         dist.all_reduce(counts)
     net.train(was_training)

@@ -27,6 +27,7 @@ import storage
 from experiments import analysis, figures
 from experiments.figures import cell
 from experiments.jobs import Job, Runner
+from progress import validation
 from settings import Setting, Settings, parse_settings, pick, to_argv
 
 SETTINGS = pick("data", "data_dir", "scraps", "workers", "holdout") | {
@@ -233,9 +234,7 @@ def attempt(
         names[row, words] = [f"{row}, {words} s{seed}" for seed in seeds]
     results, found = runner.run(jobs), {row: {} for row in choices}
     for (row, words), runs in names.items():
-        found[row][words] = summary(
-            [results[run].get("val_top1_ema", results[run]["val_top1"]) for run in runs]
-        )
+        found[row][words] = summary([validation(results[run]) for run in runs])
     return found
 
 
