@@ -107,7 +107,7 @@ class Runner:
         again = "--resume" if job.begun() else "--overwrite"
         command = [sys.executable, str(script), *job.argv, again]
         threads = str(max(1, (os.cpu_count() or 1) // self.workers))
-        environment = os.environ | {"OMP_NUM_THREADS": threads}
+        environment = {"OMP_NUM_THREADS": threads} | os.environ
         output = job.out / "output.txt"
         with open(output, "w") as file:
             process = subprocess.Popen(
