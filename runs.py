@@ -5,6 +5,7 @@ log.jsonl     a row per epoch: [json.loads(line) for line in open("log.jsonl")]
 curves.png    the same as a picture
 last.pt       the state to resume from
 model.pt      the weights to share (checkpoints.open_model)
+test.pt       predicted and true classes of the test images, in order
 """
 
 from launch import print0, rank
@@ -24,7 +25,7 @@ from checkpoints import Checkpoint
 from data import Data, Tensors
 from settings import FREE, Settings
 
-LEFT_BEHIND = ("last.pt", "model.pt", "log.jsonl", "curves.png", "config.json")
+LEFT_BEHIND = ("last.pt", "model.pt", "test.pt", "log.jsonl", "curves.png", "config.json")
 
 
 def folder(settings: Settings, name: str) -> Path:

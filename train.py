@@ -25,7 +25,7 @@ import runs
 import storage
 from data import Data, Eval
 from learner import Learner, autocast, learning_rate, scaled_rates
-from progress import Clock, conclude, introduce, progress_line, report, validation
+from progress import Clock, conclude, introduce, progress_line, report
 from settings import Settings
 
 
@@ -139,10 +139,11 @@ def finish(task: Task, learner: Learner, rows: list[dict], settings: Settings, o
     """Tests what was trained, and writes model.pt."""
     shared, result = learner.average or task.net, dict(rows[-1])
     if task.predict:
-        top1 = validation(result)
-        if task.data.test is not task.data.val:
-            top1 = accuracy(task.predict, shared, task.data.test, settings, learner.micro_batch)
-        result["test_top1"] = top1
+        how = settings, learner.micro_batch
+        predicted, labels = predictions(task.predict, shared, task.data.test, *how)
+        result["test_top1"] = top1(predicted, labels)
+        if rank() == 0:
+            storage.save({"predicted": predicted, "labels": labels}, out / "test.pt")
     runs.write_rows(out, [*rows[:-1], result])
     if rank() == 0:
         about = {"classes": task.data.classes, "normalization": task.data.normalization}
@@ -155,7 +156,7 @@ def finish(task: Task, learner: Learner, rows: list[dict], settings: Settings, o
         dist.barrier()
     conclude(rows, out)
     if task.predict:
-        print0(f"test top-1 {top1:.2f} %")
+        print0(f"test top-1 {result['test_top1']:.2f} %")
     return result
 
 
@@ -163,33 +164,44 @@ def finish(task: Task, learner: Learner, rows: list[dict], settings: Settings, o
 
 
 @torch.no_grad()
-def accuracy(
+def predictions(
     predict: Callable, net: nn.Module, images: Eval, settings: Settings, micro_batch: int = 64
-) -> float:
-    """Top-1 in per cent, exact over all ranks: each counts its own images, none twice.
+) -> tuple[Tensor, Tensor]:
+    """Predicted and true classes of all images, in order, on every process: two of (images,).
 
     `micro_batch`: how many fit in memory with their gradients; without, more do.
     """
     was_training = net.training
     net.eval()
-    where = next(net.parameters()).device
     mixed = autocast(settings.amp, net)
-    counts = torch.zeros(3, dtype=torch.long, device=where)  # correct, all, not finite
+    mine = [torch.zeros(2, 0, dtype=torch.long)]
     for batch, labels in images.in_order(min(256, 4 * micro_batch)):
         with mixed:
             logits = predict(net, batch)
-        counts[0] += (logits.argmax(dim=-1) == labels).sum()
-        counts[1] += len(labels)
-        counts[2] += (~logits.isfinite().all(dim=-1)).sum()
-    if dist.is_initialized():
-        dist.all_reduce(counts)
+        predicted = torch.where(logits.isfinite().all(dim=-1), logits.argmax(dim=-1), -1)
+        mine.append(torch.stack([predicted, labels]).cpu())
     net.train(was_training)
-    correct, count, ruined = counts.tolist()
-    if ruined:
+    shares = [torch.cat(mine, dim=1)]
+    if dist.is_initialized():
+        shares *= world()
+        dist.all_gather_object(shares, shares[0])
+    found = torch.zeros(2, len(images), dtype=torch.long)
+    for i, share in enumerate(shares):
+        found[:, i :: world()] = share
+    if (found < 0).any():
         raise Failed("logits are no longer finite: try a lower --lr or a longer --warmup")
-    if not count:
+    if not len(images):
         raise Failed("there is no image to evaluate on")
-    return 100 * correct / count
+    return found[0], found[1]
+
+
+def accuracy(predict: Callable, net: nn.Module, images: Eval, *how) -> float:
+    """Top-1 in per cent, exact over all ranks: none is counted twice. `how`: as of predictions."""
+    return top1(*predictions(predict, net, images, *how))
+
+
+def top1(predicted: Tensor, labels: Tensor) -> float:
+    return 100 * (predicted == labels).sum().item() / len(labels)
 
 
 def validation_due(epoch: int, settings: Settings) -> bool:
@@ -197,11 +209,11 @@ def validation_due(epoch: int, settings: Settings) -> bool:
 
 
 def validate(task: Task, learner: Learner, settings: Settings) -> dict[str, float]:
-    def top1(net: nn.Module) -> float:
+    def on_validation(net: nn.Module) -> float:
         return accuracy(task.predict, net, task.data.val, settings, learner.micro_batch)
 
-    row = {"val_top1": top1(task.net)}
-    return row | ({"val_top1_ema": top1(learner.average)} if learner.average else {})
+    row = {"val_top1": on_validation(task.net)}
+    return row | ({"val_top1_ema": on_validation(learner.average)} if learner.average else {})
 
 
 # What a run says and saves ------------------------------------------------------------------------

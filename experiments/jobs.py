@@ -1,24 +1,26 @@
 """Many runs of the scripts: several at a time, each after those it needs, and none twice."""
 
+import launch
 from launch import Failed
 
 import json
+import multiprocessing
 import os
-import signal
-import subprocess
 import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import attention_copy
 import attention_distill
 import finetune
 import pretrain
-import runs
+import storage
+from experiments import variants
 from progress import minutes
 from settings import FREE
 
@@ -27,8 +29,21 @@ SCRIPTS = {
     "finetune": finetune,
     "copy": attention_copy,
     "distill": attention_distill,
+    "variants": variants,
 }
 ROOT = Path(__file__).parent.parent
+# Imports take as long as a tenth of a run on the digits: they are done once.
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload([__name__])
+
+
+def work(script: str, argv: list[str], output: Path) -> None:
+    """In a process of its own: what the script does when it is called with these arguments."""
+    with open(output, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = [script, *argv]
+    launch.run(SCRIPTS[script].main, SCRIPTS[script].parse)
 
 
 @dataclass
@@ -47,6 +62,11 @@ class Job:
         except (OSError, IndexError):
             return None
 
+    def correct(self) -> np.ndarray:
+        """Of a finished run: whether it classified each test image rightly, (images,)."""
+        found = storage.read(self.out / "test.pt")
+        return (found["predicted"] == found["labels"]).numpy()
+
     def begun(self) -> bool:
         """Whether its folder holds a run, finished or not, with these very settings."""
         try:
@@ -55,6 +75,9 @@ class Job:
             return False
         asked = vars(SCRIPTS[self.script].parse(self.argv))
         return all(settings.get(k) == v for k, v in asked.items() if k not in FREE - {"teacher"})
+
+    def commit(self) -> str:
+        return json.loads((self.out / "config.json").read_text())["commit"]
 
 
 class Runner:
@@ -65,8 +88,11 @@ class Runner:
         self.workers = workers or (1 if on_gpu else os.cpu_count() or 1)
         self.deadline = time.time() + 60 * limit if limit else None
         self.score = score  # what to print of each result
-        self.running: set[subprocess.Popen] = set()
-        self.commit, self.runs, self.seconds = runs.commit(), 0, 0.0
+        self.running: set[multiprocessing.Process] = set()
+        threads = max(1, (os.cpu_count() or 1) // self.workers)
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # which the processes inherit
+        self.commits: set[str] = set()
+        self.runs, self.seconds = 0, 0.0
 
     def run(self, jobs: dict[str, Job]) -> dict[str, dict]:
         """The results of all jobs by name. Failed if one of them fails, or if time is up."""
@@ -83,7 +109,7 @@ class Runner:
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 for process in list(self.running):
-                    process.send_signal(signal.SIGTERM)  # it saves and leaves
+                    process.terminate()  # it saves and leaves
                 raise
 
     def one(self, name: str, job: Job, needed: list[Future]) -> dict:
@@ -96,6 +122,7 @@ class Runner:
             note = f"{minutes(result['seconds'])} of training"
         self.done, self.runs = self.done + 1, self.runs + 1
         self.seconds += result["seconds"]
+        self.commits.add(job.commit())
         score = f"{result[self.score]:6.2f} %" if self.score in result else " " * 8
         print(f"{self.done:>3}/{self.total}  {score}  {name:<40} {note}", flush=True)
         return result
@@ -103,37 +130,31 @@ class Runner:
     def process(self, name: str, job: Job) -> None:
         """Runs a job as a process, from where it was if it was begun. Failed if it fails."""
         job.out.mkdir(parents=True, exist_ok=True)
-        script = ROOT / f"{SCRIPTS[job.script].__name__}.py"
         again = "--resume" if job.begun() else "--overwrite"
-        command = [sys.executable, str(script), *job.argv, again]
-        threads = str(max(1, (os.cpu_count() or 1) // self.workers))
-        environment = {"OMP_NUM_THREADS": threads} | os.environ
         output = job.out / "output.txt"
-        with open(output, "w") as file:
-            process = subprocess.Popen(
-                command, stdout=file, stderr=subprocess.STDOUT, env=environment
-            )
+        process = FORKED.Process(target=work, args=(job.script, [*job.argv, again], output))
+        process.start()
         self.running.add(process)
-        try:
-            process.wait(max(0.1, self.deadline - time.time()) if self.deadline else None)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGTERM)
-            process.wait()
-            raise Failed("time is up; the same command goes on where it was") from None
-        finally:
-            self.running.discard(process)
-        if process.returncode:
+        process.join(max(0.1, self.deadline - time.time()) if self.deadline else None)
+        late = process.is_alive()
+        if late:
+            process.terminate()
+            process.join()
+        self.running.discard(process)
+        if late:
+            raise Failed("time is up; the same command goes on where it was")
+        if process.exitcode:
             last = output.read_text().strip().splitlines()[-1:]
             raise Failed(f"{name} failed: {' '.join(last)} (see {output})")
 
-    def record(self, **found) -> dict:
+    def record(self, name: str, found: dict) -> dict:
         """What every results file says of how it came about, and what was found."""
         device = f"CPU, {os.cpu_count()} cores"
         if torch.cuda.is_available():
             device = torch.cuda.get_device_name()
         about = {
-            "command": " ".join(["python", "-m", "experiments.reproduce", *sys.argv[1:]]),
-            "commit": self.commit,
+            "command": f"python -m experiments.reproduce {name} --seeds {len(found['seeds'])}",
+            "commits": sorted(self.commits),  # that the runs were made at
             "device": device,
             "torch": torch.__version__,
             "runs": self.runs,

@@ -1,271 +1,245 @@
-"""Every row of the results table, with one command.
+"""The study: every table, each with one command.
 
-    python -m experiments.reproduce                     the digits' table
-    python -m experiments.reproduce --tune --seeds 2    how recipes were chosen
-    python -m experiments.reproduce --data cifar10 --data-dir cifar10
+    python -m experiments.reproduce TABLE [TABLE ...] [--seeds 10]
 
-Writes results/DATA.json and .png, or results/DATA-tuning.json. Every row has
-the same labels, epochs, batch and augmentation; only the rate (and what a
-method has of its own) is its own, chosen on the validation images, with seeds
-that the table does not use. Killed at any moment, the same command goes on
-where it was.
+Writes results/TABLE.json. Killed at any moment, the same command goes on where
+it was; runs that several tables share are made once. What was expected of each
+before it was run, and what was found: experiments/LOG.md. The tables:
 """
 
 import launch
 
 import json
 import signal
-import statistics
 import sys
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
-import ensemble
-import finetune
-import pictures
+import numpy as np
+
 import storage
-from experiments import analysis, figures
-from experiments.figures import cell
-from experiments.jobs import Job, Runner
-from progress import validation
-from settings import Setting, Settings, parse_settings, pick, to_argv
+from experiments import rows, tune
+from experiments.estimates import estimates
+from experiments.jobs import ROOT, Runner
+from experiments.nearest import nearest
+from experiments.rows import MAIN, Flags, Runs, Study
+from settings import Setting, Settings, parse_settings
 
-SETTINGS = pick("data", "data_dir", "scraps", "workers", "holdout") | {
-    "seeds": Setting(3, "runs of each row, with seeds 0, 1, ...", low=1),
-    "tune": Setting(False, "try rates on the validation images instead"),
+DIGITS = Study(
+    base={"data": "digits", "num_labels": 100, "epochs": 450},
+    teacher={},
+    images=("data", "scraps"),
+    own_teachers=True,
+    seeds=(100, 101),
+    rates=(2e-3, 4e-3, 8e-3),
+    decays=(0.05, 0.2, 0.5, 1.5),
+)
+
+
+class Table(NamedTuple):
+    """Rows at points of a study."""
+
+    about: str
+    study: Study
+    rows: tuple[str, ...]
+    points: dict[str, Flags]
+    tunes: bool = False  # finds settings on validation images, instead of testing
+    tuned_at: str = ""  # the point whose settings all points take (empty: each its own)
+    against: dict[str, str] = {}  # what a row is compared with, where not with from scratch
+
+
+SCRAPS = 2  # TODO
+CLUTTER = {f"{n} scraps": {"scraps": n} for n in (0, 1, 2)}
+BASE = f"{SCRAPS} scraps"
+AT_BASE = {BASE: CLUTTER[BASE]}
+STEPS = {50: 900, 100: 450, 300: 150, 997: 47}  # labels: epochs of about 900 steps
+LABELS = {
+    f"{labels} labels": CLUTTER[BASE] | {"num_labels": labels, "epochs": epochs}
+    for labels, epochs in STEPS.items()
+}
+LENGTHS = {f"{epochs} epochs": CLUTTER[BASE] | {"epochs": epochs} for epochs in (150, 450, 1350)}
+ENDS = ("from scratch", "fine-tuning")  # between which recovery is measured
+TRANSFER = ("attention copy", "attention distillation")
+at_base = partial(Table, study=DIGITS, points=AT_BASE)
+TABLES = {
+    "digits-tuning": Table(
+        "settings of the main rows for 0, 1 and 2 scraps", DIGITS, tuple(MAIN), CLUTTER, tunes=True
+    ),
+    "digits-clutter": Table("the main rows for 0, 1 and 2 scraps", DIGITS, tuple(MAIN), CLUTTER),
+    "digits-labels": Table(
+        "the main rows for 50 to 997 labels, at equal steps", DIGITS, tuple(MAIN), LABELS,
+        tuned_at=BASE,
+    ),
+    "digits-length": Table(
+        "the main rows for 150, 450 and 1,350 epochs", DIGITS, tuple(MAIN), LENGTHS, tuned_at=BASE
+    ),
+    "digits-tuning-others": at_base(
+        "settings of baselines and controls", rows=tuple(rows.OTHERS), tunes=True
+    ),
+    "digits": at_base(
+        "main rows, baselines and controls", rows=(*MAIN, *rows.OTHERS, rows.NEAREST)
+    ),
+    "digits-maps": at_base(
+        "other maps, copied and distilled: uniform to fine-tuned", rows=(*MAIN, *rows.LADDER)
+    ),
+    "digits-parts": at_base("q, k, v or several copied", rows=(*MAIN, *rows.PARTS)),
+    "digits-layers": at_base("which layers are copied or distilled", rows=(*MAIN, *rows.LAYERS)),
+    "digits-explained": at_base(
+        "distillation detached; without labels, then a probe",
+        rows=(*MAIN, "linear probe of the teacher", *rows.EXPLAINED),
+        against={"distillation, detached": "attention distillation",
+                 "linear probe of that": "linear probe of the teacher"},
+    ),
+}  # fmt: skip
+SETTINGS = {
+    "seeds": Setting(10, "runs of each row, with seeds 0, 1, ...", low=1),
     "jobs": Setting(0, "runs at a time (0: one per CPU core, or one on a GPU)"),
     "minutes": Setting(0.0, "stop after so long; the same command goes on (0: no limit)"),
+    "data_dir": Setting("", "where the images of cifar10 are"),
     "runs": Setting("runs/reproduce", "where the runs go"),
-    "results": Setting("results", "where the table goes"),
+    "results": Setting("results", "where the records go, and where settings found by tuning are"),
     "extra": Setting("", "more arguments for every training, such as '--device cpu'"),
 }
-parse = partial(parse_settings, __doc__, SETTINGS)
-
-ROWS = {  # row: script, its teacher
-    "from scratch": ("finetune", "none"),
-    "attention copy": ("copy", "pre-trained"),
-    "attention distillation": ("distill", "pre-trained"),
-    "fine-tuning": ("finetune", "pre-trained"),
-    "copy, random teacher": ("copy", "random"),
-    "distillation, random teacher": ("distill", "random"),
-    "copy, fine-tuned teacher": ("copy", "fine-tuning"),
-    "fine-tuning again": ("finetune", "pre-trained"),  # in another order, for the ensemble
-}
-MAIN = list(ROWS)[:4]
-ENSEMBLES = {
-    "ensemble: fine-tuning + distillation": ("fine-tuning", "attention distillation"),
-    "ensemble: fine-tuning twice": ("fine-tuning", "fine-tuning again"),
-}
-CHOSEN = {  # what --tune chose for rows whose recipe does not stand in their script
-    "digits": {
-        "copy, random teacher": ["--lr", "0.004", "--layers", "2"],
-        "distillation, random teacher": ["--lr", "0.004", "--layers", "2"],
-    },
-}
-LENGTHS = {"digits": (150, 900)}  # epochs at which the main rows are trained as well
-RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
-TUNING = {  # what --tune tries for each row: the rates, then, at the best, something of its own
-    "from scratch": ("weight-decay", (0.05, 0.2, 0.5)),
-    "attention copy": ("layers", ("all", "3", "2")),
-    "attention distillation": ("layers", ("3", "all", "2")),
-    "fine-tuning": ("layer-decay", (1.0, 0.75, 0.5)),
-    "copy, random teacher": ("layers", ("all", "3", "2")),
-    "distillation, random teacher": ("layers", ("3", "all", "2")),
-}
 
 
-def jobs_of_seed(
-    seed: int, settings: Settings, rows=tuple(ROWS), epochs: int = 0, more=(), label: str = ""
-) -> dict[str, Job]:
-    """The jobs of some rows for one seed, with the teachers they need, by name."""
-    # The digits' teachers take a minute: each seed has its own. CIFAR's takes longer.
-    taught = seed if settings.data == "digits" else 0
-    common = [*images_of(settings), "--holdout", str(settings.holdout), *settings.extra.split()]
-    root = Path(settings.runs) / settings.data
-    teacher = f"teacher s{taught}"
-    argv = [*common, "--seed", str(taught), "--out", str(root / teacher)]
-    jobs = {teacher: Job("pretrain", argv, root / teacher)}
-    for row in rows:
-        script, source = ROWS[row]
-        after = {"pre-trained": teacher, "fine-tuning": f"fine-tuning s{seed}"}.get(source)
-        name = f"{row}{label} s{seed}"
-        own = {"out": root / name, "teacher": root / after / "model.pt" if after else source}
-        argv = [
-            *common,
-            *to_argv(own | {"seed": seed}),
-            *CHOSEN.get(settings.data, {}).get(row, []),
-            *more,
-        ]
-        if row == "fine-tuning again":
-            argv += ["--seed", str(seed + 1000), "--subset-seed", str(seed)]
-        if epochs:
-            argv += ["--epochs", str(epochs)]
-        jobs[name] = Job(script, argv, root / name, (after,) if after else ())
-    return jobs
-
-
-def images_of(settings: Settings) -> list[str]:
-    """The arguments that say which images, for any script."""
-    names = ("data", "data_dir", "scraps", "workers")
-    return to_argv({name: getattr(settings, name) for name in names})
-
-
-def summary(values: list[float]) -> dict:
-    deviation = statistics.stdev(values) if len(values) > 1 else None
-    return {"mean": statistics.mean(values), "std": deviation, "values": values}
-
-
-# The table --------------------------------------------------------------------------------------
-
-
-def table(settings: Settings, runner: Runner) -> dict:
-    seeds, lengths = range(settings.seeds), LENGTHS.get(settings.data, ())
-    jobs = {}
-    for seed in seeds:
-        jobs |= jobs_of_seed(seed, settings)
-        for epochs in lengths:
-            jobs |= jobs_of_seed(seed, settings, MAIN, epochs, label=f", {epochs} epochs")
-    results = runner.run(jobs)
-
-    def of_row(row: str, what: str = "test_top1") -> dict:
-        return summary([results[f"{row} s{seed}"][what] for seed in seeds])
-
-    rows = {row: of_row(row) | {"seconds": of_row(row, "seconds")["mean"]} for row in ROWS}
-    for row, members in ENSEMBLES.items():
-        teams = [[jobs[f"{member} s{seed}"] for member in members] for seed in seeds]
-        rows[row] = summary([together(team, settings) for team in teams])
-    del rows["fine-tuning again"]
-    usual = finetune.parse(["--data", settings.data, *settings.extra.split()]).epochs
-    by_length = {
-        epochs: {row: of_row(f"{row}, {epochs} epochs") for row in MAIN} for epochs in lengths
-    }
-    by_length[usual] = {row: rows[row] for row in MAIN}
-    teachers = [r["seconds"] for name, r in results.items() if name.startswith("teacher")]
-    return runner.record(
-        data=settings.data,
-        seeds=list(seeds),
-        measure="test top-1, %",
-        rows=rows,
-        teacher_seconds=statistics.mean(teachers),
-        likeness_to_teacher={row: like_teacher(row, settings, jobs) for row in MAIN},
-        lengths=dict(sorted(by_length.items())) if lengths else {},
+def cost(name: str) -> str:
+    """What a table took when it was recorded."""
+    try:
+        record = json.loads((ROOT / "results" / f"{name}.json").read_text())
+    except OSError:
+        return "not recorded yet"
+    seeds = f"{len(record['seeds'])} seeds, " if "seeds" in record else ""
+    return (
+        f"{seeds}{record['runs']} runs, {record['training_minutes']:.0f} min on {record['device']}"
     )
 
 
-def together(team: list[Job], settings: Settings) -> float:
-    """Test top-1 of the averaged probabilities of some runs."""
-    paths = [str(job.out / "model.pt") for job in team]
-    return ensemble.evaluate(paths, ensemble.parse([*paths, *images_of(settings)]))["ensemble_top1"]
+LIST = "".join(
+    f"\n  {name:<21} {table.about}\n{' ' * 25}{cost(name)}" for name, table in TABLES.items()
+)
+parse = partial(
+    parse_settings, __doc__ + LIST, SETTINGS, positional=("tables", "one table or several")
+)
 
 
-def like_teacher(row: str, settings: Settings, jobs: dict[str, Job]) -> dict[str, list[dict]]:
-    """Layer by layer, against the teacher: divergence of the maps (nats), CKA of the features."""
-    found = []
-    for seed in range(settings.seeds):
-        job = jobs[f"{row} s{seed}"]
-        teacher = job.after[0] if job.after else jobs[f"fine-tuning s{seed}"].after[0]
-        pair = [str(jobs[teacher].out / "model.pt"), str(job.out / "model.pt")]
-        asked = analysis.parse([*pair, *images_of(settings), "--images", "500"])
-        a, b, images = analysis.open_pair(asked)
-        patch = a.net.architecture["patch"]
-        found.append(analysis.compare(a, b, analysis.first_images(images, asked), patch))
-    layers = range(len(found[0]["layers"]))
-    return {
-        "divergence": [summary([one["layers"][i]["divergence"] for one in found]) for i in layers],
-        "cka": [summary([one["cka"][i][i] for one in found]) for i in layers],
-    }
+# A table ------------------------------------------------------------------------------------------
 
 
-def show(result: dict) -> None:
-    print(
-        f"\n{result['measure']}, {result['data']}, "
-        f"mean ± deviation over {len(result['seeds'])} seed(s)"
-    )
-    for row, found in result["rows"].items():
-        print(f"  {row:<38} {cell(found):>12}")
-    for epochs, rows in result["lengths"].items():
-        print(
-            f"  {epochs} epochs: "
-            + ", ".join(f"{row} {cell(found)}" for row, found in rows.items())
-        )
-
-
-# Tuning -----------------------------------------------------------------------------------------
-
-
-def tune(settings: Settings, runner: Runner) -> dict:
-    """Validation accuracy of each row for each rate, then for each setting of its own."""
-    if settings.data != "digits" and not settings.holdout:
-        raise ValueError(
-            "--tune chooses on validation images: "
-            "hold some out of the training images with --holdout 5000"
-        )
-    seeds = range(100, 100 + settings.seeds)
-    rates = {
-        row: [{"lr": rate, name: values[0]} for rate in RATES]
-        for row, (name, values) in TUNING.items()
-    }
-    tried = attempt(rates, settings, runner, seeds)
-    own = {}
-    for row, (name, values) in TUNING.items():
-        rate = best(tried[row]).split()[1]
-        own[row] = [{"lr": rate, name: value} for value in values[1:]]
-    for row, found in attempt(own, settings, runner, seeds).items():
-        tried[row] |= found
-    return runner.record(
-        data=settings.data,
-        seeds=list(seeds),
-        measure="validation top-1, %",
-        tried=tried,
-        chosen={row: best(found) for row, found in tried.items()},
-    )
-
-
-def attempt(
-    choices: dict[str, list[dict]], settings: Settings, runner: Runner, seeds: range
-) -> dict[str, dict]:
-    """Validation accuracy of each row for each of its choices, all seeds."""
+def test(name: str, settings: Settings, runner: Runner) -> dict:
+    """Trains and tests the rows of a table at all its points."""
+    table, seeds = TABLES[name], range(settings.seeds)
+    runs, tuned = runs_of(table.study, settings), tuning(table.study, settings)
     jobs, names = {}, {}
-    for row, flags in ((row, flags) for row, options in choices.items() for flags in options):
-        words = " ".join(f"{k} {v}" for k, v in flags.items())
-        more = to_argv(flags)
-        for seed in seeds:
-            jobs |= jobs_of_seed(seed, settings, [row], more=more, label=f", {words}")
-        names[row, words] = [f"{row}, {words} s{seed}" for seed in seeds]
-    results, found = runner.run(jobs), {row: {} for row in choices}
-    for (row, words), runs in names.items():
-        found[row][words] = summary([validation(results[run]) for run in runs])
+    for point, flags in table.points.items():
+        own = settled(tuned, table.tuned_at or point, table.rows)
+        for row in table.rows:
+            if row == rows.NEAREST:
+                continue
+            made = [runs.jobs(row, seed, flags, own) for seed in seeds]
+            names[point, row] = [list(some)[-1] for some in made]
+            jobs |= {name: job for some in made for name, job in some.items()}
+    runner.run(jobs)
+    points = {}
+    for point, flags in table.points.items():
+        correct = {}
+        for row in table.rows:
+            if row == rows.NEAREST:
+                asked = table.study.base | flags
+                correct[row] = np.stack([nearest(asked, seed) for seed in seeds])
+            else:
+                correct[row] = np.stack([jobs[job].correct() for job in names[point, row]])
+        images = correct[table.rows[0]].shape[1]
+        points[point] = estimates(correct, samples(table.study, images), table.against)
+    return {"seeds": list(seeds), "measure": "test top-1, %, with 95 % intervals", "points": points}
+
+
+def samples(study: Study, images: int) -> np.ndarray:
+    """Of each test image the sample that it belongs to: a digit lies in four places."""
+    return np.arange(images) % (500 if study.base["data"] == "digits" else images)
+
+
+def runs_of(study: Study, settings: Settings) -> Runs:
+    extra = settings.extra.split()
+    if study.base["data"] != "digits" and settings.data_dir:
+        extra += ["--data-dir", settings.data_dir]
+    return Runs(study, Path(settings.runs) / study.base["data"], extra)
+
+
+# Tuning -------------------------------------------------------------------------------------------
+
+
+def tuning(study: Study, settings: Settings) -> tune.Tuned:
+    """What all tunings of a study found so far: point: row: what was chosen."""
+    found = {}
+    for name, table in TABLES.items():
+        path = Path(settings.results) / f"{name}.json"
+        if table.tunes and table.study is study and path.exists():
+            for point, of_rows in json.loads(path.read_text())["points"].items():
+                found[point] = found.get(point, {}) | of_rows
     return found
 
 
-def best(tried: dict[str, dict]) -> str:
-    return max(tried, key=lambda words: tried[words]["mean"])
+def settled(tuned: tune.Tuned, point: str, asked: tuple[str, ...]) -> dict[str, Flags]:
+    """The settings of rows at a point. ValueError if they were not tuned yet."""
+    found = tune.chosen(tuned.get(point, {}))
+    sources = {row: rows.ROWS[row] for row in asked if row in rows.ROWS}
+    for row, made in sources.items():
+        if (made.tuned_as or row) not in found:
+            needed = next(
+                name
+                for name, table in TABLES.items()
+                if table.tunes and point in table.points and (made.tuned_as or row) in table.rows
+            )
+            raise ValueError(f"'{row}' has no settings yet at {point}: first reproduce {needed}")
+    return found
 
 
-def show_tuning(result: dict) -> None:
-    for row, tried in result["tried"].items():
-        print(f"\n{row}: chosen {result['chosen'][row]}")
-        for words, found in tried.items():
-            print(f"  {words:<32} {cell(found):>12}")
-
-
-def main(settings: Settings) -> dict:
+def main(settings: Settings) -> None:
     launch.one_process()
-    runner = Runner(settings.jobs, settings.minutes, "val_top1" if settings.tune else "test_top1")
-    results = Path(settings.results)
+    for name in settings.tables:
+        if name not in TABLES:
+            raise ValueError(f"no table '{name}': choose of {', '.join(TABLES)}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which stops the runs as well
+    results = Path(settings.results)
     results.mkdir(parents=True, exist_ok=True)
-    if settings.tune:
-        result, name = tune(settings, runner), f"{settings.data}-tuning"
-        show_tuning(result)
-    else:
-        result, name = table(settings, runner), settings.data
-        show(result)
-        pictures.save(figures.table(result), results / f"{name}.png")
-    path = results / f"{name}.json"
-    storage.write_text(path, json.dumps(result, indent=1) + "\n")
-    print(f"\nwrote {path}")
-    return result
+    for name in settings.tables:
+        table = TABLES[name]
+        runner = Runner(settings.jobs, settings.minutes, "val_top1" if table.tunes else "test_top1")
+        if table.tunes:
+            study = table.study
+            known = tuning(study, settings)
+            points = tune.tune(runs_of(study, settings), runner, table.rows, table.points, known)
+            found = {"seeds": list(study.seeds), "measure": "validation top-1, %", "points": points}
+        else:
+            found = test(name, settings, runner)
+        path = results / f"{name}.json"
+        storage.write_text(path, json.dumps(runner.record(name, found), indent=1) + "\n")
+        show(name, found)
+        print(f"\nwrote {path}")
+
+
+def show(name: str, found: dict) -> None:
+    for point, of_rows in found["points"].items():
+        print(f"\n{name}, {point}: {found['measure']}, {len(found['seeds'])} seeds")
+        for row, cells in of_rows.items():
+            print(f"  {row:<32} {cells['chosen'] if 'chosen' in cells else summary(cells)}")
+
+
+def summary(cells: dict) -> str:
+    def shown(cell: dict | None, form: str) -> str:
+        if not cell:
+            return ""
+        between = cell["interval"]
+        middle = format(cell["mean"], form)
+        return middle + (f" [{between[0]:{form}}, {between[1]:{form}}]" if between else "")
+
+    parts = (
+        ("", cells, ".1f"),
+        ("", cells.get("difference"), "+.1f"),
+        ("r ", cells.get("recovery"), ".2f"),
+    )
+    return "  ".join(label + shown(cell, form) for label, cell, form in parts if cell)
 
 
 if __name__ == "__main__":

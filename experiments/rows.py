@@ -1,8 +1,5 @@
-"""The rows of the study: which script each runs, with which teacher, and what is tuned of it."""
+"""The rows of the study, and their runs: which script, which teacher, what is tuned of it."""
 
-import launch
-
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,67 +12,127 @@ Flags = dict[str, Any]  # settings by name
 class Row(NamedTuple):
     script: str  # of jobs.SCRIPTS
     teacher: str  # none, random, pre-trained, or the row whose net it is
-    own: tuple[str, tuple]  # the one setting of its own that is tuned: the usual value first
+    own: tuple[str, tuple] = (
+        "",
+        (),
+    )  # the one setting of its own that is tuned: the usual value first
     flags: Flags = {}  # what makes it this row
+    tuned_as: str = ""  # the row whose tuned settings it takes, if it is not tuned itself
 
 
-LAYERS = ("layers", ("all", "3", "2"))
+DROPS, DECAYS = ("drop_path", (0.0, 0.1, 0.2)), ("layer_decay", (0.75, 1.0, 0.5))
+COPIED, DISTILLED = ("layers", ("all", "3", "2")), ("layers", ("3", "all", "2"))
+RATES = ("lr", (4e-3, 1.6e-2, 3.2e-2))  # of a head alone
+WEIGHTS = ("attention_weight", (3.0, 1.0, 10.0))
 MAIN = {
-    "from scratch": Row("finetune", "none", ("drop_path", (0.0, 0.1, 0.2))),
-    "attention copy": Row("copy", "pre-trained", LAYERS),
-    "attention distillation": Row("distill", "pre-trained", ("layers", ("3", "all", "2"))),
-    "fine-tuning": Row("finetune", "pre-trained", ("layer_decay", (0.75, 1.0, 0.5))),
+    "from scratch": Row("finetune", "none", DROPS),
+    "attention copy": Row("copy", "pre-trained", COPIED),
+    "attention distillation": Row("distill", "pre-trained", DISTILLED),
+    "fine-tuning": Row("finetune", "pre-trained", DECAYS),
 }
-ROWS = MAIN
+OTHERS = {  # baselines and controls, tuned like the rows above
+    "linear probe of the teacher": Row("variants", "pre-trained", RATES, {"how": "probe"}),
+    "feature distillation": Row("variants", "pre-trained", WEIGHTS, {"how": "features"}),
+    "logit distillation": Row("variants", "fine-tuning", WEIGHTS, {"how": "logits"}),
+    "copy, random teacher": Row("copy", "random", COPIED),
+    "distillation, random teacher": Row("distill", "random", DISTILLED),
+    "copy, fine-tuned teacher": Row("copy", "fine-tuning", COPIED),
+    "teacher's maps and weights": Row("variants", "pre-trained", DECAYS, {"start": "teacher"}),
+}
+
+
+def copied(**flags) -> Row:
+    return Row("variants", "pre-trained", flags=flags, tuned_as="attention copy")
+
+
+def distilled(**flags) -> Row:
+    flags = {"how": "distill"} | flags
+    return Row("variants", "pre-trained", flags=flags, tuned_as="attention distillation")
+
+
+MAPS = ("uniform", "impulse", "mean", "other")
+LADDER = {
+    **{f"copy, {maps} maps": copied(maps=maps) for maps in MAPS},
+    **{f"distillation, {maps} maps": distilled(maps=maps) for maps in MAPS},
+    "distillation, fine-tuned teacher": Row(
+        "distill", "fine-tuning", tuned_as="attention distillation"
+    ),
+}
+PARTS = {f"copy of {part}": copied(lend=part) for part in ("q", "k", "v", "qkv")}
+LAYERS = {
+    **{
+        f"copy, layers {which}": copied(layers=which)
+        for which in ("1", "2", "3", "1-3", "2-3", "3-3")
+    },
+    **{
+        f"distillation, layers {which}": distilled(layers=which)
+        for which in ("1", "2", "1-3", "2-3", "3-3")
+    },
+}
+EXPLAINED = {
+    "distillation, detached": distilled(detach=True),
+    "distillation without labels": distilled(class_weight=0.0),
+    "linear probe of that": Row(
+        "variants", "distillation without labels", flags={"how": "probe"},
+        tuned_as="linear probe of the teacher",
+    ),
+}  # fmt: skip
+AGAIN = {  # in another order, from another start, on the same labels: for ensembles
+    f"{row} again": MAIN[row]._replace(tuned_as=row)
+    for row in ("from scratch", "attention distillation", "fine-tuning")
+}
+NEAREST = "1-nearest neighbour of pixels"  # no run at all
+ROWS = MAIN | OTHERS | LADDER | PARTS | LAYERS | EXPLAINED | AGAIN
 
 
 class Study(NamedTuple):
     """A data set, what all its rows share, and where the runs are."""
 
-    base: Flags
+    base: Flags  # of every row, where a point does not say otherwise
     teacher: Flags
-    images: tuple[str, ...]  # what of a point the teacher shares
+    images: tuple[str, ...]  # settings that the teacher shares
     own_teachers: bool  # one for each seed, or one for all
-    runs: Path
+    seeds: tuple[int, ...]  # of tuning, which no table uses
+    rates: tuple[float, ...]  # that are tried for every row,
+    decays: tuple[float, ...]  # and weight decays
+
+
+class Runs(NamedTuple):
+    """Where the runs of a study are, and how they are made."""
+
+    study: Study
+    folder: Path
     extra: list[str] = []
 
-    def jobs(
-        self, row: str, seeds: Iterable[int], point: Flags, tuned: Flags
-    ) -> dict[str, Job]:
-        """The runs of a row at a point of the study, and those that they need, by name."""
-        made = {}
-        for seed in seeds:
-            made |= self.job(row, seed, point, tuned)
-        return made
-
-    def job(self, row: str, seed: int, point: Flags, tuned: Flags) -> dict[str, Job]:
-        script, source, _, flags = ROWS[row]
+    def jobs(self, row: str, seed: int, point: Flags, tuned: dict[str, Flags]) -> dict[str, Job]:
+        """A run, last, behind those whose nets it needs, by name. `tuned`: of each row."""
+        study, (script, source, _, flags, tuned_as) = self.study, ROWS[row]
         needed, teacher = {}, source
         if source == "pre-trained":
             needed = self.pretraining(seed, point)
         elif source in ROWS:
-            needed = self.job(source, seed, point, tuned)
+            needed = self.jobs(source, seed, point, tuned)
         after = list(needed)[-1:]
         if after:
-            teacher = self.folder(after[0]) / "model.pt"
-        asked = self.base | flags | point | tuned
-        name = f"{row}{described(point | tuned)} s{seed}"
+            teacher = needed[after[0]].out / "model.pt"
+        own = tuned[tuned_as or row] | flags
+        asked = study.base | point | own
         given = asked | {"eval_every": asked["epochs"], "teacher": teacher, "seed": seed}
-        return needed | {name: self.made(script, name, given, tuple(after))}
+        if row in AGAIN:
+            given |= {"seed": seed + 1000, "subset_seed": seed}
+        name = f"{row}{described(point | own)} s{seed}"
+        return needed | {name: self.job(script, name, given, tuple(after))}
 
     def pretraining(self, seed: int, point: Flags) -> dict[str, Job]:
-        seed = seed if self.own_teachers else 0
-        shared = {k: v for k, v in (self.base | point).items() if k in self.images}
-        which = {k: v for k, v in point.items() if k in self.images}
+        study, seed = self.study, seed if self.study.own_teachers else 0
+        which = {k: v for k, v in point.items() if k in study.images}
+        shared = {k: v for k, v in (study.base | point).items() if k in study.images}
         name = f"teacher{described(which)} s{seed}"
-        return {name: self.made("pretrain", name, shared | self.teacher | {"seed": seed})}
+        return {name: self.job("pretrain", name, shared | study.teacher | {"seed": seed})}
 
-    def made(self, script: str, name: str, given: Flags, after: tuple[str, ...] = ()) -> Job:
-        out = self.folder(name)
+    def job(self, script: str, name: str, given: Flags, after: tuple[str, ...] = ()) -> Job:
+        out = self.folder / name
         return Job(script, [*to_argv(given | {"out": out}), *self.extra], out, after)
-
-    def folder(self, name: str) -> Path:
-        return self.runs / self.base["data"] / name
 
 
 def described(flags: Flags) -> str:

@@ -1,57 +1,66 @@
 """Equal tuning: the same number of trials for every row, on validation images.
 
 One thing after the other: the rate; at the best rate weight decay; at the best of these one setting
-of the row's own. The seeds of tuning are used by no table.
+of the row's own. Its seeds are used by no table.
 """
 
 from collections.abc import Iterable
 
 from experiments.jobs import Runner
-from experiments.rows import ROWS, Flags, Study
+from experiments.rows import ROWS, Flags, Runs, Study
 from progress import validation
 
-RATES = (2e-3, 4e-3, 8e-3)
-DECAYS = (0.05, 0.2, 0.5, 1.5)
-SEEDS = (100, 101)
+Tuned = dict[str, dict[str, dict]]  # point: row: what was chosen, and all that was tried
 
 
-def tune(study: Study, runner: Runner, rows: Iterable[str], points: dict[str, Flags]) -> dict:
-    """Of each point and row: the validation accuracies of each trial, and the flags chosen."""
+def tune(
+    runs: Runs, runner: Runner, rows: Iterable[str], points: dict[str, Flags], known: Tuned
+) -> Tuned:
+    """The flags chosen for each row at each point, with the validation accuracies of its trials.
+
+    `known`: of rows that were tuned before, whose nets others need.
+    """
+    study = runs.study
     found = {(point, row): {} for point in points for row in rows}
-    best = {key: first(key[1]) for key in found}
+    best = {key: first(key[1], study) for key in found}
     for stage in range(3):
-        jobs, trials = {}, []
+        jobs, trials = {}, {}
         for point, row in found:
-            for flags in options(row, stage, best[point, row]):
-                trials.append((point, row, flags))
-                jobs |= study.jobs(row, SEEDS, points[point], flags)
+            others = chosen(known.get(point, {}))
+            for flags in options(row, stage, best[point, row], study):
+                made = [
+                    runs.jobs(row, seed, points[point], others | {row: flags})
+                    for seed in study.seeds
+                ]
+                trials[point, row, tuple(flags.items())] = [list(job)[-1] for job in made]
+                jobs |= {name: job for some in made for name, job in some.items()}
         results = runner.run(jobs)
-        for point, row, flags in trials:
-            names = [list(study.job(row, seed, points[point], flags))[-1] for seed in SEEDS]
-            scores = [validation(results[name]) for name in names]
-            found[point, row][tuple(flags.items())] = scores
+        for (point, row, flags), names in trials.items():
+            found[point, row][flags] = [validation(results[name]) for name in names]
         for key, tried in found.items():
             best[key] = dict(max(tried, key=lambda flags: sum(tried[flags])))
     return {
-        point: {
-            row: {"chosen": best[point, row], "tried": shown(found[point, row])} for row in rows
-        }
-        for point in points
+        point: {row: shown(best[point, row], found[point, row]) for row in rows} for point in points
     }
 
 
-def first(row: str) -> Flags:
+def first(row: str, study: Study) -> Flags:
     name, values = ROWS[row].own
-    return {"lr": RATES[1], "weight_decay": DECAYS[0], name: values[0]}
+    return {"lr": study.rates[1], "weight_decay": study.decays[0], name: values[0]}
 
 
-def options(row: str, stage: int, best: Flags) -> list[Flags]:
+def options(row: str, stage: int, best: Flags, study: Study) -> list[Flags]:
     """What a stage tries: the rates; more of weight decay; more of the row's own setting."""
     name, values = ROWS[row].own
-    grid = (("lr", RATES), ("weight_decay", DECAYS[1:]), (name, values[1:]))
-    what, tried = grid[stage]
+    stages = (("lr", study.rates), ("weight_decay", study.decays[1:]), (name, values[1:]))
+    what, tried = stages[stage]
     return [best | {what: value} for value in tried]
 
 
-def shown(tried: dict[tuple, list[float]]) -> list[dict]:
-    return [dict(flags) | {"validation": scores} for flags, scores in tried.items()]
+def shown(best: Flags, tried: dict[tuple, list[float]]) -> dict:
+    trials = [{"flags": dict(flags), "validation": scores} for flags, scores in tried.items()]
+    return {"chosen": best, "tried": trials}
+
+
+def chosen(rows: dict[str, dict]) -> dict[str, Flags]:
+    return {row: found["chosen"] for row, found in rows.items()}

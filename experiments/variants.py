@@ -1,0 +1,252 @@
+"""Attention transfer with one thing changed, and the baselines beside it.
+
+    python -m experiments.variants --maps mean               copy; one map for all
+    python -m experiments.variants --start teacher           copy, and weights too
+    python -m experiments.variants --how distill --detach    only q and k follow
+    python -m experiments.variants --how features            another target
+    python -m experiments.variants --how probe --teacher A/model.pt
+
+Rows of the study (experiments/rows.py). Without a change, copy and distill are
+attention_copy.py and attention_distill.py.
+"""
+
+import launch
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from itertools import zip_longest
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import attention_copy
+import attention_distill
+import checkpoints
+import data
+import finetune
+import runs
+import train
+from attention_loss import attention_loss
+from settings import Setting, Settings, change, parse_settings
+from teachers import teacher_and_student
+from vit import Attended, ViT, attention_map, lend_map
+
+MAPS = ("teacher", "other", "mean", "uniform", "impulse")
+SETTINGS = change(attention_distill.SETTINGS, layers="all") | {
+    "how": Setting(
+        "copy",
+        "what the student does with its teacher: copy or distill its maps; distill its features "
+        "or logits; or be the teacher, with a new head",
+        choices=("copy", "distill", "features", "logits", "probe"),
+    ),
+    "maps": Setting(
+        "teacher",
+        "the maps to copy or distill: the teacher's, of the image or of another one; the mean of "
+        "these; all alike; a random neighbour for each head",
+        choices=MAPS,
+    ),
+    "lend": Setting("qk", "what copy takes of q, k, v (qk: the map)", choices=("q", "k", "v", "qk", "qkv")),
+    "start": Setting("random", "the student's weights at first", choices=("random", "teacher")),
+    "detach": Setting(False, "distilling moves queries and keys, not the tokens they are made of"),
+    "class_weight": Setting(1.0, "weight of the classification loss"),
+    "attention_weight": Setting(3.0, "weight of the loss of distill, features and logits"),
+    "temperature": Setting(1.0, "of the softmax of the logits", low=0.01),
+    "bank": Setting(512, "training images whose maps are taken for another's, or the mean", low=2),
+}  # fmt: skip
+parse = partial(parse_settings, __doc__, SETTINGS)
+
+
+# Whose maps -----------------------------------------------------------------------------------
+
+
+class Lender:
+    """What is lent for images: for each block q and k, a bias, or None where nothing is."""
+
+    def __init__(self, teacher: ViT, layers: Sequence[int], images: data.Data, settings: Settings):
+        self.teacher, self.layers, self.parts = teacher, layers, settings.lend
+        self.maps, self.bank, self.fixed = settings.maps, None, []
+        if self.maps in ("other", "mean"):
+            self.bank = some_images(images, settings.bank)
+        if self.maps == "mean":
+            self.fixed = mean_maps(teacher, self.bank)
+        elif self.maps == "uniform":
+            self.fixed = [uniform_map(teacher) for _ in teacher.blocks]
+        elif self.maps == "impulse":
+            torch.manual_seed(settings.seed)
+            self.fixed = [impulse_map(teacher) for _ in teacher.blocks]
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, training: bool) -> list[Attended | None]:
+        if self.maps == "other":
+            images = self.others(len(images), training)
+        if self.fixed:
+            loans = [lend_map(p.expand(len(images), -1, -1, -1)) for p in self.fixed]
+        else:
+            attended = [used._asdict() for _, used in self.teacher.run(images)]
+            loans = [Attended(**{part: used[part] for part in self.parts}) for used in attended]
+        return [loan if i in self.layers else None for i, loan in enumerate(loans)]
+
+    def others(self, count: int, training: bool) -> Tensor:
+        """Images of the bank: any while training, in evaluation always the same."""
+        if training:
+            return self.bank[torch.randint(len(self.bank), (count,), device=self.bank.device)]
+        return self.bank[torch.arange(count, device=self.bank.device) % len(self.bank)]
+
+
+def some_images(images: data.Data, count: int) -> Tensor:
+    """Training images as the first epochs show them: (count, C, H, W)."""
+    found, epoch = [], 0
+    while sum(map(len, found)) < count:
+        found += [batch for batch, _ in images.train.epoch(epoch)]
+        epoch += 1
+    return torch.cat(found)[:count]
+
+
+@torch.no_grad()
+def mean_maps(teacher: ViT, images: Tensor) -> list[Tensor]:
+    """Of each block the mean of its maps of images: (1, H, N, N)."""
+    sums = [0.0] * len(teacher.blocks)
+    for some in images.split(64):
+        for i, (_, used) in enumerate(teacher.run(some)):
+            sums[i] = sums[i] + attention_map(used).sum(dim=0, keepdim=True)
+    return [total / len(images) for total in sums]
+
+
+def uniform_map(teacher: ViT) -> Tensor:
+    """Every query looks at all tokens alike: (1, H, N, N)."""
+    device = next(teacher.parameters()).device
+    return torch.full((1, teacher.heads, *[teacher.tokens] * 2), 1 / teacher.tokens, device=device)
+
+
+def impulse_map(teacher: ViT) -> Tensor:
+    """Each head looks at one neighbour of each patch, the same way for all: (1, H, N, N).
+
+    The maps that a structured initialisation begins with (arXiv 2505.19985), here without noise.
+    """
+    p, side = 0.1 * uniform_map(teacher), math.isqrt(teacher.tokens - 1)
+    p[:, :, 0] *= 10  # the class token has no neighbours
+    line, patches = torch.arange(side), torch.arange(1, teacher.tokens)
+    for head in range(teacher.heads):
+        down, right = torch.randint(-1, 2, (2,)).tolist()
+        rows, columns = ((line + step).clamp(0, side - 1) for step in (down, right))
+        p[:, head, patches, 1 + (rows[:, None] * side + columns).flatten()] += 0.9
+    return p
+
+
+# What is done with them -------------------------------------------------------------------------
+
+
+def predict_copy(student: ViT, images: Tensor, lender: Lender) -> Tensor:
+    return student(images, given=lender(images, student.training))
+
+
+def loss_copy(student: ViT, images, labels, lender: Lender, settings: Settings):
+    return of_class(predict_copy(student, images, lender), labels, settings), {}
+
+
+def loss_distill(student: ViT, images, labels, lender: Lender, settings: Settings):
+    x, attention = student.embed(images), 0.0
+    for block, target in zip_longest(student.blocks, lender(images, training=True)):
+        before = x
+        x, ours = block(x)
+        if target is not None:
+            if settings.detach:
+                ours = Attended(*block.attn.project(block.norm1(before.detach()), 0, 2))
+            attention = attention + attention_loss(ours, target)[0]
+    terms = of_class(student.classify(x), labels, settings)
+    return terms | {"attention": settings.attention_weight * attention}, {}
+
+
+def loss_features(student: ViT, images, labels, teacher: ViT, layers, settings: Settings):
+    """The tokens after each of `layers`, normalised, are pulled to the teacher's."""
+    with torch.no_grad():
+        theirs = [normalised(x) for x, _ in teacher.run(images)]
+    features = 0.0
+    for i, (x, _) in enumerate(student.run(images)):
+        if i in layers:
+            features = features + F.mse_loss(normalised(x), theirs[i])
+    terms = of_class(student.classify(x), labels, settings)
+    return terms | {"features": settings.attention_weight * features}, {}
+
+
+def normalised(x: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:])
+
+
+def loss_logits(student: ViT, images, labels, teacher: checkpoints.Model, settings: Settings):
+    """Hinton et al. 2015, equation 4: the classes, softened, of a teacher that has learned them."""
+    logits, t = student(images), settings.temperature
+    with torch.no_grad():
+        theirs = (teacher(images) / t).softmax(dim=-1)
+    soft = F.cross_entropy(logits / t, theirs) * t**2
+    return of_class(logits, labels, settings) | {"logits": settings.attention_weight * soft}, {}
+
+
+def loss_probe(net: ViT, images, labels, settings: Settings):
+    with torch.no_grad():
+        x = net.encode(net.embed(images))
+    return of_class(net.classify(x), labels, settings), {}
+
+
+def of_class(logits: Tensor, labels: Tensor, settings: Settings) -> dict[str, Tensor]:
+    loss = F.cross_entropy(logits, labels, label_smoothing=settings.smoothing)
+    return {"class": settings.class_weight * loss}
+
+
+# Tasks --------------------------------------------------------------------------------------------
+
+
+def task(settings: Settings, images: data.Data | None = None) -> train.Task:
+    """Everything that train.fit needs. `images`: others than those that the settings name."""
+    if settings.how == "probe":
+        return probe(settings, images)
+    teacher, student, layers, images, source = teacher_and_student(settings, images)
+    if settings.start == "teacher":
+        if not source:
+            raise ValueError("--start teacher: name a --teacher with weights of its own")
+        torch.manual_seed(settings.seed)
+        student = finetune.from_teacher(source, settings, images).to(launch.device(settings.device))
+    export, predict = checkpoints.export, finetune.predict
+    if settings.how == "logits":
+        if not source or source.architecture["classes"] != len(images.classes):
+            raise ValueError("--how logits: name a --teacher that was fine-tuned on these classes")
+        device = launch.device(settings.device)
+        loss = partial(loss_logits, teacher=checkpoints.open_model(source.source, device))
+    elif settings.how == "features":
+        loss = partial(loss_features, teacher=teacher, layers=layers)
+    else:
+        lender = Lender(teacher, layers, images, settings)
+        loss = partial(loss_distill, lender=lender)
+        if settings.how == "copy":
+            predict, loss = partial(predict_copy, lender=lender), partial(loss_copy, lender=lender)
+            export = partial(export_copy, lender=lender)
+    loss = partial(loss, settings=settings)
+    return train.Task(settings.how, student, images, loss, predict, export, teacher=source)
+
+
+def probe(settings: Settings, images: data.Data | None) -> train.Task:
+    """The teacher as it is: only a head, and the norm before it, are trained."""
+    made = finetune.task(settings, images)
+    made.net.requires_grad_(False)
+    for part in (made.net.fc_norm, made.net.head):
+        part.requires_grad_(True)
+    made.name, made.loss = "probe", partial(loss_probe, settings=settings)
+    return made
+
+
+def export_copy(student: ViT, lender: Lender) -> dict:
+    """As of attention copy; where other things were lent, weights that no one takes for a ViT."""
+    if lender.maps == "teacher" and lender.parts == "qk":
+        return attention_copy.export(student, lender.teacher, lender.layers)
+    return {"student": student.state_dict()}
+
+
+def main(settings: Settings) -> dict:
+    runs.check(settings, settings.how)
+    return train.fit(task(settings), settings)
+
+
+if __name__ == "__main__":
+    launch.run(main, parse)

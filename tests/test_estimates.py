@@ -1,0 +1,85 @@
+"""Intervals: against loops written out, against t, and against what they promise."""
+
+import numpy as np
+import pytest
+
+from experiments import estimates
+from experiments.estimates import estimates as of
+
+
+def simulated(random, seeds=10, digits=500, places=4, gain=0.05):
+    """Two rows whose true difference is `gain`: seeds and digits have effects of their own."""
+    of_seed, of_digit = (
+        random.normal(0, 0.02, (2, seeds, 1, 1)),
+        random.normal(0, 0.3, (1, digits, 1)),
+    )
+    chance = 0.5 + of_digit + np.stack([of_seed[0], of_seed[1] + gain])
+    noise = random.uniform(size=(2, seeds, digits, places))
+    correct = noise < np.clip(chance, 0, 1)
+    return dict(zip(("from scratch", "copy"), correct.reshape(2, seeds, -1), strict=True))
+
+
+GROUPS = np.repeat(np.arange(500), 4)
+
+
+def test_resampled_accuracies_are_those_of_loops(monkeypatch):
+    monkeypatch.setattr(estimates, "RESAMPLES", 5)
+    monkeypatch.setattr(estimates, "AT_A_TIME", 5)
+    correct = simulated(np.random.default_rng(1), seeds=3, digits=6)["copy"]
+    groups = np.repeat(np.arange(6), 4)
+    found = estimates.resample({"copy": correct}, groups)["copy"]
+    assert found[0] == pytest.approx(100 * correct.mean())
+    random = np.random.default_rng(0)
+    seeds = random.multinomial(3, [1 / 3] * 3, 5)
+    digits = random.multinomial(6, [1 / 6] * 6, 5)
+    for b in range(5):
+        drawn = [
+            correct[s, i]
+            for s in range(3) for _ in range(seeds[b, s])
+            for i in range(24) for _ in range(digits[b, groups[i]])
+        ]  # fmt: skip
+        assert found[1 + b] == pytest.approx(100 * np.mean(drawn))
+
+
+def test_differences_are_paired_and_recovery_is_their_ratio():
+    random = np.random.default_rng(2)
+    correct = simulated(random)
+    correct["fine-tuning"] = simulated(random)["copy"] | correct["copy"]
+    found = of(correct, GROUPS)
+    means = {row: 100 * c.mean() for row, c in correct.items()}
+    for row in correct:
+        assert found[row]["mean"] == pytest.approx(means[row])
+    gain, gap = means["copy"] - means["from scratch"], means["fine-tuning"] - means["from scratch"]
+    assert found["copy"]["difference"]["mean"] == pytest.approx(gain)
+    assert found["copy"]["recovery"]["mean"] == pytest.approx(gain / gap)
+    assert found["fine-tuning"]["recovery"] == {"mean": 1.0, "interval": [1.0, 1.0]}
+    assert "recovery" not in found["from scratch"]
+    low, high = found["copy"]["difference"]["interval"]
+    assert low < gain < high
+    wide = found["copy"]["interval"]  # of the row alone: digits do not cancel
+    assert high - low < wide[1] - wide[0]
+
+
+def test_an_interval_over_many_images_is_that_of_t_over_seeds():
+    """Where images add no noise, only seeds are left: the normal interval of their mean."""
+    values = np.random.default_rng(3).normal(0.6, 0.05, 30)
+    correct = (np.arange(10_000) / 10_000)[None] < values[:, None]
+    groups = np.zeros(10_000, int)  # one sample: nothing to resample
+    low, high = of({"copy": correct}, groups)["copy"]["interval"]
+    half = 1.96 * 100 * correct.mean(axis=1).std(ddof=1) / np.sqrt(30)
+    assert (high - low) / 2 == pytest.approx(half, rel=0.05)
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say(monkeypatch):
+    monkeypatch.setattr(estimates, "RESAMPLES", 1000)
+    random, inside = np.random.default_rng(4), 0
+    for _ in range(200):
+        found = of(simulated(random, digits=100), np.repeat(np.arange(100), 4))
+        low, high = found["copy"]["difference"]["interval"]
+        inside += low <= 100 * 0.05 <= high
+    assert inside / 200 >= 0.9  # 95 %, less what 200 studies leave to chance
+
+
+def test_one_seed_has_no_interval():
+    found = of(simulated(np.random.default_rng(5), seeds=1), GROUPS)
+    assert found["copy"]["interval"] is None and found["copy"]["difference"]["interval"] is None
