@@ -261,20 +261,10 @@ def from_digits(settings, size: int, normalise: Normalise, device) -> Parts:
         if getattr(settings, name, 0):
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{flag}: digits are placed anew at each step, and no more is done")
-    images, labels = digits.read(device)
-    order = torch.randperm(len(images), generator=seeded("digits"))
-    test, val, rest = (part.to(device) for part in order.split([500, 300, 997]))
-    # The scraps, also of validation and test, are cut from training digits.
-    clutter = digits.Clutter(images[rest], settings.scraps, normalise)
-
-    def placed(part: Tensor, name: str) -> Tensors:
-        part = part.repeat(4)
-        draws = Draws(seeded("digits", name), len(part), slice(None), device)
-        return Tensors(clutter.place(images[part], draws), labels[part])
-
+    split = digits.Split(settings.scraps, normalise, device)
+    train, *placed = split.whole("train"), split.placed("val"), split.placed("test")
     classes = [str(i) for i in range(10)]
-    train = Tensors(images[rest], labels[rest])
-    return Parts(classes, train, placed(val, "val"), placed(test, "test"), clutter)
+    return Parts(classes, Tensors(*train), *(Tensors(*part) for part in placed), split.clutter)
 
 
 def from_cifar(settings, size: int, device) -> Parts:

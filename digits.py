@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from augment import Draws, Normalise
+from augment import Draws, Normalise, seeded
 
 CANVAS, DIGIT, SCRAP = 12, 8, 3  # pixels a side
 FILE = Path(__file__).parent / "digits.npz"
@@ -40,14 +40,44 @@ class Clutter:
 
     def place(self, digits: Tensor, draws: Draws) -> Tensor:
         """Digits (B, 8, 8) on their canvases (B, 1, 12, 12), not yet normalised."""
-        canvas = digits.new_zeros(len(digits), CANVAS, CANVAS)
+        return torch.maximum(*self.layers(digits, draws))
+
+    def layers(self, digits: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        """The digits alone, and the scraps alone, on their canvases: two of (B, 1, 12, 12)."""
+        digit, scraps = digits.new_zeros(2, len(digits), CANVAS, CANVAS)
         numbers = draws.uniform(5 * self.scraps).unflatten(1, (self.scraps, 5))
         for u in numbers.unbind(1):  # of each scrap: which digit, cut from where, put where
             source = self.pool[(u[:, 0] * len(self.pool)).long()]
             scrap = source[window(corner(u[:, 1:3], SCRAP, DIGIT), SCRAP)]
-            paste(canvas, corner(u[:, 3:5], SCRAP, CANVAS), scrap)
-        paste(canvas, corner(draws.uniform(2), DIGIT, CANVAS), digits)
-        return canvas[:, None]
+            paste(scraps, corner(u[:, 3:5], SCRAP, CANVAS), scrap)
+        paste(digit, corner(draws.uniform(2), DIGIT, CANVAS), digits)
+        return digit[:, None], scraps[:, None]
+
+
+class Split:
+    """The digits in three parts; validation and test lie in four fixed places each."""
+
+    def __init__(self, scraps: int, normalise: Normalise, device):
+        self.images, self.labels = read(device)
+        order = torch.randperm(len(self.images), generator=seeded("digits"))
+        parts = (part.to(device) for part in order.split([500, 300, 997]))
+        self.parts = dict(zip(("test", "val", "train"), parts, strict=True))
+        # The scraps, also of validation and test, are cut from training digits.
+        self.clutter = Clutter(self.images[self.parts["train"]], scraps, normalise)
+
+    def layers(self, name: str) -> tuple[Tensor, Tensor]:
+        """As of Clutter, of validation or test."""
+        part = self.parts[name].repeat(4)
+        draws = Draws(seeded("digits", name), len(part), slice(None), self.images.device)
+        return self.clutter.layers(self.images[part], draws)
+
+    def placed(self, name: str) -> tuple[Tensor, Tensor]:
+        """Images (4 n, 1, 12, 12) and labels of validation or test; i and n + i show one digit."""
+        return torch.maximum(*self.layers(name)), self.labels[self.parts[name].repeat(4)]
+
+    def whole(self, name: str) -> tuple[Tensor, Tensor]:
+        """The digits (n, 8, 8) themselves, and their labels."""
+        return self.images[self.parts[name]], self.labels[self.parts[name]]
 
 
 def corner(u: Tensor, side: int, within: int) -> Tensor:

@@ -87,5 +87,12 @@ def interval(figures: np.ndarray, seeds: int) -> list[float] | None:
     ]
 
 
+def over_seeds(values: np.ndarray) -> list[float] | None:
+    """The 95 % interval of the mean of one value for each seed."""
+    drawn = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
+    figures = np.concatenate([[values.mean()], values[drawn].mean(axis=1)])
+    return interval(figures, len(values))
+
+
 def rounded(values: np.ndarray) -> list[float]:
     return [round(float(value), 4) for value in values]

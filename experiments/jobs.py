@@ -22,7 +22,7 @@ import pretrain
 import storage
 from experiments import variants
 from progress import minutes
-from settings import FREE
+from settings import FREE, Settings
 
 SCRIPTS = {
     "pretrain": pretrain,
@@ -73,8 +73,11 @@ class Job:
             settings = json.loads((self.out / "config.json").read_text())
         except (OSError, ValueError):
             return False
-        asked = vars(SCRIPTS[self.script].parse(self.argv))
+        asked = vars(self.settings())
         return all(settings.get(k) == v for k, v in asked.items() if k not in FREE - {"teacher"})
+
+    def settings(self) -> Settings:
+        return SCRIPTS[self.script].parse(self.argv)
 
     def commit(self) -> str:
         return json.loads((self.out / "config.json").read_text())["commit"]

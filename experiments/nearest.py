@@ -14,8 +14,8 @@ PLACEMENTS = 60  # of each labelled image, augmented as in training
 
 
 @torch.no_grad()
-def nearest(flags: Flags, seed: int) -> np.ndarray:
-    """Whether each test image is of the class of its nearest: (images,). Labels as of the seed."""
+def nearest(flags: Flags, seed: int, part: str = "test") -> np.ndarray:
+    """Whether each image of a part is of the class of its nearest: (images,). Labels: of the seed."""
     settings = finetune.parse(["--teacher", "none", *to_argv(flags | {"seed": seed})])
     images = data.load(settings, launch.device(settings.device))
     batches = [batch for epoch in range(PLACEMENTS) for batch in images.train.epoch(epoch)]
@@ -25,6 +25,6 @@ def nearest(flags: Flags, seed: int) -> np.ndarray:
     )
     correct = [
         labels[torch.cdist(x.flatten(1), known).argmin(dim=1)] == y
-        for x, y in images.test.in_order(256)
+        for x, y in getattr(images, part).in_order(256)
     ]
     return torch.cat(correct).cpu().numpy()

@@ -12,6 +12,7 @@ import launch
 import json
 import signal
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -21,10 +22,13 @@ import numpy as np
 import storage
 from experiments import rows, tune
 from experiments.estimates import estimates
-from experiments.jobs import ROOT, Runner
+from experiments.jobs import ROOT, Job, Runner
+from experiments.looks import looks
 from experiments.nearest import nearest
 from experiments.rows import MAIN, Flags, Runs, Study
-from settings import Setting, Settings, parse_settings
+from experiments.shift import shifted
+from experiments.teams import teams
+from settings import IMAGES, Setting, Settings, parse_settings
 
 DIGITS = Study(
     base={"data": "digits", "num_labels": 100, "epochs": 450},
@@ -37,6 +41,9 @@ DIGITS = Study(
 )
 
 
+Made = dict[str, dict[str, list[Job]]]  # point: row: its runs, one for each seed
+
+
 class Table(NamedTuple):
     """Rows at points of a study."""
 
@@ -46,12 +53,31 @@ class Table(NamedTuple):
     points: dict[str, Flags]
     tunes: bool = False  # finds settings on validation images, instead of testing
     tuned_at: str = ""  # the point whose settings all points take (empty: each its own)
-    against: dict[str, str] = {}  # what a row is compared with, where not with from scratch
+    against: dict[str, str] | None = None  # what a row is compared with, where not with BASELINE
+    find: Callable[["Table", Made], dict] | None = None  # something else than accuracies
 
 
-SCRAPS = 2  # TODO
+def samples(table: Table, made: Made) -> np.ndarray:
+    """Of each test image the sample that it belongs to: a digit lies in four places."""
+    images = len(next(iter(next(iter(made.values())).values()))[0].correct())
+    return np.arange(images) % (500 if table.study is DIGITS else images)
+
+
+def accuracies(table: Table, made: Made) -> dict:
+    """Of each point the estimates of its rows."""
+    points = {}
+    for point, of_rows in made.items():
+        correct = {row: np.stack([job.correct() for job in jobs]) for row, jobs in of_rows.items()}
+        if rows.NEAREST in table.rows:
+            seeds = range(len(next(iter(of_rows.values()))))
+            flags = table.study.base | table.points[point]
+            correct[rows.NEAREST] = np.stack([nearest(flags, seed) for seed in seeds])
+        points[point] = estimates(correct, samples(table, made), table.against)
+    return points
+
+
 CLUTTER = {f"{n} scraps": {"scraps": n} for n in (0, 1, 2)}
-BASE = f"{SCRAPS} scraps"
+BASE = f"{IMAGES['scraps'].default} scraps"  # see `simplest`
 AT_BASE = {BASE: CLUTTER[BASE]}
 STEPS = {50: 900, 100: 450, 300: 150, 997: 47}  # labels: epochs of about 900 steps
 LABELS = {
@@ -64,7 +90,8 @@ TRANSFER = ("attention copy", "attention distillation")
 at_base = partial(Table, study=DIGITS, points=AT_BASE)
 TABLES = {
     "digits-tuning": Table(
-        "settings of the main rows for 0, 1 and 2 scraps", DIGITS, tuple(MAIN), CLUTTER, tunes=True
+        "settings of the main rows for 0, 1 and 2 scraps; and which of these is the base task",
+        DIGITS, (*MAIN, *rows.PROBE, rows.NEAREST), CLUTTER, tunes=True,
     ),
     "digits-clutter": Table("the main rows for 0, 1 and 2 scraps", DIGITS, tuple(MAIN), CLUTTER),
     "digits-labels": Table(
@@ -78,7 +105,7 @@ TABLES = {
         "settings of baselines and controls", rows=tuple(rows.OTHERS), tunes=True
     ),
     "digits": at_base(
-        "main rows, baselines and controls", rows=(*MAIN, *rows.OTHERS, rows.NEAREST)
+        "main rows, baselines and controls", rows=(*MAIN, *rows.PROBE, *rows.OTHERS, rows.NEAREST)
     ),
     "digits-maps": at_base(
         "other maps, copied and distilled: uniform to fine-tuned", rows=(*MAIN, *rows.LADDER)
@@ -87,9 +114,21 @@ TABLES = {
     "digits-layers": at_base("which layers are copied or distilled", rows=(*MAIN, *rows.LAYERS)),
     "digits-explained": at_base(
         "distillation detached; without labels, then a probe",
-        rows=(*MAIN, "linear probe of the teacher", *rows.EXPLAINED),
+        rows=(*MAIN, *rows.PROBE, *rows.EXPLAINED),
         against={"distillation, detached": "attention distillation",
                  "linear probe of that": "linear probe of the teacher"},
+    ),
+    "digits-looks": at_base(
+        "where rows and teachers look; how like the teacher's are maps and features",
+        rows=tuple(MAIN), find=lambda _, made: looks(made),
+    ),
+    "digits-ensembles": at_base(
+        "pairs of nets and their controls; do they err together?", rows=(*MAIN, *rows.AGAIN),
+        find=lambda table, made: teams(made, samples(table, made)),
+    ),
+    "digits-shift": Table(
+        "noise, contrast, more clutter, at matched accuracy", DIGITS, tuple(MAIN), LENGTHS,
+        tuned_at=BASE, find=lambda _, made: shifted(made),
     ),
 }  # fmt: skip
 SETTINGS = {
@@ -126,47 +165,59 @@ parse = partial(
 # A table ------------------------------------------------------------------------------------------
 
 
-def test(name: str, settings: Settings, runner: Runner) -> dict:
-    """Trains and tests the rows of a table at all its points."""
-    table, seeds = TABLES[name], range(settings.seeds)
+def train(table: Table, settings: Settings, runner: Runner) -> Made:
+    """The finished runs of a table, those trained now that are not there yet."""
     runs, tuned = runs_of(table.study, settings), tuning(table.study, settings)
-    jobs, names = {}, {}
+    jobs, made = {}, {}
     for point, flags in table.points.items():
         own = settled(tuned, table.tuned_at or point, table.rows)
-        for row in table.rows:
-            if row == rows.NEAREST:
-                continue
-            made = [runs.jobs(row, seed, flags, own) for seed in seeds]
-            names[point, row] = [list(some)[-1] for some in made]
-            jobs |= {name: job for some in made for name, job in some.items()}
+        made[point] = {row: [] for row in table.rows if row in rows.ROWS}
+        for row in made[point]:
+            for seed in range(settings.seeds):
+                needed = runs.jobs(row, seed, flags, own)
+                made[point][row].append(needed[list(needed)[-1]])
+                jobs |= needed
     runner.run(jobs)
-    points = {}
-    for point, flags in table.points.items():
-        correct = {}
-        for row in table.rows:
-            if row == rows.NEAREST:
-                asked = table.study.base | flags
-                correct[row] = np.stack([nearest(asked, seed) for seed in seeds])
-            else:
-                correct[row] = np.stack([jobs[job].correct() for job in names[point, row]])
-        images = correct[table.rows[0]].shape[1]
-        points[point] = estimates(correct, samples(table.study, images), table.against)
-    return {"seeds": list(seeds), "measure": "test top-1, %, with 95 % intervals", "points": points}
-
-
-def samples(study: Study, images: int) -> np.ndarray:
-    """Of each test image the sample that it belongs to: a digit lies in four places."""
-    return np.arange(images) % (500 if study.base["data"] == "digits" else images)
+    return made
 
 
 def runs_of(study: Study, settings: Settings) -> Runs:
-    extra = settings.extra.split()
+    extra = tuple(settings.extra.split())
     if study.base["data"] != "digits" and settings.data_dir:
-        extra += ["--data-dir", settings.data_dir]
+        extra += ("--data-dir", settings.data_dir)
     return Runs(study, Path(settings.runs) / study.base["data"], extra)
 
 
 # Tuning -------------------------------------------------------------------------------------------
+
+
+def tuned(table: Table, settings: Settings, runner: Runner) -> tune.Tuned:
+    """Settings for the rows of a table at all its points, and what was tried."""
+    study, trained = table.study, [row for row in table.rows if row in rows.ROWS]
+    known = tuning(study, settings)
+    found = tune.tune(runs_of(study, settings), runner, trained, table.points, known)
+    if rows.NEAREST in table.rows:
+        for point, flags in table.points.items():
+            asked = study.base | flags
+            scores = [100 * nearest(asked, seed, "val").mean() for seed in study.seeds]
+            found[point][rows.NEAREST] = tune.shown({}, {(): scores})
+    return found
+
+
+def simplest(points: tune.Tuned) -> str:
+    """The base task: the least clutter in which what needs no transfer stays below fine-tuning.
+
+    By 2 points, on validation images; `points` are those of digits-tuning.
+    """
+
+    def best(of_row: dict) -> float:
+        return max(np.mean(trial["validation"]) for trial in of_row["tried"])
+
+    for point, of_rows in points.items():
+        others = [best(of_rows[row]) for row in (*rows.PROBE, rows.NEAREST)]
+        if max(others) + 2 <= best(of_rows["fine-tuning"]):
+            return point
+    return "none"
 
 
 def tuning(study: Study, settings: Settings) -> tune.Tuned:
@@ -207,12 +258,14 @@ def main(settings: Settings) -> None:
         table = TABLES[name]
         runner = Runner(settings.jobs, settings.minutes, "val_top1" if table.tunes else "test_top1")
         if table.tunes:
-            study = table.study
-            known = tuning(study, settings)
-            points = tune.tune(runs_of(study, settings), runner, table.rows, table.points, known)
-            found = {"seeds": list(study.seeds), "measure": "validation top-1, %", "points": points}
+            points = tuned(table, settings, runner)
+            seeds, measure = list(table.study.seeds), "validation top-1, %"
+            found = {"seeds": seeds, "measure": measure, "points": points}
         else:
-            found = test(name, settings, runner)
+            made = train(table, settings, runner)
+            points = (table.find or accuracies)(table, made)
+            measure = "test top-1, %, with 95 % intervals"
+            found = {"seeds": list(range(settings.seeds)), "measure": measure, "points": points}
         path = results / f"{name}.json"
         storage.write_text(path, json.dumps(runner.record(name, found), indent=1) + "\n")
         show(name, found)
@@ -220,26 +273,33 @@ def main(settings: Settings) -> None:
 
 
 def show(name: str, found: dict) -> None:
+    """The figures of a record, a line for each row."""
     for point, of_rows in found["points"].items():
         print(f"\n{name}, {point}: {found['measure']}, {len(found['seeds'])} seeds")
         for row, cells in of_rows.items():
-            print(f"  {row:<32} {cells['chosen'] if 'chosen' in cells else summary(cells)}")
+            print(f"  {row:<32} {summary(cells)}")
 
 
 def summary(cells: dict) -> str:
-    def shown(cell: dict | None, form: str) -> str:
-        if not cell:
-            return ""
-        between = cell["interval"]
-        middle = format(cell["mean"], form)
-        return middle + (f" [{between[0]:{form}}, {between[1]:{form}}]" if between else "")
-
+    if "chosen" in cells:
+        return ", ".join(f"{name} {value}" for name, value in cells["chosen"].items())
+    if "mean" not in cells:  # lists over layers
+        return "; ".join(f"{what} {' '.join(f'{x:.2f}' for x in xs)}" for what, xs in cells.items())
     parts = (
-        ("", cells, ".1f"),
-        ("", cells.get("difference"), "+.1f"),
-        ("r ", cells.get("recovery"), ".2f"),
+        shown(cells, ".1f"),
+        shown(cells.get("difference"), "+.1f"),
+        shown(cells.get("recovery"), ".2f"),
     )
-    return "  ".join(label + shown(cell, form) for label, cell, form in parts if cell)
+    return "  ".join(parts)
+
+
+def shown(cell: dict | None, form: str) -> str:
+    """A figure and its interval."""
+    if not cell:
+        return ""
+    between = cell.get("interval")
+    ends = f" [{between[0]:{form}}, {between[1]:{form}}]" if between else ""
+    return format(cell["mean"], form) + ends
 
 
 if __name__ == "__main__":

@@ -12,11 +12,8 @@ Flags = dict[str, Any]  # settings by name
 class Row(NamedTuple):
     script: str  # of jobs.SCRIPTS
     teacher: str  # none, random, pre-trained, or the row whose net it is
-    own: tuple[str, tuple] = (
-        "",
-        (),
-    )  # the one setting of its own that is tuned: the usual value first
-    flags: Flags = {}  # what makes it this row
+    own: tuple[str, tuple] | None = None  # the one setting of its own that is tuned, usual first
+    flags: Flags | None = None  # what makes it this row
     tuned_as: str = ""  # the row whose tuned settings it takes, if it is not tuned itself
 
 
@@ -30,8 +27,8 @@ MAIN = {
     "attention distillation": Row("distill", "pre-trained", DISTILLED),
     "fine-tuning": Row("finetune", "pre-trained", DECAYS),
 }
+PROBE = {"linear probe of the teacher": Row("variants", "pre-trained", RATES, {"how": "probe"})}
 OTHERS = {  # baselines and controls, tuned like the rows above
-    "linear probe of the teacher": Row("variants", "pre-trained", RATES, {"how": "probe"}),
     "feature distillation": Row("variants", "pre-trained", WEIGHTS, {"how": "features"}),
     "logit distillation": Row("variants", "fine-tuning", WEIGHTS, {"how": "logits"}),
     "copy, random teacher": Row("copy", "random", COPIED),
@@ -82,7 +79,7 @@ AGAIN = {  # in another order, from another start, on the same labels: for ensem
     for row in ("from scratch", "attention distillation", "fine-tuning")
 }
 NEAREST = "1-nearest neighbour of pixels"  # no run at all
-ROWS = MAIN | OTHERS | LADDER | PARTS | LAYERS | EXPLAINED | AGAIN
+ROWS = MAIN | PROBE | OTHERS | LADDER | PARTS | LAYERS | EXPLAINED | AGAIN
 
 
 class Study(NamedTuple):
@@ -102,7 +99,7 @@ class Runs(NamedTuple):
 
     study: Study
     folder: Path
-    extra: list[str] = []
+    extra: tuple[str, ...] = ()
 
     def jobs(self, row: str, seed: int, point: Flags, tuned: dict[str, Flags]) -> dict[str, Job]:
         """A run, last, behind those whose nets it needs, by name. `tuned`: of each row."""
@@ -115,7 +112,7 @@ class Runs(NamedTuple):
         after = list(needed)[-1:]
         if after:
             teacher = needed[after[0]].out / "model.pt"
-        own = tuned[tuned_as or row] | flags
+        own = tuned[tuned_as or row] | (flags or {})
         asked = study.base | point | own
         given = asked | {"eval_every": asked["epochs"], "teacher": teacher, "seed": seed}
         if row in AGAIN:

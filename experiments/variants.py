@@ -47,7 +47,7 @@ SETTINGS = change(attention_distill.SETTINGS, layers="all") | {
         "these; all alike; a random neighbour for each head",
         choices=MAPS,
     ),
-    "lend": Setting("qk", "what copy takes of q, k, v (qk: the map)", choices=("q", "k", "v", "qk", "qkv")),
+    "lend": Setting("qk", "what of q, k, v is copied", choices=("q", "k", "v", "qk", "qkv")),
     "start": Setting("random", "the student's weights at first", choices=("random", "teacher")),
     "detach": Setting(False, "distilling moves queries and keys, not the tokens they are made of"),
     "class_weight": Setting(1.0, "weight of the classification loss"),

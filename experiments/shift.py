@@ -1,0 +1,89 @@
+"""Test images of another kind than the training images, at matched accuracy on the usual ones.
+
+A better model is better under shift too. So a row is compared with what a model trained from
+scratch would reach: the line, on the logit scale, through all runs from scratch, of accuracy under
+shift over usual accuracy (Miller et al. 2021, "Accuracy on the line").
+"""
+
+import launch
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import checkpoints
+import ensemble
+from augment import Normalise, seeded, to_pixels
+from experiments.estimates import BASELINE, over_seeds
+from experiments.jobs import Job
+
+
+def noisy(pixels: Tensor) -> Tensor:
+    noise = torch.randn(pixels.shape, generator=seeded("noise")).to(pixels.device)
+    return (pixels + 0.2 * noise).clamp(0, 1)
+
+
+SHIFTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "noise of 0.2": noisy,
+    "half the contrast": lambda pixels: 0.5 * pixels,
+    "inverted": lambda pixels: 1 - pixels,
+}
+USUAL, MORE_SCRAPS = "usual", "two more scraps"
+
+
+def shifted(made: dict[str, dict[str, list[Job]]]) -> dict:
+    """Of each shift and row: mean accuracy, and the mean difference from the line, in points.
+
+    All points of a table together, each of its runs a point of the line. The interval of the
+    difference is over seeds, the runs of a seed taken together.
+    """
+    found = {row: [] for row in next(iter(made.values()))}
+    for row, runs in found.items():
+        for jobs in zip(*(of_rows[row] for of_rows in made.values()), strict=True):
+            runs.append([accuracies(job) for job in jobs])
+
+    def table_of(row: str, what: str) -> np.ndarray:
+        return np.array([[run[what] for run in of_seed] for of_seed in found[row]])
+
+    result = {}
+    for shift in (name for name in found[BASELINE][0][0] if name != USUAL):
+        line = (logit(table_of(BASELINE, what)).ravel() for what in (USUAL, shift))
+        slope, height = np.polyfit(*line, 1)
+        result[shift] = {}
+        for row in found:
+            usual, under = table_of(row, USUAL), table_of(row, shift)
+            expected = 100 / (1 + np.exp(-(slope * logit(usual) + height)))
+            away = (under - expected).mean(axis=1)  # of each seed
+            difference = {"mean": float(away.mean()), "interval": over_seeds(away)}
+            result[shift][row] = {"mean": float(under.mean()), "difference": difference}
+    return result
+
+
+def logit(percent: np.ndarray) -> np.ndarray:
+    p = np.clip(percent / 100, 0.01, 0.99)
+    return np.log(p / (1 - p))
+
+
+@torch.no_grad()
+def accuracies(job: Job) -> dict[str, float]:
+    """Test accuracy of a run, in per cent: usual, and under each shift."""
+    path, settings = job.out / "model.pt", job.settings()
+    device = launch.device(settings.device)
+    model = checkpoints.open_model(path, device)
+    asked = ensemble.parse([str(path)]).but(data_dir=settings.data_dir)
+    asked = model.checkpoint.images(asked)
+    found = {USUAL: 100 * job.correct().mean()}
+    images = ensemble.images_for(model, asked, device)
+    normalise = Normalise(images.normalization, device)
+    for shift, change in SHIFTS.items():
+        right = 0
+        for x, labels in images.test.in_order(asked.batch):
+            x = normalise(change(to_pixels(x, images.normalization)))
+            right += (model(x).argmax(dim=-1) == labels).sum().item()
+        found[shift] = 100 * right / len(images.test)
+    if asked.data == "digits":
+        p, labels, _ = ensemble.probabilities(model, asked.but(scraps=asked.scraps + 2), device)
+        found[MORE_SCRAPS] = ensemble.top1(p, labels)
+    return found

@@ -1,0 +1,51 @@
+"""Ensembles of finished runs, with their controls: is it the method, or only a second net?"""
+
+import launch
+
+import numpy as np
+
+import checkpoints
+import ensemble
+from experiments.estimates import estimates
+from experiments.jobs import Job
+
+TEAMS = {
+    "fine-tuning + distillation": ("fine-tuning", "attention distillation"),
+    "fine-tuning + copy": ("fine-tuning", "attention copy"),
+    "fine-tuning + from scratch": ("fine-tuning", "from scratch"),
+    "fine-tuning twice": ("fine-tuning", "fine-tuning again"),
+    "distillation twice": ("attention distillation", "attention distillation again"),
+    "from scratch twice": ("from scratch", "from scratch again"),
+}
+AGAINST = {team: "fine-tuning twice" for team in TEAMS if "twice" not in team}
+AGAINST |= {"fine-tuning twice": "fine-tuning", "distillation twice": "attention distillation"}
+
+
+def teams(made: dict[str, dict[str, list[Job]]], groups: np.ndarray) -> dict:
+    """Estimates of the members and of their averaged probabilities; correlation of their errors.
+
+    The correlation (phi) is that of being wrong on the same images, the mean over seeds.
+    """
+    points = {}
+    for point, of_rows in made.items():
+        p = {row: np.stack([seen(job)[0] for job in jobs]) for row, jobs in of_rows.items()}
+        labels = seen(next(iter(of_rows.values()))[0])[1]
+        p |= {team: (p[one] + p[other]) / 2 for team, (one, other) in TEAMS.items()}
+        correct = {name: found.argmax(axis=-1) == labels for name, found in p.items()}
+        points[point] = estimates(correct, groups, AGAINST)
+        for team, (one, other) in TEAMS.items():
+            pairs = zip(correct[one], correct[other], strict=True)
+            points[point][team]["error_correlation"] = float(
+                np.mean([np.corrcoef(a, b)[0, 1] for a, b in pairs])
+            )
+    return points
+
+
+def seen(job: Job) -> tuple[np.ndarray, np.ndarray]:
+    """What a run's model makes of the test images: probabilities (images, classes), and labels."""
+    path = str(job.out / "model.pt")
+    asked = ensemble.parse([path]).but(data_dir=job.settings().data_dir)
+    device = launch.device(asked.device)
+    model = checkpoints.open_model(path, device)
+    p, labels, _ = ensemble.probabilities(model, model.checkpoint.images(asked), device)
+    return p.numpy(), labels.numpy()
