@@ -178,7 +178,11 @@ def flag(name: str) -> str:
 
 def to_argv(values: dict[str, Any]) -> list[str]:
     """The words of a command line that give these settings."""
-    return [word for name, value in values.items() for word in (flag(name), str(value))]
+    words = []
+    for name, value in values.items():
+        yes_or_no = flag(name) if value is True else flag(f"no_{name}")
+        words += [yes_or_no] if isinstance(value, bool) else [flag(name), str(value)]
+    return words
 
 
 class Settings:

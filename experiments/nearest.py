@@ -15,7 +15,7 @@ PLACEMENTS = 60  # of each labelled image, augmented as in training
 
 @torch.no_grad()
 def nearest(flags: Flags, seed: int, part: str = "test") -> np.ndarray:
-    """Whether each image of a part is of the class of its nearest: (images,). Labels: of the seed."""
+    """Whether each image of a part is of the class of its nearest labelled one: (images,)."""
     settings = finetune.parse(["--teacher", "none", *to_argv(flags | {"seed": seed})])
     images = data.load(settings, launch.device(settings.device))
     batches = [batch for epoch in range(PLACEMENTS) for batch in images.train.epoch(epoch)]

@@ -60,7 +60,7 @@ class Table(NamedTuple):
 def samples(table: Table, made: Made) -> np.ndarray:
     """Of each test image the sample that it belongs to: a digit lies in four places."""
     images = len(next(iter(next(iter(made.values())).values()))[0].correct())
-    return np.arange(images) % (500 if table.study is DIGITS else images)
+    return np.arange(images) % (500 if table.study.base["data"] == "digits" else images)
 
 
 def accuracies(table: Table, made: Made) -> dict:
@@ -104,7 +104,7 @@ TABLES = {
     "digits-tuning-others": at_base(
         "settings of baselines and controls", rows=tuple(rows.OTHERS), tunes=True
     ),
-    "digits": at_base(
+    "digits-main": at_base(
         "main rows, baselines and controls", rows=(*MAIN, *rows.PROBE, *rows.OTHERS, rows.NEAREST)
     ),
     "digits-maps": at_base(

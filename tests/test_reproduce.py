@@ -1,96 +1,256 @@
-"""The table: every row is what its runs found, and a killed reproduction repeats none of them."""
+"""The study: a figure is what its runs found, and a killed reproduction repeats none of them."""
 
 from launch import Failed
 
 import json
-import statistics
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from torch.testing import assert_close
 
-from experiments import jobs, reproduce
+import checkpoints
+import digits
+import ensemble
+import storage
+from augment import Normalise
+from data import KINDS
+from experiments import jobs, looks, reproduce, rows, shift, tune
+from experiments.estimates import estimates
 from experiments.figures import cell
+from experiments.rows import MAIN, Runs
 
 ROOT = Path(__file__).parent.parent
-RAN = []
+RESULTS = {path.stem: json.loads(path.read_text()) for path in (ROOT / "results").glob("*.json")}
+STUDY = reproduce.DIGITS._replace(seeds=(100,), rates=(1e-3, 2e-3), decays=(0.05,))
+ONE = {"2 scraps": {"scraps": 2}}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """Arguments of a reproduction with runs of one epoch."""
+    root = tmp_path_factory.mktemp("study")
+    folders = ["--runs", str(root / "runs"), "--results", str(root / "results")]
+    return [*folders, "--jobs", "1", "--seeds", "2", "--extra=--epochs 1 --warmup 0 --device cpu"]
+
+
+class Names(list):
+    fails_at = 0
 
 
 @pytest.fixture
-def quick(tmp_path, monkeypatch):
-    """Arguments of a reproduction with runs of one epoch, in this process instead of others."""
+def ran(monkeypatch):
+    """Runs in this process instead of others, and their names."""
+    names = Names()
 
     def process(runner, name, job):
-        RAN.append(name)
+        names.append(name)
         script = jobs.SCRIPTS[job.script]
         script.main(script.parse([*job.argv, "--overwrite"]))
-        if len(RAN) == 5:
+        if len(names) == names.fails_at:
             raise Failed("the power went")
 
-    RAN.clear()
     monkeypatch.setattr(jobs.Runner, "process", process)
-    monkeypatch.setattr(reproduce, "LENGTHS", {"digits": (2,)})
-    places = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
-    return ["--jobs", "1", "--seeds", "2", "--extra=--epochs 1 --warmup 0 --batch 50", *places]
+    small = {
+        "tuned": reproduce.Table("", STUDY, (*MAIN, rows.NEAREST), ONE, tunes=True),
+        "tested": reproduce.Table("", STUDY, (*MAIN, rows.NEAREST), ONE),
+        "looks": reproduce.TABLES["digits-looks"]._replace(study=STUDY, points=ONE),
+        "ensembles": reproduce.TABLES["digits-ensembles"]._replace(study=STUDY, points=ONE),
+        "shift": reproduce.TABLES["digits-shift"]._replace(study=STUDY, points=ONE),
+    }
+    monkeypatch.setattr(reproduce, "TABLES", small)
+    return names
 
 
-def test_a_table_is_the_mean_of_its_runs_and_goes_on_after_a_failure(quick, tmp_path):
+def reproduced(places, *tables) -> list[dict]:
+    settings = reproduce.parse([*tables, *places])
+    reproduce.main(settings)
+    return [json.loads((Path(settings.results) / f"{name}.json").read_text()) for name in tables]
+
+
+def test_settings_are_chosen_by_validation_and_a_table_is_what_its_runs_found(places, ran):
+    with pytest.raises(ValueError, match="first reproduce tuned"):
+        reproduced(places, "tested")
+    ran.fails_at = 5
     with pytest.raises(Failed):
-        reproduce.main(reproduce.parse(quick))
-    result = reproduce.main(reproduce.parse(quick))
-    runs = 2 * (1 + len(reproduce.ROWS) + len(reproduce.MAIN))
-    assert len(RAN) == len(set(RAN)) == runs  # none ran twice
-    for row, found in result["rows"].items():
-        if not row.startswith("ensemble"):
-            logs = [
-                tmp_path / "runs" / "digits" / f"{row} s{seed}" / "log.jsonl" for seed in (0, 1)
-            ]
-            last = [json.loads(log.read_text().splitlines()[-1]) for log in logs]
-            assert found["values"] == [one["test_top1"] for one in last]
-        assert found["mean"] == pytest.approx(sum(found["values"]) / 2)
-        assert found["std"] == pytest.approx(statistics.stdev(found["values"]))
-    assert list(result["lengths"]) == [1, 2] and len(result["rows"]) == 9
-    of_copy = result["likeness_to_teacher"]["attention copy"]["divergence"]
-    copied = [layer["mean"] for layer in of_copy]
-    assert max(copied[:3]) < 1e-5 < copied[3]  # 0 in the layers that are lent
-    stored = json.loads((tmp_path / "results" / "digits.json").read_text())
-    assert stored["rows"] == result["rows"] and stored["seeds"] == [0, 1]
-    assert len(stored["commit"]) >= 7
-    assert (tmp_path / "results" / "digits.png").stat().st_size > 10_000
+        reproduced(places, "tuned")
+    (tuned,) = reproduced(places, "tuned")
+    assert len(ran) == len(set(ran)) == 1 + 4 * 4  # a teacher; two rates and two of its own
+    for row, found in tuned["points"]["2 scraps"].items():
+        scores = [np.mean(trial["validation"]) for trial in found["tried"]]
+        best = found["tried"][int(np.argmax(scores))]["flags"]
+        assert found["chosen"] == best, row
+
+    (table,) = reproduced(places, "tested")
+    assert len(ran) == len(set(ran))
+    runs = Path(reproduce.parse(["tested", *places]).runs) / "digits"
+    correct = {}
+    for row in MAIN:
+        chosen = tuned["points"]["2 scraps"][row]["chosen"]
+        correct[row] = []
+        for seed in (0, 1):
+            folder = runs / f"{row}, scraps 2{rows.described(chosen)} s{seed}"
+            last = json.loads((folder / "log.jsonl").read_text().splitlines()[-1])
+            tested = storage.read(folder / "test.pt")
+            correct[row].append((tested["predicted"] == tested["labels"]).numpy())
+            assert 100 * correct[row][-1].mean() == pytest.approx(last["test_top1"])
+            if row != "attention copy":
+                seen = ensemble.evaluate([str(folder / "model.pt")], ensemble.parse(["x"]))
+                assert seen["ensemble_top1"] == pytest.approx(last["test_top1"], abs=0.051)
+    correct = {row: np.stack(found) for row, found in correct.items()}
+    expected = estimates(correct, np.tile(np.arange(500), 4))
+    for row, cells in expected.items():
+        assert table["points"]["2 scraps"][row]["values"] == cells["values"]
+        assert table["points"]["2 scraps"][row]["interval"] == pytest.approx(cells["interval"])
+    assert len(table["commits"][0]) >= 7 and table["seeds"] == [0, 1]
+    assert rows.NEAREST in table["points"]["2 scraps"]
+
+
+def test_what_is_read_off_runs_is_bounded_by_what_it_must_be(places, ran):
+    found, together, moved = reproduced(places, "looks", "ensembles", "shift")
+    seen = found["points"]["2 scraps"]
+    patches = [seen["patches"][kind][0] for kind in looks.KINDS_OF_PATCH]
+    assert sum(patches) == pytest.approx(1, abs=1e-3)
+    for name in seen.keys() - {"patches"}:
+        shares = np.array([seen[name][kind] for kind in looks.KINDS_OF_PATCH])
+        assert_close(shares.sum(axis=0), np.ones(4), atol=1e-3, rtol=0)
+    assert max(map(abs, seen["teacher"]["divergence"])) < 1e-4
+    assert min(seen["teacher"]["cka"]) > 0.999
+    chosen = json.loads(
+        (Path(reproduce.parse(["tuned", *places]).results) / "tuned.json").read_text()
+    )
+    if chosen["points"]["2 scraps"]["attention copy"]["chosen"]["layers"] == "all":
+        assert max(map(abs, seen["attention copy"]["divergence"])) < 1e-4
+
+    table = together["points"]["2 scraps"]
+    for team in ("fine-tuning twice", "fine-tuning + distillation"):
+        assert -1 <= table[team]["error_correlation"] <= 1
+        assert table[team]["difference"]["from"] in table
+    for of_rows in moved["points"].values():
+        assert of_rows["from scratch"]["difference"]["mean"] == pytest.approx(0, abs=3)
+
+
+def test_patches_are_of_the_kind_whose_ink_they_hold():
+    split = digits.Split(2, Normalise(KINDS["digits"].normalization, "cpu"), torch.device("cpu"))
+    digit, scraps = (canvas[:30] for canvas in split.layers("test"))
+    kinds = looks.kinds_of_patches(digit, scraps, patch=3)
+    for image in range(30):
+        for i in range(16):
+            y, x = 3 * (i // 4), 3 * (i % 4)
+            ink = [c[image, 0, y : y + 3, x : x + 3].sum() > 0 for c in (digit, scraps)]
+            assert kinds[image, i] == (0 if ink[0] else 1 if ink[1] else 2)
+    images, _ = split.placed("test")
+    assert_close(images[:30], torch.maximum(digit, scraps))
+
+
+def test_models_that_err_alike_under_shift_lie_on_one_line(monkeypatch):
+    usual = iter(np.random.default_rng(0).uniform(60, 95, 100))
+
+    def accuracies(job):
+        clean = next(usual)
+        gone = 1 / (1 + np.exp(-(0.8 * shift.logit(np.array(clean)) - 0.5)))
+        return {shift.USUAL: clean, "fog": 100 * gone - (5 if job == "worse" else 0)}
+
+    monkeypatch.setattr(shift, "accuracies", accuracies)
+    made = {
+        str(i): {"from scratch": ["on"] * 4, "copy": ["on"] * 4, "fine-tuning": ["worse"] * 4}
+        for i in range(3)
+    }
+    found = shift.shifted(made)["fog"]
+    assert found["copy"]["difference"]["mean"] == pytest.approx(0, abs=1e-6)
+    assert found["fine-tuning"]["difference"]["mean"] == pytest.approx(-5)
+    assert found["fine-tuning"]["difference"]["interval"] == pytest.approx([-5, -5])
+
+
+def test_every_row_gets_as_many_trials():
+    for study in {
+        table.study.base["data"]: table.study for table in reproduce.TABLES.values()
+    }.values():
+        for row in (*MAIN, *rows.PROBE, *rows.OTHERS):
+            best, trials = tune.first(row, study), []
+            for stage in range(3):
+                trials += tune.options(row, stage, best, study)
+            assert len(trials) == len(study.rates) + len(study.decays) - 1 + 2, row
+
+
+def test_each_row_is_a_run_that_can_be_asked_for_and_shares_all_that_it_must(tmp_path):
+    runs, tuned = Runs(reproduce.DIGITS, tmp_path), {row: {"lr": 1e-3} for row in rows.ROWS}
+    asked = {}
+    for row in rows.ROWS:
+        made = runs.jobs(row, 3, {"scraps": 1}, tuned)
+        for name, job in made.items():
+            assert set(job.after) <= made.keys(), name
+        asked[row] = list(made.values())[-1].settings()
+    usual = asked["fine-tuning"]
+    same = (
+        "num_labels",
+        "epochs",
+        "warmup",
+        "batch",
+        "model",
+        "patch",
+        "mixup",
+        "smoothing",
+        "clip",
+    )
+    for row, settings in asked.items():
+        for key in (*same, "scraps"):
+            assert getattr(settings, key) == getattr(usual, key), (row, key)
+        labels = settings.seed if settings.subset_seed < 0 else settings.subset_seed
+        assert labels == 3, row
+    again = asked["fine-tuning again"]
+    assert (again.seed, again.teacher) == (1003, usual.teacher)
+
+
+def test_a_run_in_a_process_of_its_own_is_the_run_of_its_script(tmp_path):
+    argv = ["--teacher", "none", "--epochs", "1", "--warmup", "0", "--num-labels", "50"]
+    job = jobs.Job(
+        "finetune", [*argv, "--device", "cpu", "--out", str(tmp_path / "a")], tmp_path / "a"
+    )
+    broken = jobs.Job(
+        "finetune", [*job.argv[:-2], "--lr", "-1", "--out", str(tmp_path / "b")], tmp_path / "b"
+    )
+    runner = jobs.Runner(1, 0, "test_top1")
+    found = runner.run({"a": job})["a"]
+    other = [*argv, "--device", "cpu", "--out", str(tmp_path / "c")]
+    result = jobs.finetune.main(jobs.finetune.parse(other))
+    assert found["test_top1"] == result["test_top1"]
+    ours, theirs = (checkpoints.read(tmp_path / name / "model.pt").weights for name in "ac")
+    assert_close(ours, theirs, rtol=0, atol=0)
+    with pytest.raises(Failed, match="b failed: error: --lr -1.0: must be at least 0"):
+        runner.run({"b": broken})
+
+
+def test_unknown_tables_and_no_seeds_are_said(places):
+    with pytest.raises(ValueError, match="no table .mine.: choose of digits-tuning"):
+        reproduce.main(reproduce.parse(["mine"]))
+    with pytest.raises(ValueError, match="--seeds 0: must be at least 1"):
+        reproduce.parse(["digits-main", "--seeds", "0"])
+    with pytest.raises(ValueError, match="name one table"):
+        reproduce.parse([])
+
+
+@pytest.mark.parametrize("name", [name for name in reproduce.TABLES if name in RESULTS])
+def test_records_say_how_they_came_about_and_are_of_todays_rows(name):
+    record, table = RESULTS[name], reproduce.TABLES[name]
+    assert record["command"].startswith(f"python -m experiments.reproduce {name} --seeds ")
+    assert all("changes" not in commit for commit in record["commits"])
+    if not table.find:
+        assert {point: set(of_rows) for point, of_rows in record["points"].items()} == {
+            point: set(table.rows) for point in table.points
+        }
+
+
+def test_the_base_task_is_what_the_rule_chose():
+    if "digits-tuning" in RESULTS:
+        assert reproduce.simplest(RESULTS["digits-tuning"]["points"]) == reproduce.BASE
 
 
 def test_the_figures_of_the_readme_are_those_of_the_record():
-    result = json.loads((ROOT / "results" / "digits.json").read_text())
-    readme = (ROOT / "README.md").read_text()
+    result, readme = RESULTS["digits"], (ROOT / "README.md").read_text()
     for row, found in result["rows"].items():
         assert f"| {row} | {cell(found)} |" in readme
-    for epochs, rows in result["lengths"].items():
-        cells = " | ".join(cell(rows[row]) for row in reproduce.MAIN)
+    for epochs, of_rows in result["lengths"].items():
+        cells = " | ".join(cell(of_rows[row]) for row in MAIN)
         assert f"| {epochs} | {cells} |" in readme
-    for row, found in result["likeness_to_teacher"].items():
-        divergence, cka = (found[what][2] for what in ("divergence", "cka"))
-        first = f"{divergence['mean']:.3f} ± {divergence['std']:.3f}"
-        assert f"| {row} | {first} | {cka['mean']:.2f} ± {cka['std']:.2f} |" in readme
-
-
-def test_the_recipes_are_those_that_were_chosen_on_validation_images():
-    path = ROOT / "results" / "digits-tuning.json"
-    found = reproduce.jobs_of_seed(0, reproduce.parse([]))
-    for row, words in json.loads(path.read_text())["chosen"].items():
-        job = found[f"{row} s0"]
-        settings = jobs.SCRIPTS[job.script].parse(job.argv)
-        _, rate, name, value = words.split()
-        assert settings.lr == float(rate), row
-        assert str(getattr(settings, name.replace("-", "_"))) == value, row
-
-
-def test_seeds_share_labels_where_an_ensemble_needs_it_and_rows_share_the_rest():
-    found = reproduce.jobs_of_seed(3, reproduce.parse([]))
-    asked = {name: jobs.SCRIPTS[job.script].parse(job.argv) for name, job in found.items()}
-    again, usual = asked["fine-tuning again s3"], asked["fine-tuning s3"]
-    assert (again.seed, again.subset_seed, again.teacher) == (1003, 3, usual.teacher)
-    same = ("num_labels", "epochs", "warmup", "batch", "model", "patch", "drop_path", "mixup")
-    for name, settings in asked.items():
-        if not name.startswith("teacher"):
-            for key in (*same, "smoothing", "clip", "scraps"):
-                assert getattr(settings, key) == getattr(usual, key), (name, key)
-            assert settings.seed % 1000 == 3
