@@ -12,127 +12,22 @@ import launch
 import json
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 import storage
 from experiments import rows, tune
-from experiments.estimates import estimates
-from experiments.jobs import ROOT, Job, Runner
-from experiments.looks import looks
+from experiments.jobs import ROOT, Runner
 from experiments.nearest import nearest
-from experiments.rows import MAIN, Flags, Runs, Study
-from experiments.shift import shifted
-from experiments.teams import teams
-from settings import IMAGES, Setting, Settings, parse_settings
+from experiments.rows import Flags, Runs, Study
+from experiments.tables import TABLES, Made, Table, accuracies
+from settings import Setting, Settings, parse_settings
 
-DIGITS = Study(
-    base={"data": "digits", "num_labels": 100, "epochs": 450},
-    teacher={},
-    images=("data", "scraps"),
-    own_teachers=True,
-    seeds=(100, 101),
-    rates=(2e-3, 4e-3, 8e-3),
-    decays=(0.05, 0.2, 0.5, 1.5),
-)
-
-
-Made = dict[str, dict[str, list[Job]]]  # point: row: its runs, one for each seed
-
-
-class Table(NamedTuple):
-    """Rows at points of a study."""
-
-    about: str
-    study: Study
-    rows: tuple[str, ...]
-    points: dict[str, Flags]
-    tunes: bool = False  # finds settings on validation images, instead of testing
-    tuned_at: str = ""  # the point whose settings all points take (empty: each its own)
-    against: dict[str, str] | None = None  # what a row is compared with, where not with BASELINE
-    find: Callable[["Table", Made], dict] | None = None  # something else than accuracies
-
-
-def samples(table: Table, made: Made) -> np.ndarray:
-    """Of each test image the sample that it belongs to: a digit lies in four places."""
-    images = len(next(iter(next(iter(made.values())).values()))[0].correct())
-    return np.arange(images) % (500 if table.study.base["data"] == "digits" else images)
-
-
-def accuracies(table: Table, made: Made) -> dict:
-    """Of each point the estimates of its rows."""
-    points = {}
-    for point, of_rows in made.items():
-        correct = {row: np.stack([job.correct() for job in jobs]) for row, jobs in of_rows.items()}
-        if rows.NEAREST in table.rows:
-            seeds = range(len(next(iter(of_rows.values()))))
-            flags = table.study.base | table.points[point]
-            correct[rows.NEAREST] = np.stack([nearest(flags, seed) for seed in seeds])
-        points[point] = estimates(correct, samples(table, made), table.against)
-    return points
-
-
-CLUTTER = {f"{n} scraps": {"scraps": n} for n in (0, 1, 2)}
-BASE = f"{IMAGES['scraps'].default} scraps"  # see `simplest`
-AT_BASE = {BASE: CLUTTER[BASE]}
-STEPS = {50: 900, 100: 450, 300: 150, 997: 47}  # labels: epochs of about 900 steps
-LABELS = {
-    f"{labels} labels": CLUTTER[BASE] | {"num_labels": labels, "epochs": epochs}
-    for labels, epochs in STEPS.items()
-}
-LENGTHS = {f"{epochs} epochs": CLUTTER[BASE] | {"epochs": epochs} for epochs in (150, 450, 1350)}
-ENDS = ("from scratch", "fine-tuning")  # between which recovery is measured
-TRANSFER = ("attention copy", "attention distillation")
-at_base = partial(Table, study=DIGITS, points=AT_BASE)
-TABLES = {
-    "digits-tuning": Table(
-        "settings of the main rows for 0, 1 and 2 scraps; and which of these is the base task",
-        DIGITS, (*MAIN, *rows.PROBE, rows.NEAREST), CLUTTER, tunes=True,
-    ),
-    "digits-clutter": Table("the main rows for 0, 1 and 2 scraps", DIGITS, tuple(MAIN), CLUTTER),
-    "digits-labels": Table(
-        "the main rows for 50 to 997 labels, at equal steps", DIGITS, tuple(MAIN), LABELS,
-        tuned_at=BASE,
-    ),
-    "digits-length": Table(
-        "the main rows for 150, 450 and 1,350 epochs", DIGITS, tuple(MAIN), LENGTHS, tuned_at=BASE
-    ),
-    "digits-tuning-others": at_base(
-        "settings of baselines and controls", rows=tuple(rows.OTHERS), tunes=True
-    ),
-    "digits-main": at_base(
-        "main rows, baselines and controls", rows=(*MAIN, *rows.PROBE, *rows.OTHERS, rows.NEAREST)
-    ),
-    "digits-maps": at_base(
-        "other maps, copied and distilled: uniform to fine-tuned", rows=(*MAIN, *rows.LADDER)
-    ),
-    "digits-parts": at_base("q, k, v or several copied", rows=(*MAIN, *rows.PARTS)),
-    "digits-layers": at_base("which layers are copied or distilled", rows=(*MAIN, *rows.LAYERS)),
-    "digits-explained": at_base(
-        "distillation detached; without labels, then a probe",
-        rows=(*MAIN, *rows.PROBE, *rows.EXPLAINED),
-        against={"distillation, detached": "attention distillation",
-                 "linear probe of that": "linear probe of the teacher"},
-    ),
-    "digits-looks": at_base(
-        "where rows and teachers look; how like the teacher's are maps and features",
-        rows=tuple(MAIN), find=lambda _, made: looks(made),
-    ),
-    "digits-ensembles": at_base(
-        "pairs of nets and their controls; do they err together?", rows=(*MAIN, *rows.AGAIN),
-        find=lambda table, made: teams(made, samples(table, made)),
-    ),
-    "digits-shift": Table(
-        "noise, contrast, more clutter, at matched accuracy", DIGITS, tuple(MAIN), LENGTHS,
-        tuned_at=BASE, find=lambda _, made: shifted(made),
-    ),
-}  # fmt: skip
 SETTINGS = {
-    "seeds": Setting(10, "runs of each row, with seeds 0, 1, ...", low=1),
+    "seeds": Setting(0, "runs of each row, with seeds 0, 1, ... (0: the table's)", low=1),
     "jobs": Setting(0, "runs at a time (0: one per CPU core, or one on a GPU)"),
     "minutes": Setting(0.0, "stop after so long; the same command goes on (0: no limit)"),
     "data_dir": Setting("", "where the images of cifar10 are"),
@@ -165,15 +60,17 @@ parse = partial(
 # A table ------------------------------------------------------------------------------------------
 
 
-def train(table: Table, settings: Settings, runner: Runner) -> Made:
+def train(table: Table, settings: Settings, runner: Runner, seeds: list[int]) -> Made:
     """The finished runs of a table, those trained now that are not there yet."""
     runs, tuned = runs_of(table.study, settings), tuning(table.study, settings)
     jobs, made = {}, {}
     for point, flags in table.points.items():
-        own = settled(tuned, table.tuned_at or point, table.rows)
         made[point] = {row: [] for row in table.rows if row in rows.ROWS}
+        settled = table.tuned_at or point
+        own = tune.chosen(tuned.get(settled, {}))
+        check(own, settled, table.study, (*made[point], *nets_of(made[point])))
         for row in made[point]:
-            for seed in range(settings.seeds):
+            for seed in seeds:
                 needed = runs.jobs(row, seed, flags, own)
                 made[point][row].append(needed[list(needed)[-1]])
                 jobs |= needed
@@ -195,6 +92,9 @@ def tuned(table: Table, settings: Settings, runner: Runner) -> tune.Tuned:
     """Settings for the rows of a table at all its points, and what was tried."""
     study, trained = table.study, [row for row in table.rows if row in rows.ROWS]
     known = tuning(study, settings)
+    for point in table.points:
+        others = [row for row in nets_of(trained) if row not in trained]
+        check(tune.chosen(known.get(point, {})), point, study, others)
     found = tune.tune(runs_of(study, settings), runner, trained, table.points, known)
     if rows.NEAREST in table.rows:
         for point, flags in table.points.items():
@@ -231,19 +131,23 @@ def tuning(study: Study, settings: Settings) -> tune.Tuned:
     return found
 
 
-def settled(tuned: tune.Tuned, point: str, asked: tuple[str, ...]) -> dict[str, Flags]:
-    """The settings of rows at a point. ValueError if they were not tuned yet."""
-    found = tune.chosen(tuned.get(point, {}))
-    sources = {row: rows.ROWS[row] for row in asked if row in rows.ROWS}
-    for row, made in sources.items():
-        if (made.tuned_as or row) not in found:
-            needed = next(
+def check(found: dict[str, Flags], point: str, study: Study, needed: Iterable[str]) -> None:
+    """ValueError unless the settings of these rows were found."""
+    for row in needed:
+        source = row if row in study.own else rows.ROWS[row].tuned_as
+        if source not in found:
+            first = next(
                 name
                 for name, table in TABLES.items()
-                if table.tunes and point in table.points and (made.tuned_as or row) in table.rows
+                if table.tunes and table.study is study and source in table.rows
             )
-            raise ValueError(f"'{row}' has no settings yet at {point}: first reproduce {needed}")
-    return found
+            raise ValueError(f"'{source}' has no settings yet at {point}: first reproduce {first}")
+
+
+def nets_of(asked: Iterable[str]) -> list[str]:
+    """The rows whose nets others need."""
+    teachers = (rows.ROWS[row].teacher for row in asked if row in rows.ROWS)
+    return [teacher for teacher in teachers if teacher in rows.ROWS]
 
 
 def main(settings: Settings) -> None:
@@ -260,12 +164,11 @@ def main(settings: Settings) -> None:
         if table.tunes:
             points = tuned(table, settings, runner)
             seeds, measure = list(table.study.seeds), "validation top-1, %"
-            found = {"seeds": seeds, "measure": measure, "points": points}
         else:
-            made = train(table, settings, runner)
+            seeds, measure = list(range(settings.seeds or table.seeds)), "test top-1, %"
+            made = train(table, settings, runner, seeds)
             points = (table.find or accuracies)(table, made)
-            measure = "test top-1, %, with 95 % intervals"
-            found = {"seeds": list(range(settings.seeds)), "measure": measure, "points": points}
+        found = {"seeds": seeds, "measure": measure, "points": points}
         path = results / f"{name}.json"
         storage.write_text(path, json.dumps(runner.record(name, found), indent=1) + "\n")
         show(name, found)

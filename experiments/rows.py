@@ -12,39 +12,38 @@ Flags = dict[str, Any]  # settings by name
 class Row(NamedTuple):
     script: str  # of jobs.SCRIPTS
     teacher: str  # none, random, pre-trained, or the row whose net it is
-    own: tuple[str, tuple] | None = None  # the one setting of its own that is tuned, usual first
     flags: Flags | None = None  # what makes it this row
-    tuned_as: str = ""  # the row whose tuned settings it takes, if it is not tuned itself
+    tuned_as: str = ""  # the row whose settings it takes where it is not tuned itself
 
 
-DROPS, DECAYS = ("drop_path", (0.0, 0.1, 0.2)), ("layer_decay", (0.75, 1.0, 0.5))
-COPIED, DISTILLED = ("layers", ("all", "3", "2")), ("layers", ("3", "all", "2"))
-RATES = ("lr", (4e-3, 1.6e-2, 3.2e-2))  # of a head alone
-WEIGHTS = ("attention_weight", (3.0, 1.0, 10.0))
 MAIN = {
-    "from scratch": Row("finetune", "none", DROPS),
-    "attention copy": Row("copy", "pre-trained", COPIED),
-    "attention distillation": Row("distill", "pre-trained", DISTILLED),
-    "fine-tuning": Row("finetune", "pre-trained", DECAYS),
+    "from scratch": Row("finetune", "none"),
+    "attention copy": Row("copy", "pre-trained"),
+    "attention distillation": Row("distill", "pre-trained"),
+    "fine-tuning": Row("finetune", "pre-trained"),
 }
-PROBE = {"linear probe of the teacher": Row("variants", "pre-trained", RATES, {"how": "probe"})}
-OTHERS = {  # baselines and controls, tuned like the rows above
-    "feature distillation": Row("variants", "pre-trained", WEIGHTS, {"how": "features"}),
-    "logit distillation": Row("variants", "fine-tuning", WEIGHTS, {"how": "logits"}),
-    "copy, random teacher": Row("copy", "random", COPIED),
-    "distillation, random teacher": Row("distill", "random", DISTILLED),
-    "copy, fine-tuned teacher": Row("copy", "fine-tuning", COPIED),
-    "teacher's maps and weights": Row("variants", "pre-trained", DECAYS, {"start": "teacher"}),
+PROBE = {"linear probe of the teacher": Row("variants", "pre-trained", {"how": "probe"})}
+BASELINES = {
+    "feature distillation": Row("variants", "pre-trained", {"how": "features"}),
+    "logit distillation": Row("variants", "fine-tuning", {"how": "logits"}),
+}
+CONTROLS = {
+    "copy, random teacher": Row("copy", "random", tuned_as="attention copy"),
+    "distillation, random teacher": Row("distill", "random", tuned_as="attention distillation"),
+    "copy, fine-tuned teacher": Row("copy", "fine-tuning", tuned_as="attention copy"),
+    "teacher's maps and weights": Row(
+        "variants", "pre-trained", {"start": "teacher"}, tuned_as="fine-tuning"
+    ),
 }
 
 
 def copied(**flags) -> Row:
-    return Row("variants", "pre-trained", flags=flags, tuned_as="attention copy")
+    return Row("variants", "pre-trained", flags, tuned_as="attention copy")
 
 
 def distilled(**flags) -> Row:
     flags = {"how": "distill"} | flags
-    return Row("variants", "pre-trained", flags=flags, tuned_as="attention distillation")
+    return Row("variants", "pre-trained", flags, tuned_as="attention distillation")
 
 
 MAPS = ("uniform", "impulse", "mean", "other")
@@ -79,11 +78,11 @@ AGAIN = {  # in another order, from another start, on the same labels: for ensem
     for row in ("from scratch", "attention distillation", "fine-tuning")
 }
 NEAREST = "1-nearest neighbour of pixels"  # no run at all
-ROWS = MAIN | PROBE | OTHERS | LADDER | PARTS | LAYERS | EXPLAINED | AGAIN
+ROWS = MAIN | PROBE | BASELINES | CONTROLS | LADDER | PARTS | LAYERS | EXPLAINED | AGAIN
 
 
 class Study(NamedTuple):
-    """A data set, what all its rows share, and where the runs are."""
+    """A data set: what all its rows share, and what is tuned of each."""
 
     base: Flags  # of every row, where a point does not say otherwise
     teacher: Flags
@@ -91,7 +90,8 @@ class Study(NamedTuple):
     own_teachers: bool  # one for each seed, or one for all
     seeds: tuple[int, ...]  # of tuning, which no table uses
     rates: tuple[float, ...]  # that are tried for every row,
-    decays: tuple[float, ...]  # and weight decays
+    decays: tuple[float, ...]  # weight decays,
+    own: dict[str, tuple[str, tuple]]  # and one setting of the row's own, its usual value first
 
 
 class Runs(NamedTuple):
@@ -103,7 +103,7 @@ class Runs(NamedTuple):
 
     def jobs(self, row: str, seed: int, point: Flags, tuned: dict[str, Flags]) -> dict[str, Job]:
         """A run, last, behind those whose nets it needs, by name. `tuned`: of each row."""
-        study, (script, source, _, flags, tuned_as) = self.study, ROWS[row]
+        study, (script, source, flags, tuned_as) = self.study, ROWS[row]
         needed, teacher = {}, source
         if source == "pre-trained":
             needed = self.pretraining(seed, point)
@@ -112,12 +112,13 @@ class Runs(NamedTuple):
         after = list(needed)[-1:]
         if after:
             teacher = needed[after[0]].out / "model.pt"
-        own = tuned[tuned_as or row] | (flags or {})
+        own = tuned[row if row in study.own else tuned_as] | (flags or {})
         asked = study.base | point | own
         given = asked | {"eval_every": asked["epochs"], "teacher": teacher, "seed": seed}
         if row in AGAIN:
             given |= {"seed": seed + 1000, "subset_seed": seed}
-        name = f"{row}{described(point | own)} s{seed}"
+        special = {k: v for k, v in (point | own).items() if study.base.get(k) != v}
+        name = f"{row}{described(special)} s{seed}"
         return needed | {name: self.job(script, name, given, tuple(after))}
 
     def pretraining(self, seed: int, point: Flags) -> dict[str, Job]:

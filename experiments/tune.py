@@ -7,7 +7,7 @@ of the row's own. Its seeds are used by no table.
 from collections.abc import Iterable
 
 from experiments.jobs import Runner
-from experiments.rows import ROWS, Flags, Runs, Study
+from experiments.rows import Flags, Runs, Study
 from progress import validation
 
 Tuned = dict[str, dict[str, dict]]  # point: row: what was chosen, and all that was tried
@@ -45,13 +45,13 @@ def tune(
 
 
 def first(row: str, study: Study) -> Flags:
-    name, values = ROWS[row].own
+    name, values = study.own[row]
     return {"lr": study.rates[1], "weight_decay": study.decays[0], name: values[0]}
 
 
 def options(row: str, stage: int, best: Flags, study: Study) -> list[Flags]:
     """What a stage tries: the rates; more of weight decay; more of the row's own setting."""
-    name, values = ROWS[row].own
+    name, values = study.own[row]
     stages = (("lr", study.rates), ("weight_decay", study.decays[1:]), (name, values[1:]))
     what, tried = stages[stage]
     return [best | {what: value} for value in tried]

@@ -1,0 +1,184 @@
+"""The studies, and their tables: which rows, at which points, compared with what."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+
+from experiments import rows
+from experiments.estimates import estimates
+from experiments.jobs import Job
+from experiments.looks import looks
+from experiments.nearest import nearest
+from experiments.rows import MAIN, Flags, Study
+from experiments.shift import shifted
+from experiments.teams import teams
+from settings import IMAGES
+
+DROPS, DECAYS = ("drop_path", (0.0, 0.1, 0.2)), ("layer_decay", (0.75, 1.0, 0.5))
+COPIED, DISTILLED = ("layers", ("all", "3", "2")), ("layers", ("3", "all", "2"))
+WEIGHTS = ("attention_weight", (3.0, 1.0, 10.0))
+DIGITS = Study(
+    base={"data": "digits", "num_labels": 100, "epochs": 450},
+    teacher={},
+    images=("data", "scraps"),
+    own_teachers=True,
+    seeds=(100, 101),
+    rates=(2e-3, 4e-3, 8e-3),
+    decays=(0.05, 0.2, 0.5, 1.5),
+    own={
+        "from scratch": DROPS,
+        "attention copy": COPIED,
+        "attention distillation": DISTILLED,
+        "fine-tuning": DECAYS,
+        "linear probe of the teacher": ("lr", (4e-3, 1.6e-2, 3.2e-2)),  # of a head alone
+        "feature distillation": WEIGHTS,
+        "logit distillation": WEIGHTS,
+        "copy, random teacher": COPIED,
+        "distillation, random teacher": DISTILLED,
+        "copy, fine-tuned teacher": COPIED,
+        "teacher's maps and weights": DECAYS,
+    },
+)
+PLAIN = dict.fromkeys(("mixup", "cutmix", "random_erase", "smoothing", "ema", "drop_path"), 0.0)
+CIFAR = Study(  # small enough for a CPU: shifts and flips, a tenth of the labels
+    base={"data": "cifar10", "model": "mini", "holdout": 5000, "num_labels": 5000}
+    | {"epochs": 25, "batch": 100} | PLAIN,
+    teacher={"epochs": 60, "batch": 512, "lr": 1.5e-3, "decoder_dim": 96, "decoder_depth": 1},
+    images=("data", "model", "holdout"),
+    own_teachers=False,
+    seeds=(100,),
+    rates=(5e-4, 1e-3, 2e-3),
+    decays=(0.05, 0.3),
+    own={
+        "from scratch": ("drop_path", (0.0,)),
+        "attention copy": ("layers", ("all",)),
+        "attention distillation": ("layers", ("5",)),
+        "fine-tuning": ("layer_decay", (0.75,)),
+    },
+)  # fmt: skip
+
+
+Made = dict[str, dict[str, list[Job]]]  # point: row: its runs, one for each seed
+
+
+class Table(NamedTuple):
+    """Rows at points of a study."""
+
+    about: str
+    study: Study
+    rows: tuple[str, ...]
+    points: dict[str, Flags]
+    seeds: int = 10
+    tunes: bool = False  # finds settings on validation images, instead of testing
+    tuned_at: str = ""  # the point whose settings all points take (empty: each its own)
+    against: dict[str, str] | None = None  # what a row is compared with, where not with BASELINE
+    find: Callable[["Table", Made], dict] | None = None  # something else than accuracies
+
+
+def samples(table: Table, made: Made) -> np.ndarray:
+    """Of each test image the sample that it belongs to: a digit lies in four places."""
+    images = len(next(iter(next(iter(made.values())).values()))[0].correct())
+    return np.arange(images) % (500 if table.study.base["data"] == "digits" else images)
+
+
+def accuracies(table: Table, made: Made) -> dict:
+    """Of each point the estimates of its rows."""
+    points = {}
+    for point, of_rows in made.items():
+        correct = {row: np.stack([job.correct() for job in jobs]) for row, jobs in of_rows.items()}
+        if rows.NEAREST in table.rows:
+            seeds = range(len(next(iter(of_rows.values()))))
+            flags = table.study.base | table.points[point]
+            correct[rows.NEAREST] = np.stack([nearest(flags, seed) for seed in seeds])
+        points[point] = estimates(correct, samples(table, made), table.against)
+    return points
+
+
+CLUTTER = {f"{n} scraps": {"scraps": n} for n in (0, 1, 2)}
+BASE = f"{IMAGES['scraps'].default} scraps"  # see `simplest`
+AT_BASE = {BASE: CLUTTER[BASE]}
+STEPS = {50: 900, 100: 450, 300: 150, 997: 47}  # labels: epochs of about 900 steps
+LABELS = {
+    f"{labels} labels": CLUTTER[BASE] | {"num_labels": labels, "epochs": epochs}
+    for labels, epochs in STEPS.items()
+}
+LENGTHS = {f"{epochs} epochs": CLUTTER[BASE] | {"epochs": epochs} for epochs in (150, 450, 1350)}
+AT_PHOTOS = {"5,000 labels": {}}
+PHOTO_LABELS = {  # at about 1,250 steps
+    "1,000 labels": {"num_labels": 1000, "epochs": 125},
+    "5,000 labels": {},
+    "45,000 labels": {"num_labels": 45_000, "epochs": 3},
+}
+SHORT = {"5,000 labels": {"epochs": 12}}  # for tuning
+at_base = partial(Table, study=DIGITS, points=AT_BASE)
+photos = partial(Table, study=CIFAR, points=AT_PHOTOS)
+TABLES = {
+    "digits-tuning": Table(
+        "settings of the main rows for 0, 1 and 2 scraps; and which of these is the base task",
+        DIGITS, (*MAIN, *rows.PROBE, rows.NEAREST), CLUTTER, tunes=True,
+    ),
+    "digits-clutter": Table("the main rows for 0, 1 and 2 scraps", DIGITS, tuple(MAIN), CLUTTER),
+    "digits-labels": Table(
+        "the main rows for 50 to 997 labels, at equal steps", DIGITS, tuple(MAIN), LABELS,
+        tuned_at=BASE,
+    ),
+    "digits-length": Table(
+        "the main rows for 150, 450 and 1,350 epochs", DIGITS, tuple(MAIN), LENGTHS, tuned_at=BASE
+    ),
+    "digits-tuning-others": at_base(
+        "settings of baselines and controls", rows=(*rows.BASELINES, *rows.CONTROLS), tunes=True
+    ),
+    "digits-main": at_base(
+        "main rows, baselines and controls",
+        rows=(*MAIN, *rows.PROBE, *rows.BASELINES, *rows.CONTROLS, rows.NEAREST),
+    ),
+    "digits-maps": at_base(
+        "other maps, copied and distilled: uniform to fine-tuned", rows=(*MAIN, *rows.LADDER)
+    ),
+    "digits-parts": at_base("q, k, v or several copied", rows=(*MAIN, *rows.PARTS)),
+    "digits-layers": at_base("which layers are copied or distilled", rows=(*MAIN, *rows.LAYERS)),
+    "digits-explained": at_base(
+        "distillation detached; without labels, then a probe",
+        rows=(*MAIN, *rows.PROBE, *rows.EXPLAINED),
+        against={"distillation, detached": "attention distillation",
+                 "linear probe of that": "linear probe of the teacher"},
+    ),
+    "digits-looks": at_base(
+        "where rows and teachers look; how like the teacher's are maps and features",
+        rows=tuple(MAIN), find=lambda _, made: looks(made),
+    ),
+    "digits-ensembles": at_base(
+        "pairs of nets and their controls; do they err together?", rows=(*MAIN, *rows.AGAIN),
+        find=lambda table, made: teams(made, samples(table, made)),
+    ),
+    "digits-shift": Table(
+        "noise, contrast, more clutter, at matched accuracy", DIGITS, tuple(MAIN), LENGTHS,
+        tuned_at=BASE, find=lambda _, made: shifted(made),
+    ),
+    "cifar10-gate": photos(
+        "settings of the two ends; go on if they differ by 6 points", points=SHORT,
+        rows=("from scratch", "fine-tuning"), tunes=True,
+    ),
+    "cifar10-tuning": photos(
+        "settings of copy and distillation", points=SHORT,
+        rows=("attention copy", "attention distillation"), tunes=True,
+    ),
+    "cifar10-main": photos("the main rows on photographs", rows=tuple(MAIN), seeds=5),
+    "cifar10-controls": photos(
+        "random teachers, the mean map, another image's, the teacher's weights as well",
+        rows=(*MAIN, "copy, random teacher", "distillation, random teacher", "copy, mean maps",
+              "copy, other maps", "teacher's maps and weights"),
+        against={"copy, mean maps": "attention copy", "copy, other maps": "attention copy",
+                 "teacher's maps and weights": "fine-tuning"}, seeds=3,
+    ),
+    "cifar10-length": photos(
+        "the main rows, three times as long", rows=tuple(MAIN), seeds=1,
+        points=AT_PHOTOS | {"75 epochs": {"epochs": 75}}, tuned_at="5,000 labels",
+    ),
+    "cifar10-labels": photos(
+        "the main rows with 1,000 to 45,000 labels, at equal steps", rows=tuple(MAIN), seeds=1,
+        points=PHOTO_LABELS, tuned_at="5,000 labels",
+    ),
+}  # fmt: skip
