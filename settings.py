@@ -120,7 +120,10 @@ RUN: Table = {
         free=True,
     ),
 }
-TEACHERS = "auto (pre-trained here if need be; mae for imagenet), mae (published weights), "
+TEACHERS = (
+    "auto (one that comes with this, or mae for imagenet, else pretrain), pretrain (here, on these "
+    "images), mae (published weights), "
+)
 TEACHER: Table = {
     # Free, since it is compared by its weights.
     "teacher": Setting("auto", TEACHERS + "random, or a checkpoint's path or URL", free=True),

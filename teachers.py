@@ -3,6 +3,8 @@
 import launch
 from launch import print0
 
+import hashlib
+import json
 from pathlib import Path
 
 import torch
@@ -19,21 +21,25 @@ from settings import IMAGES, Settings
 # The teachers of the paper, as their authors publish them. "huge" has patches of 14 pixels.
 MAE_WEIGHTS = "https://dl.fbaipublicfiles.com/mae/pretrain/mae_pretrain_vit_{}.pth"
 MAE_SIZES = ("base", "large", "huge")
-NAMED = ("auto", "mae", "random", "none")
+NAMED = ("auto", "pretrain", "mae", "random", "none")
+SHIPPED = Path(__file__).parent / "weights"  # made by experiments/ship.py
 
 
 def find(settings: Settings, images: data.Data) -> Checkpoint | None:
-    """The checkpoint that --teacher names: auto, mae, a path or URL; None for random and none.
+    """The checkpoint that --teacher names, a word or a path or URL; None for random and none.
 
-    auto is a ViT pre-trained here on `images`: it is made first if it is not there yet. For
-    ImageNet, where that takes days, auto is MAE's published one.
+    pretrain is a ViT pre-trained here on `images`, made first if it is not there yet. auto is one
+    that comes with this repository, if there is one for these images and this net; for ImageNet,
+    where pre-training takes days, MAE's published one; else pretrain.
     """
     if settings.teacher in ("none", "random"):
         return None
     if published(settings):
         _, _, heads = vit.SIZES[settings.model]
         return checkpoints.read(MAE_WEIGHTS.format(settings.model), heads)
-    if settings.teacher == "auto":
+    if settings.teacher == "auto" and (file := shipped(settings)):
+        return checkpoints.read(file)
+    if settings.teacher in ("auto", "pretrain"):
         model = pretrained(settings, images)
         try:
             return checkpoints.read(model)
@@ -51,6 +57,21 @@ def find(settings: Settings, images: data.Data) -> Checkpoint | None:
 def published(settings: Settings) -> bool:
     """Whether the teacher is one of MAE's authors."""
     return settings.teacher == "mae" or (settings.teacher, settings.data) == ("auto", "imagenet")
+
+
+def shipped(settings: Settings) -> Path | None:
+    """The teacher of weights/ that was made for these images and this net. None if none was."""
+    for about in SHIPPED.glob("*.json"):
+        facts = json.loads(about.read_text())
+        if all(getattr(settings, name) == value for name, value in facts["for"].items()):
+            file = about.with_suffix(".pt")
+            if hashlib.sha256(file.read_bytes()).hexdigest() != facts["sha256"]:
+                raise ValueError(
+                    f"{file} is not the file that {about.name} describes: fetch it anew, or make a "
+                    "teacher with --teacher pretrain"
+                )
+            return file
+    return None
 
 
 def check(settings: Settings) -> None:

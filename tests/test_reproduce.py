@@ -10,13 +10,16 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+import attention_copy
 import checkpoints
+import data
 import digits
 import ensemble
 import storage
+import teachers
 from augment import Normalise
 from data import KINDS
-from experiments import jobs, looks, reproduce, rows, shift, tables, tune
+from experiments import jobs, looks, reproduce, rows, shift, ship, tables, tune
 from experiments.estimates import estimates
 from experiments.figures import cell
 from experiments.rows import MAIN, Runs
@@ -222,6 +225,28 @@ def test_a_run_in_a_process_of_its_own_is_the_run_of_its_script(tmp_path):
     assert_close(ours, theirs, rtol=0, atol=0)
     with pytest.raises(Failed, match=r"b failed: error: --lr -1\.0: must be at least 0"):
         runner.run({"b": broken})
+
+
+def test_a_teacher_that_is_shipped_is_found_and_checked(places, ran, tmp_path, monkeypatch, capsys):
+    places = [*places[:4], "--extra=--epochs 1 --warmup 0 --device cpu --model micro"]
+    file = ship.ship("digits", ship.parse(["digits", *places[:2], places[4]]), tmp_path / "weights")
+    facts = json.loads(file.with_suffix(".json").read_text())
+    assert facts["for"] == {"data": "digits", "model": "micro", "patch": 3, "image_size": 0} | {
+        "scraps": tables.CLUTTER[tables.BASE]["scraps"]
+    }
+    assert str(places[1]) not in facts["command"]
+    monkeypatch.setattr(teachers, "SHIPPED", file.parent)
+    asked = attention_copy.parse(["--device", "cpu"])
+    images = data.load(asked, torch.device("cpu"))
+    found = teachers.find(asked, images)
+    assert found.source == str(file) and found.method == "pretrain"
+    assert teachers.shipped(asked.but(model="tiny")) is None
+    assert teachers.shipped(asked.but(scraps=9)) is None
+    damaged = bytearray(file.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    file.write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"is not the file that digits\.json describes"):
+        teachers.find(asked, images)
 
 
 def test_unknown_tables_and_no_seeds_are_said(places):
