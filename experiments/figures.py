@@ -1,5 +1,7 @@
 """Pictures of comparisons: curves over layers, likeness of features, and the table of results."""
 
+from collections.abc import Iterable
+
 from pictures import figure
 
 COLOURS = {  # of Okabe and Ito, which colour-blind eyes can tell apart
@@ -77,43 +79,63 @@ def heat(axis, matrix: list[list[float]], names: tuple[str, str]) -> None:
     axis.set(xlabel=f"layer of {names[1]}", ylabel=f"layer of {names[0]}")
 
 
-# The table of results ---------------------------------------------------------------------------
+# The study --------------------------------------------------------------------------------------
+
+TRANSFER = ("attention copy", "attention distillation")
 
 
-def cell(found: dict) -> str:
-    return f"{found['mean']:.1f}" + (f" ± {found['std']:.1f}" if found["std"] is not None else "")
+def along(axis, cells: dict[str, list[dict]], points: Iterable[str]) -> None:
+    """Of each row its figures along the points of a table, with intervals."""
+    for row, of_row in cells.items():
+        shift = 0.06 * (list(COLOURS).index(row) - 3)  # so that intervals do not hide each other
+        spots, means = [i + shift for i in range(len(of_row))], [cell["mean"] for cell in of_row]
+        how = dict(marker="o", color=COLOURS[row], capsize=2, label=row)
+        axis.errorbar(spots, means, yerr=ends(of_row), **how)
+    axis.set_xticks(range(len(spots)), [point.replace(" ", "\n") for point in points])
+    axis.spines[["top", "right"]].set_visible(False)
 
 
-def table(result: dict):
-    """The rows as bars; layer by layer, how far their maps and features are from the teacher's."""
-    fig, (bars, *others) = figure(1, 3, width=13.5, height=3.6, width_ratios=(4, 3, 3))
-    for y, (row, found) in enumerate(result["rows"].items()):
-        colour = COLOURS.get(row, COLOURS["ensemble"] if "+" in row else "#DDDDDD")
-        bars.barh(
-            y, found["mean"], xerr=found["std"] or 0, color=colour, ecolor="#333333", capsize=2
-        )
-        dark = row in ("attention distillation", "fine-tuning")
-        bars.text(1, y, f" {cell(found)}", va="center", color="white" if dark else "black")
-    bars.set_yticks(range(len(result["rows"])), result["rows"])
-    bars.invert_yaxis()
-    bars.set(
-        xlabel="test accuracy (top-1, %)",
-        xlim=(0, 100),
-        title="What is transferred, and how well it works",
-    )
-    bars.spines[["top", "right"]].set_visible(False)
-    panels = (
-        ("divergence", "divergence from the teacher's (nats)", "Distance of maps"),
-        ("cka", "CKA with the teacher's", "Likeness of features"),
-    )
-    for axis, (what, label, title) in zip(others, panels, strict=True):
-        likeness_of = result["likeness_to_teacher"].items()
-        lines(
-            axis,
-            {row: [x["mean"] for x in found[what]] for row, found in likeness_of},
-            label,
-            title,
-        )
-    others[1].set_ylim(0, 1.02)
-    others[1].get_legend().remove()  # it is that of the panel beside it
+def ends(cells: list[dict]) -> list[list[float]] | None:
+    """Intervals as distances below and above the means."""
+    if any(cell["interval"] is None for cell in cells):
+        return None
+    below = [cell["mean"] - cell["interval"][0] for cell in cells]
+    above = [cell["interval"][1] - cell["mean"] for cell in cells]
+    return [below, above]
+
+
+def recovery(tables: dict[str, dict[str, dict]]):
+    """What copy and distillation recover along each axis: a panel for each table's points."""
+    fig, axes = figure(1, len(tables), width=3.6 * len(tables), squeeze=False)
+    for axis, (title, points) in zip(axes[0], tables.items(), strict=True):
+        for height, row in enumerate(("from scratch", "fine-tuning")):
+            axis.axhline(height, color=COLOURS[row], label=row)
+        cells = {row: [of_rows[row]["recovery"] for of_rows in points.values()] for row in TRANSFER}
+        along(axis, cells, points)
+        axis.set(title=title, ylim=(-0.75, 1.75))
+    axes[0, 0].set_ylabel("recovered of what fine-tuning gains")
+    axes[0, 0].legend(frameon=False, fontsize=8)
+    return fig
+
+
+def accuracies(points: dict[str, dict]):
+    """The rows of a table: as dots with intervals, or, if it has several points, along these."""
+    rows = next(iter(points.values()))
+    if len(points) > 1:
+        fig, axis = figure(width=5.5, height=3.6)
+        along(axis, {row: [of_rows[row] for of_rows in points.values()] for row in rows}, points)
+        axis.set_ylabel("test accuracy (top-1, %)")
+        axis.legend(frameon=False, fontsize=8)
+        return fig
+    fig, axis = figure(width=7.5, height=0.8 + 0.28 * len(rows))
+    for y, (row, found) in enumerate(rows.items()):
+        colour = COLOURS.get(row, "#333333")
+        axis.errorbar(found["mean"], y, xerr=ends([found]), fmt="o", color=colour, capsize=2)
+        between = found["interval"] or [found["mean"]] * 2
+        axis.text(between[1], y, f"  {found['mean']:.1f}", va="center", fontsize=8)
+    axis.set_yticks(range(len(rows)), rows)
+    axis.invert_yaxis()
+    axis.axvline(rows["from scratch"]["mean"], color=COLOURS["from scratch"], linewidth=0.8)
+    axis.set_xlabel("test accuracy (top-1, %), with 95 % intervals")
+    axis.spines[["top", "right"]].set_visible(False)
     return fig

@@ -2,7 +2,7 @@
 
     python -m experiments.reproduce TABLE [TABLE ...] [--seeds 10]
 
-Writes results/TABLE.json. Killed at any moment, the same command goes on where
+Writes results/TABLE.json, and pictures. Killed at any moment, the same command goes on where
 it was; runs that several tables share are made once. What was expected of each
 before it was run, and what was found: experiments/LOG.md. The tables:
 """
@@ -18,12 +18,13 @@ from pathlib import Path
 
 import numpy as np
 
+import pictures
 import storage
-from experiments import rows, tune
+from experiments import figures, rows, tune
 from experiments.jobs import ROOT, Runner
 from experiments.nearest import nearest
 from experiments.rows import Flags, Runs, Study
-from experiments.tables import TABLES, Made, Table, accuracies
+from experiments.tables import AXES, TABLES, Made, Table, accuracies
 from settings import Setting, Settings, parse_settings
 
 SETTINGS = {
@@ -172,7 +173,23 @@ def main(settings: Settings) -> None:
         path = results / f"{name}.json"
         storage.write_text(path, json.dumps(runner.record(name, found), indent=1) + "\n")
         show(name, found)
+        draw(table, found["points"], results, path)
         print(f"\nwrote {path}")
+
+
+def draw(table: Table, points: dict, results: Path, path: Path) -> None:
+    """A picture of a table's accuracies, and the one of recovery along all axes known so far."""
+    if table.tunes or table.find:
+        return
+    pictures.save(figures.accuracies(points), path.with_suffix(".png"))
+    records = {title: results / f"{name}.json" for title, name in AXES.items()}
+    known = {
+        title: json.loads(record.read_text())["points"]
+        for title, record in records.items()
+        if record.exists()
+    }
+    if path in records.values():
+        pictures.save(figures.recovery(known), results / "recovery.png")
 
 
 def show(name: str, found: dict) -> None:

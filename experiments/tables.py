@@ -114,6 +114,7 @@ PHOTO_LABELS = {  # at about 1,250 steps
 SHORT = {"5,000 labels": {"epochs": 12}}  # for tuning
 at_base = partial(Table, study=DIGITS, points=AT_BASE)
 photos = partial(Table, study=CIFAR, points=AT_PHOTOS)
+AXES = {"clutter": "digits-clutter", "labels": "digits-labels", "length": "digits-length"}
 TABLES = {
     "digits-tuning": Table(
         "settings of the main rows for 0, 1 and 2 scraps; and which of these is the base task",
