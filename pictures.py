@@ -60,22 +60,32 @@ def mean_look(p: Tensor, head: int = 0) -> Tensor:
 def overlays(images: Tensor, looks: dict[str, Tensor], normalization: Normalization):
     """A row for each image, a column for each of `looks`: weights (B, 1 + n^2) drawn over it.
 
-    Bright is where a ViT looks; each map is scaled to its own maximum, without the class token.
+    The more orange, the more a ViT looks there: on one scale for all, in multiples of what all
+    tokens would get if it looked at all alike. The class token is left out.
     """
+    from matplotlib.colors import LinearSegmentedColormap
+
+    ink = LinearSegmentedColormap.from_list("ink", [(1, 0.5, 0, 0), (1, 0.5, 0, 0.9)])
     pixels = rearrange(to_pixels(images, normalization), "b c h w -> b h w c").cpu()
     whole = (0, pixels.shape[2], pixels.shape[1], 0)
+    shares = {name: p.detach().cpu() * p.shape[1] for name, p in looks.items()}
+    most = max(p[:, 1:].max() for p in shares.values()).item()
     fig, axes = figure(
-        len(images), 1 + len(looks), 1 + len(looks), len(images) + 0.4, squeeze=False
+        len(images), 1 + len(looks), 1.6 + len(looks), len(images) + 0.4, squeeze=False
     )
     for i, line in enumerate(axes):
         line[0].imshow(pixels[i].expand(-1, -1, 3), extent=whole)
-        for axis, weights in zip(line[1:], looks.values(), strict=True):
-            side = math.isqrt(weights.shape[1] - 1)
-            grid = weights[i, 1:].view(side, side).detach().cpu()
-            axis.imshow(pixels[i].mean(-1), cmap="gray", extent=whole, vmin=0, vmax=1)
-            axis.imshow(grid, cmap="magma", extent=whole, alpha=0.65, vmin=0)
+        for axis, p in zip(line[1:], shares.values(), strict=True):
+            side = math.isqrt(p.shape[1] - 1)
+            gray = dict(cmap="gray", vmin=-0.6, vmax=1)  # black would hide the orange
+            axis.imshow(pixels[i].mean(-1), extent=whole, **gray)
+            drawn = axis.imshow(
+                p[i, 1:].view(side, side), cmap=ink, extent=whole, vmin=0, vmax=most
+            )
         for axis in line:
             axis.set(xticks=[], yticks=[])
     for axis, name in zip(axes[0], ("image", *looks), strict=True):
         axis.set_title(name.replace(" ", "\n"), fontsize=8)
+    bar = fig.colorbar(drawn, ax=axes, shrink=0.8, aspect=30)
+    bar.set_label("attention (1: to all tokens alike)", fontsize=8)
     return fig
