@@ -2,9 +2,9 @@
 
     python -m experiments.reproduce TABLE [TABLE ...] [--seeds 10]
 
-Writes results/TABLE.json, and pictures. Killed at any moment, the same command goes on where
-it was; runs that several tables share are made once. What was expected of each
-before it was run, and what was found: experiments/LOG.md. The tables:
+Writes results/TABLE.json, and a picture of it. Killed at any moment, the same
+command goes on where it was; runs that several tables share are made once. What
+was expected of each before it was run, and what was found: experiments/LOG.md.
 """
 
 import launch
@@ -12,6 +12,7 @@ import launch
 import json
 import signal
 import sys
+import textwrap
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ import storage
 from experiments import figures, rows, tune
 from experiments.jobs import ROOT, Runner
 from experiments.nearest import nearest
+from experiments.report import shown
 from experiments.rows import Flags, Runs, Study
 from experiments.tables import AXES, TABLES, Made, Table, accuracies
 from settings import Setting, Settings, parse_settings
@@ -50,9 +52,15 @@ def cost(name: str) -> str:
     )
 
 
-LIST = "".join(
-    f"\n  {name:<21} {table.about}\n{' ' * 25}{cost(name)}" for name, table in TABLES.items()
-)
+def listed(name: str, table: Table) -> str:
+    lines = (
+        textwrap.wrap(text, 72, initial_indent="    ", subsequent_indent="    ")
+        for text in (table.about, cost(name))
+    )
+    return "\n".join([f"  {name}", *(line for some in lines for line in some)])
+
+
+LIST = "\n" + "\n".join(listed(name, table) for name, table in TABLES.items())
 parse = partial(
     parse_settings, __doc__ + LIST, SETTINGS, positional=("tables", "one table or several")
 )
@@ -211,15 +219,6 @@ def summary(cells: dict) -> str:
         shown(cells.get("recovery"), ".2f"),
     )
     return "  ".join(parts)
-
-
-def shown(cell: dict | None, form: str) -> str:
-    """A figure and its interval."""
-    if not cell:
-        return ""
-    between = cell.get("interval")
-    ends = f" [{between[0]:{form}}, {between[1]:{form}}]" if between else ""
-    return format(cell["mean"], form) + ends
 
 
 if __name__ == "__main__":

@@ -19,9 +19,8 @@ import storage
 import teachers
 from augment import Normalise
 from data import KINDS
-from experiments import jobs, looks, reproduce, rows, shift, ship, tables, tune
+from experiments import jobs, looks, report, reproduce, rows, shift, ship, tables, tune
 from experiments.estimates import estimates
-from experiments.figures import cell
 from experiments.rows import MAIN, Runs
 
 ROOT = Path(__file__).parent.parent
@@ -269,9 +268,34 @@ def test_records_say_how_they_came_about_and_are_of_todays_rows(name):
         }
 
 
+def test_the_tables_of_the_readme_are_those_of_the_records():
+    text = (ROOT / "README.md").read_text()
+    assert report.written(text, ROOT / "results") == text
+
+
+def test_a_table_shows_means_and_intervals():
+    cell = {"mean": 74.46, "interval": [72.55, 76.41]}
+    other = {"mean": 2.2, "interval": None}
+    rows = {"from scratch": cell, "copy": cell | {"difference": other, "recovery": other}}
+    lines = report.markdown({"2 scraps": rows}).splitlines()
+    assert lines[2] == "| from scratch | 74.5 [72.5, 76.4] |  |  |"
+    assert lines[3] == "| copy | 74.5 [72.5, 76.4] | +2.2 | 2.20 |"
+    lines = report.markdown({"1 scraps": rows, "2 scraps": rows}).splitlines()
+    assert lines[0] == "|  | from scratch | copy | recovery: copy |"
+    assert lines[2] == "| 1 scraps | 74.5 | 74.5 | 2.20 |"
+    lines = report.markdown(
+        {"2 scraps": {"patches": {"digit": [0.5]}, "copy": {"digit": [0.5, 1]}}}
+    )
+    assert lines.splitlines()[2:] == ["| patches | 0.50 |", "| copy | 0.50 1.00 |"]
+
+
 def test_the_base_task_is_what_the_rule_chose():
     if "digits-tuning" in RESULTS:
         assert reproduce.simplest(RESULTS["digits-tuning"]["points"]) == tables.BASE
+
+
+def cell(found: dict) -> str:
+    return f"{found['mean']:.1f} ± {found['std']:.1f}"
 
 
 def test_the_figures_of_the_readme_are_those_of_the_record():

@@ -289,7 +289,7 @@ def test_renamed_classes_are_another_run(photos, small, tmp_path, failing):
 def test_starting_over_leaves_nothing_of_the_run_before(tmp_path, monkeypatch):
     run_here(finetune, *QUICK, "--out", tmp_path)
     left = {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")}
-    assert left == {"config.json", "curves.png", "last.pt", "log.jsonl", "model.pt"}
+    assert left == {"config.json", "curves.png", "last.pt", "log.jsonl", "model.pt", "test.pt"}
 
     def killed(*step, **bound):
         raise KeyboardInterrupt

@@ -1,0 +1,90 @@
+"""The tables of README.md, written from results/*.json.
+
+    python -m experiments.report
+
+What stands between <!-- NAME --> and <!-- end --> is replaced by the table of
+results/NAME.json, so that no figure of the text is written by hand.
+"""
+
+import launch
+
+import json
+import re
+from functools import partial
+from pathlib import Path
+
+import storage
+from experiments.jobs import ROOT
+from settings import Settings, parse_settings
+
+SETTINGS: dict = {}
+parse = partial(parse_settings, __doc__, SETTINGS)
+MARKED = re.compile(r"<!-- ([\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
+
+
+def written(text: str, results: Path) -> str:
+    """The text, with its marked tables made anew."""
+
+    def table(match: re.Match) -> str:
+        record = json.loads((results / f"{match[1]}.json").read_text())
+        return f"<!-- {match[1]} -->\n{markdown(record['points'])}<!-- end -->"
+
+    return MARKED.sub(table, text)
+
+
+def markdown(points: dict[str, dict]) -> str:
+    """A line for each row; if there are several points, a line for each of these."""
+    (first, *others) = points.values()
+    if "mean" not in next(iter(first.values())):
+        return of_layers(first)
+    if others:
+        return along(points)
+    lines = [
+        [row, shown(found, ".1f"), shown(found.get("difference"), "+.1f"),
+         shown(found.get("recovery"), ".2f")]
+        for row, found in first.items()
+    ]  # fmt: skip
+    return lined(["", "test top-1, %", "difference from scratch", "recovery"], lines)
+
+
+def along(points: dict[str, dict]) -> str:
+    rows = next(iter(points.values()))
+    recovered = [row for row in rows if row not in ("from scratch", "fine-tuning")]
+    lines = [
+        [point, *(f"{of_rows[row]['mean']:.1f}" for row in rows),
+         *(shown(of_rows[row]["recovery"], ".2f") for row in recovered)]
+        for point, of_rows in points.items()
+    ]  # fmt: skip
+    return lined(["", *rows, *(f"recovery: {row}" for row in recovered)], lines)
+
+
+def of_layers(rows: dict[str, dict[str, list[float]]]) -> str:
+    names = next(iter(reversed(rows.values())))
+    lines = [
+        [row, *(" ".join(f"{x:.2f}" for x in found.get(name, [])) for name in names)]
+        for row, found in rows.items()
+    ]
+    return lined(["", *names], lines)
+
+
+def lined(head: list[str], lines: list[list[str]]) -> str:
+    return "".join(f"| {' | '.join(line)} |\n" for line in (head, ["---"] * len(head), *lines))
+
+
+def shown(cell: dict | None, form: str) -> str:
+    """A figure and its 95 % interval."""
+    if not cell:
+        return ""
+    between = cell.get("interval")
+    ends = f" [{between[0]:{form}}, {between[1]:{form}}]" if between else ""
+    return format(cell["mean"], form) + ends
+
+
+def main(settings: Settings) -> None:
+    readme = ROOT / "README.md"
+    storage.write_text(readme, written(readme.read_text(), ROOT / "results"))
+    print(f"wrote {readme}")
+
+
+if __name__ == "__main__":
+    launch.run(main, parse)
