@@ -104,11 +104,14 @@ def tuned(table: Table, settings: Settings, runner: Runner) -> tune.Tuned:
     for point in table.points:
         others = [row for row in nets_of(trained) if row not in trained]
         check(tune.chosen(known.get(point, {})), point, study, others)
-    found = tune.tune(runs_of(study, settings), runner, trained, table.points, known)
+    runs = runs_of(study, settings)
+    found = tune.tune(runs, runner, trained, table.points, known)
     if rows.NEAREST in table.rows:
         for point, flags in table.points.items():
-            asked = study.base | flags
-            scores = [100 * nearest(asked, seed, "val").mean() for seed in study.seeds]
+            best, scores = tune.chosen(found[point]), []
+            for seed in study.seeds:
+                *_, scratch = runs.jobs("from scratch", seed, flags, best).values()
+                scores.append(100 * nearest(scratch.settings(), "val").mean())
             found[point][rows.NEAREST] = tune.shown({}, {(): scores})
     return found
 

@@ -89,9 +89,8 @@ def accuracies(table: Table, made: Made) -> dict:
     for point, of_rows in made.items():
         correct = {row: np.stack([job.correct() for job in jobs]) for row, jobs in of_rows.items()}
         if rows.NEAREST in table.rows:
-            seeds = range(len(next(iter(of_rows.values()))))
-            flags = table.study.base | table.points[point]
-            correct[rows.NEAREST] = np.stack([nearest(flags, seed) for seed in seeds])
+            with_labels = [job.settings() for job in of_rows["from scratch"]]
+            correct[rows.NEAREST] = np.stack([nearest(settings) for settings in with_labels])
         points[point] = estimates(correct, samples(table, made), table.against)
     return points
 
