@@ -23,7 +23,7 @@ def lines(axis, series: dict[str, list[float]], label: str, title: str) -> None:
     for name, values in series.items():
         colour = COLOURS.get(name) or next(spare)
         axis.plot(range(1, len(values) + 1), values, marker="o", label=name, color=colour)
-    axis.set_ylim(bottom=0)
+    axis.set_ylim(bottom=-0.03 * axis.get_ylim()[1])  # a line at 0 is seen too
     over_layers(axis, len(values), label, title)
 
 
