@@ -66,6 +66,7 @@ def train(task: Task, settings: Settings, out: Path) -> dict:
     run = runs.identity(task.name, task.data, task.teacher, settings)
     state = runs.begin(out, settings, run)
     learner, rows, seconds = Learner(task.net, task.loss, settings, steps), [], 0.0
+    seen = None  # the latest predictions of the validation images
     task.net.train()
     learner.find_micro_batch(images.batch // world(), (task.data.channels, size, size))
     introduce(task, learner, out, peak)
@@ -94,7 +95,8 @@ def train(task: Task, settings: Settings, out: Path) -> dict:
             row |= clock.row(learner.done)
             if task.predict and validation_due(epoch, settings):
                 with clock.evaluating():
-                    row |= validate(task, learner, settings)
+                    scores, seen = validate(task, learner, settings)
+                row |= scores
             rows.append(row)
             learner.terms, learner.diagnostics = {}, {}
             report(row, settings.epochs, clock.left(learner.done))
@@ -103,7 +105,7 @@ def train(task: Task, settings: Settings, out: Path) -> dict:
             if clock.a_minute_passed():
                 draw(out, rows)
 
-    return finish(task, learner, rows, settings, out)
+    return finish(task, learner, rows, seen, settings, out)
 
 
 def take_up(learner: Learner, state: dict, steps: int, per_epoch: int, out: Path):
@@ -135,12 +137,13 @@ def check_agreement(learner: Learner) -> None:
         )
 
 
-def finish(task: Task, learner: Learner, rows: list[dict], settings: Settings, out: Path) -> dict:
-    """Tests what was trained, and writes model.pt."""
+def finish(task: Task, learner: Learner, rows: list, seen, settings: Settings, out: Path) -> dict:
+    """Tests what was trained, and writes model.pt. `seen`: the predictions of the validation."""
     shared, result = learner.average or task.net, dict(rows[-1])
     if task.predict:
-        how = settings, learner.micro_batch
-        predicted, labels = predictions(task.predict, shared, task.data.test, *how)
+        if task.data.test is not task.data.val or not seen:
+            seen = predictions(task.predict, shared, task.data.test, settings, learner.micro_batch)
+        predicted, labels = seen
         result["test_top1"] = top1(predicted, labels)
         if rank() == 0:
             storage.save({"predicted": predicted, "labels": labels}, out / "test.pt")
@@ -174,14 +177,14 @@ def predictions(
     was_training = net.training
     net.eval()
     mixed = autocast(settings.amp, net)
-    mine = [torch.zeros(2, 0, dtype=torch.long)]
+    mine = [torch.zeros(2, 0, dtype=torch.long, device=next(net.parameters()).device)]
     for batch, labels in images.in_order(min(256, 4 * micro_batch)):
         with mixed:
             logits = predict(net, batch)
         predicted = torch.where(logits.isfinite().all(dim=-1), logits.argmax(dim=-1), -1)
-        mine.append(torch.stack([predicted, labels]).cpu())
+        mine.append(torch.stack([predicted, labels]))
     net.train(was_training)
-    shares = [torch.cat(mine, dim=1)]
+    shares = [torch.cat(mine, dim=1).cpu()]
     if dist.is_initialized():
         shares *= world()
         dist.all_gather_object(shares, shares[0])
@@ -208,12 +211,16 @@ def validation_due(epoch: int, settings: Settings) -> bool:
     return (epoch + 1) % settings.eval_every == 0 or epoch + 1 == settings.epochs
 
 
-def validate(task: Task, learner: Learner, settings: Settings) -> dict[str, float]:
-    def on_validation(net: nn.Module) -> float:
-        return accuracy(task.predict, net, task.data.val, settings, learner.micro_batch)
-
-    row = {"val_top1": on_validation(task.net)}
-    return row | ({"val_top1_ema": on_validation(learner.average)} if learner.average else {})
+def validate(task: Task, learner: Learner, settings: Settings) -> tuple[dict[str, float], tuple]:
+    """Accuracies for the log, and predictions: of the average of the weights, if there is one."""
+    nets = {"val_top1": task.net}
+    if learner.average:
+        nets["val_top1_ema"] = learner.average
+    seen = {
+        name: predictions(task.predict, net, task.data.val, settings, learner.micro_batch)
+        for name, net in nets.items()
+    }
+    return {name: top1(*found) for name, found in seen.items()}, list(seen.values())[-1]
 
 
 # What a run says and saves ------------------------------------------------------------------------
