@@ -121,7 +121,7 @@ def plan(learner: Learner, train, rate: float) -> str:
     said += f"; rate {rate:.3g}"
     if rate != settings.lr:
         said += f" ({settings.lr:g} at batch {settings.lr_batch})"
-    return f"{said}, warm-up {settings.warmup} epochs"
+    return f"{said}, warm-up {settings.warmup:g} epochs"
 
 
 def validation(row: dict) -> float:

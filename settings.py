@@ -240,7 +240,7 @@ def parse_settings(
         raise ValueError(f"name {positional[1]} (--help shows how)")
     values = {name: row.of(recipe) for name, row in table.items()}
     if "epochs" in given and "warmup" in values:
-        values["warmup"] = values["warmup"] * given["epochs"] // values["epochs"]
+        values["warmup"] = values["warmup"] * given["epochs"] / values["epochs"]
     if "lr" in given:
         values["lr_batch"] = 0
     made = Settings(**values | given)

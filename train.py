@@ -61,7 +61,7 @@ def fit(task: Task, settings: Settings) -> dict:
 def train(task: Task, settings: Settings, out: Path) -> dict:
     images, size = task.data.train, task.data.image_size
     per_epoch = len(images) // images.batch
-    steps, warmup = settings.epochs * per_epoch, settings.warmup * per_epoch
+    steps, warmup = settings.epochs * per_epoch, round(settings.warmup * per_epoch)
     peak, floor = scaled_rates(settings, images.batch)
     run = runs.identity(task.name, task.data, task.teacher, settings)
     state = runs.begin(out, settings, run)

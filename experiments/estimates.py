@@ -26,7 +26,8 @@ def estimates(
 
         recovery = (row - BASELINE) / (CEILING - BASELINE)
 
-    `values` are those of each seed. Without a second seed there is no interval.
+    `values` are those of each seed. Without a second seed there is no interval,
+    and none of recovery where it is not sure that there is anything to recover.
     """
     seeds = len(next(iter(correct.values())))
     resampled = resample(correct, groups)
@@ -46,7 +47,11 @@ def estimates(
             paired |= {"from": other, "values": rounded(values[row] - values[other])}
             found[row]["difference"] = paired
         if {BASELINE, CEILING} <= correct.keys() and row != BASELINE:
-            found[row]["recovery"] = described(recovery, row, BASELINE, CEILING)
+            recovered = described(recovery, row, BASELINE, CEILING)
+            gap = described(np.subtract, CEILING, BASELINE)["interval"]
+            if gap and gap[0] <= 0 <= gap[1]:  # a ratio to nothing
+                recovered["interval"] = None
+            found[row]["recovery"] = recovered
     return found
 
 

@@ -95,12 +95,11 @@ def along(axis, cells: dict[str, list[dict]], points: Iterable[str]) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def ends(cells: list[dict]) -> list[list[float]] | None:
+def ends(cells: list[dict]) -> list[list[float]]:
     """Intervals as distances below and above the means."""
-    if any(cell["interval"] is None for cell in cells):
-        return None
-    below = [cell["mean"] - cell["interval"][0] for cell in cells]
-    above = [cell["interval"][1] - cell["mean"] for cell in cells]
+    between = [cell["interval"] or [cell["mean"]] * 2 for cell in cells]  # none: no bar
+    below = [cell["mean"] - low for cell, (low, _) in zip(cells, between, strict=True)]
+    above = [high - cell["mean"] for cell, (_, high) in zip(cells, between, strict=True)]
     return [below, above]
 
 

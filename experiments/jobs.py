@@ -17,6 +17,7 @@ import torch
 
 import attention_copy
 import attention_distill
+import checkpoints
 import finetune
 import pretrain
 import storage
@@ -73,8 +74,14 @@ class Job:
             settings = json.loads((self.out / "config.json").read_text())
         except (OSError, ValueError):
             return False
-        asked = vars(self.settings())
-        return all(settings.get(k) == v for k, v in asked.items() if k not in FREE - {"teacher"})
+        asked, weights = vars(self.settings()), None
+        teacher = Path(asked.get("teacher", ""))
+        if teacher.is_file():  # which may be another by now
+            weights = checkpoints.read(teacher).fingerprint
+        same = settings.get("run", {}).get("teacher_weights") == weights
+        return same and all(
+            settings.get(k) == v for k, v in asked.items() if k not in FREE - {"teacher"}
+        )
 
     def settings(self) -> Settings:
         return SCRIPTS[self.script].parse(self.argv)

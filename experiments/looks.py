@@ -32,15 +32,17 @@ def looks(made: dict[str, dict[str, list[Job]]]) -> dict:
     """Of each row, and of its teachers: where they look, how like the first teacher.
 
     share: of the attention of patches, mean over images, heads and patches, that goes to patches
-    with ink of the digit, of scraps only, or none; `tokens` is the share of the patches. from_mean:
-    how far a map is from the mean over images of these maps, in nats (Jensen-Shannon): 0 if it does
-    not depend on the image. divergence, cka: against the teacher, of the maps and of the features.
-    All are lists over layers, means over seeds. Two rows bound the likeness: another teacher, from
-    another seed, and a random net.
+    with ink of the digit, of scraps only, or none; `patches` has the share of the patches.
+    from_mean: how far a map is from the mean over images of these maps, in nats (Jensen-Shannon):
+    0 if it does not depend on the image. divergence, matched: of the maps from the teacher's, heads
+    as they stand and heads matched; cka: of the features. All are lists over layers, means over
+    seeds. Two rows bound the likeness: a teacher of another seed, and a random net.
     """
     points = {}
     for point, of_rows in made.items():
         teachers = [job.settings().teacher for job in of_rows["attention copy"]]
+        if len(teachers) < 2:
+            raise ValueError("looks are compared with another teacher's: ask for --seeds 2 or more")
         others = teachers[1:] + teachers[:1]  # of other seeds
         seeds = zip(teachers, others, *of_rows.values(), strict=True)
         found = [of_seed(a, b, dict(zip(of_rows, jobs, strict=True))) for a, b, *jobs in seeds]
@@ -71,7 +73,8 @@ def of_seed(teacher_at: str, other_at: str, by_row: dict[str, Job]) -> dict:
     for name, model in models.items():
         alike = compare(teacher, model, images, patch)
         found[name] = where(model, images, kinds.split(AT_A_TIME))
-        found[name]["divergence"] = [layer["divergence"] for layer in alike["layers"]]
+        for what in ("divergence", "matched"):
+            found[name][what] = [layer[what] for layer in alike["layers"]]
         found[name]["cka"] = np.diag(alike["cka"]).tolist()
     return found
 

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import storage
+from experiments.estimates import BASELINE, CEILING
 from experiments.jobs import ROOT
 from settings import Settings, parse_settings
 
@@ -40,16 +41,22 @@ def markdown(points: dict[str, dict]) -> str:
     if others:
         return along(points)
     lines = [
-        [row, shown(found, ".1f"), shown(found.get("difference"), "+.1f"),
+        [row, shown(found, ".1f"), difference(found.get("difference")),
          shown(found.get("recovery"), ".2f")]
         for row, found in first.items()
     ]  # fmt: skip
     return lined(["", "test top-1, %", "difference from scratch", "recovery"], lines)
 
 
+def difference(cell: dict | None) -> str:
+    """With what it is from, if that is not training from scratch."""
+    source = (cell or {}).get("from", BASELINE)
+    return shown(cell, "+.1f") + ("" if source == BASELINE else f" from {source}")
+
+
 def along(points: dict[str, dict]) -> str:
     rows = next(iter(points.values()))
-    recovered = [row for row in rows if row not in ("from scratch", "fine-tuning")]
+    recovered = [row for row in rows if row != CEILING and "recovery" in rows[row]]
     lines = [
         [point, *(f"{of_rows[row]['mean']:.1f}" for row in rows),
          *(shown(of_rows[row]["recovery"], ".2f") for row in recovered)]

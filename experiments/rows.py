@@ -32,7 +32,10 @@ CONTROLS = {
     "distillation, random teacher": Row("distill", "random", tuned_as="attention distillation"),
     "copy, fine-tuned teacher": Row("copy", "fine-tuning", tuned_as="attention copy"),
     "teacher's maps and weights": Row(
-        "variants", "pre-trained", {"start": "teacher"}, tuned_as="fine-tuning"
+        "variants",
+        "pre-trained",
+        {"start": "teacher", "layer_decay": 0.75},
+        tuned_as="attention copy",
     ),
 }
 
@@ -58,16 +61,16 @@ PARTS = {f"copy of {part}": copied(lend=part) for part in ("q", "k", "v", "qkv")
 LAYERS = {
     **{
         f"copy, layers {which}": copied(layers=which)
-        for which in ("1", "2", "3", "1-3", "2-3", "3-3")
+        for which in ("1", "2", "3", "all", "1-3", "2-3", "3-3")
     },
     **{
         f"distillation, layers {which}": distilled(layers=which)
-        for which in ("1", "2", "1-3", "2-3", "3-3")
+        for which in ("1", "2", "3", "all", "1-3", "2-3", "3-3")
     },
 }
 EXPLAINED = {
     "distillation, detached": distilled(detach=True),
-    "distillation without labels": distilled(class_weight=0.0),
+    "distillation without labels": distilled(class_weight=0.0, layers="all"),
     "linear probe of that": Row(
         "variants", "distillation without labels", flags={"how": "probe"},
         tuned_as="linear probe of the teacher",

@@ -135,7 +135,7 @@ def test_a_variant_has_defaults_of_its_own():
 def test_warm_up_follows_the_number_of_epochs_unless_given():
     usual = finetune.parse([])
     half = finetune.parse(["--epochs", str(usual.epochs // 2)])
-    assert half.warmup == usual.warmup // 2 > 0
+    assert half.warmup == usual.warmup / 2 > 0
     assert finetune.parse(["--epochs=90", "--warmup=7"]).warmup == 7
 
 
