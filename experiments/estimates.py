@@ -38,6 +38,9 @@ def estimates(
         figures = function(*(resampled[row] for row in rows))
         return {"mean": float(figures[0]), "interval": interval(figures, seeds)}
 
+    known, nothing = {BASELINE, CEILING} <= correct.keys(), False
+    if known and (gap := described(np.subtract, CEILING, BASELINE)["interval"]):
+        nothing = gap[0] <= 0 <= gap[1]  # is perhaps all there is to recover
     found = {}
     for row in correct:
         found[row] = described(lambda a: a, row) | {"values": rounded(values[row])}
@@ -46,12 +49,10 @@ def estimates(
             paired = described(np.subtract, row, other)
             paired |= {"from": other, "values": rounded(values[row] - values[other])}
             found[row]["difference"] = paired
-        if {BASELINE, CEILING} <= correct.keys() and row != BASELINE:
-            recovered = described(recovery, row, BASELINE, CEILING)
-            gap = described(np.subtract, CEILING, BASELINE)["interval"]
-            if gap and gap[0] <= 0 <= gap[1]:  # a ratio to nothing
-                recovered["interval"] = None
-            found[row]["recovery"] = recovered
+        if known and row != BASELINE:
+            found[row]["recovery"] = described(recovery, row, BASELINE, CEILING)
+            if nothing:  # a ratio to it has no bounds
+                found[row]["recovery"]["interval"] = None
     return found
 
 

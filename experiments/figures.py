@@ -1,16 +1,14 @@
-"""Pictures of comparisons: curves over layers, likeness of features, and the table of results."""
+"""Pictures of comparisons: curves over layers, likeness of features, and what the study found."""
 
 from collections.abc import Iterable
 
 from pictures import figure
 
 COLOURS = {  # of Okabe and Ito, which colour-blind eyes can tell apart
-    "teacher": "#000000",
     "from scratch": "#999999",
     "attention copy": "#56B4E9",
     "attention distillation": "#0072B2",
     "fine-tuning": "#D55E00",
-    "ensemble": "#009E73",
 }
 
 
@@ -87,7 +85,7 @@ TRANSFER = ("attention copy", "attention distillation")
 def along(axis, cells: dict[str, list[dict]], points: Iterable[str]) -> None:
     """Of each row its figures along the points of a table, with intervals."""
     for row, of_row in cells.items():
-        shift = 0.06 * (list(COLOURS).index(row) - 3)  # so that intervals do not hide each other
+        shift = 0.06 * (list(COLOURS).index(row) - 1.5)  # so that intervals do not hide each other
         spots, means = [i + shift for i in range(len(of_row))], [cell["mean"] for cell in of_row]
         how = dict(marker="o", color=COLOURS[row], capsize=2, label=row)
         axis.errorbar(spots, means, yerr=ends(of_row), **how)

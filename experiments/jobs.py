@@ -90,6 +90,9 @@ class Job:
         return json.loads((self.out / "config.json").read_text())["commit"]
 
 
+Made = dict[str, dict[str, list[Job]]]  # point: row: its runs, one for each seed
+
+
 class Runner:
     """Runs jobs, `workers` at a time, for at most so many minutes (0: no limit)."""
 

@@ -21,14 +21,14 @@ from augment import Normalise
 from checkpoints import Model
 from data import KINDS
 from experiments.analysis import compare, jensen_shannon
-from experiments.jobs import Job
+from experiments.jobs import Job, Made
 from vit import attention_map
 
 KINDS_OF_PATCH = ("digit", "scrap", "blank")
 AT_A_TIME, IMAGES = 100, 500  # of the test images, those of one place
 
 
-def looks(made: dict[str, dict[str, list[Job]]]) -> dict:
+def looks(made: Made) -> dict:
     """Of each row, and of its teachers: where they look, how like the first teacher.
 
     share: of the attention of patches, mean over images, heads and patches, that goes to patches

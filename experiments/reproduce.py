@@ -22,11 +22,11 @@ import numpy as np
 import pictures
 import storage
 from experiments import figures, rows, tune
-from experiments.jobs import ROOT, Runner
+from experiments.jobs import ROOT, Made, Runner
 from experiments.nearest import nearest
 from experiments.report import shown
 from experiments.rows import Flags, Runs, Study
-from experiments.tables import AXES, BASE, CLUTTER, DIGITS, TABLES, Made, Table, accuracies
+from experiments.tables import AXES, BASE, CLUTTER, DIGITS, TABLES, Table, accuracies
 from settings import Setting, Settings, parse_settings
 
 SETTINGS = {
@@ -86,7 +86,8 @@ def train(table: Table, settings: Settings, runner: Runner, seeds: list[int]) ->
         for row in made[point]:
             for seed in seeds:
                 needed = runs.jobs(row, seed, flags, own)
-                made[point][row].append(needed[list(needed)[-1]])
+                *_, job = needed.values()
+                made[point][row].append(job)
                 jobs |= needed
     runner.run(jobs)
     return made
@@ -106,8 +107,8 @@ def tuned(table: Table, settings: Settings, runner: Runner) -> tune.Tuned:
     """Settings for the rows of a table at all its points, and what was tried."""
     study, trained = table.study, [row for row in table.rows if row in rows.ROWS]
     known = tuning(study, settings)
+    others = [row for row in nets_of(trained) if row not in trained]
     for point in table.points:
-        others = [row for row in nets_of(trained) if row not in trained]
         check(tune.chosen(known.get(point, {})), point, study, others)
     runs = runs_of(study, settings)
     found = tune.tune(runs, runner, trained, table.points, known)

@@ -58,15 +58,10 @@ LADDER = {
     ),
 }
 PARTS = {f"copy of {part}": copied(lend=part) for part in ("q", "k", "v", "qkv")}
+WHICH = ("1", "2", "3", "all", "1-3", "2-3", "3-3")
 LAYERS = {
-    **{
-        f"copy, layers {which}": copied(layers=which)
-        for which in ("1", "2", "3", "all", "1-3", "2-3", "3-3")
-    },
-    **{
-        f"distillation, layers {which}": distilled(layers=which)
-        for which in ("1", "2", "3", "all", "1-3", "2-3", "3-3")
-    },
+    **{f"copy, layers {which}": copied(layers=which) for which in WHICH},
+    **{f"distillation, layers {which}": distilled(layers=which) for which in WHICH},
 }
 EXPLAINED = {
     "distillation, detached": distilled(detach=True),

@@ -8,16 +8,18 @@ shift over usual accuracy (Miller et al. 2021, "Accuracy on the line").
 import launch
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-import checkpoints
 import ensemble
-from augment import Normalise, seeded, to_pixels
+import train
+from augment import seeded, to_pixels
 from experiments.estimates import BASELINE, over_seeds
-from experiments.jobs import Job
+from experiments.jobs import Job, Made
+from experiments.teams import opened
 
 
 def noisy(pixels: Tensor) -> Tensor:
@@ -33,7 +35,7 @@ SHIFTS: dict[str, Callable[[Tensor], Tensor]] = {
 USUAL, MORE_SCRAPS = "usual", "two more scraps"
 
 
-def shifted(made: dict[str, dict[str, list[Job]]]) -> dict:
+def shifted(made: Made) -> dict:
     """Of each shift and row: mean accuracy, and the mean difference from the line, in points.
 
     All points of a table together, each of its runs a point of the line. The interval of the
@@ -66,23 +68,19 @@ def logit(percent: np.ndarray) -> np.ndarray:
     return np.log(p / (1 - p))
 
 
-@torch.no_grad()
 def accuracies(job: Job) -> dict[str, float]:
     """Test accuracy of a run, in per cent: usual, and under each shift."""
-    path, settings = job.out / "model.pt", job.settings()
-    device = launch.device(settings.device)
-    model = checkpoints.open_model(path, device)
-    asked = ensemble.parse([str(path)]).but(data_dir=settings.data_dir)
-    asked = model.checkpoint.images(asked)
-    found = {USUAL: 100 * job.correct().mean()}
+    model, asked = opened(job)
+    device = launch.device(asked.device)
     images = ensemble.images_for(model, asked, device)
-    normalise = Normalise(images.normalization, device)
+
+    def predict(_, x: Tensor, change: Callable) -> Tensor:
+        return model(images.normalise(change(to_pixels(x, images.normalization))))
+
+    found = {USUAL: 100 * job.correct().mean()}
     for shift, change in SHIFTS.items():
-        right = 0
-        for x, labels in images.test.in_order(asked.batch):
-            x = normalise(change(to_pixels(x, images.normalization)))
-            right += (model(x).argmax(dim=-1) == labels).sum().item()
-        found[shift] = 100 * right / len(images.test)
+        moved = partial(predict, change=change)
+        found[shift] = train.accuracy(moved, model.net, images.test, job.settings())
     if asked.data == "digits":
         p, labels, _ = ensemble.probabilities(model, asked.but(scraps=asked.scraps + 2), device)
         found[MORE_SCRAPS] = ensemble.top1(p, labels)

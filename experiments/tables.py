@@ -8,7 +8,7 @@ import numpy as np
 
 from experiments import rows
 from experiments.estimates import estimates
-from experiments.jobs import Job
+from experiments.jobs import Made
 from experiments.looks import looks
 from experiments.nearest import nearest
 from experiments.rows import MAIN, Flags, Study
@@ -58,9 +58,6 @@ CIFAR = Study(  # small enough for a CPU: shifts and flips, a tenth of the label
         "fine-tuning": ("layer_decay", (0.75,)),
     },
 )  # fmt: skip
-
-
-Made = dict[str, dict[str, list[Job]]]  # point: row: its runs, one for each seed
 
 
 class Table(NamedTuple):

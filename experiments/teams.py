@@ -6,8 +6,10 @@ import numpy as np
 
 import checkpoints
 import ensemble
+from checkpoints import Model
 from experiments.estimates import estimates
-from experiments.jobs import Job
+from experiments.jobs import Job, Made
+from settings import Settings
 
 TEAMS = {
     "fine-tuning + distillation": ("fine-tuning", "attention distillation"),
@@ -21,7 +23,7 @@ AGAINST = {team: "fine-tuning twice" for team in TEAMS if "twice" not in team}
 AGAINST |= {"fine-tuning twice": "fine-tuning", "distillation twice": "attention distillation"}
 
 
-def teams(made: dict[str, dict[str, list[Job]]], groups: np.ndarray) -> dict:
+def teams(made: Made, groups: np.ndarray) -> dict:
     """Estimates of the members and of their averaged probabilities; correlation of their errors.
 
     The correlation (phi) is that of being wrong on the same images, the mean over seeds.
@@ -43,9 +45,14 @@ def teams(made: dict[str, dict[str, list[Job]]], groups: np.ndarray) -> dict:
 
 def seen(job: Job) -> tuple[np.ndarray, np.ndarray]:
     """What a run's model makes of the test images: probabilities (images, classes), and labels."""
+    model, images = opened(job)
+    p, labels, _ = ensemble.probabilities(model, images, launch.device(images.device))
+    return p.numpy(), labels.numpy()
+
+
+def opened(job: Job) -> tuple[Model, Settings]:
+    """A run's model, and the settings of its test images."""
     path = str(job.out / "model.pt")
     asked = ensemble.parse([path]).but(data_dir=job.settings().data_dir)
-    device = launch.device(asked.device)
-    model = checkpoints.open_model(path, device)
-    p, labels, _ = ensemble.probabilities(model, model.checkpoint.images(asked), device)
-    return p.numpy(), labels.numpy()
+    model = checkpoints.open_model(path, launch.device(asked.device))
+    return model, model.checkpoint.images(asked)
