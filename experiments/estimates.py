@@ -6,6 +6,7 @@ that differences are paired: the same seeds, the same images.
 """
 
 import math
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -29,35 +30,40 @@ def estimates(
     `values` are those of each seed. Without a second seed there is no interval,
     and none of recovery where it is not sure that there is anything to recover.
     """
-    seeds = len(next(iter(correct.values())))
     resampled = resample(correct, groups)
     values = {row: 100 * found.mean(axis=1) for row, found in correct.items()}
-
-    def described(function, *rows: str) -> dict:
-        # The first of the resampled figures is that of the sample itself.
-        figures = function(*(resampled[row] for row in rows))
-        return {"mean": float(figures[0]), "interval": interval(figures, seeds)}
-
-    known, nothing = {BASELINE, CEILING} <= correct.keys(), False
-    if known and (gap := described(np.subtract, CEILING, BASELINE)["interval"]):
-        nothing = gap[0] <= 0 <= gap[1]  # is perhaps all there is to recover
     found = {}
-    for row in correct:
-        found[row] = described(lambda a: a, row) | {"values": rounded(values[row])}
+    for row, figures in resampled.items():
+        found[row] = described(figures) | {"values": rounded(values[row])}
         other = (against or {}).get(row, BASELINE)
         if other in correct and other != row:
-            paired = described(np.subtract, row, other)
+            paired = described(figures - resampled[other])
             paired |= {"from": other, "values": rounded(values[row] - values[other])}
             found[row]["difference"] = paired
-        if known and row != BASELINE:
-            found[row]["recovery"] = described(recovery, row, BASELINE, CEILING)
-            if nothing:  # a ratio to it has no bounds
-                found[row]["recovery"]["interval"] = None
+        if {BASELINE, CEILING} <= correct.keys() and row != BASELINE:
+            found[row]["recovery"] = described(recovery(resampled, row))
     return found
 
 
+def contrasts(
+    points: dict[str, dict[str, np.ndarray]],
+    groups: np.ndarray,
+    asked: Mapping[str, Callable[..., np.ndarray]],
+) -> dict[str, dict]:
+    """What a function makes of the accuracies of several rows and points, with its interval.
+
+    `points`: `correct` of each point, as in `estimates`. The functions take an argument for each
+    point, its rows' accuracies, which are resampled alike at all points.
+    """
+    resampled = [resample(correct, groups) for correct in points.values()]
+    return {name: described(function(*resampled)) for name, function in asked.items()}
+
+
 def resample(correct: dict[str, np.ndarray], groups: np.ndarray) -> dict[str, np.ndarray]:
-    """Accuracies of rows in per cent: of the sample, then of resamples, alike for all rows."""
+    """Accuracies of rows in per cent: of the sample, then of resamples, alike for all rows.
+
+    Of one seed there are no resamples.
+    """
     seeds, samples = len(next(iter(correct.values()))), groups.max() + 1
     sizes = np.bincount(groups, minlength=samples)
     sums = {
@@ -66,38 +72,62 @@ def resample(correct: dict[str, np.ndarray], groups: np.ndarray) -> dict[str, np
     }
     accuracies = {row: [[found.mean()]] for row, found in correct.items()}
     random = np.random.default_rng(0)
-    for _ in range(RESAMPLES // AT_A_TIME):
+    for _ in range(RESAMPLES // AT_A_TIME if seeds > 1 else 0):
         of_seeds = random.multinomial(seeds, np.full(seeds, 1 / seeds), AT_A_TIME)
         of_samples = random.multinomial(samples, np.full(samples, 1 / samples), AT_A_TIME)
         for row, right in sums.items():
             drawn = ((of_seeds @ right) * of_samples).sum(axis=1)
             accuracies[row].append(drawn / (seeds * (of_samples @ sizes)))
-    return {row: 100 * np.concatenate(found) for row, found in accuracies.items()}
+    return {row: widened(100 * np.concatenate(found), seeds) for row, found in accuracies.items()}
 
 
-def recovery(row: np.ndarray, baseline: np.ndarray, ceiling: np.ndarray) -> np.ndarray:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return (row - baseline) / (ceiling - baseline)
+def widened(figures: np.ndarray, seeds: int) -> np.ndarray:
+    """A bootstrap of n values finds their deviation too small by the root of (n - 1) / n."""
+    return figures[0] + math.sqrt(seeds / max(seeds - 1, 1)) * (figures - figures[0])
 
 
-def interval(figures: np.ndarray, seeds: int) -> list[float] | None:
-    """The middle 95 % of the resampled figures, made wider for few seeds.
+def recovery(accuracies: dict[str, np.ndarray], row: str) -> np.ndarray:
+    return share(accuracies, row, CEILING)
 
-    A bootstrap of n values finds their deviation too small by the root of (n - 1) / n.
+
+def share(accuracies: dict[str, np.ndarray], row: str, other: str) -> np.ndarray:
+    """The share of another row's gain over BASELINE that a row has.
+
+    nan in all resamples where that gain is perhaps nothing: a ratio to it has no bounds.
     """
-    if seeds < 2 or not np.isfinite(figures).all():
+    part, whole = (accuracies[name] - accuracies[BASELINE] for name in (row, other))
+    between = interval(whole)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = part / whole
+    if between and between[0] <= 0 <= between[1]:
+        found[1:] = np.nan
+    return found
+
+
+def described(figures: np.ndarray) -> dict:
+    """`figures`: of the sample itself, then of resamples of it."""
+    return {"mean": float(figures[0]), "interval": interval(figures)}
+
+
+def interval(figures: np.ndarray) -> list[float] | None:
+    """The middle 95 % of the resampled figures."""
+    if len(figures) < 2 or not np.isfinite(figures).all():
         return None
-    wider = math.sqrt(seeds / (seeds - 1))
-    return [
-        float(figures[0] + wider * x) for x in np.quantile(figures[1:] - figures[0], [0.025, 0.975])
-    ]
+    return [float(end) for end in np.quantile(figures[1:], [0.025, 0.975])]
 
 
-def over_seeds(values: np.ndarray) -> list[float] | None:
-    """The 95 % interval of the mean of one value for each seed."""
-    drawn = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
-    figures = np.concatenate([[values.mean()], values[drawn].mean(axis=1)])
-    return interval(figures, len(values))
+def draws(seeds: int) -> np.ndarray:
+    """How often each seed counts: once, then as often as it is drawn: (1 + resamples, seeds)."""
+    random = np.random.default_rng(0)
+    resamples = RESAMPLES if seeds > 1 else 0
+    drawn = random.multinomial(seeds, np.full(seeds, 1 / seeds), resamples)
+    return np.concatenate([np.ones((1, seeds), int), drawn])
+
+
+def over_seeds(values: np.ndarray) -> dict:
+    """The mean of one value for each seed, with its interval."""
+    seeds = len(values)
+    return described(widened(draws(seeds) @ values / seeds, seeds))
 
 
 def rounded(values: np.ndarray) -> list[float]:

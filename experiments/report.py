@@ -28,22 +28,26 @@ def written(text: str, results: Path) -> str:
 
     def table(match: re.Match) -> str:
         record = json.loads((results / f"{match[1]}.json").read_text())
-        return f"<!-- {match[1]} -->\n{markdown(record['points'])}<!-- end -->"
+        return f"<!-- {match[1]} -->\n{markdown(record)}<!-- end -->"
 
     return MARKED.sub(table, text)
 
 
-def markdown(points: dict[str, dict]) -> str:
-    """A line for each row; if there are several points, a line for each of these."""
+def markdown(record: dict) -> str:
+    """A line for each row, or for each point if there are several; then the contrasts."""
+    points, asked = record["points"], record.get("contrasts", {})
     (first, *others) = points.values()
     if "mean" not in next(iter(first.values())):
         return of_layers(first)
-    if others:
-        return along(points)
+    table = along(points) if others else at_one_point(first)
+    return table + "".join(f"\n{name}: {shown(cell, '+.2f')}\n" for name, cell in asked.items())
+
+
+def at_one_point(rows: dict[str, dict]) -> str:
     lines = [
         [row, shown(found, ".1f"), difference(found.get("difference")),
          shown(found.get("recovery"), ".2f")]
-        for row, found in first.items()
+        for row, found in rows.items()
     ]  # fmt: skip
     return lined(["", "test top-1, %", "difference from scratch", "recovery"], lines)
 

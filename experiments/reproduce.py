@@ -181,13 +181,13 @@ def main(settings: Settings) -> None:
         table = TABLES[name]
         runner = Runner(settings.jobs, settings.minutes, "val_top1" if table.tunes else "test_top1")
         if table.tunes:
-            points = tuned(table, settings, runner)
+            found = {"points": tuned(table, settings, runner)}
             seeds, measure = list(table.study.seeds), "validation top-1, %"
         else:
             seeds, measure = list(range(settings.seeds or table.seeds)), "test top-1, %"
             made = train(table, settings, runner, seeds)
-            points = (table.find or accuracies)(table, made)
-        found = {"seeds": seeds, "measure": measure, "points": points}
+            found = (table.find or accuracies)(table, made)
+        found = {"seeds": seeds, "measure": measure} | found
         path = results / f"{name}.json"
         storage.write_text(path, json.dumps(runner.record(name, found), indent=1) + "\n")
         show(name, found)
@@ -216,6 +216,8 @@ def show(name: str, found: dict) -> None:
         print(f"\n{name}, {point}: {found['measure']}, {len(found['seeds'])} seeds")
         for row, cells in of_rows.items():
             print(f"  {row:<32} {summary(cells)}")
+    for name, cell in found.get("contrasts", {}).items():
+        print(f"{name}: {shown(cell, '+.2f')}")
 
 
 def summary(cells: dict) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 import ensemble
 import train
 from augment import seeded, to_pixels
-from experiments.estimates import BASELINE, over_seeds
+from experiments.estimates import BASELINE, described, draws, widened
 from experiments.jobs import Job, Made
 from experiments.teams import opened
 
@@ -38,29 +38,48 @@ USUAL, MORE_SCRAPS = "usual", "two more scraps"
 def shifted(made: Made) -> dict:
     """Of each shift and row: mean accuracy, and the mean difference from the line, in points.
 
-    All points of a table together, each of its runs a point of the line. The interval of the
-    difference is over seeds, the runs of a seed taken together.
+    All points of a table together, each of its runs a point of the line. `usual` is the range of a
+    row's accuracies without shift: beyond that of BASELINE the line is a guess. The interval of the
+    difference is over seeds, the runs of a seed taken together; the line is fitted anew to each
+    resample.
     """
     found = {row: [] for row in next(iter(made.values()))}
     for row, runs in found.items():
         for jobs in zip(*(of_rows[row] for of_rows in made.values()), strict=True):
             runs.append([accuracies(job) for job in jobs])
 
-    def table_of(row: str, what: str) -> np.ndarray:
+    def table_of(row: str, what: str) -> np.ndarray:  # (seeds, points)
         return np.array([[run[what] for run in of_seed] for of_seed in found[row]])
 
+    count = draws(len(found[BASELINE]))
     result = {}
     for shift in (name for name in found[BASELINE][0][0] if name != USUAL):
-        line = (logit(table_of(BASELINE, what)).ravel() for what in (USUAL, shift))
-        slope, height = np.polyfit(*line, 1)
+        slope, height = lines(*(logit(table_of(BASELINE, what)) for what in (USUAL, shift)), count)
         result[shift] = {}
         for row in found:
             usual, under = table_of(row, USUAL), table_of(row, shift)
             expected = 100 / (1 + np.exp(-(slope * logit(usual) + height)))
-            away = (under - expected).mean(axis=1)  # of each seed
-            difference = {"mean": float(away.mean()), "interval": over_seeds(away)}
-            result[shift][row] = {"mean": float(under.mean()), "difference": difference}
+            away = ((under - expected).mean(axis=2) * count).sum(axis=1) / len(usual)
+            result[shift][row] = {
+                "mean": float(under.mean()),
+                "usual": [float(usual.min()), float(usual.max())],
+                "difference": described(widened(away, len(usual))),
+            }
     return result
+
+
+def lines(x: np.ndarray, y: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Slope and height of the least-squares line through (x, y), (seeds, points).
+
+    For each row of count, (resamples, seeds): how often the points of a seed count; the shapes
+    of both results are (resamples, 1, 1).
+    """
+    mean_x, mean_y, mean_xx, mean_xy = (
+        count @ table.mean(axis=1) / len(x) for table in (x, y, x * x, x * y)
+    )
+    spread = mean_xx - mean_x**2
+    slope = (mean_xy - mean_x * mean_y) / np.where(spread > 0, spread, np.nan)  # nan: no line
+    return slope[:, None, None], (mean_y - slope * mean_x)[:, None, None]
 
 
 def logit(percent: np.ndarray) -> np.ndarray:

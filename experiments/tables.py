@@ -1,14 +1,15 @@
 """The studies, and their tables: which rows, at which points, compared with what."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 
 from experiments import rows
-from experiments.estimates import estimates
-from experiments.jobs import Made
+from experiments.estimates import contrasts, estimates, recovery, share
+from experiments.jobs import Job, Made
 from experiments.looks import looks
 from experiments.nearest import nearest
 from experiments.rows import MAIN, Flags, Study
@@ -39,6 +40,8 @@ DIGITS = Study(
         "distillation, random teacher": DISTILLED,
         "copy, fine-tuned teacher": COPIED,
         "teacher's maps and weights": COPIED,
+        "copy, mean maps": COPIED,
+        "distillation, detached": DISTILLED,
     },
 )
 PLAIN = dict.fromkeys(("mixup", "cutmix", "random_erase", "smoothing", "ema", "drop_path"), 0.0)
@@ -72,6 +75,7 @@ class Table(NamedTuple):
     tuned_at: str = ""  # the point whose settings all points take (empty: each its own)
     against: dict[str, str] | None = None  # what a row is compared with, where not with BASELINE
     find: Callable[["Table", Made], dict] | None = None  # something else than accuracies
+    contrasts: Mapping[str, Callable[..., np.ndarray]] = MappingProxyType({})  # see below
 
 
 def samples(table: Table, made: Made) -> np.ndarray:
@@ -81,16 +85,58 @@ def samples(table: Table, made: Made) -> np.ndarray:
 
 
 def accuracies(table: Table, made: Made) -> dict:
-    """Of each point the estimates of its rows."""
-    points = {}
-    for point, of_rows in made.items():
-        correct = {row: np.stack([job.correct() for job in jobs]) for row, jobs in of_rows.items()}
-        if rows.NEAREST in table.rows:
-            with_labels = [job.settings() for job in of_rows["from scratch"]]
-            correct[rows.NEAREST] = np.stack([nearest(settings) for settings in with_labels])
-        points[point] = estimates(correct, samples(table, made), table.against)
-    return points
+    """Of each point the estimates of its rows; then what is asked of several."""
+    correct = {point: classified(table, of_rows) for point, of_rows in made.items()}
+    groups = samples(table, made)
+    return {
+        "points": {
+            point: estimates(of_rows, groups, table.against) for point, of_rows in correct.items()
+        },
+        "contrasts": contrasts(correct, groups, table.contrasts),
+    }
 
+
+def classified(table: Table, of_rows: dict[str, list[Job]]) -> dict[str, np.ndarray]:
+    """Of each row whether it classified each test image rightly, (seeds, images)."""
+    correct = {row: np.stack([job.correct() for job in jobs]) for row, jobs in of_rows.items()}
+    if rows.NEAREST in table.rows:
+        with_labels = [job.settings() for job in of_rows["from scratch"]]
+        correct[rows.NEAREST] = np.stack([nearest(settings) for settings in with_labels])
+    return correct
+
+
+# What the log decides by --------------------------------------------------------------------------
+
+SCRATCH, COPY, DISTILLATION, TUNED = MAIN
+
+
+def less(row: str, other: str) -> dict[str, Callable]:
+    return {f"{row} less {other}": lambda of: of[row] - of[other]}
+
+
+def share_of_gain(row: str, other: str) -> dict[str, Callable]:
+    return {f"share of the gain of {other} that {row} has": lambda of: share(of, row, other)}
+
+
+INTERACTION = {
+    "maps x weights: what the teacher's maps give to its weights, less what to random ones": (
+        lambda of: of["teacher's maps and weights"] - of[TUNED] - of[COPY] + of[SCRATCH]
+    )
+}
+ALONG = {
+    "fine-tuning less from scratch: last point less first": (
+        lambda *at: at[-1][TUNED] - at[-1][SCRATCH] - at[0][TUNED] + at[0][SCRATCH]
+    ),
+    "recovery of copy: last point less first": (
+        lambda *at: recovery(at[-1], COPY) - recovery(at[0], COPY)
+    ),
+    "recovery of distillation: last point less first": (
+        lambda *at: recovery(at[-1], DISTILLATION) - recovery(at[0], DISTILLATION)
+    ),
+}
+
+
+# The tables ---------------------------------------------------------------------------------------
 
 CLUTTER = {f"{n} scraps": {"scraps": n} for n in (0, 1, 2)}
 BASE = f"{IMAGES['scraps'].default} scraps"  # see `simplest`
@@ -116,43 +162,60 @@ TABLES = {
         "settings of the main rows for 0, 1 and 2 scraps; and which of these is the base task",
         DIGITS, (*MAIN, *rows.PROBE, rows.NEAREST), CLUTTER, tunes=True,
     ),
-    "digits-clutter": Table("the main rows for 0, 1 and 2 scraps", DIGITS, tuple(MAIN), CLUTTER),
+    "digits-clutter": Table("the main rows for 0, 1 and 2 scraps", DIGITS, tuple(MAIN), CLUTTER,
+        contrasts=ALONG),
     "digits-labels": Table(
         "the main rows for 50 to 997 labels, at equal steps", DIGITS, tuple(MAIN), LABELS,
-        tuned_at=BASE,
+        tuned_at=BASE, contrasts=ALONG,
     ),
     "digits-length": Table(
-        "the main rows for 150, 450 and 1,350 epochs", DIGITS, tuple(MAIN), LENGTHS, tuned_at=BASE
+        "the main rows for 150, 450 and 1,350 epochs", DIGITS, tuple(MAIN), LENGTHS,
+        tuned_at=BASE, contrasts=ALONG,
     ),
     "digits-tuning-others": at_base(
-        "settings of baselines and controls", rows=(*rows.BASELINES, *rows.CONTROLS), tunes=True
+        "settings of baselines and controls", tunes=True,
+        rows=(*rows.BASELINES, *rows.CONTROLS, "copy, mean maps", "distillation, detached"),
     ),
     "digits-main": at_base(
         "main rows, baselines and controls",
         rows=(*MAIN, *rows.PROBE, *rows.BASELINES, *rows.CONTROLS, rows.NEAREST),
+        contrasts=INTERACTION | less("feature distillation", DISTILLATION)
+        | less("copy, fine-tuned teacher", COPY),
     ),
     "digits-maps": at_base(
-        "other maps, copied and distilled: uniform to fine-tuned", rows=(*MAIN, *rows.LADDER)
+        "other maps, copied and distilled: uniform to fine-tuned", rows=(*MAIN, *rows.LADDER),
+        contrasts=share_of_gain("copy, mean maps", COPY) | less("copy, mean maps", COPY)
+        | less("distillation, fine-tuned teacher", DISTILLATION),
     ),
-    "digits-parts": at_base("q, k, v or several copied", rows=(*MAIN, *rows.PARTS)),
-    "digits-layers": at_base("which layers are copied or distilled", rows=(*MAIN, *rows.LAYERS)),
+    "digits-parts": at_base(
+        "q, k, v or several copied", rows=(*MAIN, *rows.PARTS),
+        contrasts=less("copy of q", COPY) | less("copy of v", COPY) | less("copy of qkv", COPY)
+        | less("copy of k", "copy of q"),
+    ),
+    "digits-layers": at_base(
+        "which layers are copied or distilled", rows=(*MAIN, *rows.LAYERS),
+        contrasts=less("copy, layers 2-3", "copy, layers 2")
+        | less("distillation, layers 2-3", "distillation, layers 2")
+        | less("distillation, layers all", "distillation, layers 3"),
+    ),
     "digits-explained": at_base(
         "distillation detached; without labels, then a probe",
         rows=(*MAIN, *rows.PROBE, *rows.EXPLAINED),
         against={"distillation, detached": "attention distillation",
                  "linear probe of that": "linear probe of the teacher"},
+        contrasts=share_of_gain("distillation, detached", DISTILLATION),
     ),
     "digits-looks": at_base(
         "where rows and teachers look; how like the teacher's are maps and features",
-        rows=tuple(MAIN), find=lambda _, made: looks(made),
+        rows=tuple(MAIN), find=lambda _, made: {"points": looks(made)},
     ),
     "digits-ensembles": at_base(
         "pairs of nets and their controls; do they err together?", rows=(*MAIN, *rows.AGAIN),
-        find=lambda table, made: teams(made, samples(table, made)),
+        find=lambda table, made: {"points": teams(made, samples(table, made))},
     ),
     "digits-shift": Table(
         "noise, contrast, more clutter, at matched accuracy", DIGITS, tuple(MAIN), LENGTHS | LABELS,
-        tuned_at=BASE, find=lambda _, made: shifted(made),
+        tuned_at=BASE, find=lambda _, made: {"points": shifted(made)},
     ),
     "cifar10-gate": photos(
         "settings of the two ends; go on if they differ by 6 points", points=SHORT,
@@ -169,13 +232,14 @@ TABLES = {
               "copy, other maps", "teacher's maps and weights"),
         against={"copy, mean maps": "attention copy", "copy, other maps": "attention copy",
                  "teacher's maps and weights": "fine-tuning"}, seeds=3,
+        contrasts=INTERACTION | share_of_gain("copy, mean maps", COPY),
     ),
     "cifar10-length": photos(
         "the main rows, three times as long", rows=tuple(MAIN), seeds=1,
-        points=AT_PHOTOS | {"75 epochs": {"epochs": 75}}, tuned_at="5,000 labels",
+        points=AT_PHOTOS | {"75 epochs": {"epochs": 75}}, tuned_at="5,000 labels", contrasts=ALONG,
     ),
     "cifar10-labels": photos(
         "the main rows with 1,000 to 41,600 labels, at equal steps", rows=tuple(MAIN), seeds=1,
-        points=PHOTO_LABELS, tuned_at="5,000 labels",
+        points=PHOTO_LABELS, tuned_at="5,000 labels", contrasts=ALONG,
     ),
 }  # fmt: skip

@@ -7,7 +7,7 @@ import numpy as np
 import checkpoints
 import ensemble
 from checkpoints import Model
-from experiments.estimates import estimates
+from experiments.estimates import estimates, over_seeds
 from experiments.jobs import Job, Made
 from settings import Settings
 
@@ -19,14 +19,16 @@ TEAMS = {
     "distillation twice": ("attention distillation", "attention distillation again"),
     "from scratch twice": ("from scratch", "from scratch again"),
 }
-AGAINST = {team: "fine-tuning twice" for team in TEAMS if "twice" not in team}
-AGAINST |= {"fine-tuning twice": "fine-tuning", "distillation twice": "attention distillation"}
+ALIKE = "fine-tuning twice"
+AGAINST = {team: ALIKE for team in TEAMS if "twice" not in team}
+AGAINST |= {ALIKE: "fine-tuning", "distillation twice": "attention distillation"}
 
 
 def teams(made: Made, groups: np.ndarray) -> dict:
     """Estimates of the members and of their averaged probabilities; correlation of their errors.
 
-    The correlation (phi) is that of being wrong on the same images, the mean over seeds.
+    The correlation (phi) is that of being wrong on the same images: its mean over seeds, and how
+    far it is from that of two fine-tuned nets.
     """
     points = {}
     for point, of_rows in made.items():
@@ -35,11 +37,14 @@ def teams(made: Made, groups: np.ndarray) -> dict:
         p |= {team: (p[one] + p[other]) / 2 for team, (one, other) in TEAMS.items()}
         correct = {name: found.argmax(axis=-1) == labels for name, found in p.items()}
         points[point] = estimates(correct, groups, AGAINST)
-        for team, (one, other) in TEAMS.items():
-            pairs = zip(correct[one], correct[other], strict=True)
-            points[point][team]["error_correlation"] = float(
-                np.mean([np.corrcoef(a, b)[0, 1] for a, b in pairs])
-            )
+        phi = {
+            team: np.array([np.corrcoef(*pair)[0, 1] for pair in zip(*of, strict=True)])
+            for team, of in ((team, [correct[row] for row in pair]) for team, pair in TEAMS.items())
+        }
+        for team, found in phi.items():
+            points[point][team]["error_correlation"] = over_seeds(found) | {
+                "difference": over_seeds(found - phi[ALIKE]) | {"from": ALIKE}
+            }
     return points
 
 

@@ -28,7 +28,8 @@ def test_resampled_accuracies_are_those_of_loops(monkeypatch):
     correct = simulated(np.random.default_rng(1), seeds=3, digits=6)["copy"]
     groups = np.repeat(np.arange(6), 4)
     found = estimates.resample({"copy": correct}, groups)["copy"]
-    assert found[0] == pytest.approx(100 * correct.mean())
+    mean = 100 * correct.mean()
+    assert found[0] == pytest.approx(mean)
     random = np.random.default_rng(0)
     seeds = random.multinomial(3, [1 / 3] * 3, 5)
     digits = random.multinomial(6, [1 / 6] * 6, 5)
@@ -38,7 +39,8 @@ def test_resampled_accuracies_are_those_of_loops(monkeypatch):
             for s in range(3) for _ in range(seeds[b, s])
             for i in range(24) for _ in range(digits[b, groups[i]])
         ]  # fmt: skip
-        assert found[1 + b] == pytest.approx(100 * np.mean(drawn))
+        wider = np.sqrt(3 / 2) * (100 * np.mean(drawn) - mean)  # of three seeds
+        assert found[1 + b] == pytest.approx(mean + wider)
 
 
 def test_differences_are_paired_and_recovery_is_their_ratio():
@@ -58,6 +60,32 @@ def test_differences_are_paired_and_recovery_is_their_ratio():
     assert low < gain < high
     wide = found["copy"]["interval"]  # of the row alone: digits do not cancel
     assert high - low < wide[1] - wide[0]
+
+
+def test_contrasts_are_resampled_alike_at_all_points():
+    correct = simulated(np.random.default_rng(6))
+    other = {row: c[:, ::-1] for row, c in correct.items()}  # other images are right, as many
+    asked = {
+        "difference": lambda at, _: at["copy"] - at["from scratch"],
+        "nothing": lambda at, again: at["copy"] - again["copy"],
+    }
+    found = estimates.contrasts({"a": correct, "b": correct}, GROUPS, asked)
+    paired = of(correct, GROUPS)["copy"]["difference"]
+    assert found["difference"] == {name: paired[name] for name in ("mean", "interval")}
+    assert found["nothing"] == {"mean": 0, "interval": [0, 0]}
+    between = estimates.contrasts({"a": correct, "b": other}, GROUPS, asked)["nothing"]
+    assert between["mean"] == 0 and between["interval"][0] < 0 < between["interval"][1]
+
+
+def test_a_share_of_perhaps_nothing_has_no_interval():
+    correct = simulated(np.random.default_rng(7), gain=0.1)
+    correct["half"] = np.where(np.arange(2000) % 2, correct["copy"], correct["from scratch"])
+    asked = {"half": lambda of: estimates.share(of, "half", "copy")}
+    found = estimates.contrasts({"": correct}, GROUPS, asked)["half"]
+    low, high = found["interval"]
+    assert low < found["mean"] < high
+    correct["copy"] = correct["from scratch"][:, ::-1]
+    assert estimates.contrasts({"": correct}, GROUPS, asked)["half"]["interval"] is None
 
 
 def test_an_interval_over_many_images_is_that_of_t_over_seeds():

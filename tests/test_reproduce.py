@@ -20,7 +20,7 @@ import teachers
 from augment import Normalise
 from data import KINDS
 from experiments import jobs, looks, report, reproduce, rows, shift, ship, tables, tune
-from experiments.estimates import estimates
+from experiments.estimates import draws, estimates
 from experiments.rows import MAIN, Runs
 
 ROOT = Path(__file__).parent.parent
@@ -138,7 +138,7 @@ def test_what_is_read_off_runs_is_bounded_by_what_it_must_be(places, ran, tmp_pa
 
     table = together["points"][tables.BASE]
     for team in ("fine-tuning twice", "fine-tuning + distillation"):
-        assert -1 <= table[team]["error_correlation"] <= 1
+        assert -1 <= table[team]["error_correlation"]["mean"] <= 1
         assert table[team]["difference"]["from"] in table
     shifts = moved["points"]
     assert len(shifts) == 4 and set(shifts["inverted"]) == set(MAIN)
@@ -174,6 +174,16 @@ def test_models_that_err_alike_under_shift_lie_on_one_line(monkeypatch):
     assert found["copy"]["difference"]["mean"] == pytest.approx(0, abs=1e-6)
     assert found["fine-tuning"]["difference"]["mean"] == pytest.approx(-5)
     assert found["fine-tuning"]["difference"]["interval"] == pytest.approx([-5, -5])
+
+
+def test_the_line_is_that_of_least_squares_in_every_resample():
+    random = np.random.default_rng(1)
+    x, y = random.normal(size=(2, 5, 3))
+    count = draws(5)[[0, 7]]
+    slopes, heights = shift.lines(x, y, count)
+    for of_seeds, slope, height in zip(count, slopes.ravel(), heights.ravel(), strict=True):
+        drawn = [np.repeat(table, of_seeds, axis=0).ravel() for table in (x, y)]
+        assert (slope, height) == pytest.approx(np.polyfit(*drawn, 1))
 
 
 def test_every_row_gets_as_many_trials():
@@ -289,15 +299,16 @@ def test_a_table_shows_means_and_intervals():
     cell = {"mean": 74.46, "interval": [72.55, 76.41]}
     other = {"mean": 2.2, "interval": None}
     rows = {"from scratch": cell, "copy": cell | {"difference": other, "recovery": other}}
-    lines = report.markdown({"2 scraps": rows}).splitlines()
+    lines = report.markdown({"points": {"2 scraps": rows}}).splitlines()
     assert lines[2] == "| from scratch | 74.5 [72.5, 76.4] |  |  |"
     assert lines[3] == "| copy | 74.5 [72.5, 76.4] | +2.2 | 2.20 |"
-    lines = report.markdown({"1 scraps": rows, "2 scraps": rows}).splitlines()
+    points = {"1 scraps": rows, "2 scraps": rows}
+    lines = report.markdown({"points": points, "contrasts": {"last less first": cell}}).splitlines()
+    assert lines[-2:] == ["", "last less first: +74.46 [+72.55, +76.41]"]
     assert lines[0] == "|  | from scratch | copy | recovery: copy |"
     assert lines[2] == "| 1 scraps | 74.5 | 74.5 | 2.20 |"
-    lines = report.markdown(
-        {"2 scraps": {"patches": {"digit": [0.5]}, "copy": {"digit": [0.5, 1]}}}
-    )
+    points = {"2 scraps": {"patches": {"digit": [0.5]}, "copy": {"digit": [0.5, 1]}}}
+    lines = report.markdown({"points": points})
     assert lines.splitlines()[2:] == ["| patches | 0.50 |", "| copy | 0.50 1.00 |"]
 
 
