@@ -26,6 +26,7 @@ import checkpoints
 import data
 import runs
 import train
+from lending import Lender, described
 from settings import COMMON, TEACHER, TRANSFER, Settings, change, parse_settings
 from teachers import teacher_and_student
 from vit import ViT
@@ -45,14 +46,14 @@ SETTINGS = change(  # ImageNet: the README of the authors' code, ViT-L
 parse = partial(parse_settings, __doc__, SETTINGS)
 
 
-def predict(student: ViT, images, teacher: ViT, layers, share_drops: bool = True) -> Tensor:
+def predict(student: ViT, images, teacher, layers, share_drops: bool = True) -> Tensor:
     """Logits of a student that attends with the teacher's maps in `layers`, else with its own."""
     mask = student.draw_drop_path_mask(len(images), images.device)  # None in evaluation
     theirs = teacher.queries_keys(images, layers, mask if share_drops else None)
     return student(images, given=theirs, drop_path_mask=mask)
 
 
-def loss(student: ViT, images, labels, teacher: ViT, layers, settings: Settings):
+def loss(student: ViT, images, labels, teacher, layers, settings: Settings):
     logits = predict(student, images, teacher, layers, settings.share_drops)
     return {"class": F.cross_entropy(logits, labels, label_smoothing=settings.smoothing)}, {}
 
@@ -60,6 +61,9 @@ def loss(student: ViT, images, labels, teacher: ViT, layers, settings: Settings)
 def task(settings: Settings, images: data.Data | None = None) -> train.Task:
     """Everything that train.fit needs. `images`: others than those that the settings name."""
     teacher, student, layers, images, source = teacher_and_student(settings, images)
+    for i in layers:
+        if student.blocks[i].attn.relative:  # positions of maps that it never makes
+            student.blocks[i].attn.relative.requires_grad_(False)
     return train.Task(
         "copy",
         student,
@@ -71,9 +75,11 @@ def task(settings: Settings, images: data.Data | None = None) -> train.Task:
     )
 
 
-def export(student: ViT, teacher: ViT, layers: Sequence[int]) -> dict:
+def export(student: ViT, teacher: ViT | Lender, layers: Sequence[int]) -> dict:
     """The student and the teacher that it needs."""
-    return checkpoints.export(student) | {"teacher": checkpoints.export(teacher), "layers": layers}
+    net, lent = described(teacher)
+    needed = {"teacher": checkpoints.export(net), "layers": layers, "lent": lent}
+    return checkpoints.export(student) | needed
 
 
 def main(settings: Settings) -> dict:

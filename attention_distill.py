@@ -33,16 +33,17 @@ from vit import ViT
 
 SETTINGS = change(  # ImageNet: the README of the authors' code, ViT-L, which distils 21 layers
     COMMON | TEACHER | TRANSFER,
-    #             digits cifar imagenet folder
-    layers=       ("3",  "9",  "18", "4"),
+    #             digits cifar imagenet
+    layers=       "75%",
     lr=           (8e-3, 1e-3, 8e-4),
 ) | {
     "attention_weight": Setting(3.0, "weight of the attention loss"),
+    "until": Setting(0, "epochs after which the teacher is dismissed (0: never)"),
 }  # fmt: skip
 parse = partial(parse_settings, __doc__, SETTINGS)
 
 
-def loss(student: ViT, images, labels, teacher: ViT, layers, settings: Settings):
+def loss(student: ViT, images, labels, teacher, layers, settings: Settings):
     """Student and teacher walk side by side, block by block; in `layers`, maps are compared."""
     mask = student.draw_drop_path_mask(len(images), images.device)
     theirs = teacher.queries_keys(images, layers, mask if settings.share_drops else None)
@@ -63,7 +64,10 @@ def task(settings: Settings, images: data.Data | None = None) -> train.Task:
     """Everything that train.fit needs. `images`: others than those that the settings name."""
     teacher, student, layers, images, source = teacher_and_student(settings, images)
     own_loss = partial(loss, teacher=teacher, layers=layers, settings=settings)
-    return train.Task("distill", student, images, own_loss, finetune.predict, teacher=source)
+    made = train.Task("distill", student, images, own_loss, finetune.predict, teacher=source)
+    if settings.until:  # as HASTE does, which found that it helps (Wang et al., NeurIPS 2025)
+        made.later = settings.until, partial(finetune.loss, settings=settings)
+    return made
 
 
 def main(settings: Settings) -> dict:

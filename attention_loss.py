@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from vit import Attended, attention_map, attention_scores
+from attention import Attended, attention_map, attention_scores
 
 
 def attention_loss_defined(student: Attended, teacher: Attended) -> Tensor:

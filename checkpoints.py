@@ -6,19 +6,22 @@ for x, attended in model.run(images): ...       # block by block, as vit.ViT.run
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
+import conversion
+import families
 import storage
+from attention import Attended
+from lending import Lender, lender
+from positions import PLAINLY, Resize, resized, resized_relative
 from settings import IMAGES, RUN, Settings, check
-from vit import Attended, ViT
+from vit import Config, ViT
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,10 @@ class Checkpoint:
     normalization: tuple[list[float], list[float]] | None = None
     method: str = "?"
     teacher: "Checkpoint | None" = None  # of a student of attention copy: whose maps it uses,
-    layers: tuple[int, ...] = ()  # and in which blocks
+    layers: tuple[int, ...] = ()  # in which blocks,
+    lent: tuple[tuple[int, ...], str] = ((), "all")  # of which of the teacher's, and which heads
     settings: dict = field(default_factory=dict)  # of the run that made it, where the file says it
+    resize: Resize = PLAINLY  # how positions are made those of another image size
 
     @cached_property
     def fingerprint(self) -> str:
@@ -72,7 +77,7 @@ class Model:
 
     net: ViT
     checkpoint: Checkpoint | None = None
-    teacher: ViT | None = None
+    teacher: ViT | Lender | None = None
     layers: tuple[int, ...] = ()
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -87,55 +92,42 @@ class Model:
         return self.teacher.queries_keys(images, self.layers) if self.teacher else ()
 
 
-def open_model(source: str | Path, device="cpu", heads: int = 0) -> Model:
-    """The model in a file or at a URL, of any method. Errors as those of `read`."""
+def open_model(
+    source: str | Path, device="cpu", heads: int = 0, image_size: int | None = None
+) -> Model:
+    """The model that a name, file or URL holds, of any method; for another image size if asked.
+
+    Errors as those of `read`.
+    """
     checkpoint = read(source, heads)
-    net = load(checkpoint).to(device).eval().requires_grad_(False)
+    net = load(checkpoint, image_size=image_size).to(device).eval().requires_grad_(False)
     if not checkpoint.teacher:
         return Model(net, checkpoint)
-    teacher = load(checkpoint.teacher).to(device).eval().requires_grad_(False)
+    teacher = load(checkpoint.teacher, image_size=image_size)
+    teacher = teacher.to(device).eval().requires_grad_(False)
     try:
-        check_loan(teacher, net, checkpoint.layers)
+        whose = lender(teacher, net, checkpoint.layers, *checkpoint.lent)
     except ValueError as error:
         raise ValueError(
             f"{source} holds a student and a teacher of another kind ({error})"
         ) from None
-    return Model(net, checkpoint, teacher, checkpoint.layers)
-
-
-def check_loan(teacher: ViT, student: ViT, layers: Sequence[int]) -> None:
-    """ValueError unless the teacher's maps of its images fit the student. Widths may differ."""
-    for what, ours in counts(student).items():
-        theirs = counts(teacher)[what]
-        if ours != theirs:
-            raise ValueError(
-                f"the teacher has {theirs} {what} and the student {ours}: choose --model, --patch, "
-                "--data or --teacher so that they agree"
-            )
-    if layers[-1] >= len(teacher.blocks):
-        raise ValueError(
-            f"--layers goes up to layer {layers[-1]}, "
-            f"but the teacher has {len(teacher.blocks)} layers"
-        )
-
-
-def counts(net: ViT) -> dict[str, int]:
-    """What must be equal for a map of one ViT to be one of another's, on the same images."""
-    return {"heads": net.heads, "tokens": net.tokens, "channels": net.architecture["channels"]}
+    return Model(net, checkpoint, whose, checkpoint.layers)
 
 
 # Reading ------------------------------------------------------------------------------------------
 
 
 def read(source: str | Path, heads: int = 0) -> Checkpoint:
-    """A checkpoint from a path or URL: ours, MAE's, or a plain state dict of a ViT.
+    """A checkpoint by name (see families.locate), path or URL: ours, or a ViT's of any family.
 
     `heads`: the number of attention heads, for a file that does not say it. Nothing in the file is
     executed. ValueError if it is not a checkpoint of a ViT, FileNotFoundError if it is not there.
     """
-    source, found = str(source), storage.read(source)
+    source = str(source)
+    member, place = families.locate(source)
+    found = storage.read(place)
     try:
-        return understand(found, source, heads)
+        return understand(found, source, heads, member)
     except Exception as error:  # whatever a file of something else leads to
         if source in str(error):
             raise
@@ -143,31 +135,46 @@ def read(source: str | Path, heads: int = 0) -> Checkpoint:
         raise ValueError(f"{source} holds no ViT that can be understood ({reason})") from error
 
 
-def understand(found: object, source: str, heads: int = 0) -> Checkpoint:
+def understand(
+    found: object, source: str, heads: int = 0, member: families.Member | None = None
+) -> Checkpoint:
     """What was found in a file, as a Checkpoint."""
     about = found if isinstance(found, dict) else {}
     if "optimizer" in about and "run" in about:
         raise ValueError(f"{source} is the state of a run, to resume it: name its model.pt")
-    weights = next((about[key] for key in ("model", "state_dict") if key in about), about)
-    if not isinstance(weights, dict) or "cls_token" not in weights:
-        raise ValueError(f"{source} holds no ViT: there is no 'cls_token' among its keys")
-    beyond = ("decoder", "mask_token", "norm.")  # MAE's, and the final norm of class-token pooling
-    weights = {k: v for k, v in weights.items() if not str(k).startswith(beyond)}
+    wrappers = ("model", "state_dict", "module", "teacher")
+    weights = next((about[key] for key in wrappers if isinstance(about.get(key), dict)), about)
+    if not any(str(name).endswith(conversion.PATCHES) for name in weights):
+        raise ValueError(f"{source} holds no ViT: it embeds no patches")
+    names = ("classes", "normalization", "method", "settings")
+    known = {k: about[k] for k in names if about.get(k) is not None}
+    architecture = about.get("architecture")
+    if architecture:
+        weights = {k: v for k, v in weights.items() if not conversion.DROPPED.match(str(k))}
+    else:
+        weights = conversion.ours(weights)
+        try:
+            architecture = asdict(conversion.describe(weights, member, heads))
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from None
     for name, value in weights.items():
         if wrong := what_is_wrong(name, value):
             raise ValueError(f"{source} holds no ViT that can be used: {name} {wrong}")
-    architecture = about.get("architecture") or infer_architecture(weights, source, heads)
-    names = ("classes", "normalization", "method", "settings")
-    known = {k: about[k] for k in names if about.get(k) is not None}
-    check_facts(source, architecture, **known)
+    if member:
+        known |= {"normalization": member.family.normalization, "method": member.family.title}
+        known["resize"] = member.family.resize
+    check_facts(source, architecture, **{k: known[k] for k in names if k in known})
     if "normalization" in known:  # a tuple of lists, as ours are: to compare
         known["normalization"] = tuple([float(x) for x in xs] for xs in known["normalization"])
-    if about.get("teacher"):
+    if about.get("architecture") and about.get("teacher"):
         known["teacher"] = understand(about["teacher"], source)
-        known["layers"] = tuple(about["layers"])
-        depth = min(architecture["depth"], known["teacher"].architecture["depth"])
-        if not known["layers"] or not all(i in range(depth) for i in known["layers"]):
-            raise ValueError(f"{source} copies layers {known['layers']} of {depth}")
+        known["layers"] = layers = tuple(about["layers"])
+        theirs, heads = about.get("lent") or ((), "all")
+        known["lent"] = tuple(theirs), str(heads)
+        lends = known["teacher"].architecture
+        for which, net in ((layers, architecture), (theirs or layers, lends)):
+            if not which or not all(i in range(net["depth"]) for i in which):
+                raise ValueError(f"{source} copies layers {tuple(which)} of {net['depth']}")
     return Checkpoint(source, weights, architecture, **known)
 
 
@@ -184,12 +191,10 @@ def check_facts(
     source: str, architecture: dict, classes=None, normalization=None, method="", settings=None
 ) -> None:
     """ValueError if what a file says beside its weights cannot be."""
-    sizes = {"image_size", "patch", "channels", "classes", "dim", "depth", "heads", "mlp"}
-    if not isinstance(architecture, dict) or architecture.keys() != sizes:
-        raise ValueError(f"{source} describes no ViT that could be built ({architecture})")
-    for name, value in architecture.items():
-        if type(value) not in (int, float) or not (name == "classes" or value > 0) or value > 1e5:
-            raise ValueError(f"{source} describes no ViT that could be built ({name} {value})")
+    try:
+        Config(**architecture).check()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source} describes no ViT that could be built ({error})") from None
     if classes is not None:
         named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
         named = named and len(set(classes)) == len(classes)
@@ -212,26 +217,6 @@ def check_facts(
             check(name, settings[name], row)
 
 
-def infer_architecture(weights: dict[str, Tensor], source: str, heads: int) -> dict:
-    """What the shapes of a plain state dict tell. The number of heads they do not."""
-    try:
-        dim, channels, patch, _ = weights["patch_embed.proj.weight"].shape
-        depth = 1 + max(int(k.split(".")[1]) for k in weights if k.startswith("blocks."))
-        tokens, hidden = weights["pos_embed"].shape[1] - 1, len(weights["blocks.0.mlp.fc1.weight"])
-        classes = len(weights["head.weight"]) if "head.weight" in weights else 0
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"{source} is not a plain ViT: {error} is missing") from None
-    if not heads:
-        raise ValueError(
-            f"{source} does not say how many attention heads it has, and sizes do not tell (width "
-            "384 may have 6 or 12): say it with --teacher-heads (or --heads)"
-        )
-    sizes = dict(
-        image_size=round(tokens**0.5) * patch, patch=patch, channels=channels, classes=classes
-    )
-    return sizes | dict(dim=dim, depth=depth, heads=heads, mlp=hidden / dim)
-
-
 def load(
     checkpoint: Checkpoint,
     *,
@@ -251,15 +236,17 @@ def load(
     shape = {"image_size": image_size or arch["image_size"]}
     shape["classes"] = arch["classes"] if classes is None else classes
     try:
-        vit = ViT(**arch | shape, drop_path=drop_path)
+        vit = ViT(Config(**arch | shape), drop_path)
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise ValueError(
             f"{checkpoint.source} can be no ViT for these images of {shape['image_size']} pixels "
             f"({error}): change --data, --image-size or the file"
         ) from error
+    own, side = vit.state_dict(), vit.config.side
     if "pos_embed" in weights:
-        weights["pos_embed"] = interpolate(weights["pos_embed"], vit.tokens)
-    own = vit.state_dict()
+        weights["pos_embed"] = resized(weights["pos_embed"], side, checkpoint.resize)
+    for name in [name for name in weights if name.endswith("relative.table")]:
+        weights[name] = resized_relative(weights[name], side)
     fresh = [k for k in own if new_head and k.startswith(("head.", "fc_norm."))]
     differ = [f"{k} is missing" for k in own if k not in weights and k not in fresh]
     differ += [f"{k} is not ours" for k in weights if k not in own]
@@ -268,22 +255,11 @@ def load(
             differ.append(f"{k} is {tuple(weights[k].shape)}, not {tuple(own[k].shape)}")
     if differ:
         more = f", and {len(differ) - 4} more" if len(differ) > 4 else ""
-        raise ValueError(f"{checkpoint.source} is not a plain ViT: " + "; ".join(differ[:4]) + more)
+        raise ValueError(
+            f"{checkpoint.source} is no ViT that we know: " + "; ".join(differ[:4]) + more
+        )
     vit.load_state_dict(weights, strict=False)
     return vit
-
-
-def interpolate(pos_embed: Tensor, tokens: int) -> Tensor:
-    """Position embeddings (1, 1 + g*g, D) for another square grid of patches, bicubically."""
-    if pos_embed.shape[1] == tokens:
-        return pos_embed
-    cls, grid = pos_embed[:, :1], pos_embed[:, 1:]
-    side, new = round(grid.shape[1] ** 0.5), round((tokens - 1) ** 0.5)
-    if side**2 != grid.shape[1]:
-        raise ValueError(f"{grid.shape[1]} position embeddings form no square grid of patches")
-    grid = rearrange(grid, "one (h w) d -> one d h w", h=side).float()
-    grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
-    return torch.cat([cls, rearrange(grid, "one d h w -> one (h w) d").to(cls.dtype)], dim=1)
 
 
 def export(net: ViT) -> dict:

@@ -2,7 +2,8 @@
 
     --data digits      built in: translated cluttered digits, no download (digits.py)
     --data cifar10     downloaded to --data-dir, or image folders found there; also cifar100
-    --data imagenet    --data-dir/train/CLASS/* and --data-dir/val/CLASS/*
+    --data imagenet    --data-dir/train/CLASS/* and --data-dir/val/CLASS/*, or the official
+                       archives there (which take scipy to unpack)
     --data folder      the same, or --data-dir/CLASS/*, for images of your own; without val/ a part
                        is held out; to pre-train they may lie in one folder, without labels
 
@@ -17,7 +18,7 @@ each process draws for its own share.
 
 from launch import counted, print0, rank, world
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -232,9 +233,9 @@ class Eval:
 class Tensors:
     """Images held on the device, and their labels. (Those in files are in image_files.py.)"""
 
-    def __init__(self, images: Tensor, labels: Tensor):
+    def __init__(self, images: Tensor, labels: Tensor, names: Sequence = ()):
         self.images, self.labels = images, labels
-        self.names, self.fingerprint = range(len(images)), ""
+        self.names, self.fingerprint = names or range(len(images)), ""
 
     def __len__(self) -> int:
         return len(self.images)
@@ -276,10 +277,7 @@ def from_cifar(settings, size: int, device) -> Parts:
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[settings.data]
     folder = image_folders.folder_of(settings)
     try:
-        if rank() == 0:
-            kind(folder, download=True)
-        if dist.is_initialized():
-            dist.barrier()  # the others wait until it is there
+        first_alone(lambda: kind(folder, download=True))
         sets = [kind(folder, train=part) for part in (True, False)]
     except (OSError, RuntimeError) as error:
         raise ValueError(
@@ -293,8 +291,18 @@ def from_cifar(settings, size: int, device) -> Parts:
     return Parts(sets[0].classes, sources[0], None, sources[1])
 
 
+def first_alone(make: Callable) -> None:
+    """Done by the first process, while the others wait."""
+    if rank() == 0:
+        make()
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def from_folders(settings, size: int, device, train: bool) -> Parts:
     kind, root = KINDS[settings.data], image_folders.folder_of(settings)
+    if settings.data == "imagenet":
+        first_alone(lambda: image_folders.unpack(root))
     found = image_folders.find(root, train or settings.holdout > 0, kind.advice)
     sources, pin = {}, device.type == "cuda"
     for name, part in found.items():
@@ -323,4 +331,4 @@ def to_evaluate(source: "Tensors | image_files.Files", device) -> "Tensors | ima
     numbers = torch.arange(len(source)).split(256)
     batches = counted(source.batches(numbers), len(numbers), "batches decoded")
     images, labels = zip(*batches, strict=True)
-    return Tensors(torch.cat(images).to(device), torch.cat(labels).to(device))
+    return Tensors(torch.cat(images).to(device), torch.cat(labels).to(device), source.names)

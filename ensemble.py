@@ -7,13 +7,15 @@ is plain evaluation.
 
     python ensemble.py runs/finetune-digits-micro-s0/model.pt \\
         runs/distill-digits-micro-s0/model.pt
-    python ensemble.py model.pt --data folder --data-dir /imagenet-a
+    python ensemble.py a.pt b.pt --real real.json \\
+        --sets /imagenet-a,/imagenet-r,/imagenet-sketch,/imagenet-v2
     python ensemble.py model.pt --image photo.jpg      what it sees, and where
 
 The images are those that the first checkpoint was trained for, unless --data
-or --data-dir say others. If a folder has only some of the classes of a
-checkpoint, probabilities are taken over these (as ImageNet-A and -R are
-scored). Folders may be --data-dir/val/CLASS/* or just --data-dir/CLASS/*.
+or --data-dir say others; --sets are evaluated too. If a folder has only some
+of the classes of a checkpoint, probabilities are taken over these (as
+ImageNet-A and -R are scored); folders 0 to 999 are ImageNet's classes in their
+order (as ImageNet-V2 names them). Images lie in DIR/val/CLASS/* or DIR/CLASS/*.
 """
 
 import launch
@@ -31,7 +33,7 @@ import data
 import image_files
 import pictures
 import storage
-import vit
+from attention import attention_map
 from checkpoints import Model
 from learner import autocast
 from settings import AMP, OPENING, Setting, Settings, parse_settings
@@ -42,6 +44,8 @@ SETTINGS = OPENING | {
         "test", "the part that is reported, or the one to choose by", choices=("test", "val")
     ),
     "batch": Setting(256, "images at a time", low=1),
+    "sets": Setting("", "more folders of test images, with commas between them"),
+    "real": Setting("", "file of ImageNet-ReaL's labels (real.json): scores by these as well"),
     "json": Setting("", "where to write the results (empty: runs/ensemble-DATA.json)"),
     "image": Setting("", "evaluate nothing: say what this image shows, and draw where they look"),
 }
@@ -57,19 +61,24 @@ def evaluate(paths: list[str], settings: Settings) -> dict:
     settings = models[0].checkpoint.images(settings)
     members, total, first = [], 0, None
     for path, model in zip(paths, models, strict=True):
-        p, labels, classes = probabilities(model, settings, device)
-        if first not in (None, classes):
+        p, labels, images = probabilities(model, settings, device)
+        if first not in (None, images.classes):
             raise ValueError(f"{path} was evaluated on other classes than {paths[0]}")
-        first, total = classes, total + p
+        first, total = images.classes, total + p
         method = model.checkpoint.method
         members.append({"checkpoint": str(path), "method": method, "top1": top1(p, labels)})
+        if settings.real:
+            members[-1]["real_top1"] = real_top1(p, images, settings.real)
     about = {"data": settings.data, "part": settings.part, "images": len(labels)}
-    return about | {"members": members, "ensemble_top1": top1(total, labels)}
+    about |= {"members": members, "ensemble_top1": top1(total, labels)}
+    if settings.real:
+        about["ensemble_real_top1"] = real_top1(total, images, settings.real)
+    return about
 
 
 @torch.no_grad()
-def probabilities(model: Model, settings: Settings, device) -> tuple[Tensor, Tensor, list[str]]:
-    """Class probabilities (images, classes) of a model, labels (images,), names of classes."""
+def probabilities(model: Model, settings: Settings, device) -> tuple[Tensor, Tensor, data.Data]:
+    """Class probabilities (images, classes) of a model, labels (images,), and the images."""
     images = images_for(model, settings, device)
     columns = torch.tensor(columns_of(images.classes, model, settings), device=device)
     parts, labels = [], []
@@ -83,7 +92,7 @@ def probabilities(model: Model, settings: Settings, device) -> tuple[Tensor, Ten
         if not logits.isfinite().all():
             source = model.checkpoint.source
             raise ValueError(f"{source} gives logits that are not finite: it was trained to ruin")
-    return torch.cat(parts), torch.cat(labels), images.classes
+    return torch.cat(parts), torch.cat(labels), images
 
 
 def images_for(model: Model, settings: Settings, device) -> data.Data:
@@ -113,6 +122,8 @@ def columns_of(classes: list[str], model: Model, settings: Settings) -> list[int
             f"{source} has {outputs} outputs, but --data {settings.data} {len(known)} classes"
         )
     strange = [name for name in classes if name not in known]
+    if strange and len(known) == 1000 and all(name in BY_NUMBER for name in classes):
+        return [sorted(range(1000), key=lambda i: known[i])[int(name)] for name in classes]
     if strange:
         few = ", ".join(strange[:3])
         raise ValueError(
@@ -121,8 +132,33 @@ def columns_of(classes: list[str], model: Model, settings: Settings) -> list[int
     return [known.index(name) for name in classes]
 
 
+BY_NUMBER = {str(i) for i in range(1000)}  # as ImageNet-V2 calls ImageNet's classes
+
+
 def top1(p: Tensor, labels: Tensor) -> float:
     return 100 * (p.argmax(dim=-1) == labels).float().mean().item()
+
+
+def real_top1(p: Tensor, images: data.Data, path: str) -> float:
+    """How often the likeliest class is one of those that are to be seen (Beyer et al. 2020).
+
+    `path`: a list of lists of classes, in the order of the numbers of the validation images; those
+    without any are left out. ValueError if they are not of these images.
+    """
+    if p.shape[1] != 1000:
+        raise ValueError(f"--real {path}: these images are of {p.shape[1]} classes, not of 1000")
+    found = p.argmax(dim=-1).tolist()
+    try:
+        labels = json.loads(Path(path).read_text())
+        numbers = [int(Path(name).stem.rsplit("_", 1)[1]) for name in images.test.source.names]
+        seen = [labels[number - 1] for number in numbers]
+        right = [best in many for best, many in zip(found, seen, strict=True) if many]
+        return 100 * sum(right) / len(right)
+    except (ArithmeticError, LookupError, OSError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"--real {path}: not the labels of these images, which must be called as ImageNet's "
+            f"are, ILSVRC2012_val_00000001 and so on ({type(error).__name__}: {error})"
+        ) from error
 
 
 # One image ----------------------------------------------------------------------------------------
@@ -146,7 +182,7 @@ def look(paths: list[str], settings: Settings) -> dict[str, dict[str, float]]:
         x = data.Normalise(normalization, device)(square[None].to(device))
         maps = []
         for tokens, attended in model.run(x):
-            maps.append(vit.attention_map(attended))
+            maps.append(attention_map(attended))
         some = sorted({round(i * (len(maps) - 1) / 3) for i in range(4)})
         looks = {f"layer {i + 1}": pictures.mean_look(maps[i]) for i in some}
         which = f"-{number}" if len(paths) > 1 else ""
@@ -177,16 +213,50 @@ def main(settings: Settings) -> dict:
         return look(paths, settings)
     if Path(settings.json).is_dir() and settings.json:
         raise ValueError(f"--json {settings.json} is a folder: name a file")
-    result = evaluate(paths, settings)
-    print(f"top-1 on {result['images']:,} images of {result['data']} ({settings.part})")
-    for member in result["members"]:
-        print(f"{member['top1']:7.2f} %  {member['method']:<9} {member['checkpoint']}")
-    if len(result["members"]) > 1:
-        print(f"{result['ensemble_top1']:7.2f} %  together, probabilities averaged")
+    result, others = evaluate(paths, settings), {}
+    for folder in filter(None, settings.sets.split(",")):
+        asked = settings.but(data="folder", data_dir=folder, real="")
+        others[Path(folder).name] = evaluate(paths, asked)
+    if others:
+        compare([(result["data"], result), *others.items()])
+        result["sets"] = others
+    else:
+        show(result)
     out = Path(settings.json or f"runs/ensemble-{result['data']}.json")
     out.parent.mkdir(parents=True, exist_ok=True)
     storage.write_text(out, json.dumps(result, indent=1) + "\n")
     return result
+
+
+def show(result: dict) -> None:
+    print(f"top-1 on {result['images']:,} images of {result['data']} ({result['part']})")
+    for member in result["members"]:
+        print(f"{member['top1']:7.2f} %  {member['method']:<9} {member['checkpoint']}")
+    if len(result["members"]) > 1:
+        print(f"{result['ensemble_top1']:7.2f} %  together, probabilities averaged")
+    if "ensemble_real_top1" in result:
+        scores = [member["real_top1"] for member in result["members"]]
+        scores += [result["ensemble_real_top1"]] if len(scores) > 1 else []
+        print("by ReaL's labels, in this order: " + ", ".join(f"{x:.2f} %" for x in scores))
+
+
+def compare(found: list[tuple[str, dict]]) -> None:
+    """A column for each set of images, a line for each checkpoint."""
+    columns = []
+    for name, result in found:
+        tops = [member["top1"] for member in result["members"]] + [result["ensemble_top1"]]
+        columns.append([name[:12], f"{result['images']:,}", *(f"{top1:.2f}" for top1 in tops)])
+        if "ensemble_real_top1" in result:
+            tops = [member["real_top1"] for member in result["members"]]
+            tops.append(result["ensemble_real_top1"])
+            columns.append(["ReaL", "", *(f"{top1:.2f}" for top1 in tops)])
+    members = result["members"]
+    heads = ["top-1, %", "images", *map(str, range(1, len(members) + 1)), "together"]
+    lines = list(zip(heads, *columns, strict=True))
+    for head, *cells in lines if len(members) > 1 else lines[:-1]:
+        print(f"{head:<9}" + "".join(f"{cell:>13}" for cell in cells))
+    for number, member in enumerate(members, 1):
+        print(f"{number}: {member['method']}, {member['checkpoint']}")
 
 
 if __name__ == "__main__":

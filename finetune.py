@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import checkpoints
 import data
+import families
 import runs
 import teachers
 import train
@@ -62,8 +63,7 @@ def task(settings: Settings, images: data.Data | None = None) -> train.Task:
     teachers.check(settings)
     images = images or data.load(settings, device)
     torch.manual_seed(settings.seed)
-    shape = images.vit_shape(settings.patch)
-    net = vit.build(settings.model, **shape, drop_path=settings.drop_path)
+    net = vit.ViT(families.sizes(settings, images), settings.drop_path)
     teacher = teachers.find(settings, images)
     if teacher:
         images.adopt(teacher)
@@ -82,7 +82,8 @@ def from_teacher(teacher: checkpoints.Checkpoint, settings: Settings, images: da
         classes=len(images.classes),
         drop_path=settings.drop_path,
     )
-    arch, named = net.architecture, (*vit.SIZES[settings.model], settings.patch, images.channels)
+    arch, size = net.architecture, families.size(settings.model)
+    named = (*size, settings.patch, images.channels)
     if tuple(arch[k] for k in ("dim", "depth", "heads", "patch", "channels")) != named:
         raise ValueError(
             f"{teacher.source} has width {arch['dim']}, depth {arch['depth']}, {arch['heads']} "

@@ -3,9 +3,11 @@
 from launch import print0
 
 import os
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
+from torchvision.datasets import imagenet
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 
@@ -42,6 +44,35 @@ def find(root: Path, train: bool, advice: str) -> dict[str, Listing]:
                 f"{', '.join(odd[:5])} in one of them only"
             )
     return found
+
+
+ARCHIVES = {"train": "ILSVRC2012_img_train.tar", "val": "ILSVRC2012_img_val.tar"}
+
+
+def unpack(root: Path) -> None:
+    """ImageNet's archives, if they lie here, to train/ and val/ beside them, which are not yet.
+
+    A part has its name when it is whole. ValueError if an archive is not what was published, or, of
+    val/, if the archive that says its classes, or scipy, which reads that, is not there.
+    """
+    for part, archive in ARCHIVES.items():
+        if not (root / archive).is_file() or (root / part).is_dir():
+            continue
+        print0(f"unpacking {archive}, once")
+        unpacking = root / f".{part}-unpacking"
+        shutil.rmtree(unpacking, ignore_errors=True)  # of a time before, cut short
+        try:
+            if part == "train":
+                imagenet.parse_train_archive(root, folder=unpacking.name)
+            else:
+                imagenet.parse_devkit_archive(root)
+                imagenet.parse_val_archive(root, folder=unpacking.name)
+        except (RuntimeError, ImportError) as error:
+            raise ValueError(
+                f"cannot unpack {root / archive} ({error}); val/ needs "
+                "ILSVRC2012_devkit_t12.tar.gz beside it as well, and scipy (pip install scipy)"
+            ) from error
+        unpacking.rename(root / part)
 
 
 def parts_of(root: Path) -> dict[str, Path]:

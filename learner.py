@@ -72,6 +72,10 @@ class Learner:
         if (mode := compilation(settings.compile, where, steps)) != "off":
             self.step.compile(mode="reduce-overhead" if mode == "graphs" else None)
 
+    def turn_to(self, loss: Callable) -> None:
+        """From now on with another loss, of the same parameters."""
+        getattr(self.step, "module", self.step).loss = loss
+
     def learn(self, images: Tensor, labels: Tensor, rate: float) -> None:
         """One step of the optimiser, at learning rate `rate`, on this process' share of a batch."""
         for group in self.optimizer.param_groups:

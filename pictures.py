@@ -7,6 +7,7 @@ from einops import rearrange
 from torch import Tensor
 
 import storage
+from attention import of_patches
 from augment import Normalization, to_pixels
 
 NO_TERMS = {  # what stands in a log beside the terms of the loss
@@ -54,14 +55,14 @@ def curves(rows: list[dict]):
 def mean_look(p: Tensor, head: int = 0) -> Tensor:
     """Where the patches of an image look, on average: (B, N), of one head (1 the first) or all."""
     p = p[:, head - 1 : head] if head else p
-    return p[:, :, 1:].mean(dim=(1, 2))
+    return p[:, :, -of_patches(p.shape[-1]) :].mean(dim=(1, 2))
 
 
 def overlays(images: Tensor, looks: dict[str, Tensor], normalization: Normalization):
-    """A row for each image, a column for each of `looks`: weights (B, 1 + n^2) drawn over it.
+    """A row for each image, a column for each of `looks`: weights (B, N) drawn over it.
 
     The more orange, the more a ViT looks there: on one scale for all, in multiples of what all
-    tokens would get if it looked at all alike. The class token is left out.
+    tokens would get if it looked at all alike. Tokens that are no patches are left out.
     """
     from matplotlib.colors import LinearSegmentedColormap
 
@@ -69,19 +70,18 @@ def overlays(images: Tensor, looks: dict[str, Tensor], normalization: Normalizat
     pixels = rearrange(to_pixels(images, normalization), "b c h w -> b h w c").cpu()
     whole = (0, pixels.shape[2], pixels.shape[1], 0)
     shares = {name: p.detach().cpu() * p.shape[1] for name, p in looks.items()}
-    most = max(p[:, 1:].max() for p in shares.values()).item()
+    shares = {name: p[:, -of_patches(p.shape[1]) :] for name, p in shares.items()}
+    most = max(p.max() for p in shares.values()).item()
     fig, axes = figure(
         len(images), 1 + len(looks), 1.6 + len(looks), len(images) + 0.4, squeeze=False
     )
     for i, line in enumerate(axes):
         line[0].imshow(pixels[i].expand(-1, -1, 3), extent=whole)
         for axis, p in zip(line[1:], shares.values(), strict=True):
-            side = math.isqrt(p.shape[1] - 1)
+            side = math.isqrt(p.shape[1])
             gray = dict(cmap="gray", vmin=-0.6, vmax=1)  # black would hide the orange
             axis.imshow(pixels[i].mean(-1), extent=whole, **gray)
-            drawn = axis.imshow(
-                p[i, 1:].view(side, side), cmap=ink, extent=whole, vmin=0, vmax=most
-            )
+            drawn = axis.imshow(p[i].view(side, side), cmap=ink, extent=whole, vmin=0, vmax=most)
         for axis in line:
             axis.set(xticks=[], yticks=[])
     for axis, name in zip(axes[0], ("image", *looks), strict=True):

@@ -17,6 +17,7 @@ ImageNet, which has a published one).
 
 import launch
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 import checkpoints
 import data
+import families
 import pictures
 import runs
 import storage
@@ -75,46 +77,52 @@ class MAE(nn.Module):
         norm_pix_loss: bool = True,
     ):
         super().__init__()
-        arch = encoder.architecture
-        self.encoder, self.architecture = encoder, arch
-        self.patch, self.norm_pix_loss = arch["patch"], norm_pix_loss
-        self.patches = encoder.tokens - 1
+        config = encoder.config
+        self.encoder, self.architecture = encoder, encoder.architecture
+        self.patch, self.norm_pix_loss = config.patch, norm_pix_loss
+        self.patches = config.side**2
         self.visible = int(self.patches * (1 - mask_ratio))
         if not 0 < self.visible < self.patches:
             raise ValueError(
                 f"--mask-ratio {mask_ratio} leaves {self.visible} of {self.patches} patches: "
                 "some must be visible, some masked"
             )
-        self.decoder_embed = nn.Linear(arch["dim"], dim)
+        self.decoder_embed = nn.Linear(config.dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.decoder_blocks = nn.ModuleList(vit.Block(dim, heads) for _ in range(depth))
+        plain = vit.Config(config.image_size, config.patch, config.channels, 0, dim, depth, heads)
+        self.decoder_blocks = nn.ModuleList(vit.Block(plain) for _ in range(depth))
         self.decoder_norm = nn.LayerNorm(dim, eps=1e-6)
-        self.decoder_pred = nn.Linear(dim, self.patch**2 * arch["channels"])
+        self.decoder_pred = nn.Linear(dim, self.patch**2 * config.channels)
         for part in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
             part.apply(vit.initialise)
         nn.init.normal_(self.mask_token, std=0.02)
-        side = round(self.patches**0.5)
         # Positions are fixed here, those of the encoder too.
-        self.decoder_pos_embed = nn.Parameter(sincos(side, dim), requires_grad=False)
-        encoder.pos_embed = nn.Parameter(sincos(side, arch["dim"]), requires_grad=False)
+        fixed = (
+            sincos(config.side, width)[:, 1 - config.class_token :] for width in (dim, config.dim)
+        )
+        self.decoder_pos_embed, positions = (nn.Parameter(p, requires_grad=False) for p in fixed)
+        if encoder.pos_embed is not None:
+            encoder.pos_embed = positions
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The reconstructed patches (B, N, p*p*c), and the mask (B, N): 1 where masked."""
-        x = self.encoder.embed(images)
+        x, first = self.encoder.embed(images), self.encoder.config.prefix
         noise = torch.rand(len(x), self.patches, device=x.device)  # another order for each image
         ids_shuffle = noise.argsort(dim=1)
         ids_keep, ids_restore = ids_shuffle[:, : self.visible], ids_shuffle.argsort(dim=1)
-        visible = x[:, 1:].gather(1, repeat(ids_keep, "b n -> b n d", d=x.shape[-1]))
-        x = self.encoder.encode(torch.cat([x[:, :1], visible], dim=1))
-        x = self.decoder_embed(self.encoder.fc_norm(x))  # (B, 1 + visible, decoder width)
+        visible = x[:, first:].gather(1, repeat(ids_keep, "b n -> b n d", d=x.shape[-1]))
+        x = self.encoder.encode(torch.cat([x[:, :first], visible], dim=1), seen=ids_keep)
+        x = self.decoder_embed(self.encoder.fc_norm(x))  # (B, prefix + visible, decoder width)
 
         masked = self.mask_token.to(x.dtype).expand(len(x), self.patches - self.visible, -1)
         index = repeat(ids_restore, "b n -> b n d", d=x.shape[-1])
-        patches = torch.cat([x[:, 1:], masked], dim=1).gather(1, index)
-        x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_pos_embed
+        patches = torch.cat([x[:, first:], masked], dim=1).gather(1, index)
+        cls = self.encoder.config.class_token  # registers stay behind
+        x = torch.cat([x[:, :cls], patches], dim=1) + self.decoder_pos_embed
         for block in self.decoder_blocks:
             x, _ = block(x)
-        return self.decoder_pred(self.decoder_norm(x))[:, 1:], (ids_restore >= self.visible).float()
+        reconstructed = self.decoder_pred(self.decoder_norm(x))[:, cls:]
+        return reconstructed, (ids_restore >= self.visible).float()
 
     def layer_of(self, name: str) -> int:
         """The layer of a parameter, for layer decay: the encoder's, and the decoder on top."""
@@ -157,8 +165,7 @@ def sincos(side: int, dim: int) -> Tensor:
 
 def build(settings: Settings, images: data.Data) -> MAE:
     torch.manual_seed(settings.seed)
-    shape = images.vit_shape(settings.patch) | {"classes": 0}
-    encoder = vit.build(settings.model, **shape)
+    encoder = vit.ViT(replace(families.sizes(settings, images), classes=0))
     decoder = settings.decoder_dim, settings.decoder_depth, settings.decoder_heads
     return MAE(encoder, settings.mask_ratio, *decoder, settings.norm_pix_loss)
 

@@ -8,7 +8,9 @@ import time
 from pathlib import Path
 
 import pictures
+from families import COMPONENTS
 from learner import Learner, precision_name
+from vit import Config
 
 
 class Clock:
@@ -103,10 +105,12 @@ def introduce(task, learner: Learner, out: Path, rate: float) -> None:
 def size_of(net) -> str:
     arch, trained = net.architecture, [p for p in net.parameters() if p.requires_grad]
     patches = (arch["image_size"] // arch["patch"]) ** 2
+    beyond = [f"{name} {arch[name]}" for name in COMPONENTS if arch[name] != getattr(Config, name)]
     return (
         f"{arch['dim']} wide, {arch['depth']} deep, {arch['heads']} heads, "
         f"{patches} patches of {arch['patch']} x {arch['patch']}; "
         f"{sum(p.numel() for p in trained):,} parameters"
+        + (f"; {', '.join(beyond)}" if beyond else "")
     )
 
 

@@ -29,8 +29,8 @@ LEFT_BEHIND = ("last.pt", "model.pt", "test.pt", "log.jsonl", "curves.png", "con
 
 
 def folder(settings: Settings, name: str) -> Path:
-    usual = Path("runs") / f"{name}-{settings.data}-{settings.model}-s{settings.seed}"
-    return Path(settings.out or usual)
+    model = settings.model.replace(":", "-")
+    return Path(settings.out or f"runs/{name}-{settings.data}-{model}-s{settings.seed}")
 
 
 def identity(name: str, images: Data, teacher: Checkpoint | None, settings: Settings) -> dict:

@@ -14,6 +14,7 @@ from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import data
+import families
 import vit
 
 
@@ -61,8 +62,15 @@ IMAGES: Table = {
     "skip_unreadable": Setting(False, "try all images first, and leave out what cannot be read"),
 }
 MODEL: Table = {
-    "model": Setting(("micro", "tiny", "large", "mini"), "size of the ViT", choices=vit.SIZES),
+    "model": Setting(
+        ("micro", "tiny", "large", "mini"),
+        f"size of the ViT ({', '.join(vit.SIZES)}), or of a teacher by its name; with --teacher "
+        "NAME it is the teacher's",
+    ),
     "patch": Setting((3, 4, 16, 16), "side of a patch in pixels", low=1),
+    "components": Setting(
+        "", "what it has beyond a plain ViT, such as registers=4,layer_scale=1e-5"
+    ),
     "drop_path": Setting(
         (0.0, 0.1, 0.2), "probability of dropping a branch, in the last block", high=0.99
     ),
@@ -122,7 +130,7 @@ RUN: Table = {
 }
 TEACHERS = (
     "auto (one that comes with this, or mae for imagenet, else pretrain), pretrain (here, on these "
-    "images), mae (published weights), "
+    "images), mae (published weights), NAME (of those that python teachers.py lists), NAME=FILE, "
 )
 TEACHER: Table = {
     # Free, since it is compared by its weights.
@@ -132,7 +140,20 @@ TEACHER: Table = {
 TRANSFER: Table = {
     "layers": Setting(
         ("3", "all", "all"),
-        "whose maps are transferred: a count (18), range (6-11), list (0,2,4-7) or all",
+        "whose maps are transferred: a count (18) or share (75%) of the first, a range (6-11), a "
+        "list (0,2,4-7) or all",
+    ),
+    "teacher_layers": Setting(
+        "",
+        "whose maps --layers take, one each, as --layers are written (empty: of the same number)",
+    ),
+    "heads": Setting(
+        "all", "which of the teacher's, written as --layers are; together: one map for all heads"
+    ),
+    "student": Setting(
+        "matched",
+        "has the components of its teacher, at random; plain: not those, the control",
+        choices=("matched", "plain"),
     ),
     "share_drops": Setting(True, "drop path drops the same branches in teacher and student"),
 }
@@ -243,6 +264,9 @@ def parse_settings(
         values["warmup"] = values["warmup"] * given["epochs"] / values["epochs"]
     if "lr" in given:
         values["lr_batch"] = 0
+    member, _ = families.locate(given.get("teacher", ""))
+    if member and "model" in values:
+        values |= {"model": member.name, "patch": member.patch}
     made = Settings(**values | given)
     if "warmup" in values and made.warmup >= made.epochs:
         raise ValueError(f"--warmup {made.warmup}: must be less than --epochs {made.epochs}")

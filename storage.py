@@ -4,13 +4,17 @@ from launch import Failed
 
 import contextlib
 import errno
+import hashlib
 import os
+import re
 import urllib.error
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+import safetensors_file
 
 
 def write(path: Path, fill: Callable) -> None:
@@ -45,31 +49,22 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read(source: str | Path):
-    """What torch.save wrote to a path or URL, on the CPU.
+    """What torch.save wrote to a path or URL, or the tensors of a safetensors file, on the CPU.
 
     ValueError if it is damaged, or holds more than tensors and plain values; FileNotFoundError if
     it is not there.
     """
-    source = str(source)
+    path = fetched(str(source)) if "://" in str(source) else Path(source)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {source}")
     try:
-        if source.startswith(("http://", "https://")):
-            # A hash in its name (name-1a2b3c4d.pth) is checked.
-            fetch = torch.hub.load_state_dict_from_url
-            return fetch(source, map_location="cpu", weights_only=True, check_hash=True)
-        if not Path(source).is_file():
-            raise FileNotFoundError(f"no checkpoint at {source}")
-        check(source)
-        return torch.load(source, map_location="cpu", weights_only=True)
-    except urllib.error.URLError as error:
-        raise ValueError(
-            f"cannot download {source} ({error.reason}): fetch it elsewhere and name the file"
-        ) from error
-    except FileNotFoundError:
-        raise
+        if path.suffix == ".safetensors":
+            return safetensors_file.read(path)
+        check(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling errors are of many kinds
-        if "://" in source:  # or it would be taken from there for ever
-            cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(source).name
-            cached.unlink(missing_ok=True)
+        if "://" in str(source):  # or it would be taken from there for ever
+            path.unlink(missing_ok=True)
         if getattr(error, "errno", None) in (errno.EIO, errno.ESTALE, errno.EACCES):
             raise  # of the disk, not of the file
         raise ValueError(
@@ -78,7 +73,39 @@ def read(source: str | Path):
         ) from error
 
 
-def check(path: str) -> None:
+def fetched(url: str) -> Path:
+    """The file at a URL, downloaded if it was not before; a part of it never has its name.
+
+    A hash in its name (name-1a2b3c4d.pth) or behind it (#md5=1a2b3c) is checked.
+    """
+    url, _, wanted = url.partition("#md5=")
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.split("://")[1]
+    if path.is_file():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    named = re.search(r"-([0-9a-f]{8,})\.", path.name)
+    try:
+        torch.hub.download_url_to_file(url, str(path), named and named[1])
+    except urllib.error.HTTPError as error:
+        advice = "fetch it elsewhere and name the file"
+        if error.code in (401, 403):
+            advice = (
+                "its authors give it to those who accept their licence: do so on its page, "
+                "download it with your account, and write NAME=FILE"
+            )
+        raise ValueError(f"cannot download {url} ({error}): {advice}") from error
+    except (OSError, RuntimeError) as error:  # RuntimeError: another hash
+        reason = getattr(error, "reason", error)
+        raise ValueError(
+            f"cannot download {url} ({reason}): fetch it elsewhere and name the file"
+        ) from error
+    if wanted and not hashlib.md5(path.read_bytes()).hexdigest().startswith(wanted):
+        path.unlink()
+        raise ValueError(f"{url} is not the file that its authors published: its md5 is another")
+    return path
+
+
+def check(path: Path) -> None:
     """ValueError if a byte of the archive is not what was written. (Old files are no archives.)"""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:

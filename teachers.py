@@ -1,26 +1,34 @@
-"""Teachers: found or made; and a student that can take a teacher's maps."""
+"""Teachers: found or made; and a student that can take a teacher's maps.
+
+    python teachers.py             lists those that can be had by name
+    python attention_distill.py --data imagenet \\
+        --teacher vit_base_patch14_dinov2.lvd142m
+"""
 
 import launch
 from launch import print0
 
 import hashlib
 import json
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 import checkpoints
 import data
+import families
 import pretrain
 import runs
 import train
 import vit
-from checkpoints import Checkpoint, check_loan
-from settings import IMAGES, Settings
+from checkpoints import Checkpoint
+from lending import Lender, lender, parse_layers
+from settings import IMAGES, Setting, Settings, parse_settings
 
-# The teachers of the paper, as their authors publish them. "huge" has patches of 14 pixels.
-MAE_WEIGHTS = "https://dl.fbaipublicfiles.com/mae/pretrain/mae_pretrain_vit_{}.pth"
-MAE_SIZES = ("base", "large", "huge")
+MAE = "mae_pretrain_vit_{}"  # the teachers of the paper, as their authors publish them
+MAE_SIZES = ("base", "large", "huge")  # "huge" has patches of 14 pixels
 NAMED = ("auto", "pretrain", "mae", "random", "none")
 SHIPPED = Path(__file__).parent / "weights"  # made by experiments/ship.py
 
@@ -35,8 +43,7 @@ def find(settings: Settings, images: data.Data) -> Checkpoint | None:
     if settings.teacher in ("none", "random"):
         return None
     if published(settings):
-        _, _, heads = vit.SIZES[settings.model]
-        return checkpoints.read(MAE_WEIGHTS.format(settings.model), heads)
+        return by_name(MAE.format(settings.model))
     if settings.teacher == "auto" and (file := shipped(settings)):
         return checkpoints.read(file)
     if settings.teacher in ("auto", "pretrain"):
@@ -45,13 +52,21 @@ def find(settings: Settings, images: data.Data) -> Checkpoint | None:
             return checkpoints.read(model)
         except ValueError as error:
             raise ValueError(f"{error}: remove {model.parent}, and it is made anew") from error
-    checkpoint = checkpoints.read(settings.teacher, settings.teacher_heads)
+    checkpoint = by_name(settings.teacher, settings.teacher_heads)
     if checkpoint.teacher:
         raise ValueError(
             f"{settings.teacher} is a student of attention copy: it never learned where to look "
             "by itself, so it can be no teacher (name the teacher it had)"
         )
     return checkpoint
+
+
+def by_name(source: str, heads: int = 0) -> Checkpoint:
+    """As checkpoints.read; says it if its licence forbids something."""
+    member, _ = families.locate(source)
+    if member and "no commercial use" in member.family.licence:
+        print0(f"note: {member.family.title}'s weights are under {member.family.licence}")
+    return checkpoints.read(source, heads)
 
 
 def published(settings: Settings) -> bool:
@@ -81,9 +96,14 @@ def check(settings: Settings) -> None:
             f"MAE published no '{settings.model}' teacher: choose --model base, large or "
             "huge, or pre-train one (pretrain.py) and name it with --teacher"
         )
-    a_file = settings.teacher not in NAMED and "://" not in settings.teacher
-    if a_file and not Path(settings.teacher).is_file():
-        raise FileNotFoundError(f"no checkpoint at {settings.teacher}")
+    if settings.teacher in NAMED:
+        return
+    _, place = families.locate(settings.teacher)
+    if "://" not in place and not Path(place).is_file():
+        raise FileNotFoundError(
+            f"no checkpoint at {place}, and no family has one of that name (python teachers.py "
+            "lists them)"
+        )
 
 
 def pretrained(settings: Settings, images: data.Data) -> Path:
@@ -91,7 +111,17 @@ def pretrained(settings: Settings, images: data.Data) -> Path:
 
     One that was made otherwise is left alone: the new one goes to a folder beside it.
     """
-    shared = (*IMAGES, "model", "patch", "seed", "device", "amp", "compile", "save_every")
+    shared = (
+        *IMAGES,
+        "model",
+        "patch",
+        "components",
+        "seed",
+        "device",
+        "amp",
+        "compile",
+        "save_every",
+    )
     shared = {k: v for k, v in vars(settings).items() if k in shared}
     own = pretrain.parse(["--data", settings.data]).but(**shared).but(num_labels=0, subset_seed=-1)
     wanted = what_counts(runs.identity("pretrain", images, None, own))
@@ -124,7 +154,7 @@ def what_counts(run: dict) -> dict:
 
 
 def teacher_and_student(settings: Settings, images: data.Data | None = None):
-    """A frozen teacher, a random student, layers to transfer, images normalised for the teacher.
+    """A frozen lender of maps, a random student, layers to transfer, images normalised for both.
 
     And the checkpoint of the teacher (None for a random one). `images`: others than those that the
     settings name. All that can be wrong is found before a teacher is made or fetched.
@@ -136,39 +166,73 @@ def teacher_and_student(settings: Settings, images: data.Data | None = None):
         )
     device = launch.device(settings.device)
     check(settings)
-    layers = parse_layers(settings.layers, depth=vit.SIZES[settings.model][1])
+    layers = parse_layers(settings.layers, families.size(settings.model)[1])
     images = images or data.load(settings, device)
-    shape = images.vit_shape(settings.patch)
-    torch.manual_seed(settings.seed)
-    student = vit.build(settings.model, **shape, drop_path=settings.drop_path)
-    if settings.teacher == "random":
-        checkpoint, teacher = None, vit.build(settings.model, **shape)
-    else:
+    sizes = families.sizes(settings, images)
+    sizes.check()
+    checkpoint, teacher = None, None
+    if settings.teacher != "random":
         checkpoint = find(settings, images)
         teacher = checkpoints.load(checkpoint, image_size=images.image_size, classes=0)
         images.adopt(checkpoint)
-    check_loan(teacher, student, layers)
+    torch.manual_seed(settings.seed)
+    student = student_of(teacher.config, sizes, settings.student) if teacher else sizes
+    student = vit.ViT(student, settings.drop_path)
+    teacher = teacher or vit.ViT(sizes)
     teacher.to(device).eval().requires_grad_(False)
-    return teacher, student.to(device), layers, images, checkpoint
+    theirs = ()
+    if settings.teacher_layers:
+        theirs = parse_layers(settings.teacher_layers, teacher.config.depth, "teacher-layers")
+    whose = lender(teacher, student, layers, theirs, settings.heads)
+    if isinstance(whose, Lender) and whose.registers:
+        print0("note: the maps are cut to the tokens of both, less the teacher's registers")
+    return whose, student.to(device), layers, images, checkpoint
 
 
-def parse_layers(text: str, depth: int) -> list[int]:
-    """Block numbers from '18' (the first 18), '6-11' or '0,2,4-7' (counted from 0), or 'all'."""
-    try:
-        if text == "all":
-            spans = [(0, depth - 1)]
-        elif text.isdigit():
-            spans = [(0, int(text) - 1)]
-        else:
-            parts = [part.split("-", 1) for part in text.split(",")]
-            spans = [(int(part[0]), int(part[-1])) for part in parts]
-    except ValueError:
-        raise ValueError(
-            f"--layers {text}: write a count (18), a range (6-11), a list (0,2,4-7) or 'all'"
-        ) from None
-    if not all(0 <= first <= last < depth for first, last in spans):
-        raise ValueError(
-            f"--layers {text}: choose at least one of this model's {depth} layers "
-            f"(0 to {depth - 1})"
-        )
-    return sorted({i for first, last in spans for i in range(first, last + 1)})
+def student_of(teacher: vit.Config, sizes: vit.Config, kind: str = "matched") -> vit.Config:
+    """A student of these sizes with the components of its teacher, which begin at random.
+
+    Without them ("plain") some families teach nothing (arXiv 2605.07191); a class token it has
+    where its teacher has one.
+    """
+    if kind == "plain":
+        return replace(sizes, class_token=teacher.class_token)
+    return replace(sizes, **{name: getattr(teacher, name) for name in families.COMPONENTS})
+
+
+# What there is -----------------------------------------------------------------------------------
+
+SETTINGS = {"name": Setting("", "only those that have this in their names")}
+parse = partial(parse_settings, __doc__, SETTINGS)
+
+
+def listed(family: families.Family, word: str) -> list[str]:
+    """What is to be known of a family, and its members with `word` in their names, as lines."""
+    found = [member for member in families.members(family) if word in member.name]
+    if not found:
+        return []
+    mean, deviation = (" ".join(f"{x:g}" for x in part) for part in family.normalization)
+    hosts = {member.url.split("/")[2] if member.url else "pytorch.org" for member in found}
+    about = {
+        "licence": family.licence,
+        "code": family.source,
+        "files": ", ".join(sorted(hosts)),
+        "pixels": f"mean {mean}, deviation {deviation}",
+    }
+    lines = [f"{family.title}: adds {family.adds}"]
+    lines += [f"  {what:<8} {text}" for what, text in about.items()]
+    for name, _, dim, depth, heads, patch, size, _ in found:
+        lines.append(f"  {name:<43} {dim:>4} x {depth}, {heads:>2} heads, patch {patch:>2}, {size}")
+    return [*lines, ""]
+
+
+def main(settings: Settings) -> None:
+    lines = [line for family in families.FAMILIES for line in listed(family, settings.name)]
+    if not lines:
+        raise ValueError(f"--name {settings.name}: no teacher has this in its name")
+    print("name, width x depth, heads, patch, and the side of its images in pixels\n")
+    print("\n".join(lines), end="")
+
+
+if __name__ == "__main__":
+    launch.run(main, parse)

@@ -45,6 +45,7 @@ class Task:
     predict: Callable[[nn.Module, Tensor], Tensor] | None
     export: Callable[[nn.Module], dict] = checkpoints.export
     teacher: checkpoints.Checkpoint | None = None  # it learns from: part of what the run is
+    later: tuple[int, Callable] | None = None  # after so many epochs, another loss
 
 
 def fit(task: Task, settings: Settings) -> dict:
@@ -79,6 +80,8 @@ def train(task: Task, settings: Settings, out: Path) -> dict:
 
     with interrupted() as signals:
         for epoch in range(learner.done // per_epoch, settings.epochs):
+            if task.later and epoch >= task.later[0]:
+                learner.turn_to(task.later[1])
             for batch in images.epoch(epoch, start=learner.done % per_epoch):
                 rate = learning_rate(learner.done, steps, warmup, peak, floor)
                 learner.learn(*batch, rate)

@@ -1,9 +1,5 @@
 """A Vision Transformer whose blocks say what they attended with, and can be told with what.
 
-Queries and keys decide *where* a ViT looks: map = softmax(q k' / sqrt(d)). Here they go out of
-every block, and another ViT's may come in. Everything this repository does with attention is built
-on that one seam:
-
     for x, attended in vit.run(images): ...     # of each block: its tokens, and its q, k, v
     logits = vit(images, given=theirs)          # each block attends with what is given to it
 
@@ -13,13 +9,16 @@ and ours load there.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
 from itertools import zip_longest
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+
+from attention import OWN, Attended, Attention
+from positions import ALL, Places, RelativePositions, rope_angles
 
 SIZES = {  # name: width, depth, heads
     "micro": (64, 4, 4),  # for the built-in 12x12 digits
@@ -32,105 +31,125 @@ SIZES = {  # name: width, depth, heads
 }
 
 
-class Attended(NamedTuple):
-    """What a block attended with. In a loan, q, k or v that is None stays the block's own."""
+@dataclass(frozen=True)
+class Config:
+    """Sizes of a ViT, and what families of teachers add to a plain one: the defaults are the plain.
 
-    q: Tensor | None = None  # (B, H, N, d)
-    k: Tensor | None = None  # (B, H, N, d)
-    v: Tensor | None = None  # (B, H, N, d of the values)
-    bias: Tensor | None = None  # added to the scores: (B, H, N, N), or what broadcasts to it
+    Only what changes the function is here. What is only another name, or a zero (a bias that is
+    missing, a class token without a position), is made ours when a file is read.
+    """
 
+    image_size: int  # pixels a side
+    patch: int
+    channels: int
+    classes: int  # 0: no head
+    dim: int
+    depth: int
+    heads: int
+    mlp: float = 4.0  # hidden width of an MLP, over dim
+    class_token: bool = True
+    registers: int = 0  # more tokens that are no patches (Darcet et al. 2024)
+    positions: str = "absolute"  # any of absolute, relative, rope, joined by +
+    rope_base: float = 100.0  # the longest period of rope (Su et al. 2021; DINOv3: in 2d, -1..1)
+    norm_pre: bool = False  # a norm before the blocks (CLIP)
+    layer_scale: float = 0.0  # what the factors of branches begin with (Touvron 2021); 0: none
+    activation: str = "gelu"  # quick_gelu, swiglu
+    eps: float = 1e-6  # of the norms
 
-OWN = Attended()
+    def check(self) -> None:
+        """ValueError if there can be no such ViT."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            kinds = (int, float) if field.type is float else (field.type,)
+            if type(value) not in kinds:
+                raise ValueError(f"{field.name} {value!r} is no {field.type.__name__}")
+            may_be_0 = field.name in ("classes", "registers", "layer_scale")
+            if type(value) in (int, float) and not (0 < value <= 1e5 or (may_be_0 and value == 0)):
+                raise ValueError(f"{field.name} {value}")
+        for what in self.positions.split("+"):
+            if what not in ("absolute", "relative", "rope"):
+                raise ValueError(f"positions '{what}': choose of absolute, relative, rope")
+        if "relative" in self.positions and self.prefix != 1:
+            raise ValueError("relative positions are of patches and one class token, no more")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation '{self.activation}': choose of {', '.join(ACTIVATIONS)}")
+        if self.image_size % self.patch:
+            raise ValueError(
+                f"image size {self.image_size} is no multiple of the patch size {self.patch}: "
+                "change one"
+            )
 
+    @property
+    def side(self) -> int:
+        return self.image_size // self.patch
 
-def lend_map(p: Tensor) -> Attended:
-    """Any map (B, H, N, N) as a loan: scores of 0, and a bias whose softmax is the map."""
-    zero = p.new_zeros(*p.shape[:-1], 8)  # 8: the least width that every fused kernel takes
-    return Attended(q=zero, k=zero, bias=p.log())
+    @property
+    def prefix(self) -> int:
+        """Tokens that are no patches, the class token first."""
+        return self.class_token + self.registers
 
-
-def attention_scores(attended: Attended) -> Tensor:
-    """q k' / sqrt(d) + bias: (B, H, N, N)."""
-    q, k, _, bias = attended
-    scores = q * q.shape[-1] ** -0.5 @ k.mT
-    return scores if bias is None else scores + bias
-
-
-def attention_map(attended: Attended) -> Tensor:
-    """The softmax of the scores: (B, H, N, N), for each query a distribution over keys."""
-    return attention_scores(attended).softmax(dim=-1)
-
-
-def attend(attended: Attended) -> Tensor:
-    """map @ v: what each query sees, (B, H, N, d of v). A fused kernel never stores the map."""
-    q, k, v, bias = attended
-    if fused_is_slower(q, v):
-        return attention_map(attended) @ v
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-
-
-def fused_is_slower(q: Tensor, v: Tensor) -> bool:
-    """On a CPU: in bf16, and where q and k are lent, since it computes their gradients as well."""
-    lent = v.requires_grad and not q.requires_grad
-    return q.device.type == "cpu" and (lent or q.dtype is torch.bfloat16)
-
-
-class Attention(nn.Module):
-    def __init__(self, dim: int, heads: int):
-        super().__init__()
-        if dim % heads:
-            raise ValueError(f"width {dim} is no multiple of the number of heads {heads}")
-        self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor, given: Attended = OWN) -> tuple[Tensor, Attended]:  # x: (B, N, D)
-        attended = self.complete(x, given)
-        y = attend(attended)
-        return self.proj(rearrange(y, "b h n d -> b n (h d)")), attended
-
-    def complete(self, x: Tensor, given: Attended) -> Attended:
-        """`given`, with those of q, k, v that it lacks computed from the tokens."""
-        lacking = [part for part in range(3) if given[part] is None]
-        if not lacking:
-            return given
-        first = lacking[0]
-        own = self.project(x, first, lacking[-1] + 1)
-        q, k, v = (own[i - first] if i in lacking else given[i] for i in range(3))
-        return Attended(q, k, v, given.bias)
-
-    def project(self, x: Tensor, first: int, last: int) -> Tensor:
-        """Parts `first` to `last` of (query, key, value), and no other: (parts, B, H, N, d)."""
-        rows = slice(first * x.shape[-1], last * x.shape[-1])
-        parts = F.linear(x, self.qkv.weight[rows], self.qkv.bias[rows])
-        return rearrange(parts, "b n (p h d) -> p b h n d", p=last - first, h=self.heads)
+    @property
+    def tokens(self) -> int:
+        return self.prefix + self.side**2
 
 
 class Mlp(nn.Module):
-    def __init__(self, dim: int, hidden: int):
+    def __init__(self, config: Config):
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+        hidden, self.activation = int(config.mlp * config.dim), ACTIVATIONS[config.activation]
+        gates = 2 if config.activation == "swiglu" else 1
+        self.fc1 = nn.Linear(config.dim, gates * hidden)
+        self.fc2 = nn.Linear(hidden, config.dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+def swiglu(x: Tensor) -> Tensor:
+    gate, value = x.chunk(2, dim=-1)
+    return F.silu(gate) * value
+
+
+ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": quick_gelu, "swiglu": swiglu}
+
+
+class LayerScale(nn.Module):
+    def __init__(self, dim: int, first: float):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), first))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
 
 
 class Block(nn.Module):
-    def __init__(self, dim: int, heads: int, mlp: float = 4.0):
+    def __init__(self, config: Config):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, heads)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, int(mlp * dim))
+        dim, scale = config.dim, config.layer_scale
+        self.norm1 = nn.LayerNorm(dim, eps=config.eps)
+        relative = None
+        if "relative" in config.positions:
+            relative = RelativePositions(config.side, config.heads)
+        self.attn = Attention(dim, config.heads, relative, config.prefix)
+        self.ls1 = LayerScale(dim, scale) if scale else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim, eps=config.eps)
+        self.mlp = Mlp(config)
+        self.ls2 = LayerScale(dim, scale) if scale else nn.Identity()
 
     def forward(
-        self, x: Tensor, given: Attended = OWN, keep: Sequence = (1, 1)
+        self,
+        x: Tensor,
+        given: Attended = OWN,
+        keep: Sequence = (1, 1),
+        places: Places = ALL,
     ) -> tuple[Tensor, Attended]:
-        y, attended = self.attn(self.norm1(x), given)
-        x = x + keep[0] * y
-        return x + keep[1] * self.mlp(self.norm2(x)), attended
+        y, attended = self.attn(self.norm1(x), given, places)
+        x = x + keep[0] * self.ls1(y)
+        return x + keep[1] * self.ls2(self.mlp(self.norm2(x))), attended
 
 
 class PatchEmbed(nn.Module):
@@ -143,46 +162,47 @@ class PatchEmbed(nn.Module):
 
 
 class ViT(nn.Module):
-    """A ViT of `depth` pre-norm blocks over a class token and (image_size / patch)^2 patch tokens.
+    """A ViT of `depth` pre-norm blocks over the tokens of Config: class token, registers, patches.
 
-    images: (B, channels, image_size, image_size), normalised. `classes=0` leaves the head out
-    (pre-training). `drop_path` is the largest probability of dropping a branch, reached in the last
-    block (Huang et al. 2016).
+    images: (B, channels, image_size, image_size), normalised. `drop_path` is the largest
+    probability of dropping a branch, reached in the last block (Huang et al. 2016).
     """
 
-    def __init__(
-        self,
-        image_size: int,
-        patch: int,
-        channels: int,
-        classes: int,
-        dim: int,
-        depth: int,
-        heads: int,
-        mlp: float = 4.0,
-        drop_path: float = 0.0,
-    ):
+    def __init__(self, config: Config, drop_path: float = 0.0):
         super().__init__()
-        if image_size % patch:
-            raise ValueError(
-                f"image size {image_size} is no multiple of the patch size {patch}: change one"
-            )
-        images = dict(image_size=image_size, patch=patch, channels=channels, classes=classes)
-        self.architecture = images | dict(dim=dim, depth=depth, heads=heads, mlp=mlp)
-        self.heads, self.drop_path = heads, drop_path
-        self.patch_embed = PatchEmbed(patch, channels, dim)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (image_size // patch) ** 2, dim))
-        self.blocks = nn.ModuleList(Block(dim, heads, mlp) for _ in range(depth))
-        self.fc_norm = nn.LayerNorm(dim, eps=1e-6)
-        self.head = nn.Linear(dim, classes) if classes else nn.Identity()
+        config.check()
+        self.config, self.heads, self.drop_path = config, config.heads, drop_path
+        dim = config.dim
+        self.patch_embed = PatchEmbed(config.patch, config.channels, dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if config.class_token else None
+        self.reg_token = None
+        if config.registers:
+            self.reg_token = nn.Parameter(torch.zeros(1, config.registers, dim))
+        self.pos_embed = None
+        if "absolute" in config.positions:
+            places = config.class_token + config.side**2
+            self.pos_embed = nn.Parameter(torch.zeros(1, places, dim))
+        angles = None
+        if "rope" in config.positions:
+            angles = rope_angles(config.side, dim // config.heads, config.rope_base)
+        self.register_buffer("angles", angles, persistent=False)
+        self.norm_pre = nn.LayerNorm(dim, eps=config.eps) if config.norm_pre else nn.Identity()
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.fc_norm = nn.LayerNorm(dim, eps=config.eps)
+        self.head = nn.Linear(dim, config.classes) if config.classes else nn.Identity()
         self.apply(initialise)
-        nn.init.trunc_normal_(self.cls_token, std=0.02)
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        for token in (self.cls_token, self.reg_token, self.pos_embed):
+            if token is not None:
+                nn.init.trunc_normal_(token, std=0.02)
 
     @property
     def tokens(self) -> int:
-        return self.pos_embed.shape[1]
+        return self.config.tokens
+
+    @property
+    def architecture(self) -> dict:
+        """The arguments of its Config."""
+        return asdict(self.config)
 
     def forward(
         self,
@@ -194,10 +214,10 @@ class ViT(nn.Module):
         return self.classify(self.encode(self.embed(images), given, drop_path_mask))
 
     def encode(
-        self, x: Tensor, given: Iterable[Attended | None] = (), drop_path_mask=None
+        self, x: Tensor, given: Iterable[Attended | None] = (), drop_path_mask=None, seen=None
     ) -> Tensor:
-        """Tokens (B, N, D) through all blocks."""
-        for made, _ in self.through(x, given, drop_path_mask):
+        """Tokens (B, N, D) through all blocks; arguments as of `through`."""
+        for made, _ in self.through(x, given, drop_path_mask, seen):
             x = made
         return x
 
@@ -210,20 +230,22 @@ class ViT(nn.Module):
         x: Tensor,
         given: Iterable[Attended | None] = (),
         drop_path_mask: Tensor | None = None,
+        seen: Tensor | None = None,
     ) -> Iterator[tuple[Tensor, Attended]]:
         """Sends tokens (B, N, D) through all blocks, one at each step of this generator.
 
         The i-th of `given` is lent to block i; None, or the end of `given`, leaves it its own. Two
         ViTs can walk side by side: `given` is asked for block i only when it is the turn of block
         i, and nothing is held longer. The mask of drop path is drawn here if training and not
-        given.
+        given. `seen`: which patches are among the tokens (B, patches), if not all.
         """
+        places = self.places(seen)
         if drop_path_mask is None:
             drop_path_mask = self.draw_drop_path_mask(len(x), x.device)
         for i, (block, loan) in enumerate(zip_longest(self.blocks, given)):
             if block is None:
                 raise ValueError(f"more is given than the {len(self.blocks)} blocks can take")
-            x, attended = block(x, loan or OWN, of_block(drop_path_mask, i))
+            x, attended = block(x, loan or OWN, of_block(drop_path_mask, i), places)
             yield x, attended
 
     def queries_keys(
@@ -233,23 +255,37 @@ class ViT(nn.Module):
 
         Ends with the last of `layers`, of which no value, no MLP and no later block is computed.
         """
-        last = max(layers)
+        last, places = max(layers), self.places()
         x = self.embed(images)
         for i, block in enumerate(self.blocks[:last]):
-            x, (q, k, *_) = block(x, OWN, of_block(drop_path_mask, i))
-            yield Attended(q.detach(), k.detach()) if i in layers else None
+            x, (q, k, _, bias) = block(x, OWN, of_block(drop_path_mask, i), places)
+            bias = None if bias is None else bias.detach()
+            yield Attended(q.detach(), k.detach(), bias=bias) if i in layers else None
         block = self.blocks[last]
-        yield Attended(*block.attn.project(block.norm1(x), 0, 2).detach())
+        yield block.attn.queries_keys(block.norm1(x), places)
 
     def embed(self, images: Tensor) -> Tensor:
-        """Images to tokens (B, 1 + N, D), the class token first, each with its position added."""
-        x = self.patch_embed(images) + self.pos_embed[:, 1:]
-        cls = self.cls_token + self.pos_embed[:, :1]
-        return torch.cat([cls.expand(len(x), -1, -1), x], dim=1)
+        """Images to tokens (B, prefix + patches, D), each with its position added if it has one."""
+        x = self.patch_embed(images)
+        if self.pos_embed is not None:
+            x = x + self.pos_embed[:, -x.shape[1] :]
+        first = []
+        if self.cls_token is not None:
+            absolute = self.pos_embed is not None
+            first.append(self.cls_token + self.pos_embed[:, :1] if absolute else self.cls_token)
+        if self.reg_token is not None:
+            first.append(self.reg_token)
+        x = torch.cat([*(token.expand(len(x), -1, -1) for token in first), x], dim=1)
+        return self.norm_pre(x)
+
+    def places(self, seen: Tensor | None = None) -> Places:
+        if seen is None or self.angles is None:
+            return Places(self.angles, seen)
+        return Places(self.angles[seen][:, None], seen)
 
     def classify(self, x: Tensor) -> Tensor:
         """The tokens of the last block to logits (B, classes)."""
-        return self.head(self.fc_norm(x[:, 1:].mean(dim=1)))
+        return self.head(self.fc_norm(x[:, self.config.prefix :].mean(dim=1)))
 
     def draw_drop_path_mask(self, batch: int, device) -> Tensor | None:
         """Drop path's coin flips (depth, 2 branches, B): 0 drops the branch, else 1 / P(kept).
@@ -266,7 +302,7 @@ class ViT(nn.Module):
         """The layer of a parameter: 0 the embedding, 1..depth the blocks, then the head."""
         if name.startswith("blocks."):
             return int(name.split(".")[1]) + 1
-        if name.startswith(("patch_embed", "cls_token", "pos_embed")):
+        if name.startswith(("patch_embed", "cls_token", "reg_token", "pos_embed", "norm_pre")):
             return 0
         return len(self.blocks) + 1
 
@@ -293,4 +329,4 @@ def build(
     if size not in SIZES:
         raise ValueError(f"no ViT is called '{size}': choose one of {', '.join(SIZES)}")
     dim, depth, heads = SIZES[size]
-    return ViT(image_size, patch, channels, classes, dim, depth, heads, drop_path=drop_path)
+    return ViT(Config(image_size, patch, channels, classes, dim, depth, heads), drop_path)

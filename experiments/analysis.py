@@ -33,10 +33,10 @@ import pictures
 import runs
 import storage
 import vit
+from attention import attention_map, of_patches
 from checkpoints import Model
 from experiments import figures
 from settings import OPENING, Setting, Settings, parse_settings
-from vit import attention_map
 
 SETTINGS = OPENING | {
     "images": Setting(200, "how many of the test images to compare on", low=4),
@@ -65,10 +65,11 @@ def jensen_shannon(p: Tensor, q: Tensor) -> Tensor:
 def attention_distance(p: Tensor, patch: int) -> Tensor:
     """The mean distance in pixels from a query's patch to where it looks: (B, H).
 
-    `p`: maps (B, H, 1 + n^2, 1 + n^2) over a class token, which is left out here, and a square grid
-    of patches (Dosovitskiy et al. 2021, D.7).
+    `p`: maps (B, H, N, N) over a square grid of patches, and a few other tokens before them, which
+    are left out here (Dosovitskiy et al. 2021, D.7).
     """
-    p = p[:, :, 1:, 1:]
+    patches = of_patches(p.shape[-1])
+    p = p[:, :, -patches:, -patches:]
     p = p / p.sum(dim=-1, keepdim=True).clamp_min(1e-9)
     side = math.isqrt(p.shape[-1])
     axis = torch.arange(side, device=p.device) * float(patch)
@@ -144,12 +145,13 @@ def compare(a: Model, b: Model, batches: Iterable[Tensor], patch: int) -> dict:
     patches, which is what the head of a ViT reads.
     """
     sums, features, count = {}, ([], []), 0
+    patches = a.net.config.side**2
     for images in batches:
         count += len(images)
         traces = [list(model.run(images)) for model in (a, b)]
         for side, trace in zip(features, traces, strict=True):
             side.append(
-                torch.stack([x[:, 1:].mean(dim=1) for x, _ in trace]).cpu()
+                torch.stack([x[:, -patches:].mean(dim=1) for x, _ in trace]).cpu()
             )  # (layers, B, D)
         for i, pair in enumerate(zip(*traces, strict=False)):
             for what, value in compare_maps(
@@ -198,8 +200,11 @@ def of_layer(means: dict[str, Tensor]) -> dict:
 # From the command line --------------------------------------------------------------------------
 
 
-def open_pair(settings: Settings) -> tuple[Model, Model, data.Data]:
-    """The two models, and the images both can look at. ValueError if there are none."""
+def open_pair(settings: Settings) -> tuple[Model, Model, data.Data, str]:
+    """The two models, the images both can look at, and their name. ValueError if there are none.
+
+    A model of others sees images of the size that the other one was trained with.
+    """
     if len(settings.checkpoints) != 2 or settings.checkpoints[0] == "random":
         raise ValueError(
             "analysis compares two ViTs: name two checkpoints, or one and then 'random'"
@@ -209,11 +214,15 @@ def open_pair(settings: Settings) -> tuple[Model, Model, data.Data]:
     a = checkpoints.open_model(first, device, settings.heads)
     if second == "random":
         torch.manual_seed(0)
-        b = Model(vit.ViT(**a.net.architecture).to(device).eval())
+        b = Model(vit.ViT(a.net.config).to(device).eval())
     else:
         b = checkpoints.open_model(second, device, settings.heads)
-    for what in ("image_size", "patch", "channels", "heads"):
-        ours, theirs = a.net.architecture[what], b.net.architecture[what]
+        if not b.checkpoint.settings:
+            b = checkpoints.open_model(second, device, settings.heads, a.net.config.image_size)
+        elif not a.checkpoint.settings:
+            a = checkpoints.open_model(first, device, settings.heads, b.net.config.image_size)
+    for what in ("image_size", "patch", "channels", "heads", "tokens"):
+        ours, theirs = (getattr(model.net.config, what) for model in (a, b))
         if ours != theirs:
             raise ValueError(
                 f"maps of these two cannot be compared: their {what} differ ({ours} and {theirs})"
@@ -231,13 +240,15 @@ def open_pair(settings: Settings) -> tuple[Model, Model, data.Data]:
     ):
         if value > count:
             raise ValueError(f"--{name} {value}: there are {count}")
-    images = data.load(a.checkpoint.images(settings), device, train=False)
+    whose = b if b.checkpoint and not a.checkpoint.settings else a
+    asked = whose.checkpoint.images(settings).but(image_size=a.net.config.image_size)
+    images = data.load(asked, device, train=False)
     if images.channels != a.net.architecture["channels"]:
         channels = a.net.architecture["channels"]
         raise ValueError(f"the ViTs take {channels} channels, the images have {images.channels}")
     if normalised:
         images.adopt(normalised[0])
-    return a, b, images
+    return a, b, images, asked.data
 
 
 def first_images(images: data.Data, settings: Settings) -> Iterator[Tensor]:
@@ -252,8 +263,7 @@ def first_images(images: data.Data, settings: Settings) -> Iterator[Tensor]:
 
 def main(settings: Settings) -> dict:
     launch.one_process()
-    a, b, images = open_pair(settings)
-    name = a.checkpoint.images(settings).data
+    a, b, images, name = open_pair(settings)
     out = Path(settings.out or f"runs/analysis-{name}")
     out.mkdir(parents=True, exist_ok=True)
     found = compare(a, b, first_images(images, settings), a.net.architecture["patch"])
@@ -292,7 +302,8 @@ def draw(found: dict, a: Model, b: Model, images: data.Data, settings: Settings,
     one_layer = {
         k: pictures.mean_look(p[settings.layer - 1], settings.head) for k, p in maps.items()
     }
-    all_layers = {k: rollout(p)[:, 1:].mean(1) for k, p in maps.items()}
+    patches = a.net.config.side**2
+    all_layers = {k: rollout(p)[:, -patches:].mean(1) for k, p in maps.items()}
     drawn = {
         "maps": pictures.overlays(some, one_layer, images.normalization),
         "rollout": pictures.overlays(some, all_layers, images.normalization),

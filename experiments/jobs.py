@@ -78,10 +78,12 @@ class Job:
         teacher = Path(asked.get("teacher", ""))
         if teacher.is_file():  # which may be another by now
             weights = checkpoints.read(teacher).fingerprint
-        same = settings.get("run", {}).get("teacher_weights") == weights
-        return same and all(
-            settings.get(k) == v for k, v in asked.items() if k not in FREE - {"teacher"}
-        )
+        if settings.get("run", {}).get("teacher_weights") != weights:
+            return False
+        # A setting that is newer than a run was then as it is by default.
+        usual = vars(SCRIPTS[self.script].parse(["--data", asked["data"]]))
+        counts = asked.keys() - (FREE - {"teacher"})
+        return all(settings.get(k, usual[k]) == asked[k] for k in counts)
 
     def settings(self) -> Settings:
         return SCRIPTS[self.script].parse(self.argv)

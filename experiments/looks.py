@@ -17,12 +17,12 @@ from torch import Tensor
 import checkpoints
 import digits
 import vit
+from attention import attention_map
 from augment import Normalise
 from checkpoints import Model
 from data import KINDS
 from experiments.analysis import compare, jensen_shannon
 from experiments.jobs import Job, Made
-from vit import attention_map
 
 KINDS_OF_PATCH = ("digit", "scrap", "blank")
 AT_A_TIME, IMAGES = 100, 500  # of the test images, those of one place
@@ -56,7 +56,7 @@ def of_seed(teacher_at: str, other_at: str, by_row: dict[str, Job]) -> dict:
     device = launch.device(settings.device)
     teacher = checkpoints.open_model(teacher_at, device)
     torch.manual_seed(settings.seed)
-    random = Model(vit.ViT(**teacher.net.architecture).to(device).eval())
+    random = Model(vit.ViT(teacher.net.config).to(device).eval())
     models = {"teacher": teacher, "random net": random}
     models["another teacher"] = checkpoints.open_model(other_at, device)
     for row, job in by_row.items():
@@ -93,7 +93,8 @@ def where(model: Model, images: Iterable[Tensor], kinds: Iterable[Tensor]) -> di
     shares, maps = [], []
     for some, kind in zip(images, kinds, strict=True):
         maps.append(torch.stack([attention_map(used) for _, used in model.run(some)]))
-        among = maps[-1][..., 1:, 1:]  # patches; the class token is no place
+        patches = kind.shape[1]
+        among = maps[-1][..., -patches:, -patches:]  # the class token is no place
         among = among / among.sum(dim=-1, keepdim=True)
         of_kind = F.one_hot(kind, len(KINDS_OF_PATCH)).float()
         shares.append(einsum(among, of_kind, "l b h q k, b k c -> c l b h q").mean(dim=(3, 4)))

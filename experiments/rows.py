@@ -75,8 +75,18 @@ AGAIN = {  # in another order, from another start, on the same labels: for ensem
     f"{row} again": MAIN[row]._replace(tuned_as=row)
     for row in ("from scratch", "attention distillation", "fine-tuning")
 }
+PLAIN = {"components": "", "student": "plain"}
+MISMATCHED = {  # without the components that the teacher has
+    "from scratch, plain": Row("finetune", "none", {"components": ""}, tuned_as="from scratch"),
+    "copy, plain student": Row("copy", "pre-trained", PLAIN, tuned_as="attention copy"),
+    "distillation, plain student": Row(
+        "distill", "pre-trained", PLAIN, tuned_as="attention distillation"
+    ),
+}
 NEAREST = "1-nearest neighbour of pixels"  # no run at all
-ROWS = MAIN | PROBE | BASELINES | CONTROLS | LADDER | PARTS | LAYERS | EXPLAINED | AGAIN
+ROWS = (
+    MAIN | PROBE | BASELINES | CONTROLS | LADDER | PARTS | LAYERS | EXPLAINED | AGAIN | MISMATCHED
+)
 
 
 class Study(NamedTuple):

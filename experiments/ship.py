@@ -29,7 +29,14 @@ parse = partial(
     {name: SETTINGS[name] for name in ("jobs", "data_dir", "runs", "extra")},
     positional=("teachers", "one or more of " + ", ".join(TEACHERS)),
 )
-FOR = ("data", "model", "patch", "image_size", "scraps")  # what a run must have in common with it
+FOR = (
+    "data",
+    "model",
+    "patch",
+    "components",
+    "image_size",
+    "scraps",
+)  # what a run must have in common with it
 
 
 def ship(name: str, settings: Settings, folder: Path = SHIPPED) -> Path:

@@ -23,7 +23,7 @@ WEIGHTS = ("attention_weight", (3.0, 1.0, 10.0))
 DIGITS = Study(
     base={"data": "digits", "num_labels": 100, "epochs": 450},
     teacher={},
-    images=("data", "scraps"),
+    images=("data", "scraps", "components"),
     own_teachers=True,
     seeds=(100, 101),
     rates=(1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
@@ -147,6 +147,16 @@ LABELS = {
     for labels, epochs in STEPS.items()
 }
 LENGTHS = {f"{epochs} epochs": CLUTTER[BASE] | {"epochs": epochs} for epochs in (150, 450, 1350)}
+COMPONENTS = {
+    name: CLUTTER[BASE] | {"components": components}
+    for name, components in {
+        "LayerScale": "layer_scale=1e-5",
+        "registers": "registers=4",
+        "relative positions": "positions=relative",
+        "rope": "positions=rope",
+        "a norm before": "norm_pre=1",
+    }.items()
+}
 AT_PHOTOS = {"5,000 labels": {}}
 PHOTO_LABELS = {  # at about 1,250 steps
     "1,000 labels": {"num_labels": 1000, "epochs": 125},
@@ -216,6 +226,12 @@ TABLES = {
     "digits-shift": Table(
         "noise, contrast, more clutter, at matched accuracy", DIGITS, tuple(MAIN), LENGTHS | LABELS,
         tuned_at=BASE, find=lambda _, made: {"points": shifted(made)},
+    ),
+    "digits-components": Table(
+        "teachers with a component, students with and without it", DIGITS,
+        (*MAIN, *rows.MISMATCHED), COMPONENTS, seeds=5, tuned_at=BASE,
+        against={"from scratch": "from scratch, plain", "copy, plain student": "attention copy",
+                 "distillation, plain student": "attention distillation"},
     ),
     "cifar10-gate": photos(
         "settings of the two ends; go on if they differ by 6 points", points=SHORT,

@@ -12,7 +12,6 @@ attention_copy.py and attention_distill.py.
 
 import launch
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from itertools import zip_longest
@@ -28,10 +27,11 @@ import data
 import finetune
 import runs
 import train
+from attention import Attended, attention_map, lend_map
 from attention_loss import attention_loss
 from settings import Setting, Settings, change, parse_settings
 from teachers import teacher_and_student
-from vit import Attended, ViT, attention_map, lend_map
+from vit import ViT
 
 MAPS = ("teacher", "other", "mean", "uniform", "impulse")
 SETTINGS = change(attention_distill.SETTINGS, layers="all") | {
@@ -125,13 +125,13 @@ def impulse_map(teacher: ViT) -> Tensor:
 
     The maps that a structured initialisation begins with (arXiv 2505.19985), here without noise.
     """
-    p, side = 0.1 * uniform_map(teacher), math.isqrt(teacher.tokens - 1)
-    p[:, :, 0] *= 10  # the class token has no neighbours
-    line, patches = torch.arange(side), torch.arange(1, teacher.tokens)
+    p, side, first = 0.1 * uniform_map(teacher), teacher.config.side, teacher.config.prefix
+    p[:, :, :first] *= 10  # what is no patch has no neighbours
+    line, patches = torch.arange(side), torch.arange(first, teacher.tokens)
     for head in range(teacher.heads):
         down, right = torch.randint(-1, 2, (2,)).tolist()
         rows, columns = ((line + step).clamp(0, side - 1) for step in (down, right))
-        p[:, head, patches, 1 + (rows[:, None] * side + columns).flatten()] += 0.9
+        p[:, head, patches, first + (rows[:, None] * side + columns).flatten()] += 0.9
     return p
 
 
@@ -203,6 +203,8 @@ def task(settings: Settings, images: data.Data | None = None) -> train.Task:
     if settings.how == "probe":
         return probe(settings, images)
     teacher, student, layers, images, source = teacher_and_student(settings, images)
+    if not isinstance(teacher, ViT):
+        raise ValueError("variants are of teachers whose maps a student takes as they stand")
     if settings.start == "teacher":
         if not source:
             raise ValueError("--start teacher: name a --teacher with weights of its own")

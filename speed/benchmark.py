@@ -77,11 +77,6 @@ def recipe_of(method: str, settings: Settings, batch: int) -> Settings:
     if transfers and settings.layers:
         asked["layers"] = settings.layers
     recipe = SCRIPTS[method].parse(to_argv(asked))
-    if transfers and not settings.layers and recipe.layers.isdigit():
-        # As deep as in the recipe's model.
-        usual = SCRIPTS[method].parse(["--data", settings.data]).model
-        depth = vit.SIZES[recipe.model][1] / vit.SIZES[usual][1]
-        recipe = recipe.but(layers=str(max(1, int(int(recipe.layers) * depth))))
     return recipe.but(teacher="random" if transfers else "none")
 
 

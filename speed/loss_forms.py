@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import vit
+from attention import Attended
 from attention_loss import attention_loss, attention_loss_defined
 from settings import Setting, Settings, parse_settings, pick
 from speed.measure import RECORD, Records, seconds
-from vit import Attended
 
 SETTINGS = pick("device") | {
     "steps": Setting(20, "steps that are timed, of each form", low=1),

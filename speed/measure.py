@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 
 import data
+import families
 import runs
 import storage
-import vit
 from learner import multiplies_bf16
+from lending import parse_layers
 from settings import Setting, Settings, Table
-from teachers import parse_layers
 
 
 def classes_of(settings: Settings) -> int:
@@ -35,7 +35,7 @@ def operations(method: str, settings: Settings) -> float:
     the teacher ends with the queries and keys of the last used layer. Layer norms, softmax, the
     optimiser and recomputation are not counted.
     """
-    dim, depth, _ = vit.SIZES[settings.model]
+    dim, depth, _ = families.size(settings.model)
     kind = data.KINDS[settings.data]
     patches = ((settings.image_size or kind.image_size) // settings.patch) ** 2
     pixels = settings.patch**2 * kind.channels

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from attention import OWN, Attended, Attention
 from learner import Learner, parameter_groups
 from settings import Settings
 from train import Task
-from vit import OWN, Attended, Attention, Block
+from vit import Block
 
 
 class PlainAttention(nn.Module):
@@ -24,7 +25,7 @@ class PlainAttention(nn.Module):
         super().__init__()
         self.heads, self.qkv, self.proj = attention.heads, attention.qkv, attention.proj
 
-    def forward(self, x: Tensor, given: Attended = OWN) -> tuple[Tensor, Attended]:
+    def forward(self, x: Tensor, given: Attended = OWN, _=None) -> tuple[Tensor, Attended]:
         q, k, v = rearrange(self.qkv(x), "b n (p h d) -> p b h n d", p=3, h=self.heads)
         scores = q * q.shape[-1] ** -0.5 @ k.mT if given.bias is None else given.bias
         y = scores.softmax(dim=-1) @ v

@@ -16,9 +16,8 @@ from experiments import analysis
 
 def make(seed, **changes):
     torch.manual_seed(seed)
-    return vit.ViT(
-        **dict(image_size=12, patch=3, channels=1, classes=10, dim=32, depth=3, heads=4) | changes
-    ).eval()
+    shape = dict(image_size=12, patch=3, channels=1, classes=10, dim=32, depth=3, heads=4)
+    return vit.ViT(vit.Config(**shape | changes)).eval()
 
 
 def test_divergence_is_0_of_equal_maps_and_ln_2_of_disjoint_ones_and_symmetric():

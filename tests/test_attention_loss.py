@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from attention import Attended, attention_map, lend_map
 from attention_loss import attention_loss, attention_loss_defined
-from vit import Attended, attention_map, lend_map
 
 
 def draw(*widths, dtype=torch.float64, tokens=5):

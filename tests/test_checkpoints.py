@@ -18,6 +18,9 @@ import storage
 import teachers
 import train
 import vit
+from attention import attention_map
+from lending import parse_layers
+from positions import resized
 
 CLASSES = [str(i) for i in range(10)]
 
@@ -32,10 +35,10 @@ def test_positions_interpolate_as_timms_do():
     pos = torch.randn(1, 1 + 49, 16)
     resample = timm.layers.resample_abs_pos_embed
     theirs = resample(pos, new_size=[14, 14], num_prefix_tokens=1, antialias=False)
-    torch.testing.assert_close(checkpoints.interpolate(pos, 1 + 196), theirs)
-    assert checkpoints.interpolate(pos, 50) is pos
+    torch.testing.assert_close(resized(pos, 14), theirs)
+    assert resized(pos, 7) is pos
     with pytest.raises(ValueError, match="no square grid"):
-        checkpoints.interpolate(torch.randn(1, 12, 8), 17)
+        resized(torch.randn(1, 12, 8), 4)
 
 
 def test_mae_style_and_timm_files_load(net, tmp_path):
@@ -72,7 +75,7 @@ def test_a_teacher_with_another_pooling_can_teach(net, tmp_path):
         attention.attn_drop.register_forward_hook(lambda *hook: seen.append(hook[-1]))
     theirs.eval()(batch)
     for lent, p in zip(teacher.queries_keys(batch, layers), seen, strict=True):
-        torch.testing.assert_close(vit.attention_map(lent), p)
+        torch.testing.assert_close(attention_map(lent), p)
     assert student(batch, teacher.queries_keys(batch, layers)).shape == (2, 10)
 
 
@@ -170,14 +173,14 @@ def test_heads_are_never_guessed(net, tmp_path, failing):
 def test_what_does_not_fit_is_refused_by_name(net, tmp_path):
     weights = net.state_dict()
     del weights["blocks.3.mlp.fc2.bias"]
-    weights["blocks.0.ls1.gamma"] = torch.ones(192)
+    weights["blocks.0.attn.q_norm.weight"] = torch.ones(64)
     weights["blocks.1.norm1.weight"] = torch.ones(7)
     torch.save(weights, tmp_path / "odd.pth")
     with pytest.raises(ValueError) as error:
         checkpoints.load(checkpoints.read(tmp_path / "odd.pth", heads=3))
     for words in (
         "blocks.3.mlp.fc2.bias is missing",
-        "blocks.0.ls1.gamma is not ours",
+        "blocks.0.attn.q_norm.weight is not ours",
         "blocks.1.norm1.weight is (7,), not (192,)",
     ):
         assert words in str(error.value)
@@ -203,7 +206,9 @@ SHAPE = dict(image_size=12, patch=3, channels=1, classes=10, dim=32, depth=3, he
     {"normalization": ([float("nan")], [1.0])}, {"normalization": ([0.5], [1e-45])},
 ])  # fmt: skip
 def test_odd_contents_are_refused_in_one_line(odd, failing, tmp_path):
-    found = attention_copy.export(vit.ViT(**SHAPE), vit.ViT(**SHAPE), [0, 2])
+    found = attention_copy.export(
+        vit.ViT(vit.Config(**SHAPE)), vit.ViT(vit.Config(**SHAPE)), [0, 2]
+    )
     torch.save(found | {"settings": {"data": "digits"}} | odd, tmp_path / "model.pt")
     code, line = failing(ensemble, [tmp_path / "model.pt"])
     assert code == 2 and "model.pt" in line
@@ -216,7 +221,7 @@ def test_odd_contents_are_refused_in_one_line(odd, failing, tmp_path):
     (lambda w: "weights", "is no tensor"), (lambda w: w[:1, :1], "not (96, 32)"),
 ])  # fmt: skip
 def test_odd_weights_are_refused_in_one_line(odd, words, failing, tmp_path):
-    state = checkpoints.export(vit.ViT(**SHAPE)) | {"settings": {"data": "digits"}}
+    state = checkpoints.export(vit.ViT(vit.Config(**SHAPE))) | {"settings": {"data": "digits"}}
     name = "blocks.1.attn.qkv.weight"
     state["model"][name] = odd(state["model"][name])
     torch.save(state, tmp_path / "odd.pt")
@@ -232,7 +237,9 @@ def test_odd_weights_are_refused_in_one_line(odd, words, failing, tmp_path):
 def test_a_teacher_of_a_copy_that_does_not_fit_is_refused(failing, tmp_path):
     odd = {"heads": {"heads": 2}, "tokens": {"patch": 4}, "channels": {"channels": 3}}
     for words, changes in odd.items():
-        found = attention_copy.export(vit.ViT(**SHAPE), vit.ViT(**SHAPE | changes), [0, 2])
+        found = attention_copy.export(
+            vit.ViT(vit.Config(**SHAPE)), vit.ViT(vit.Config(**SHAPE | changes)), [0, 2]
+        )
         torch.save(found | {"settings": {"data": "digits"}}, tmp_path / "model.pt")
         code, line = failing(ensemble, [tmp_path / "model.pt"])
         assert code == 2 and f"{next(iter(changes)).rstrip('s')[:4]}" in line.replace(
@@ -281,7 +288,10 @@ def test_the_fingerprint_is_of_the_weights_not_of_the_file(net, tmp_path):
 def test_a_model_opens_as_what_it_was_exported_from(tmp_path):
     """A plain ViT, and a student of copy with its teacher: the same logits, tokens and maps."""
     shape = dict(image_size=12, patch=3, channels=1, classes=10, dim=32, depth=3, heads=4)
-    student, teacher = vit.ViT(**shape), vit.ViT(**shape | {"dim": 48, "classes": 0})
+    student, teacher = (
+        vit.ViT(vit.Config(**shape)),
+        vit.ViT(vit.Config(**shape | {"dim": 48, "classes": 0})),
+    )
     images, layers = torch.randn(5, 1, 12, 12), [0, 2]
     torch.save(checkpoints.export(student) | {"classes": CLASSES}, tmp_path / "plain.pt")
     torch.save(attention_copy.export(student, teacher, layers), tmp_path / "copy.pt")
@@ -299,10 +309,11 @@ def test_a_model_opens_as_what_it_was_exported_from(tmp_path):
 
 
 def test_layers_are_written_as_count_range_or_list():
-    assert teachers.parse_layers("3", 12) == [0, 1, 2]
-    assert teachers.parse_layers("6-8", 12) == [6, 7, 8]
-    assert teachers.parse_layers("0,2,4-5", 12) == [0, 2, 4, 5]
-    assert teachers.parse_layers("all", 3) == [0, 1, 2]
+    assert parse_layers("3", 12) == [0, 1, 2]
+    assert parse_layers("6-8", 12) == [6, 7, 8]
+    assert parse_layers("0,2,4-5", 12) == [0, 2, 4, 5]
+    assert parse_layers("all", 3) == [0, 1, 2]
+    assert parse_layers("75%", 24) == list(range(18)) and parse_layers("75%", 6) == [0, 1, 2, 3]
     for wrong in ("99", "0", "3-99", "x", "", "5-3", "-6"):
         with pytest.raises(ValueError, match="--layers"):
-            teachers.parse_layers(wrong, 12)
+            parse_layers(wrong, 12)

@@ -2,11 +2,16 @@
 
 from launch import Failed
 
+import io
+import json
 import shutil
+import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import attention_copy
 import checkpoints
@@ -15,6 +20,7 @@ import ensemble
 import finetune
 import image_folders
 import storage
+import vit
 
 CPU = torch.device("cpu")
 
@@ -148,3 +154,114 @@ def test_ruined_logits_are_no_accuracy(tmp_path, failing):
     code, line = failing(finetune, [*argv, "--lr", "1e18", "--out", tmp_path])
     assert code == 1 and "no longer finite" in line
     assert not (tmp_path / "model.pt").exists()
+
+
+def imagenets(tmp_path, names: list[str], folders: list[str]):
+    """A model of 1000 classes of these names; four images in each of the folders."""
+    torch.manual_seed(0)
+    net = vit.ViT(vit.Config(16, 4, 3, 1000, dim=16, depth=1, heads=2))
+    path = tmp_path / "model.pt"
+    torch.save(checkpoints.export(net) | {"classes": names}, path)
+    root, random = tmp_path / "some-set", np.random.default_rng(0)
+    for number, folder in enumerate(folders):
+        (root / folder).mkdir(parents=True)
+        for i in range(4):
+            pixels = random.integers(0, 256, (20, 20, 3)).astype(np.uint8)
+            name = f"ILSVRC2012_val_{4 * number + i + 1:08}.png"
+            Image.fromarray(pixels).save(root / folder / name)
+    return path, root
+
+
+def test_folders_by_number_are_imagenets_classes_in_their_order(tmp_path):
+    """ImageNet-V2's 0 to 999 are the sorted WordNet ids, wherever these are among the outputs."""
+    wnids = [f"n{7 * i % 1000:08}" for i in range(1000)]  # not in order
+    path, root = imagenets(tmp_path, wnids, ["0", "10", "999"])
+    asked = ["--data", "folder", "--workers", "0"]
+    by_number = ensemble.parse([str(path), *asked, "--data-dir", str(root)])
+    for number in ("0", "10", "999"):
+        (root / number).rename(root / f"n{int(number):08}")
+    by_name = ensemble.evaluate([path], by_number)
+    p, labels, _ = ensemble.probabilities(checkpoints.open_model(path), of(by_number, path), CPU)
+    for number in ("0", "10", "999"):
+        (root / f"n{int(number):08}").rename(root / number)
+    again = ensemble.probabilities(checkpoints.open_model(path), of(by_number, path), CPU)
+    assert torch.equal(p, again[0]) and torch.equal(labels, again[1])
+    assert ensemble.evaluate([path], by_number) == by_name
+
+
+def of(settings, path):
+    return checkpoints.read(path).images(settings)
+
+
+def test_reals_labels_are_by_the_number_in_a_files_name(tmp_path):
+    numbers = [3, 1, 8, 2]
+    names = [f"n{i:08}/ILSVRC2012_val_{number:08}.JPEG" for i, number in enumerate(numbers)]
+    source = data.Tensors(torch.zeros(4, 3, 2, 2), torch.zeros(4), names)
+    images = data.Data([], 3, 2, None, test=data.Eval(source, None, CPU))
+    p = torch.eye(1000)[[10, 20, 30, 40]]
+    real = [[20, 5], [7], [10], [], [], [], [], []]  # right, wrong, right; the 8th has none
+    (tmp_path / "real.json").write_text(json.dumps(real))
+    found = ensemble.real_top1(p, images, str(tmp_path / "real.json"))
+    assert found == pytest.approx(100 * 2 / 3)
+    (tmp_path / "real.json").write_text("[[1], [2]]")
+    for file in ("real.json", "missing.json"):
+        with pytest.raises(ValueError, match="not the labels of these images"):
+            ensemble.real_top1(p, images, str(tmp_path / file))
+    with pytest.raises(ValueError, match="of 7 classes, not of 1000"):
+        ensemble.real_top1(p[:, :7], images, "real.json")
+
+
+def test_several_sets_in_one_table(tmp_path, capsys):
+    path, root = imagenets(tmp_path, [f"n{i:08}" for i in range(1000)], ["n00000001", "n00000005"])
+    (tmp_path / "another-set").mkdir()
+    (tmp_path / "another-set" / "n00000005").symlink_to(root / "n00000005")
+    argv = [path, "--data", "folder", "--workers", "0", "--data-dir", root]
+    argv += ["--json", tmp_path / "out.json", "--sets", f"{root}/,{tmp_path / 'another-set'}"]
+    ensemble.main(ensemble.parse([str(word) for word in argv]))
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["sets"]["some-set"]["ensemble_top1"] == found["ensemble_top1"]
+    assert found["sets"]["another-set"] | {"sets": 0} == {
+        **ensemble.evaluate([str(path)], ensemble.parse([str(path), "--data", "folder",
+            "--data-dir", str(tmp_path / "another-set")])), "sets": 0,
+    }  # fmt: skip
+    lines = capsys.readouterr().out.split("top-1, %")[1].splitlines()
+    assert lines[0].split() == ["folder", "some-set", "another-set"]
+    assert lines[1].split() == ["images", "8", "8", "4"] and len(lines[1]) == 48
+
+
+def test_imagenets_archives_are_unpacked_once(tmp_path, monkeypatch, failing):
+    imagenet = image_folders.imagenet
+    pixels, wnids = io.BytesIO(), ["n01", "n02"]
+    Image.new("RGB", (9, 9)).save(pixels, "jpeg")
+
+    def tar(path, files: dict[str, bytes]):
+        with tarfile.open(path, "w") as archive:
+            for name, content in files.items():
+                about = tarfile.TarInfo(name)
+                about.size = len(content)
+                archive.addfile(about, io.BytesIO(content))
+
+    for wnid in wnids:
+        tar(tmp_path / f"{wnid}.tar", {f"{wnid}_{i}.JPEG": pixels.getvalue() for i in range(2)})
+    whole = {f"{wnid}.tar": (tmp_path / f"{wnid}.tar").read_bytes() for wnid in wnids}
+    root = tmp_path / "imagenet"
+    root.mkdir()
+    tar(root / "ILSVRC2012_img_train.tar", whole)
+    val = {f"ILSVRC2012_val_{i:08}.JPEG": pixels.getvalue() for i in (1, 2, 3)}
+    tar(root / "ILSVRC2012_img_val.tar", val)
+    code, line = failing(finetune, ["--data", "imagenet", "--data-dir", root, "--teacher", "none"])
+    assert code == 2 and "cannot unpack" in line and not (root / "train").exists()
+
+    md5s = {k: (name, None) for k, (name, _) in imagenet.ARCHIVE_META.items()}
+    monkeypatch.setattr(imagenet, "ARCHIVE_META", md5s)
+    meta = ({wnid: (wnid,) for wnid in wnids}, ["n02", "n01", "n02"])
+    devkit = lambda root: torch.save(meta, Path(root) / imagenet.META_FILE)  # noqa: E731
+    monkeypatch.setattr(imagenet, "parse_devkit_archive", devkit)
+    image_folders.unpack(root)
+    found = image_folders.find(root, True, "")
+    assert found["train"].classes == found["test"].classes == wnids
+    labels = [(Path(path).name[-6:-5], label) for path, label in found["test"].samples]
+    assert labels == [("2", 0), ("1", 1), ("3", 1)]
+    before = (root / "train").stat().st_mtime_ns
+    image_folders.unpack(root)
+    assert (root / "train").stat().st_mtime_ns == before and len(list(root.iterdir())) == 5

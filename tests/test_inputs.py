@@ -86,9 +86,8 @@ def test_methods(script, argv, words, failing, tmp_path, monkeypatch, request):
     (dict(depth=2), "the teacher has 2 layers"),
 ])  # fmt: skip
 def test_a_teacher_whose_maps_do_not_fit(changes, words, failing, tmp_path):
-    net = vit.ViT(
-        **dict(image_size=12, patch=3, channels=1, classes=0, dim=32, depth=4, heads=4) | changes
-    )
+    shape = dict(image_size=12, patch=3, channels=1, classes=0, dim=32, depth=4, heads=4)
+    net = vit.ViT(vit.Config(**shape | changes))
     torch.save(
         {"model": net.state_dict(), "architecture": net.architecture}, tmp_path / "teacher.pt"
     )

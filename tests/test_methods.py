@@ -14,10 +14,10 @@ from attention_loss import attention_loss_defined
 from settings import Settings
 
 
-def make(seed, **changes):
+def make(seed, drop_path=0.0, **changes):
     torch.manual_seed(seed)
     shape = dict(image_size=12, patch=3, channels=1, classes=10, dim=32, depth=4, heads=4)
-    return vit.ViT(**shape | changes)
+    return vit.ViT(vit.Config(**shape | changes), drop_path)
 
 
 def traces(net, images):
@@ -72,7 +72,7 @@ def test_teacher_and_student_share_drop_path_masks_or_not():
 
 def test_mae_does_not_see_masked_patches_and_is_judged_on_them_alone():
     torch.manual_seed(0)
-    encoder = vit.ViT(image_size=12, patch=3, channels=1, classes=0, dim=32, depth=2, heads=4)
+    encoder = vit.ViT(vit.Config(12, 3, 1, 0, dim=32, depth=2, heads=4))
     mae = pretrain.MAE(encoder, mask_ratio=0.75, dim=16, depth=1, heads=2)
     images = torch.randn(6, 1, 12, 12)
 

@@ -252,9 +252,8 @@ def test_a_teacher_that_is_shipped_is_found_and_checked(places, ran, tmp_path, m
         "digits", ship.parse(["digits", *places[:2], places[-1]]), tmp_path / "weights"
     )
     facts = json.loads(file.with_suffix(".json").read_text())
-    assert facts["for"] == {"data": "digits", "model": "micro", "patch": 3, "image_size": 0} | {
-        "scraps": tables.CLUTTER[tables.BASE]["scraps"]
-    }
+    about = {"data": "digits", "model": "micro", "patch": 3, "components": "", "image_size": 0}
+    assert facts["for"] == about | {"scraps": tables.CLUTTER[tables.BASE]["scraps"]}
     assert str(places[1]) not in facts["command"]
     monkeypatch.setattr(teachers, "SHIPPED", file.parent)
     asked = attention_copy.parse(["--device", "cpu"])

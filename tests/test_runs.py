@@ -106,6 +106,29 @@ def test_killed_and_resumed_gives_the_same_bits(kill, uninterrupted, tmp_path):
     assert result["test_top1"] == logs[1][-1]["test_top1"]
 
 
+def test_a_teacher_is_dismissed_in_time(uninterrupted, tmp_path):
+    """Until then all is as without --until; after it there is no attention loss; resumed too."""
+    run_here(attention_distill, *DIGITS, "--until", "3", "--out", tmp_path / "whole")
+    always, dismissed = log_of(uninterrupted), log_of(tmp_path / "whole")
+    for row, usual in zip(dismissed[:3], always[:3], strict=True):
+        assert (row["class"], row["attention"]) == (usual["class"], usual["attention"])
+    assert all("attention" not in row for row in dismissed[3:])
+    assert dismissed[4]["class"] != always[4]["class"]
+    cut = (*DIGITS, "--until", "3", "--out", tmp_path / "cut")
+    stop = train.save_state
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "save_state", lambda *of: (stop(*of), stopped(of[1].done == 24)))
+        with pytest.raises(KeyboardInterrupt):
+            run_here(attention_distill, *cut)
+    run_here(attention_distill, *cut, "--resume")
+    assert_same(weights(tmp_path / "cut")["net"], weights(tmp_path / "whole")["net"])
+
+
+def stopped(now: bool) -> None:
+    if now:
+        raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("micro_batch", [0, 10])
 def test_two_ranks_train_to_the_weights_of_one(micro_batch, tmp_path):
     same, places = [*SHORT, "--ema", "0.9"], (tmp_path / "one", tmp_path / "two")

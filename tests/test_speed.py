@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import attention
 import attention_distill
 import vit
+from attention import Attended
 from attention_loss import attention_loss_defined
 from speed import benchmark, loader, loss_forms, measure
 
@@ -46,7 +48,7 @@ def test_plain_and_ours_have_the_same_losses_and_gradients(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_operations_are_counted_as_pytorch_counts_them(method, monkeypatch):
     # Fused attention has formulas of its own, and a custom gradient is not seen as such.
-    monkeypatch.setattr(vit, "fused_is_slower", lambda q, v: True)
+    monkeypatch.setattr(attention, "fused_is_slower", lambda q, v: True)
     definition = lambda *maps: (attention_loss_defined(*maps), torch.zeros(()))  # noqa: E731
     monkeypatch.setattr(attention_distill, "attention_loss", definition)
     asked = recipe(method, "--layers", "0,2")
@@ -88,9 +90,9 @@ def test_nothing_is_written_unless_it_is_asked_for(tmp_path):
 
 def test_all_forms_of_the_loss_have_its_gradient():
     q, k, q_t, k_t = torch.randn(4, 2, 3, 20, 8, dtype=torch.float64).unbind()
-    student = vit.Attended(q.requires_grad_(), k.requires_grad_())
+    student = Attended(q.requires_grad_(), k.requires_grad_())
     found = [
-        torch.autograd.grad(form(student, vit.Attended(q_t, k_t)), (q, k))
+        torch.autograd.grad(form(student, Attended(q_t, k_t)), (q, k))
         for form in loss_forms.FORMS.values()
     ]
     for other in found[1:]:

@@ -9,8 +9,8 @@ import attention_distill
 import checkpoints
 import finetune
 import pretrain
+from attention import Attended, attend, attention_map, lend_map
 from experiments import variants
-from vit import Attended, attend, attention_map, lend_map
 
 FEW = ["--device", "cpu", "--num-labels", "20", "--batch", "10"]
 

@@ -9,14 +9,14 @@ import torch
 from einops import rearrange
 
 import vit
-from vit import Attended, lend_map
+from attention import Attended, Attention, attend, attention_map, lend_map
 
 SHAPE = dict(image_size=32, patch=8, channels=3, classes=7)
 
 
-def make(seed=0, **changes):
+def make(seed=0, drop_path=0.0, **changes):
     torch.manual_seed(seed)
-    return vit.ViT(**SHAPE | dict(dim=48, depth=3, heads=4) | changes)
+    return vit.ViT(vit.Config(**SHAPE | dict(dim=48, depth=3, heads=4) | changes), drop_path)
 
 
 def traces(net, images):
@@ -89,7 +89,7 @@ def test_copy_is_the_teachers_softmax_map_on_the_students_values(width, layers):
 def test_any_map_can_be_lent():
     """A map, uniform or another image's, lent as a bias, is that map on the student's values."""
     student, images = make(2).double(), torch.randn(4, 3, 32, 32).double()
-    own = [vit.attention_map(attended).detach() for attended in traces(student, images)]
+    own = [attention_map(attended).detach() for attended in traces(student, images)]
     maps = {0: torch.full_like(own[0], 1 / own[0].shape[-1]), 2: own[2].roll(1, 0)}
     given = [lend_map(maps[i]) if i in maps else None for i in range(3)]
     assert_same_gradients(student, student(images, given), explicit(student, images, maps))
@@ -105,7 +105,7 @@ def test_each_of_queries_keys_and_values_can_be_lent_alone(parts):
     qkv = second.attn.qkv(second.norm1(x))
     own = dict(zip("qkv", rearrange(qkv, "b n (p h d) -> p b h n d", p=3, h=4), strict=True))
     used = own | {part: getattr(lent, part) for part in parts}
-    y = vit.attention_map(Attended(used["q"], used["k"])) @ used["v"]
+    y = attention_map(Attended(used["q"], used["k"])) @ used["v"]
     expected = second.attn.proj(rearrange(y, "b h n d -> b n (h d)"))
     found, attended = second.attn(second.norm1(x), lent)
     torch.testing.assert_close(found, expected)
@@ -121,7 +121,7 @@ def test_both_ways_to_attend_agree(lent, biased, dtype, close):
     bias = torch.randn(3, 50, 50).to(dtype) if biased else None
     learns = [x.requires_grad_() for x in ((v,) if lent else (q, k, v))]
     scores = q.float() @ k.float().mT / 4 + (bias.float() if biased else 0)
-    ours, theirs = vit.attend(Attended(q, k, v, bias)), torch.softmax(scores, dim=-1) @ v.float()
+    ours, theirs = attend(Attended(q, k, v, bias)), torch.softmax(scores, dim=-1) @ v.float()
     grads = [torch.autograd.grad(y, learns, upstream.to(y.dtype)) for y in (ours, theirs)]
     for a, b in ((ours, theirs), *zip(*grads, strict=True)):
         assert (a - b).norm() < close * b.norm()
@@ -156,20 +156,20 @@ def test_more_loans_than_blocks_are_refused():
 def test_a_forward_pass_holds_the_queries_of_one_block_at_a_time():
     net, images = make(depth=12), torch.randn(2, 3, 32, 32)
     made, most = [], 0
-    complete = vit.Attention.complete
+    complete = Attention.complete
 
-    def watched(attention, x, given):
+    def watched(attention, x, given, places):
         nonlocal most
-        attended = complete(attention, x, given)
+        attended = complete(attention, x, given, places)
         made.append(weakref.ref(attended.q))
         most = max(most, len({q().data_ptr() for q in made if q() is not None}))
         return attended
 
-    vit.Attention.complete = watched
+    Attention.complete = watched
     try:
         net(images, make(depth=12).queries_keys(images, range(12)))
     finally:
-        vit.Attention.complete = complete
+        Attention.complete = complete
     assert most <= 3  # of teacher and student, and the one that is being replaced
 
 

@@ -1,0 +1,201 @@
+"""Files of others, in our names: what is only another name or a zero is made ours here.
+
+timm's names are ours, so most of this is about the files that the authors of a family publish. What
+changes the function stays, and becomes a field of vit.Config.
+"""
+
+import re
+
+import torch
+from torch import Tensor
+
+from families import Member
+from vit import Config
+
+PATCHES = ("patch_embed.proj.weight", "conv_proj.weight", "conv1.weight")  # torchvision's, CLIP's
+DROPPED = re.compile(  # pre-training's, and heads that read other tokens than ours does
+    r"decoder|mask_token|(encoder\.)?(norm|ln)\.|ln_post|proj$|attn_pool|lm_head|cls_pt_layers|"
+    r"projectors|local_cls_norm|rope_embed|head_dist|.*(relative_position_index|rope\.|num_batches)"
+)
+OTHER_NETS = re.compile(
+    r"(module\.)?(momentum_encoder|predictor|base_encoder\.head|head\.mlp|head\.last_layer)"
+)
+MOVED = ("attn.qkv.bias", "mlp.fc1.weight", "mlp.fc1.bias")  # to timm's under other names
+SIGNS = {  # of what a plain ViT has not, in the words of families.Family.adds
+    "registers": "reg_token",
+    "LayerScale": "blocks.0.ls1.gamma",
+    "relative positions": "blocks.0.attn.relative.table",
+    "a norm before the blocks": "norm_pre.weight",
+}
+RENAMED = [
+    (re.compile(pattern), ours)
+    for pattern, ours in (
+        (r"^(module\.|backbone\.|base_encoder\.|visual\.)+", ""),
+        # torchvision
+        (r"^class_token$|^class_embedding$", "cls_token"),
+        (r"^encoder\.pos_embedding$|^positional_embedding$", "pos_embed"),
+        (r"^conv_proj\.|^conv1\.", "patch_embed.proj."),
+        (r"^encoder\.layers\.encoder_layer_|^transformer\.resblocks\.", "blocks."),
+        (r"\.(self_attention|attn)\.in_proj_", ".attn.qkv."),
+        (r"\.(self_attention|attn)\.out_proj\.", ".attn.proj."),
+        (r"\.ln_([12])\.", r".norm\1."),
+        (r"\.mlp\.(0|linear_1|c_fc|w12)\.", ".mlp.fc1."),
+        (r"\.mlp\.(3|linear_2|c_proj|w3)\.", ".mlp.fc2."),
+        (r"\.mlp\.w1\.", ".mlp.fc1_g."),
+        (r"\.mlp\.w2\.", ".mlp.fc1_x."),
+        (r"^heads\.head\.", "head."),
+        # families
+        (r"^ln_pre\.", "norm_pre."),
+        (r"^(register_tokens|storage_tokens)$", "reg_token"),
+        (r"\.gamma_([12])$", r".ls\1.gamma"),
+        (r"relative_position_bias_table$", "relative.table"),
+    )
+]
+
+
+def ours(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a ViT's file by our names, with zeros for what it lacks."""
+    found = {}
+    for name, value in weights.items():
+        if OTHER_NETS.match(str(name)):
+            continue
+        for pattern, new in RENAMED:
+            name = pattern.sub(new, str(name))
+        if not DROPPED.match(name):
+            found[name] = value
+    if "fc_norm.weight" not in found:  # it read the class token, or pooled in its own way
+        found = {k: v for k, v in found.items() if not k.startswith("head.")}
+    shared = found.pop("rel_pos_bias.relative.table", None)
+    for i in range(depth_of(found)):
+        absorb(found, f"blocks.{i}.", shared)
+    positions, cls = found.get("pos_embed"), found.get("cls_token")
+    if positions is not None:
+        positions = positions.reshape(1, -1, positions.shape[-1])
+        if cls is not None and square(positions.shape[1]):  # the class token has no position
+            positions = torch.cat([torch.zeros_like(positions[:, :1]), positions], dim=1)
+        found["pos_embed"] = positions
+    if cls is not None:
+        found["cls_token"] = cls.reshape(1, 1, -1)
+    if "patch_embed.proj.weight" in found:
+        missing = found["patch_embed.proj.weight"].new_zeros(len(found["patch_embed.proj.weight"]))
+        found.setdefault("patch_embed.proj.bias", missing)
+    return found
+
+
+def absorb(found: dict[str, Tensor], block: str, shared: Tensor | None) -> None:
+    """Makes the tensors of one block ours, in place."""
+    qkv, mlp = f"{block}attn.qkv.", f"{block}mlp.fc1"
+    if f"{qkv}weight" in found:
+        zeros = found[f"{qkv}weight"].new_zeros(len(found[f"{qkv}weight"]))
+        q, v = (found.pop(f"{block}attn.{part}_bias", None) for part in "qv")
+        if q is not None and v is not None:  # the key's is 0, since it changes no map
+            zeros = torch.cat([q, torch.zeros_like(q), v])
+        mask = found.pop(f"{qkv}bias_mask", None)
+        bias = found.setdefault(f"{qkv}bias", zeros)
+        if mask is not None:
+            found[f"{qkv}bias"] = torch.where(mask == 1, bias, torch.zeros_like(bias))
+    for part in ("weight", "bias"):
+        gate, value = (found.pop(f"{mlp}_{which}.{part}", None) for which in "gx")
+        if gate is not None and value is not None:
+            found[f"{mlp}.{part}"] = torch.cat([gate, value])
+    if shared is not None:
+        found[f"{block}attn.relative.table"] = shared
+
+
+def image_size(weights: dict[str, Tensor]) -> int:
+    """What it was trained at, told by the number of positions."""
+    patches = weights["pos_embed"].shape[1] - ("cls_token" in weights)
+    return round(patches**0.5) * weights["patch_embed.proj.weight"].shape[-1]
+
+
+def depth_of(weights: dict[str, Tensor]) -> int:
+    return 1 + max((int(k.split(".")[1]) for k in weights if k.startswith("blocks.")), default=-1)
+
+
+def square(count: int) -> bool:
+    return round(count**0.5) ** 2 == count
+
+
+def describe(weights: dict[str, Tensor], member: Member | None, heads: int = 0) -> Config:
+    """What kind of ViT tensors of our names are. The shapes tell most, the family the rest.
+
+    ValueError if something is missing: of an unknown family, what no shape tells.
+    """
+    try:
+        dim, channels, patch, _ = weights["patch_embed.proj.weight"].shape
+        hidden, inner = len(weights["blocks.0.mlp.fc1.weight"]), weights["blocks.0.mlp.fc2.weight"]
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{error} is missing") from None
+    gates = hidden // inner.shape[1]
+    found = dict(
+        patch=patch, channels=channels, dim=dim, depth=depth_of(weights), mlp=inner.shape[1] / dim,
+        classes=len(weights.get("head.weight", ())), class_token="cls_token" in weights,
+        registers=weights["reg_token"].shape[-2] if "reg_token" in weights else 0,
+    )  # fmt: skip
+    if gates == 2:
+        found["activation"] = "swiglu"
+    if not member:
+        beyond = [what for what, sign in SIGNS.items() if sign in weights]
+        beyond += ["SwiGLU"] * (gates == 2) + ["no positions"] * ("pos_embed" not in weights)
+        if beyond:
+            raise ValueError(
+                f"it is no plain ViT ({', '.join(beyond)}) and does not say of which family: write "
+                "NAME=FILE (python teachers.py lists the names)"
+            )
+        if not heads:
+            raise ValueError(
+                "it does not say how many attention heads it has, and sizes do not tell (width "
+                "384 may have 6 or 12): say it with --teacher-heads (or --heads)"
+            )
+        return Config(image_size=image_size(weights), heads=heads, **found)
+    if (dim, found["depth"]) != (member.dim, member.depth):
+        raise ValueError(
+            f"it is {dim} wide and {found['depth']} deep, but {member.name} is {member.dim} wide "
+            f"and {member.depth} deep"
+        )
+    for what, sign in SIGNS.items():
+        if (sign in weights) != (what in member.family.adds):
+            has = "the file has" if sign in weights else "the file lacks"
+            raise ValueError(f"it is not {member.name}: {has} {what}")
+    found = member.family.beyond | found
+    size = image_size(weights) if "pos_embed" in weights else member.image_size
+    return Config(image_size=size, heads=member.heads, **found)
+
+
+def timms(weights: dict[str, Tensor], target: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A ViT of ours for one of timm's. `target`: its state_dict(), whose names and shapes decide.
+
+    What timm's has no tensor for is moved to where it does the same. ValueError if it cannot be.
+
+        net = timm.create_model(name, num_classes=10, global_pool="avg")
+        net.load_state_dict(conversion.timms(checkpoints.read(path).weights, net.state_dict()))
+    """
+    found = dict(weights)
+    positions = found.get("pos_embed")
+    if positions is not None and "patch_embed.proj.bias" not in target:
+        patches = round(positions.shape[1] ** 0.5) ** 2  # a class token is less than a row
+        found["pos_embed"] = positions.clone()
+        found["pos_embed"][:, -patches:] += found.pop("patch_embed.proj.bias")
+    if positions is not None and positions.shape[1] == target["pos_embed"].shape[1] + 1:
+        found["cls_token"] = found["cls_token"] + found["pos_embed"][:, :1]
+        found["pos_embed"] = found["pos_embed"][:, 1:]
+    for name in list(found):
+        other = name.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2")
+        other = other.replace("relative.table", "relative_position_bias_table")
+        if other in target:
+            found[other] = found.pop(name)
+        for part, rows in (("q_bias", 0), ("v_bias", 2)):
+            split = name.replace("qkv.bias", part)
+            if name.endswith("qkv.bias") and split in target:  # that of keys changes no map
+                found[split] = found[name].chunk(3)[rows]
+        for part, rows in (("fc1_g", 0), ("fc1_x", 1)):
+            split = name.replace("mlp.fc1", f"mlp.{part}")
+            if split != name and split in target:
+                found[split] = found[name].chunk(2)[rows]
+    found = {k: v for k, v in found.items() if k in target or not k.endswith(MOVED)}
+    buffers = {k: v for k, v in target.items() if k.endswith("index")}
+    differ = found.keys() ^ (target.keys() - buffers.keys())
+    differ |= {k for k in found.keys() & target.keys() if found[k].shape != target[k].shape}
+    if differ:
+        raise ValueError(f"timm's is another ViT: {', '.join(sorted(differ)[:4])}")
+    return found | buffers

@@ -1,0 +1,564 @@
+"""Teachers of the world: each family's files, in timm's and the authors' names, against timm."""
+
+import http.server
+import json
+import threading
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
+from torchvision.models import VisionTransformer
+
+import attention_copy
+import attention_distill
+import checkpoints
+import conversion
+import data
+import families
+import finetune
+import lending
+import pretrain
+import train
+import vit
+from attention import attention_map
+from checkpoints import load, read
+from experiments import analysis, sinks
+
+SMALL = dict(dim=48, depth=2, heads=3)
+ONE_OF_EACH = (
+    "vit_base_patch16_224.mae", "vit_small_patch16_224.dino", "deit_tiny_patch16_224.fb_in1k",
+    "vit_tiny_patch16_224.augreg_in21k", "deit3_small_patch16_224.fb_in1k",
+    "vit_small_patch14_dinov2.lvd142m", "vit_giant_patch14_dinov2.lvd142m",
+    "vit_small_patch14_reg4_dinov2.lvd142m", "vit_small_patch16_dinov3.lvd1689m",
+    "vit_small_plus_patch16_dinov3.lvd1689m", "vit_tiny_patch16_dinov3_qkvb.eupe_lvd1689m",
+    "vit_base_patch32_clip_quickgelu_224.openai", "vit_base_patch32_clip_224.laion2b",
+    "beitv2_base_patch16_224.in1k_ft_in1k", "vit_base_patch16_siglip_224.v2_webli",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("family", families.FAMILIES, ids=lambda family: family.title)
+def test_what_is_said_of_members_is_what_timm_says(family):
+    for member in families.members(family):
+        if "/timm/" not in member.url or ":" in member.name:
+            continue
+        with torch.device("meta"):
+            net = timm.create_model(member.name, pretrained=False)
+        cfg, block = net.pretrained_cfg, net.blocks[0]
+        said = (member.dim, member.depth, member.heads, member.patch, member.image_size)
+        theirs = (net.embed_dim, len(net.blocks), block.attn.num_heads)
+        assert said == (*theirs, net.patch_embed.patch_size[0], cfg["input_size"][-1])
+        assert member.url == families.TIMM.format(cfg["hf_hub_id"].removeprefix("timm/"))
+        assert family.normalization == (list(cfg["mean"]), list(cfg["std"]))
+        assert family.beyond.get("eps", 1e-6) == block.norm1.eps
+        no_commerce = "nc" in cfg["license"] or "noncommercial" in cfg["license"]
+        assert no_commerce == ("no commercial use" in family.licence)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """All members with the components that they have, but few and narrow layers."""
+    members = {k: m._replace(**SMALL) for k, m in families.MEMBERS.items()}
+    monkeypatch.setattr(families, "MEMBERS", members)
+
+
+def timms(name: str, **more):
+    torch.manual_seed(0)
+    sizes = dict(embed_dim=SMALL["dim"], depth=SMALL["depth"], num_heads=SMALL["heads"])
+    net = timm.create_model(name, pretrained=False, **sizes | more).eval()
+    with torch.no_grad():
+        for parameter in net.parameters():  # also what begins as 0 or 1
+            parameter.copy_(0.2 * torch.randn_like(parameter))
+    return net
+
+
+def written(net, tmp_path):
+    state = {k: v.contiguous() for k, v in net.state_dict().items()}
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    return tmp_path / "model.safetensors"
+
+
+@torch.no_grad()
+def traces_of_timms(net, images):
+    """Tokens after every block, and attention maps."""
+    tokens, maps, hooks = [], [], []
+    for block in net.blocks:
+        block.attn.fused_attn = False
+        hooks.append(block.register_forward_hook(lambda _, given, out: tokens.append(out)))
+        drop = block.attn.attn_drop
+        hooks.append(drop.register_forward_hook(lambda _, given, out: maps.append(out)))
+    net(images)
+    for hook in hooks:
+        hook.remove()
+    return tokens, maps
+
+
+@torch.no_grad()
+def assert_alike(ours, net, size):
+    images = torch.randn(2, 3, size, size)
+    tokens, maps = traces_of_timms(net, images)
+    traces = list(ours.run(images))
+    assert len(traces) == len(tokens) == len(maps) == SMALL["depth"]
+    for (x, attended), y, p in zip(traces, tokens, maps, strict=True):
+        torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(attention_map(attended), p, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_tokens_and_maps_are_timms_at_the_native_and_at_another_size(name, small, tmp_path):
+    net = timms(name)
+    found = read(f"{name}={written(net, tmp_path)}")
+    native = families.MEMBERS[name].image_size
+    assert net.patch_embed.img_size == (native, native)
+    ours = load(found, classes=0).eval()
+    assert_alike(ours, net, native)
+
+    patch = ours.config.patch
+    for side in (6, native // patch + 2):  # smaller and larger
+        other = timms(name, img_size=side * patch)
+        state, resize = net.state_dict(), families.MEMBERS[name].family.resize
+        for key in state:
+            if key == "pos_embed":
+                first = state[key].shape[1] - (native // patch) ** 2  # has the class token one?
+                state[key] = resample_abs_pos_embed(
+                    state[key], [side, side], num_prefix_tokens=first, antialias=resize.antialias
+                )
+            if key.endswith("relative_position_bias_table"):
+                shape = ((2 * side - 1) ** 2 + 3, SMALL["heads"])
+                state[key] = resize_rel_pos_bias_table(state[key], (side, side), shape)
+        other.load_state_dict({k: v for k, v in state.items() if "index" not in k}, strict=False)
+        plainly = replace(found, resize=resize._replace(offset=0.0))
+        assert_alike(load(plainly, classes=0, image_size=side * patch).eval(), other, side * patch)
+
+
+def theirs_of(name: str, state: dict) -> dict:
+    """timm's tensors by the names of a family's authors, as they wrap them."""
+    family, random = families.MEMBERS[name].family.title, torch.Generator().manual_seed(1)
+    renamed = {}
+    for key, value in state.items():
+        if family == "DeiT III":
+            for i in "12":
+                key = key.replace(f"ls{i}.gamma", f"gamma_{i}")
+        if "registers" in family and key == "pos_embed":  # with an entry for the class token
+            value = torch.cat([torch.full_like(value[:, :1], 0.25), value], dim=1)
+        if "registers" in family and key == "cls_token":
+            value = value - 0.25
+        if "registers" in family:
+            key = key.replace("reg_token", "register_tokens")
+        if "DINOv2" in family and "giant" in name:
+            key = key.replace("fc1", "w12").replace("fc2", "w3")
+        if family in ("DINOv3", "EUPE"):
+            for i in "12":
+                key = key.replace(f"gamma_{i}", f"ls{i}.gamma")
+            key = key.replace("reg_token", "storage_tokens").replace("mlp.fc1_g", "mlp.w1")
+            key = key.replace("mlp.fc1_x", "mlp.w2")
+            key = key.replace("mlp.fc2", "mlp.w3") if "plus" in name else key
+            if key.endswith("q_bias"):
+                v = state[key.replace("q_bias", "v_bias")]
+                noise = torch.randn(v.shape, generator=random)
+                renamed[key.replace("q_bias", "qkv.bias")] = torch.cat([value, noise, v])
+                mask = torch.ones(3, len(v))
+                mask[1] = float("nan")
+                key, value = key.replace("q_bias", "qkv.bias_mask"), mask.flatten()
+            if key.endswith("v_bias"):
+                continue
+        renamed[key] = value
+    if family in ("DINOv3", "EUPE"):
+        return renamed | {"mask_token": torch.zeros(1, 48), "rope_embed.periods": torch.ones(4)}
+    if "DINOv2" in family:
+        return renamed | {"mask_token": torch.zeros(1, 48)}
+    return {"model": renamed} if family in ("MAE", "DeiT", "DeiT III") else renamed
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        for name in ONE_OF_EACH
+        if not any(of in name for of in ("clip", "beit", "augreg", "webli"))
+    ],
+)
+def test_the_authors_own_files_are_the_same_net(name, small, tmp_path):
+    net = timms(name)
+    torch.save(theirs_of(name, net.state_dict()), tmp_path / "theirs.pth")
+    ours = load(read(f"{name}={tmp_path / 'theirs.pth'}"), classes=0).eval()
+    assert_alike(ours, net, families.MEMBERS[name].image_size)
+
+
+def test_moco_v3_is_found_within_the_state_of_its_training(small, tmp_path):
+    net = timms("vit_small_patch16_224.dino")
+    state = {f"module.base_encoder.{k}": v for k, v in net.state_dict().items()}
+    state |= {f"module.momentum_encoder.{k}": 7 * v for k, v in net.state_dict().items()}
+    state |= {
+        "module.base_encoder.head.0.weight": torch.ones(3, 48),
+        "module.predictor.0.weight": torch.ones(3),
+    }
+    torch.save(
+        {"epoch": 300, "state_dict": state, "optimizer": {"state": {}}},
+        tmp_path / "vit-s-300ep.pth.tar",
+    )
+    ours = load(read(tmp_path / "vit-s-300ep.pth.tar"), classes=0).eval()
+    assert_alike(ours, net, 224)
+
+
+def test_clip_in_its_authors_names(small, tmp_path):
+    name = "vit_base_patch32_clip_quickgelu_224.openai"
+    net, theirs = timms(name), {}
+    for key, value in net.state_dict().items():
+        for timms_word, word in (
+            ("patch_embed.proj.", "conv1."), ("blocks.", "transformer.resblocks."),
+            ("norm_pre.", "ln_pre."), ("norm1.", "ln_1."), ("norm2.", "ln_2."),
+            ("attn.qkv.", "attn.in_proj_"), ("attn.proj.", "attn.out_proj."),
+            ("mlp.fc1.", "mlp.c_fc."), ("mlp.fc2.", "mlp.c_proj."), ("norm.", "ln_post."),
+        ):  # fmt: skip
+            key = key.replace(timms_word, word)
+        if key == "cls_token":
+            key, value = "class_embedding", value[0, 0]
+        if key == "pos_embed":
+            key, value = "positional_embedding", value[0]
+        theirs[f"visual.{key}"] = value
+    theirs |= {"visual.proj": torch.ones(48, 8)}
+    torch.save(theirs, tmp_path / "clip.pt")
+    assert_alike(load(read(f"{name}={tmp_path / 'clip.pt'}"), classes=0).eval(), net, 224)
+
+
+def test_beits_pre_training_shares_one_table_of_positions(small, tmp_path):
+    net = timms("beitv2_base_patch16_224.in1k_ft_in1k")
+    state, table = net.state_dict(), net.blocks[0].attn.relative_position_bias_table.data
+    net.blocks[1].attn.relative_position_bias_table.data = table
+    state = {k: v for k, v in state.items() if "relative" not in k}
+    state |= {
+        "rel_pos_bias.relative_position_bias_table": table,
+        "rel_pos_bias.relative_position_index": torch.zeros(2, 2),
+        "cls_pt_layers.0.norm1.weight": torch.ones(48),
+        "lm_head.weight": torch.ones(9, 48),
+        "mask_token": torch.ones(1, 1, 48),
+    }
+    torch.save({"model": state}, tmp_path / "beitv2_base_patch16_224_pt1k.pth")
+    ours = load(read(tmp_path / "beitv2_base_patch16_224_pt1k.pth"), classes=0).eval()
+    assert_alike(ours, net, 224)
+
+
+@torch.no_grad()
+def test_torchvisions(small, tmp_path):
+    torch.manual_seed(0)
+    net = VisionTransformer(224, 16, 2, 3, 48, 192, num_classes=7).eval()
+    for parameter in net.parameters():
+        parameter.copy_(0.2 * torch.randn_like(parameter))
+    torch.save(net.state_dict(), tmp_path / "x.pth")
+    ours = load(read(f"torchvision:vit_b_16={tmp_path / 'x.pth'}"), classes=0).eval()
+    images, tokens = torch.randn(2, 3, 224, 224), []
+    for layer in net.encoder.layers:
+        layer.register_forward_hook(lambda _, given, out: tokens.append(out))
+    net(images)
+    for (x, _), y in zip(ours.run(images), tokens, strict=True):
+        torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5)
+
+
+# Students ---------------------------------------------------------------------------------------
+
+
+def images_of(size: int) -> data.Data:
+    return data.Data([str(i) for i in range(5)], 3, size, data.Normalise(families.HALF, "cpu"))
+
+
+def asked(script, name: str, tmp_path, *more: str):
+    path = written(timms(name), tmp_path)
+    return script.parse(["--data", "imagenet", "--teacher", f"{name}={path}", *more])
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_a_student_looks_where_its_teacher_looks_learns_and_goes_to_timm(name, small, tmp_path):
+    """One step of copy and of distillation; then the student is the same net in timm."""
+    member = families.MEMBERS[name]
+    size = 6 * member.patch
+    batch, labels = torch.randn(2, 3, size, size), torch.tensor([1, 3])
+    for script in (attention_copy, attention_distill):
+        settings = asked(script, name, tmp_path, "--layers", "all", "--drop-path", "0")
+        assert (settings.model, settings.patch) == (name, member.patch)
+        task = script.task(settings, images_of(size))
+        student, teacher = task.net, task.loss.keywords["teacher"]
+        components = {field: getattr(teacher.config, field) for field in families.COMPONENTS}
+        assert components == {field: getattr(student.config, field) for field in components}
+        terms, _ = task.loss(student, batch, labels)
+        sum(terms.values()).backward()
+        for n, p in student.named_parameters():  # as DDP needs it
+            assert not p.requires_grad or p.grad.isfinite().all(), n
+            assert p.requires_grad or (script is attention_copy and "relative" in n), n
+        torch.optim.SGD(student.parameters(), lr=0.1).step()
+        if script is attention_copy:
+            lent = teacher.queries_keys(batch, [0, 1])
+            looks = student.run(batch, given=teacher.queries_keys(batch, [0, 1]))
+            for (_, used), theirs in zip(looks, lent, strict=True):
+                torch.testing.assert_close(attention_map(used), attention_map(theirs))
+
+    target = name.replace("dinov3.", "dinov3_qkvb.")
+    if "plus" in target:  # timm has one with the biases that a student learns
+        target = "vit_small_plus_patch16_dinov3_qkvb.lvd1689m"
+    pooled = {"use_fc_norm": True} if "dinov3" in target else {}
+    net = timms(target, img_size=size, num_classes=5, global_pool="avg", **pooled)
+    net.load_state_dict(conversion.timms(student.state_dict(), net.state_dict()))
+    with torch.no_grad():
+        torch.testing.assert_close(net(batch), student.eval()(batch), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("script, name", [
+    (attention_copy, "vit_small_patch16_dinov3.lvd1689m"),
+    (attention_distill, "beitv2_base_patch16_224.in1k_ft_in1k"),
+    (attention_distill, "vit_small_patch14_reg4_dinov2.lvd142m"),
+])  # fmt: skip
+def test_a_run_with_a_named_teacher_is_resumed_to_the_same_bits(
+    script, name, small, photos, tmp_path, monkeypatch
+):
+    size = str(4 * families.MEMBERS[name].patch)
+    more = ["--data", "folder", "--data-dir", str(photos), "--image-size", size, "--workers", "0"]
+    more += ["--epochs", "2", "--warmup", "0", "--batch", "8", "--drop-path", "0.2"]
+    settings = asked(script, name, tmp_path, *more)
+    script.main(settings.but(out=str(tmp_path / "whole")))
+    save, cut = train.save_state, settings.but(out=str(tmp_path / "cut"))
+
+    def stop(*state):
+        save(*state)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "save_state", stop)
+        script.main(cut)
+    script.main(cut.but(resume=True))
+    nets = [torch.load(tmp_path / out / "last.pt")["net"] for out in ("whole", "cut")]
+    for key, value in nets[0].items():
+        assert torch.equal(value, nets[1][key]), key
+    opened = checkpoints.open_model(tmp_path / "cut" / "model.pt")
+    kept = {field: getattr(opened.net.config, field) for field in families.COMPONENTS}
+    theirs = load(read(settings.teacher)).config
+    assert kept == {field: getattr(theirs, field) for field in kept}
+
+
+def test_a_plain_student_takes_the_maps_of_the_tokens_that_it_has(small, tmp_path):
+    name = "vit_small_patch14_reg4_dinov2.lvd142m"
+    settings = asked(attention_copy, name, tmp_path, "--layers", "all", "--student", "plain")
+    task = attention_copy.task(settings, images_of(84))
+    student, whose = task.net, task.loss.keywords["teacher"]
+    assert student.config == plain(name, image_size=84, patch=14)
+    batch = torch.randn(2, 3, 84, 84)
+    kept = [0, *range(5, 5 + 36)]
+    looks = student.run(batch, given=whose.queries_keys(batch, [0, 1]))
+    for (_, used), (_, theirs) in zip(looks, whose.teacher.run(batch), strict=True):
+        p = attention_map(theirs)[:, :, kept][..., kept]
+        torch.testing.assert_close(attention_map(used), p / p.sum(dim=-1, keepdim=True))
+
+
+def test_layers_and_heads_are_those_that_are_named(small, tmp_path):
+    name = "beitv2_base_patch16_224.in1k_ft_in1k"
+    more = ("--model", "mini", "--layers", "3-4", "--teacher-layers", "0-1", "--patch", "16")
+    batch = torch.randn(2, 3, 96, 96)
+    with pytest.raises(ValueError, match="the teacher has 3 heads and the student 4"):
+        attention_copy.task(asked(attention_copy, name, tmp_path, *more), images_of(96))
+    one = ("--heads", "together")
+    task = attention_copy.task(asked(attention_copy, name, tmp_path, *more, *one), images_of(96))
+    whose = task.loss.keywords["teacher"]
+    looks = list(task.net.run(batch, given=whose.queries_keys(batch, [3, 4])))
+    for i, (_, theirs) in enumerate(whose.teacher.run(batch)):
+        p = attention_map(theirs)
+        p = torch.softmax(p.log().sum(dim=1) / 10, dim=-1)  # AttnDistill's
+        for head in range(4):
+            torch.testing.assert_close(attention_map(looks[3 + i][1])[:, head], p)
+
+    torch.save(task.export(task.net), tmp_path / "copy.pt")
+    opened = checkpoints.open_model(tmp_path / "copy.pt")
+    with torch.no_grad():
+        torch.testing.assert_close(opened(batch), task.predict(task.net.eval(), batch))
+
+    picked = lending.lender(vit.ViT(plain("mini")).eval(),
+                            vit.ViT(replace(plain("mini"), heads=2)), [0, 2],
+                            heads="1,3")  # fmt: skip
+    one = lending.Lender(picked.teacher, {0: 0}, heads=(2,))
+    net, lent = lending.described(one)
+    assert lending.lender(net, vit.ViT(replace(plain("mini"), heads=1)), [0], *lent).heads == [2]
+    images = torch.randn(2, 3, 32, 32)
+    theirs = [attention_map(used)[:, [1, 3]] for _, used in picked.teacher.run(images)]
+    lent = list(picked.queries_keys(images, [0, 2]))
+    assert lent[1] is None
+    for i in (0, 2):
+        torch.testing.assert_close(attention_map(lent[i]), theirs[i])
+
+
+def plain(model: str, image_size: int = 32, patch: int = 8) -> vit.Config:
+    return vit.Config(image_size, patch, 3, 5, *families.size(model))
+
+
+def test_a_file_is_known_by_its_name_or_its_folders():
+    for source, name in (
+        ("vit_base_patch16_224.mae", "vit_base_patch16_224.mae"),
+        ("beitv2_base_patch16_224", "beitv2_base_patch16_224.in1k_ft_in22k"),  # the first
+        ("a/vit_base_patch16_224.mae/model.safetensors", "vit_base_patch16_224.mae"),
+        ("a/dinov2_vits14_reg4_pretrain.pth", "dinov2_vits14_reg4_pretrain"),
+        ("https://x.com/dino_vitbase8_pretrain.pth", "dino_vitbase8_pretrain"),
+        ("a/model.safetensors", None), ("checkpoint_teacher.pth", None), ("auto", None), ("", None),
+        ("runs/model=b/model.pt", None),
+    ):  # fmt: skip
+        member, _ = families.locate(source)
+        assert (member.name if member else None) == name, source
+    for script, argv in ((pretrain, []), (finetune, ["--teacher", "mae"]), (finetune, [])):
+        assert script.parse(argv).model == "micro"
+
+
+# What is wrong ------------------------------------------------------------------------------------
+
+
+class Answers(http.server.BaseHTTPRequestHandler):
+    """/403 and /404 say so; /cut promises more than it sends; /whole sends a file."""
+
+    def do_GET(self):
+        code = int(self.path[1:4]) if self.path[1:4].isdigit() else 200
+        self.send_response(code)
+        self.send_header("Content-Length", "1000" if "cut" in self.path else "4")
+        self.end_headers()
+        self.wfile.write(b"abcd")
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    silent = partial(torch.hub.download_url_to_file, progress=False)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", silent)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("file, words", [
+    ("403/model.safetensors", "those who accept their licence"), ("401/x", "write NAME=FILE"),
+    ("404/x", "fetch it elsewhere"), ("cut/model.safetensors", "its header would be"),
+    ("whole/model.safetensors", "its header would be"), ("whole/x.pth", "cut short or damaged"),
+    ("whole/x-0123456789.pth", "hash"), ("whole/x.pth#md5=12ab", "its md5 is another"),
+])  # fmt: skip
+def test_what_cannot_be_had_leaves_nothing_behind(
+    file, words, server, failing, photos, tmp_path, monkeypatch
+):
+    name = "vit_small_patch16_dinov3.lvd1689m"
+    member = families.MEMBERS[name]._replace(url=server + file)
+    monkeypatch.setitem(families.MEMBERS, name, member)
+    code, line = failing(attention_copy, [*on(photos), "--teacher", name])
+    assert code == 2 and words in line
+    assert not [path for path in (tmp_path / "hub").rglob("*") if path.is_file()]
+
+
+def on(photos) -> list[str]:
+    return ["--data", "folder", "--data-dir", str(photos), "--image-size", "112"]
+
+
+def test_no_network_is_said(failing, photos, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    name = "vit_small_patch16_dinov3.lvd1689m"
+    member = families.MEMBERS[name]._replace(url="http://127.0.0.1:1/model.safetensors")
+    monkeypatch.setitem(families.MEMBERS, name, member)
+    code, line = failing(attention_copy, [*on(photos), "--teacher", name])
+    assert code == 2 and "cannot download" in line and "refused" in line
+
+
+@pytest.mark.parametrize("teacher, words", [
+    ("vit_small_patch16_dinov4", "no family has one of that name"),
+    ("vit_small_patch16_dinov4=x.pth", "no family has a 'vit_small_patch16_dinov4'"),
+    ("vit_base_patch16_224.mae=FILE", "48 wide and 2 deep, but vit_base_patch16_224.mae is 768"),
+    ("vit_small_patch14_dinov2.lvd142m=FILE", "48 wide and 2 deep"),
+    ("FILE", "it is no plain ViT (registers, LayerScale, SwiGLU, no positions)"),
+])  # fmt: skip
+def test_a_name_that_does_not_fit_its_file(teacher, words, failing, photos, tmp_path):
+    net = timms("vit_small_plus_patch16_dinov3.lvd1689m")
+    teacher = teacher.replace("FILE", str(written(net, tmp_path)))
+    code, line = failing(attention_copy, [*on(photos), "--teacher", teacher])
+    assert code == 2 and words in line
+
+
+def test_what_the_family_has_not_or_the_file_lacks_is_refused(small, tmp_path):
+    net = timms("vit_small_patch14_dinov2.lvd142m")
+    path = written(net, tmp_path)
+    for name, words in (
+        ("vit_small_patch16_224.dino", "the file has LayerScale"),
+        ("vit_small_patch14_reg4_dinov2.lvd142m", "the file lacks registers"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            read(f"{name}={path}")
+    state = net.state_dict()
+    del state["blocks.1.norm2.bias"]
+    save_file(state | {"blocks.1.extra": torch.ones(2)}, path)
+    with pytest.raises(ValueError, match=r"norm2.bias is missing; blocks.1.extra is not ours"):
+        load(read(f"vit_small_patch14_dinov2.lvd142m={path}"), classes=0)
+
+
+def test_components_are_those_that_are_named(failing, tmp_path):
+    asked = pretrain.parse(["--components", "registers=2,norm_pre=1,positions=absolute+rope"])
+    config = pretrain.task(asked).net.encoder.config
+    assert (config.registers, config.norm_pre, config.positions) == (2, True, "absolute+rope")
+    for odd, words in (
+        ("register=2", "choose of class_token"), ("registers=x", "is no int"),
+        ("positions=near", "positions 'near'"), ("registers=-1", "registers -1"),
+        ("positions=relative,registers=1", "no more"),
+    ):  # fmt: skip
+        code, line = failing(pretrain, ["--components", odd, "--out", tmp_path])
+        assert code == 2 and words in line
+
+
+def test_a_student_is_compared_with_its_teacher_at_its_own_size(small, photos, tmp_path):
+    """The teacher was trained at 518 pixels, the student at 84: both look at images of 84."""
+    name = "vit_small_patch14_dinov2.lvd142m"
+    (tmp_path / name).mkdir()
+    path = written(timms(name), tmp_path / name)
+    argv = ["--data", "folder", "--data-dir", str(photos), "--workers", "0", "--image-size", "84"]
+    argv += ["--epochs", "1", "--warmup", "0", "--batch", "8", "--layers", "all"]
+    script = attention_copy
+    script.main(script.parse([*argv, "--teacher", str(path), "--out", str(tmp_path / "copy")]))
+    for pair in ([path, tmp_path / "copy/model.pt"], [tmp_path / "copy/model.pt", path]):
+        asked = [*map(str, pair), "--out", str(tmp_path / "compared"), "--workers", "0"]
+        found = analysis.main(analysis.parse(asked))
+        assert found["images"] == 15 and found["data"] == "folder"
+        assert max(layer["divergence"] for layer in found["layers"]) < 1e-5
+
+
+# Sinks --------------------------------------------------------------------------------------------
+
+
+def test_sinks_are_those_of_loops_and_of_planted_ones():
+    torch.manual_seed(0)
+    config = replace(plain("mini"), registers=2)
+    net = vit.ViT(config).eval().requires_grad_(False)
+    images = torch.randn(5, 3, 32, 32)
+    layers = sinks.sinks(checkpoints.Model(net), images.split(2))
+    for layer, (_, used) in zip(layers, net.run(images), strict=True):
+        p, norms = attention_map(used), used.v.norm(dim=-1)
+        for head in range(4):
+            share, value = [], []
+            for image in range(5):
+                to = p[image, head].mean(dim=0)
+                best = int(to[3:].argmax()) + 3
+                share.append([to[0], to[1] + to[2], to[best]])
+                of = norms[image, head] / norms[image, head, 3:].mean()
+                value.append([of[0], (of[1] + of[2]) / 2, of[best]])
+            for i, place in enumerate(sinks.PLACES):
+                for what, cells in (("share", share), ("values", value)):
+                    mean = sum(cell[i] for cell in cells) / 5
+                    assert layer[f"{what}: {place}"][head] == pytest.approx(mean.item(), rel=1e-5)
+
+
+def test_sinks_of_several_teachers_from_the_command_line(small, photos, tmp_path, capsys):
+    names = ("vit_small_patch14_dinov2.lvd142m", "vit_small_patch14_reg4_dinov2.lvd142m")
+    for name in names:
+        (tmp_path / name).mkdir()
+        written(timms(name, img_size=84), tmp_path / name)
+    paths = [str(tmp_path / name / "model.safetensors") for name in names]
+    argv = [*paths, "--data", "folder", "--data-dir", str(photos), "--workers", "0"]
+    sinks.main(sinks.parse([*argv, "--out", str(tmp_path / "sinks.json")]))
+    printed = capsys.readouterr().out
+    assert (
+        "registers" in printed.split(names[1])[1] and "registers" not in printed.split(names[0])[0]
+    )
+    found = json.loads((tmp_path / "sinks.json").read_text())["layers"]
+    assert len(found[paths[1]]) == 2 and len(found[paths[1]][0]["share: registers"]) == 3
