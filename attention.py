@@ -70,7 +70,12 @@ def fused_is_slower(q: Tensor, v: Tensor) -> bool:
 
 class Attention(nn.Module):
     def __init__(
-        self, dim: int, heads: int, relative: RelativePositions | None = None, prefix: int = 1
+        self,
+        dim: int,
+        heads: int,
+        relative: RelativePositions | None = None,
+        prefix: int = 1,
+        rope: bool = False,
     ):
         super().__init__()
         if dim % heads:
@@ -79,6 +84,9 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
         self.relative = relative
+        # A bias of keys changes no map, but where rope turns it: there, as in DINOv3, is none.
+        biased = torch.tensor([1.0, 0.0, 1.0]).repeat_interleave(dim) if rope else None
+        self.register_buffer("biased", biased, persistent=False)
 
     def forward(
         self, x: Tensor, given: Attended = OWN, places: Places = ALL
@@ -102,7 +110,8 @@ class Attention(nn.Module):
     def project(self, x: Tensor, first: int, last: int, places: Places = ALL) -> tuple[Tensor, ...]:
         """Parts `first` to `last` of (query, key, value), and no other: each (B, H, N, d)."""
         rows = slice(first * x.shape[-1], last * x.shape[-1])
-        parts = F.linear(x, self.qkv.weight[rows], self.qkv.bias[rows])
+        bias = self.qkv.bias if self.biased is None else self.qkv.bias * self.biased
+        parts = F.linear(x, self.qkv.weight[rows], bias[rows])
         parts = rearrange(parts, "b n (p h d) -> p b h n d", p=last - first, h=self.heads)
         if places.angles is None:
             return parts.unbind()

@@ -149,7 +149,8 @@ def understand(
     names = ("classes", "normalization", "method", "settings")
     known = {k: about[k] for k in names if about.get(k) is not None}
     architecture = about.get("architecture")
-    if architecture:
+    if architecture:  # ours, whatever it is called
+        member = None
         weights = {k: v for k, v in weights.items() if not conversion.DROPPED.match(str(k))}
     else:
         weights = conversion.ours(weights)
@@ -243,10 +244,16 @@ def load(
             f"({error}): change --data, --image-size or the file"
         ) from error
     own, side = vit.state_dict(), vit.config.side
-    if "pos_embed" in weights:
-        weights["pos_embed"] = resized(weights["pos_embed"], side, checkpoint.resize)
-    for name in [name for name in weights if name.endswith("relative.table")]:
-        weights[name] = resized_relative(weights[name], side)
+    try:
+        if "pos_embed" in weights:
+            weights["pos_embed"] = resized(weights["pos_embed"], side, checkpoint.resize)
+        for name in [name for name in weights if name.endswith("relative.table")]:
+            weights[name] = resized_relative(weights[name], side)
+    except Exception as error:  # of tensors of any shape
+        reason = f"{type(error).__name__}: {str(error)[:80]}"
+        raise ValueError(
+            f"{checkpoint.source} has positions that form no grid ({reason})"
+        ) from error
     fresh = [k for k in own if new_head and k.startswith(("head.", "fc_norm."))]
     differ = [f"{k} is missing" for k in own if k not in weights and k not in fresh]
     differ += [f"{k} is not ours" for k in weights if k not in own]

@@ -7,10 +7,10 @@ changes the function stays, and becomes a field of vit.Config.
 import re
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from families import Member
-from vit import Config
+from vit import ACTIVATIONS, Config, ViT
 
 PATCHES = ("patch_embed.proj.weight", "conv_proj.weight", "conv1.weight")  # torchvision's, CLIP's
 DROPPED = re.compile(  # pre-training's, and heads that read other tokens than ours does
@@ -20,7 +20,6 @@ DROPPED = re.compile(  # pre-training's, and heads that read other tokens than o
 OTHER_NETS = re.compile(
     r"(module\.)?(momentum_encoder|predictor|base_encoder\.head|head\.mlp|head\.last_layer)"
 )
-MOVED = ("attn.qkv.bias", "mlp.fc1.weight", "mlp.fc1.bias")  # to timm's under other names
 SIGNS = {  # of what a plain ViT has not, in the words of families.Family.adds
     "registers": "reg_token",
     "LayerScale": "blocks.0.ls1.gamma",
@@ -54,20 +53,27 @@ RENAMED = [
 
 
 def ours(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a ViT's file by our names, with zeros for what it lacks."""
-    found = {}
-    for name, value in weights.items():
-        if OTHER_NETS.match(str(name)):
+    """The tensors of a ViT's file by our names, with zeros for biases that no block has.
+
+    ValueError if two of them have one name of ours.
+    """
+    found, images_alone = {}, any(str(name).startswith("visual.") for name in weights)
+    for theirs, value in weights.items():
+        name = str(theirs)
+        if OTHER_NETS.match(name) or (images_alone and not name.startswith("visual.")):
             continue
         for pattern, new in RENAMED:
-            name = pattern.sub(new, str(name))
+            name = pattern.sub(new, name)
+        if name in found:
+            raise ValueError(f"two of its tensors are {name}, one of them {theirs}")
         if not DROPPED.match(name):
             found[name] = value
     if "fc_norm.weight" not in found:  # it read the class token, or pooled in its own way
         found = {k: v for k, v in found.items() if not k.startswith("head.")}
     shared = found.pop("rel_pos_bias.relative.table", None)
+    biased = any(name.endswith(("qkv.bias", "q_bias")) for name in found)
     for i in range(depth_of(found)):
-        absorb(found, f"blocks.{i}.", shared)
+        absorb(found, f"blocks.{i}.", shared, biased)
     positions, cls = found.get("pos_embed"), found.get("cls_token")
     if positions is not None:
         positions = positions.reshape(1, -1, positions.shape[-1])
@@ -76,24 +82,25 @@ def ours(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         found["pos_embed"] = positions
     if cls is not None:
         found["cls_token"] = cls.reshape(1, 1, -1)
-    if "patch_embed.proj.weight" in found:
-        missing = found["patch_embed.proj.weight"].new_zeros(len(found["patch_embed.proj.weight"]))
-        found.setdefault("patch_embed.proj.bias", missing)
+    if "norm_pre.weight" in found:  # CLIP has no bias of patches
+        patches = found["patch_embed.proj.weight"]
+        found.setdefault("patch_embed.proj.bias", patches.new_zeros(len(patches)))
     return found
 
 
-def absorb(found: dict[str, Tensor], block: str, shared: Tensor | None) -> None:
-    """Makes the tensors of one block ours, in place."""
+def absorb(found: dict[str, Tensor], block: str, shared: Tensor | None, biased: bool) -> None:
+    """Makes the tensors of one block ours, in place. `biased`: some block has a bias of q, k, v."""
     qkv, mlp = f"{block}attn.qkv.", f"{block}mlp.fc1"
-    if f"{qkv}weight" in found:
-        zeros = found[f"{qkv}weight"].new_zeros(len(found[f"{qkv}weight"]))
-        q, v = (found.pop(f"{block}attn.{part}_bias", None) for part in "qv")
-        if q is not None and v is not None:  # the key's is 0, since it changes no map
-            zeros = torch.cat([q, torch.zeros_like(q), v])
-        mask = found.pop(f"{qkv}bias_mask", None)
-        bias = found.setdefault(f"{qkv}bias", zeros)
-        if mask is not None:
-            found[f"{qkv}bias"] = torch.where(mask == 1, bias, torch.zeros_like(bias))
+    q, v = (f"{block}attn.{part}_bias" for part in "qv")
+    if q in found and v in found:  # the key's is 0
+        q, v = found.pop(q), found.pop(v)
+        found[f"{qkv}bias"] = torch.cat([q, torch.zeros_like(q), v])
+    elif not biased and f"{qkv}weight" in found:
+        found[f"{qkv}bias"] = found[f"{qkv}weight"].new_zeros(len(found[f"{qkv}weight"]))
+    mask = found.pop(f"{qkv}bias_mask", None)
+    if mask is not None and f"{qkv}bias" in found:
+        bias = found[f"{qkv}bias"]
+        found[f"{qkv}bias"] = torch.where(mask == 1, bias, torch.zeros_like(bias))
     for part in ("weight", "bias"):
         gate, value = (found.pop(f"{mlp}_{which}.{part}", None) for which in "gx")
         if gate is not None and value is not None:
@@ -153,6 +160,14 @@ def describe(weights: dict[str, Tensor], member: Member | None, heads: int = 0) 
             f"it is {dim} wide and {found['depth']} deep, but {member.name} is {member.dim} wide "
             f"and {member.depth} deep"
         )
+    if patch != member.patch or heads not in (0, member.heads):
+        raise ValueError(
+            f"{member.name} has patches of {member.patch} pixels and {member.heads} heads, the "
+            f"file patches of {patch}" + (f", and {heads} heads were asked for" if heads else "")
+        )
+    if found["class_token"] == ("no class token" in member.family.adds):
+        has = "has a class token" if found["class_token"] else "lacks the class token"
+        raise ValueError(f"it is not {member.name}: the file {has}")
     for what, sign in SIGNS.items():
         if (sign in weights) != (what in member.family.adds):
             has = "the file has" if sign in weights else "the file lacks"
@@ -162,18 +177,20 @@ def describe(weights: dict[str, Tensor], member: Member | None, heads: int = 0) 
     return Config(image_size=size, heads=member.heads, **found)
 
 
-def timms(weights: dict[str, Tensor], target: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A ViT of ours for one of timm's. `target`: its state_dict(), whose names and shapes decide.
+def timms(net: ViT, theirs: nn.Module) -> dict[str, Tensor]:
+    """The weights of a ViT of ours for one of timm's, whose names and shapes decide.
 
-    What timm's has no tensor for is moved to where it does the same. ValueError if it cannot be.
+    What timm's has no tensor for is moved to where it does the same. ValueError if it is another
+    function: other heads, norms or activations, or something learned that it has no place for.
 
-        net = timm.create_model(name, num_classes=10, global_pool="avg")
-        net.load_state_dict(conversion.timms(checkpoints.read(path).weights, net.state_dict()))
+        model = timm.create_model(name, num_classes=10, global_pool="avg")
+        model.load_state_dict(conversion.timms(checkpoints.open_model(path).net, model))
     """
-    found = dict(weights)
+    target, found = theirs.state_dict(), dict(net.state_dict())
+    check_alike(net, theirs)
     positions = found.get("pos_embed")
     if positions is not None and "patch_embed.proj.bias" not in target:
-        patches = round(positions.shape[1] ** 0.5) ** 2  # a class token is less than a row
+        patches = net.config.side**2
         found["pos_embed"] = positions.clone()
         found["pos_embed"][:, -patches:] += found.pop("patch_embed.proj.bias")
     if positions is not None and positions.shape[1] == target["pos_embed"].shape[1] + 1:
@@ -184,18 +201,32 @@ def timms(weights: dict[str, Tensor], target: dict[str, Tensor]) -> dict[str, Te
         other = other.replace("relative.table", "relative_position_bias_table")
         if other in target:
             found[other] = found.pop(name)
-        for part, rows in (("q_bias", 0), ("v_bias", 2)):
-            split = name.replace("qkv.bias", part)
-            if name.endswith("qkv.bias") and split in target:  # that of keys changes no map
-                found[split] = found[name].chunk(3)[rows]
-        for part, rows in (("fc1_g", 0), ("fc1_x", 1)):
-            split = name.replace("mlp.fc1", f"mlp.{part}")
-            if split != name and split in target:
-                found[split] = found[name].chunk(2)[rows]
-    found = {k: v for k, v in found.items() if k in target or not k.endswith(MOVED)}
+        if name.endswith("qkv.bias") and name not in target:  # that of keys does nothing
+            q, _, v = found.pop(name).chunk(3)
+            biases = {name.replace("qkv", "q"): q, name.replace("qkv", "v"): v}
+            biases = {k.replace(".bias", "_bias"): bias for k, bias in biases.items()}
+            if biases.keys() <= target.keys() or q.any() or v.any():
+                found |= biases
+        gates = [name.replace("mlp.fc1", f"mlp.fc1_{part}") for part in "gx"]
+        if gates[0] != name and gates[0] in target:
+            found |= zip(gates, found.pop(name).chunk(2), strict=True)
     buffers = {k: v for k, v in target.items() if k.endswith("index")}
     differ = found.keys() ^ (target.keys() - buffers.keys())
     differ |= {k for k in found.keys() & target.keys() if found[k].shape != target[k].shape}
     if differ:
         raise ValueError(f"timm's is another ViT: {', '.join(sorted(differ)[:4])}")
     return found | buffers
+
+
+def check_alike(net: ViT, theirs: nn.Module) -> None:
+    """ValueError if what no tensor tells differs in timm's."""
+    block, x = theirs.blocks[0], torch.linspace(-4, 4, 64)
+    told = {"heads": block.attn.num_heads, "eps": block.norm1.eps}
+    own, name = {k: getattr(net.config, k) for k in told}, net.config.activation
+    differ = [f"{k} {told[k]}, not {own[k]}" for k in told if told[k] != own[k]]
+    act = getattr(block.mlp, "act", None)
+    ours = nn.functional.silu if name == "swiglu" else ACTIVATIONS[name]
+    if act is not None and not torch.allclose(act(x), ours(x), atol=1e-6):
+        differ.append(f"another activation than {name}")
+    if differ:
+        raise ValueError(f"timm's is another function: {'; '.join(differ)}")

@@ -302,7 +302,7 @@ def first_alone(make: Callable) -> None:
 def from_folders(settings, size: int, device, train: bool) -> Parts:
     kind, root = KINDS[settings.data], image_folders.folder_of(settings)
     if settings.data == "imagenet":
-        first_alone(lambda: image_folders.unpack(root))
+        first_alone(lambda: image_folders.unpack(root, train))
     found = image_folders.find(root, train or settings.holdout > 0, kind.advice)
     sources, pin = {}, device.type == "cuda"
     for name, part in found.items():

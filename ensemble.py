@@ -21,6 +21,7 @@ order (as ImageNet-V2 names them). Images lie in DIR/val/CLASS/* or DIR/CLASS/*.
 import launch
 
 import json
+import re
 from functools import partial
 from pathlib import Path
 
@@ -116,13 +117,15 @@ def images_for(model: Model, settings: Settings, device) -> data.Data:
 def columns_of(classes: list[str], model: Model, settings: Settings) -> list[int]:
     """Which of the model's outputs are these classes."""
     known, outputs = model.checkpoint.classes or classes, model.net.architecture["classes"]
-    source = model.checkpoint.source
+    source, by_number = model.checkpoint.source, all(name in BY_NUMBER for name in classes)
+    if by_number and outputs == 1000 and not model.checkpoint.classes:
+        return [int(name) for name in classes]
     if len(known) != outputs:
         raise ValueError(
             f"{source} has {outputs} outputs, but --data {settings.data} {len(known)} classes"
         )
     strange = [name for name in classes if name not in known]
-    if strange and len(known) == 1000 and all(name in BY_NUMBER for name in classes):
+    if strange and len(known) == 1000 and by_number:
         return [sorted(range(1000), key=lambda i: known[i])[int(name)] for name in classes]
     if strange:
         few = ", ".join(strange[:3])
@@ -132,6 +135,7 @@ def columns_of(classes: list[str], model: Model, settings: Settings) -> list[int
     return [known.index(name) for name in classes]
 
 
+VALIDATION = re.compile(r"ILSVRC2012_val_(\d{8})")
 BY_NUMBER = {str(i) for i in range(1000)}  # as ImageNet-V2 calls ImageNet's classes
 
 
@@ -147,11 +151,13 @@ def real_top1(p: Tensor, images: data.Data, path: str) -> float:
     """
     if p.shape[1] != 1000:
         raise ValueError(f"--real {path}: these images are of {p.shape[1]} classes, not of 1000")
-    found = p.argmax(dim=-1).tolist()
+    order = images.classes  # of the columns; by WordNet id it is ImageNet's
+    numbers = [int(name) for name in order] if set(order) == BY_NUMBER else range(1000)
+    found = [numbers[i] for i in p.argmax(dim=-1).tolist()]
     try:
         labels = json.loads(Path(path).read_text())
-        numbers = [int(Path(name).stem.rsplit("_", 1)[1]) for name in images.test.source.names]
-        seen = [labels[number - 1] for number in numbers]
+        files = [VALIDATION.fullmatch(Path(name).stem) for name in images.test.source.names]
+        seen = [labels[int(file[1]) - 1] for file in files]
         right = [best in many for best, many in zip(found, seen, strict=True) if many]
         return 100 * sum(right) / len(right)
     except (ArithmeticError, LookupError, OSError, TypeError, ValueError) as error:
@@ -216,7 +222,7 @@ def main(settings: Settings) -> dict:
     result, others = evaluate(paths, settings), {}
     for folder in filter(None, settings.sets.split(",")):
         asked = settings.but(data="folder", data_dir=folder, real="")
-        others[Path(folder).name] = evaluate(paths, asked)
+        others[folder] = evaluate(paths, asked)
     if others:
         compare([(result["data"], result), *others.items()])
         result["sets"] = others
@@ -245,7 +251,9 @@ def compare(found: list[tuple[str, dict]]) -> None:
     columns = []
     for name, result in found:
         tops = [member["top1"] for member in result["members"]] + [result["ensemble_top1"]]
-        columns.append([name[:12], f"{result['images']:,}", *(f"{top1:.2f}" for top1 in tops)])
+        columns.append(
+            [Path(name).name[-12:], f"{result['images']:,}", *(f"{top1:.2f}" for top1 in tops)]
+        )
         if "ensemble_real_top1" in result:
             tops = [member["real_top1"] for member in result["members"]]
             tops.append(result["ensemble_real_top1"])

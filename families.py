@@ -272,29 +272,34 @@ def components(text: str) -> dict:
 
 
 def named(name: str) -> Member | None:
-    """The member of this name; without what stands behind its dot, the first of that name."""
-    whole = next((full for full in MEMBERS if full.split(".")[0] == name), name)
-    return MEMBERS.get(name) or MEMBERS.get(whole)
+    """The member of this name; what stands behind its dot may be left out if there is but one."""
+    alike = [member for full, member in MEMBERS.items() if full.split(".")[0] == name]
+    return MEMBERS.get(name) or (alike[0] if len(alike) == 1 else None)
 
 
 def locate(source: str) -> tuple[Member | None, str]:
     """What NAME, NAME=PLACE, or a path or URL names: a member if it is one, and where the file is.
 
-    A file is known by its name, or that of its folder, as its authors or timm call it.
+    A file is known by its name as its authors have it, or timm's model.safetensors by its folder.
     ValueError for NAME=PLACE of an unknown name.
     """
-    if member := named(source):
-        return member, place(member)
-    name, _, file = source.partition("=")
-    if file and "/" not in name and not Path(source).is_file():
-        if member := named(name):
-            return member, file
-        raise ValueError(f"{source}: no family has a '{name}' (python teachers.py lists them)")
+    if not Path(source).is_file():
+        if member := named(source):
+            return member, place(member)
+        name, _, file = source.partition("=")
+        if file and "/" not in name:
+            if member := named(name):
+                return member, file
+            raise ValueError(f"{source}: no family has a '{name}' (python teachers.py lists them)")
     path = Path(source.partition("#")[0])
     for member in MEMBERS.values():
-        own = Path(member.url.partition("#")[0]).name
-        shared = own in ("", "model.safetensors", "checkpoint_teacher.pth")
-        if member.name in (path.stem, path.parent.name) or (path.name == own and not shared):
+        url = member.url.partition("#")[0]
+        if path.stem == member.name or (url and source.partition("#")[0] == url):
+            return member, source
+        own = url and path.name == Path(url).name
+        if path.name == "model.safetensors":
+            own = path.parent.name == member.name
+        if own and path.name != "checkpoint_teacher.pth":
             return member, source
     return None, source
 

@@ -46,16 +46,18 @@ def find(root: Path, train: bool, advice: str) -> dict[str, Listing]:
     return found
 
 
-ARCHIVES = {"train": "ILSVRC2012_img_train.tar", "val": "ILSVRC2012_img_val.tar"}
+ARCHIVES = {"val": "ILSVRC2012_img_val.tar", "train": "ILSVRC2012_img_train.tar"}
 
 
-def unpack(root: Path) -> None:
+def unpack(root: Path, train: bool = True) -> None:
     """ImageNet's archives, if they lie here, to train/ and val/ beside them, which are not yet.
 
     A part has its name when it is whole. ValueError if an archive is not what was published, or, of
     val/, if the archive that says its classes, or scipy, which reads that, is not there.
     """
     for part, archive in ARCHIVES.items():
+        if part == "train" and not train:
+            continue
         if not (root / archive).is_file() or (root / part).is_dir():
             continue
         print0(f"unpacking {archive}, once")

@@ -176,7 +176,7 @@ def parameter_groups(net: nn.Module, weight_decay: float, layer_decay: float) ->
     for name, p in net.named_parameters():
         if p.requires_grad:
             scale = layer_decay ** (top - net.layer_of(name)) if layer_decay < 1 else 1.0
-            bare = p.ndim <= 1 or name.endswith(("pos_embed", "cls_token", "mask_token"))
+            bare = p.ndim <= 1 or name.endswith(("pos_embed", "_token", "relative.table"))
             groups.setdefault((scale, 0.0 if bare else weight_decay), []).append(p)
     return [
         dict(params=params, scale=scale, weight_decay=decay)

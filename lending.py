@@ -87,6 +87,8 @@ def lender(
     """
     theirs, ours = teacher.config, student.config
     sources = list(teacher_layers or layers)
+    if sources != sorted(set(sources)):
+        raise ValueError(f"--teacher-layers {sources}: name each once, from the first to the last")
     if len(sources) != len(layers):
         raise ValueError(
             f"--teacher-layers names {len(sources)} layers and --layers {len(layers)}: each of the "
@@ -125,13 +127,14 @@ def parse_layers(text: str, depth: int, what: str = "layers") -> list[int]:
         if text == "all":
             spans = [(0, depth - 1)]
         elif text.endswith("%"):
-            spans = [(0, max(1, int(depth * float(text[:-1]) / 100)) - 1)]
+            share = float(text[:-1]) / 100
+            spans = [(0, max(share > 0, int(depth * share)) - 1)]
         elif text.isdigit():
             spans = [(0, int(text) - 1)]
         else:
             parts = [part.split("-", 1) for part in text.split(",")]
             spans = [(int(part[0]), int(part[-1])) for part in parts]
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ValueError(
             f"--{what} {text}: write a count (18) or share (75%) of the first, a range (6-11), a "
             "list (0,2,4-7) or 'all'"
@@ -141,4 +144,7 @@ def parse_layers(text: str, depth: int, what: str = "layers") -> list[int]:
             f"--{what} {text}: choose at least one of this model's {depth} {what} "
             f"(0 to {depth - 1})"
         )
-    return sorted({i for first, last in spans for i in range(first, last + 1)})
+    found = [i for first, last in spans for i in range(first, last + 1)]
+    if found != sorted(set(found)):
+        raise ValueError(f"--{what} {text}: name each once, from the first to the last")
+    return found

@@ -47,7 +47,8 @@ def differences(before: dict, now: dict) -> list[str]:
     def shown(value) -> str:
         return str(value) if len(str(value)) < 40 else f"{str(value)[:36]} ..."
 
-    odd = [k for k in (*before, *now) if before.get(k) != now.get(k)]
+    # What is newer than the run before, and not asked for now, was not asked for then.
+    odd = [k for k in (*before, *now) if (before.get(k) or None) != (now.get(k) or None)]
     return [f"{k} was {shown(before.get(k))}, now {shown(now.get(k))}" for k in dict.fromkeys(odd)]
 
 

@@ -10,11 +10,15 @@ import re
 import urllib.error
 import zipfile
 from collections.abc import Callable
-from pathlib import Path
+from http.client import HTTPException
+from pathlib import Path, PurePosixPath
 
 import torch
 
 import safetensors_file
+
+DISK = (errno.EIO, errno.ESTALE, errno.EACCES)
+HASHED = ("download.pytorch.org", "dl.fbaipublicfiles.com")  # who put it there
 
 
 def write(path: Path, fill: Callable) -> None:
@@ -54,19 +58,20 @@ def read(source: str | Path):
     ValueError if it is damaged, or holds more than tensors and plain values; FileNotFoundError if
     it is not there.
     """
-    path = fetched(str(source)) if "://" in str(source) else Path(source)
+    from_afar = str(source).startswith(("http://", "https://"))
+    path = fetched(str(source)) if from_afar else Path(source)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {source}")
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix.lower() == ".safetensors":
             return safetensors_file.read(path)
         check(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling errors are of many kinds
-        if "://" in str(source):  # or it would be taken from there for ever
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) in DISK:
+            raise  # of the machine, not of the file
+        if from_afar:  # or it would be taken from there for ever
             path.unlink(missing_ok=True)
-        if getattr(error, "errno", None) in (errno.EIO, errno.ESTALE, errno.EACCES):
-            raise  # of the disk, not of the file
         raise ValueError(
             f"{source} is no checkpoint that can be read safely: it is cut short or damaged, or "
             f"holds more than tensors ({type(error).__name__}: {str(error)[:80]})"
@@ -76,14 +81,17 @@ def read(source: str | Path):
 def fetched(url: str) -> Path:
     """The file at a URL, downloaded if it was not before; a part of it never has its name.
 
-    A hash in its name (name-1a2b3c4d.pth) or behind it (#md5=1a2b3c) is checked.
+    A hash behind it (#md5=1a2b3c) is checked; one in its name (name-1a2b3c4d.pth) of HASHED.
     """
     url, _, wanted = url.partition("#md5=")
-    path = Path(torch.hub.get_dir()) / "checkpoints" / url.split("://")[1]
+    place = PurePosixPath(url.partition("?")[0].split("://")[1])
+    if ".." in place.parts or not place.suffix:
+        raise ValueError(f"{url} names no file that could be downloaded")
+    path = Path(torch.hub.get_dir()) / "checkpoints" / place
     if path.is_file():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    named = re.search(r"-([0-9a-f]{8,})\.", path.name)
+    named = re.search(r"-([0-9a-f]{8,})\.", path.name) if place.parts[0] in HASHED else None
     try:
         torch.hub.download_url_to_file(url, str(path), named and named[1])
     except urllib.error.HTTPError as error:
@@ -94,7 +102,7 @@ def fetched(url: str) -> Path:
                 "download it with your account, and write NAME=FILE"
             )
         raise ValueError(f"cannot download {url} ({error}): {advice}") from error
-    except (OSError, RuntimeError) as error:  # RuntimeError: another hash
+    except (OSError, RuntimeError, HTTPException) as error:  # RuntimeError: another hash
         reason = getattr(error, "reason", error)
         raise ValueError(
             f"cannot download {url} ({reason}): fetch it elsewhere and name the file"

@@ -65,7 +65,7 @@ def by_name(source: str, heads: int = 0) -> Checkpoint:
     """As checkpoints.read; says it if its licence forbids something."""
     member, _ = families.locate(source)
     if member and "no commercial use" in member.family.licence:
-        print0(f"note: {member.family.title}'s weights are under {member.family.licence}")
+        print0(f"note: the licence of {member.name} is {member.family.licence}")
     return checkpoints.read(source, heads)
 
 
@@ -175,9 +175,14 @@ def teacher_and_student(settings: Settings, images: data.Data | None = None):
         checkpoint = find(settings, images)
         teacher = checkpoints.load(checkpoint, image_size=images.image_size, classes=0)
         images.adopt(checkpoint)
+        if settings.components:
+            raise ValueError(
+                f"--components {settings.components}: this teacher has its own, and its student "
+                "the same, or none (--student plain)"
+            )
     torch.manual_seed(settings.seed)
-    student = student_of(teacher.config, sizes, settings.student) if teacher else sizes
-    student = vit.ViT(student, settings.drop_path)
+    config = student_of(teacher.config if teacher else sizes, sizes, settings.student)
+    student = vit.ViT(config, settings.drop_path)
     teacher = teacher or vit.ViT(sizes)
     teacher.to(device).eval().requires_grad_(False)
     theirs = ()
@@ -195,9 +200,11 @@ def student_of(teacher: vit.Config, sizes: vit.Config, kind: str = "matched") ->
     Without them ("plain") some families teach nothing (arXiv 2605.07191); a class token it has
     where its teacher has one.
     """
+    plain = {name: getattr(vit.Config, name) for name in families.COMPONENTS}
+    theirs = {name: getattr(teacher, name) for name in families.COMPONENTS}
     if kind == "plain":
-        return replace(sizes, class_token=teacher.class_token)
-    return replace(sizes, **{name: getattr(teacher, name) for name in families.COMPONENTS})
+        return replace(sizes, **plain | {"class_token": teacher.class_token})
+    return replace(sizes, **theirs)
 
 
 # What there is -----------------------------------------------------------------------------------

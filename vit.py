@@ -134,7 +134,8 @@ class Block(nn.Module):
         relative = None
         if "relative" in config.positions:
             relative = RelativePositions(config.side, config.heads)
-        self.attn = Attention(dim, config.heads, relative, config.prefix)
+        rope = "rope" in config.positions
+        self.attn = Attention(dim, config.heads, relative, config.prefix, rope)
         self.ls1 = LayerScale(dim, scale) if scale else nn.Identity()
         self.norm2 = nn.LayerNorm(dim, eps=config.eps)
         self.mlp = Mlp(config)

@@ -86,9 +86,11 @@ def images_for(model: Model, settings: Settings, device) -> data.Data:
     return images
 
 
-def show(name: str, layers: list[dict[str, list[float]]], tokens: int) -> None:
+def show(name: str, found: dict, tokens: int) -> None:
+    layers = found["layers"]
     places = [place for place in PLACES if f"share: {place}" in layers[0]]
-    print(f"\n{name} (looked at all alike, a token gets {1 / tokens:.3f})")
+    seen = f"{found['images']} images of {found['image_size']} pixels"
+    print(f"\n{name}\n{seen}; if all are looked at alike, a token gets {1 / tokens:.4f}")
     print("       share of attention" + " " * (13 * len(places) - 18) + "norm of values")
     print("layer" + 2 * "".join(f"{place:>13}" for place in places))
     for i, layer in enumerate(layers):
@@ -102,9 +104,13 @@ def main(settings: Settings) -> dict:
     for path in settings.checkpoints:
         model = checkpoints.open_model(path, device, settings.heads)
         images = images_for(model, settings, device)
-        found[path] = sinks(model, first_images(images, settings))
+        found[path] = {
+            "images": min(settings.images, len(images.test)),
+            "image_size": images.image_size,
+            "layers": sinks(model, first_images(images, settings)),
+        }
         show(path, found[path], model.net.tokens)
-    result = {"images": settings.images, "commit": runs.commit(), "layers": found}
+    result = {"commit": runs.commit(), "models": found}
     out = Path(settings.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     storage.write_text(out, json.dumps(result, indent=1) + "\n")

@@ -34,7 +34,8 @@ from teachers import teacher_and_student
 from vit import ViT
 
 MAPS = ("teacher", "other", "mean", "uniform", "impulse")
-SETTINGS = change(attention_distill.SETTINGS, layers="all") | {
+INHERITED = {k: v for k, v in attention_distill.SETTINGS.items() if k != "until"}
+SETTINGS = change(INHERITED, layers="all") | {
     "how": Setting(
         "copy",
         "what the student does with its teacher: copy or distill its maps; distill its features "
@@ -203,8 +204,11 @@ def task(settings: Settings, images: data.Data | None = None) -> train.Task:
     if settings.how == "probe":
         return probe(settings, images)
     teacher, student, layers, images, source = teacher_and_student(settings, images)
-    if not isinstance(teacher, ViT):
-        raise ValueError("variants are of teachers whose maps a student takes as they stand")
+    if not isinstance(teacher, ViT) or teacher.config.positions != "absolute":
+        raise ValueError(
+            "variants are of teachers with absolute positions, whose maps a student takes as they "
+            "stand"
+        )
     if settings.start == "teacher":
         if not source:
             raise ValueError("--start teacher: name a --teacher with weights of its own")

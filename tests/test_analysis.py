@@ -215,3 +215,13 @@ def test_bad_input_is_one_line(argv, words, failing, tmp_path):
     code, line = failing(analysis, [*argv, "--out", tmp_path / "out"])
     assert code == 2 and words in line
     assert not list(tmp_path.glob("out/*"))
+
+
+def test_many_heads_are_matched_as_well_as_a_swap_can():
+    random = np.random.default_rng(0)
+    cost = random.uniform(size=(20, 20))
+    hidden = random.permutation(20)
+    cost[range(20), hidden] -= 2
+    assert analysis.match(cost) == hidden.tolist()
+    columns = analysis.match(random.uniform(size=(18, 18)))
+    assert sorted(columns) == list(range(18))

@@ -187,6 +187,11 @@ def test_folders_by_number_are_imagenets_classes_in_their_order(tmp_path):
     again = ensemble.probabilities(checkpoints.open_model(path), of(by_number, path), CPU)
     assert torch.equal(p, again[0]) and torch.equal(labels, again[1])
     assert ensemble.evaluate([path], by_number) == by_name
+    state = torch.load(path)
+    del state["classes"]  # as files of others: ImageNet's in their order
+    torch.save(state, path)
+    model = checkpoints.open_model(path)
+    assert ensemble.columns_of(["0", "10", "2"], model, by_number) == [0, 10, 2]
 
 
 def of(settings, path):
@@ -219,8 +224,8 @@ def test_several_sets_in_one_table(tmp_path, capsys):
     argv += ["--json", tmp_path / "out.json", "--sets", f"{root}/,{tmp_path / 'another-set'}"]
     ensemble.main(ensemble.parse([str(word) for word in argv]))
     found = json.loads((tmp_path / "out.json").read_text())
-    assert found["sets"]["some-set"]["ensemble_top1"] == found["ensemble_top1"]
-    assert found["sets"]["another-set"] | {"sets": 0} == {
+    assert found["sets"][f"{root}/"]["ensemble_top1"] == found["ensemble_top1"]
+    assert found["sets"][str(tmp_path / "another-set")] | {"sets": 0} == {
         **ensemble.evaluate([str(path)], ensemble.parse([str(path), "--data", "folder",
             "--data-dir", str(tmp_path / "another-set")])), "sets": 0,
     }  # fmt: skip

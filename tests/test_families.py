@@ -11,6 +11,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
+from torch import nn
 from torchvision.models import VisionTransformer
 
 import attention_copy
@@ -22,6 +23,7 @@ import families
 import finetune
 import lending
 import pretrain
+import storage
 import train
 import vit
 from attention import attention_map
@@ -295,12 +297,15 @@ def test_a_student_looks_where_its_teacher_looks_learns_and_goes_to_timm(name, s
             for (_, used), theirs in zip(looks, lent, strict=True):
                 torch.testing.assert_close(attention_map(used), attention_map(theirs))
 
+    with torch.no_grad():
+        for p in student.parameters():  # also what a step hardly moves
+            p.add_(0.1 * torch.randn_like(p))
     target = name.replace("dinov3.", "dinov3_qkvb.")
     if "plus" in target:  # timm has one with the biases that a student learns
         target = "vit_small_plus_patch16_dinov3_qkvb.lvd1689m"
     pooled = {"use_fc_norm": True} if "dinov3" in target else {}
     net = timms(target, img_size=size, num_classes=5, global_pool="avg", **pooled)
-    net.load_state_dict(conversion.timms(student.state_dict(), net.state_dict()))
+    net.load_state_dict(conversion.timms(student, net))
     with torch.no_grad():
         torch.testing.assert_close(net(batch), student.eval()(batch), atol=1e-5, rtol=1e-5)
 
@@ -335,6 +340,23 @@ def test_a_run_with_a_named_teacher_is_resumed_to_the_same_bits(
     kept = {field: getattr(opened.net.config, field) for field in families.COMPONENTS}
     theirs = load(read(settings.teacher)).config
     assert kept == {field: getattr(theirs, field) for field in kept}
+
+
+def test_timms_of_another_function_is_refused():
+    net = vit.ViT(plain("mini", 64, 16))
+    clip = "vit_base_patch32_clip_quickgelu_224.openai"
+    for other, words in (
+        (timms("vit_base_patch16_224.mae", img_size=64), "heads 3"),
+        (timms(clip, num_heads=4), "another activation"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            conversion.timms(net, other)
+    no_bias = "vit_small_patch16_dinov3.lvd1689m"
+    rope = replace(net.config, positions="rope", layer_scale=0.1, registers=4, eps=1e-5, heads=4)
+    with pytest.raises(ValueError, match="q_bias"):
+        net = vit.ViT(rope)
+        nn.init.ones_(net.blocks[0].attn.qkv.bias)
+        conversion.timms(net, timms(no_bias, num_heads=4, embed_dim=128, depth=6))
 
 
 def test_a_plain_student_takes_the_maps_of_the_tokens_that_it_has(small, tmp_path):
@@ -393,7 +415,8 @@ def plain(model: str, image_size: int = 32, patch: int = 8) -> vit.Config:
 def test_a_file_is_known_by_its_name_or_its_folders():
     for source, name in (
         ("vit_base_patch16_224.mae", "vit_base_patch16_224.mae"),
-        ("beitv2_base_patch16_224", "beitv2_base_patch16_224.in1k_ft_in22k"),  # the first
+        ("vit_huge_patch14_clip_224", "vit_huge_patch14_clip_224.laion2b"),
+        ("beitv2_base_patch16_224", None), ("vit_base_patch16_224", None),  # there are several
         ("a/vit_base_patch16_224.mae/model.safetensors", "vit_base_patch16_224.mae"),
         ("a/dinov2_vits14_reg4_pretrain.pth", "dinov2_vits14_reg4_pretrain"),
         ("https://x.com/dino_vitbase8_pretrain.pth", "dino_vitbase8_pretrain"),
@@ -435,8 +458,8 @@ def server(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("file, words", [
-    ("403/model.safetensors", "those who accept their licence"), ("401/x", "write NAME=FILE"),
-    ("404/x", "fetch it elsewhere"), ("cut/model.safetensors", "its header would be"),
+    ("403/model.safetensors", "those who accept their licence"), ("401/x.pth", "write NAME=FILE"),
+    ("404/x.pth", "fetch it elsewhere"), ("cut/model.safetensors", "its header would be"),
     ("whole/model.safetensors", "its header would be"), ("whole/x.pth", "cut short or damaged"),
     ("whole/x-0123456789.pth", "hash"), ("whole/x.pth#md5=12ab", "its md5 is another"),
 ])  # fmt: skip
@@ -446,6 +469,7 @@ def test_what_cannot_be_had_leaves_nothing_behind(
     name = "vit_small_patch16_dinov3.lvd1689m"
     member = families.MEMBERS[name]._replace(url=server + file)
     monkeypatch.setitem(families.MEMBERS, name, member)
+    monkeypatch.setattr(storage, "HASHED", (server.split("/")[2],))
     code, line = failing(attention_copy, [*on(photos), "--teacher", name])
     assert code == 2 and words in line
     assert not [path for path in (tmp_path / "hub").rglob("*") if path.is_file()]
@@ -482,7 +506,7 @@ def test_what_the_family_has_not_or_the_file_lacks_is_refused(small, tmp_path):
     net = timms("vit_small_patch14_dinov2.lvd142m")
     path = written(net, tmp_path)
     for name, words in (
-        ("vit_small_patch16_224.dino", "the file has LayerScale"),
+        ("vit_huge_patch14_224.mae", "the file has LayerScale"),
         ("vit_small_patch14_reg4_dinov2.lvd142m", "the file lacks registers"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -523,6 +547,59 @@ def test_a_student_is_compared_with_its_teacher_at_its_own_size(small, photos, t
         assert max(layer["divergence"] for layer in found["layers"]) < 1e-5
 
 
+def test_half_files_are_refused(small, tmp_path):
+    for name, gone, words in (
+        ("vit_base_patch16_224.mae", "blocks.1.attn.qkv.bias", "qkv.bias is missing"),
+        ("vit_base_patch16_224.mae", "patch_embed.proj.bias", "proj.bias is missing"),
+        ("beitv2_base_patch16_224.in1k_ft_in1k", "blocks.1.attn.v_bias", "qkv.bias is missing"),
+        ("vit_small_patch16_dinov3.lvd1689m", "cls_token", "lacks the class token"),
+    ):
+        state = timms(name).state_dict()
+        del state[gone]
+        torch.save(state, tmp_path / "x.pth")
+        with pytest.raises(ValueError, match=words):
+            load(read(f"{name}={tmp_path / 'x.pth'}"), classes=0)
+    state |= {"storage_tokens": state["reg_token"]}
+    torch.save(state, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match="two of its tensors are reg_token"):
+        read(f"vit_small_patch16_dinov3.lvd1689m={tmp_path / 'x.pth'}")
+
+
+def test_a_file_of_ours_is_what_it_says_wherever_it_lies(tmp_path):
+    out = tmp_path / "vit_tiny_patch16_224.augreg_in21k"
+    out.mkdir()
+    about = {"normalization": ([0.1] * 3, [0.2] * 3), "method": "scratch"}
+    for name in ("model.pt", "vit_tiny_patch16_224.augreg_in21k.pt"):
+        torch.save(checkpoints.export(vit.ViT(plain("mini"))) | about, out / name)
+        found = read(out / name)
+        assert (found.method, found.normalization) == ("scratch", ([0.1] * 3, [0.2] * 3))
+
+
+def test_what_is_the_readers_is_never_removed(failing, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    mine = tmp_path / "mine.pth"
+    mine.write_bytes(b"no checkpoint")
+    for source in (f"file://{mine}", str(mine), f"http://x/../../{mine}"):
+        code, _ = failing(attention_copy, ["--teacher", source, "--out", tmp_path / "run"])
+        assert code == 2 and mine.read_bytes() == b"no checkpoint"
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--layers", "1,0"], "from the first to the last"),
+    (["--layers", "0,1", "--teacher-layers", "3,1"], "from the first to the last"),
+    (["--heads", "2,1"], "from the first to the last"), (["--layers", "inf%"], "write a count"),
+    (["--layers", "0%"], "choose at least one"), (["--layers", "200%"], "4 layers"),
+    (["--components", "registers=4"], "this teacher has its own"),
+])  # fmt: skip
+def test_what_would_be_done_otherwise_than_asked_is_refused(argv, words, failing, tmp_path):
+    torch.manual_seed(0)
+    net = vit.ViT(vit.Config(12, 3, 1, 0, 64, 4, 4))
+    torch.save(checkpoints.export(net), tmp_path / "teacher.pt")
+    more = ["--teacher", tmp_path / "teacher.pt", "--out", tmp_path / "run"]
+    code, line = failing(attention_copy, [*argv, *more])
+    assert code == 2 and words in line
+
+
 # Sinks --------------------------------------------------------------------------------------------
 
 
@@ -560,5 +637,7 @@ def test_sinks_of_several_teachers_from_the_command_line(small, photos, tmp_path
     assert (
         "registers" in printed.split(names[1])[1] and "registers" not in printed.split(names[0])[0]
     )
-    found = json.loads((tmp_path / "sinks.json").read_text())["layers"]
-    assert len(found[paths[1]]) == 2 and len(found[paths[1]][0]["share: registers"]) == 3
+    found = json.loads((tmp_path / "sinks.json").read_text())["models"]
+    layers = found[paths[1]]["layers"]
+    assert len(layers) == 2 and len(layers[0]["share: registers"]) == 3
+    assert found[paths[0]]["images"] == 15
