@@ -36,7 +36,7 @@ class Checkpoint:
     method: str = "?"
     teacher: "Checkpoint | None" = None  # of a student of attention copy: whose maps it uses,
     layers: tuple[int, ...] = ()  # in which blocks,
-    lent: tuple[tuple[int, ...], str] = ((), "all")  # of which of the teacher's, and which heads
+    lent: tuple[tuple[int, ...], str] = ((), "")  # of which of the teacher's, and which heads
     settings: dict = field(default_factory=dict)  # of the run that made it, where the file says it
     resize: Resize = PLAINLY  # how positions are made those of another image size
 
@@ -170,7 +170,7 @@ def understand(
     if about.get("architecture") and about.get("teacher"):
         known["teacher"] = understand(about["teacher"], source)
         known["layers"] = layers = tuple(about["layers"])
-        theirs, heads = about.get("lent") or ((), "all")
+        theirs, heads = about.get("lent") or ((), "")
         known["lent"] = tuple(theirs), str(heads)
         lends = known["teacher"].architecture
         for which, net in ((layers, architecture), (theirs or layers, lends)):

@@ -65,8 +65,8 @@ class Lender:
 def described(teacher: ViT | Lender) -> tuple[ViT, tuple[tuple[int, ...], str]]:
     """The teacher itself; and the last two arguments that `lender` needs to make it a lender."""
     if isinstance(teacher, ViT):
-        return teacher, ((), "all")
-    picked = ",".join(f"{i}-{i}" for i in teacher.heads) or "all"  # "2" would be the first two
+        return teacher, ((), "")
+    picked = ",".join(f"{i}-{i}" for i in teacher.heads)  # "2" would be the first two
     heads = "together" if teacher.together else picked
     return teacher.teacher, (tuple(teacher.layers.values()), heads)
 
@@ -76,13 +76,14 @@ def lender(
     student: ViT,
     layers: Sequence[int],
     teacher_layers: Sequence[int] = (),
-    heads: str = "all",
+    heads: str = "",
 ) -> ViT | Lender:
     """Who lends the maps of a teacher to a student: the teacher itself, where they are alike.
 
     `layers`: of the student; `teacher_layers`: whose maps they take (none: of the same number).
-    `heads`: which of the teacher's (as parse_layers reads it), or "together": AttnDistill's one map
-    for all, softmax(sum of log maps / 10) (Wang et al., BMVC 2022, section 3). Widths may differ.
+    `heads`: which of the teacher's (as parse_layers reads it; none: all), or "together":
+    AttnDistill's one map for all, softmax(sum of log maps / 10) (Wang et al., BMVC 2022, section
+    3). Widths may differ.
     ValueError, in words that name the flags, where a map of one cannot be one of the other's.
     """
     theirs, ours = teacher.config, student.config
@@ -99,7 +100,7 @@ def lender(
             f"--layers goes up to layer {sources[-1]}, but the teacher has {theirs.depth} layers "
             f"(0 to {theirs.depth - 1}): name others, or --teacher-layers"
         )
-    picked = () if heads in ("all", "together") else parse_layers(heads, theirs.heads, "heads")
+    picked = () if heads in ("", "together") else parse_layers(heads, theirs.heads, "heads")
     together = ours.heads if heads == "together" else 0
     lent = counts(theirs) | {"heads": together or len(picked) or theirs.heads}
     cut = theirs.registers if not ours.registers else 0

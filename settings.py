@@ -148,12 +148,13 @@ TRANSFER: Table = {
         "whose maps --layers take, one each, as --layers are written (empty: of the same number)",
     ),
     "heads": Setting(
-        "all", "which of the teacher's, written as --layers are; together: one map for all heads"
+        "",
+        "which of the teacher's, written as --layers are (empty: all); together: one map for all",
     ),
     "student": Setting(
-        "matched",
-        "has the components of its teacher, at random; plain: not those, the control",
-        choices=("matched", "plain"),
+        "",
+        "plain: without the components of its teacher, the control (empty: with them, at random)",
+        choices=("", "plain"),
     ),
     "share_drops": Setting(True, "drop path drops the same branches in teacher and student"),
 }

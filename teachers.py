@@ -194,7 +194,7 @@ def teacher_and_student(settings: Settings, images: data.Data | None = None):
     return whose, student.to(device), layers, images, checkpoint
 
 
-def student_of(teacher: vit.Config, sizes: vit.Config, kind: str = "matched") -> vit.Config:
+def student_of(teacher: vit.Config, sizes: vit.Config, kind: str = "") -> vit.Config:
     """A student of these sizes with the components of its teacher, which begin at random.
 
     Without them ("plain") some families teach nothing (arXiv 2605.07191); a class token it has

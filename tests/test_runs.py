@@ -21,6 +21,7 @@ import finetune
 import learner
 import pictures
 import progress
+import runs
 import train
 from settings import Settings
 
@@ -276,6 +277,15 @@ def test_a_run_is_not_spoiled_by_another(tmp_path, failing, uninterrupted):
 
 
 QUICK = "--teacher none --epochs 2 --warmup 1".split()
+
+
+def test_a_setting_that_is_newer_than_a_run_was_not_asked_for_then():
+    before = {"lr": 0.1, "until": 5}
+    assert not runs.differences(before, before | {"components": "", "new": 0})
+    assert runs.differences(before, before | {"components": "registers=4"}) == [
+        "components was None, now registers=4"
+    ]
+    assert runs.differences(before, {"lr": 0.1, "until": 0}) == ["until was 5, now 0"]
 
 
 def test_another_run_is_not_gone_on_with(tmp_path, failing, uninterrupted, teacher, small):
