@@ -169,18 +169,15 @@ FAMILIES = (
         vit_base_patch16_clip_224.laion2b base 16 224
         vit_huge_patch14_clip_224.laion2b huge 14 224""",
         dict(norm_pre=True, eps=1e-5), CLIP, resize=Resize(antialias=True)),
-    Family("BEiT v2", "LayerScale, relative positions",
-        "MIT", "github.com/microsoft/unilm/tree/master/beit2", """
-        beitv2_base_patch16_224.in1k_ft_in22k base 16 224
-        beitv2_base_patch16_224.in1k_ft_in1k base 16 224
-        beitv2_base_patch16_224.in1k_ft_in22k_in1k base 16 224
-        beitv2_large_patch16_224.in1k_ft_in22k large 16 224
-        beitv2_large_patch16_224.in1k_ft_in1k large 16 224
-        beitv2_large_patch16_224.in1k_ft_in22k_in1k large 16 224
-        beitv2_base_patch16_224_pt1k base 16 224 beitv2_base_patch16_224_pt1k.pth
-        beitv2_large_patch16_224_pt1k large 16 224 beitv2_large_patch16_224_pt1k.pth""",
-        dict(positions="relative", layer_scale=1e-5),
-        files="https://github.com/addf400/files/releases/download/BEiT-v2/"),
+    *(Family(f"BEiT v2, {size}", "LayerScale, relative positions", "MIT",
+        "github.com/microsoft/unilm/tree/master/beit2", f"""
+        beitv2_{size}_patch16_224.in1k_ft_in22k {size} 16 224
+        beitv2_{size}_patch16_224.in1k_ft_in1k {size} 16 224
+        beitv2_{size}_patch16_224.in1k_ft_in22k_in1k {size} 16 224
+        beitv2_{size}_patch16_224_pt1k {size} 16 224 beitv2_{size}_patch16_224_pt1k.pth""",
+        dict(positions="relative", layer_scale=begin),
+        files="https://github.com/addf400/files/releases/download/BEiT-v2/")
+      for size, begin in (("base", 0.1), ("large", 1e-5))),
     Family("SigLIP 2", "no class token", FREE, "github.com/google-research/big_vision", """
         vit_base_patch16_siglip_224.v2_webli base 16 224
         vit_base_patch16_siglip_256.v2_webli base 16 256
