@@ -51,7 +51,7 @@ IMAGES: Table = {
         low=-1,
     ),
     "scraps": Setting(
-        2, "number of scraps of other digits on the canvas of --data digits", high=20
+        1, "number of scraps of other digits on the canvas of --data digits", high=20
     ),
     "workers": Setting(
         8, "processes that decode images, per GPU (at most one per core)", free=True

@@ -27,7 +27,7 @@ DIGITS = Study(
     own_teachers=True,
     seeds=(100, 101),
     rates=(1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
-    decays=(0.05, 0.2, 0.5, 1.5),
+    decays=(0.05, 0.2, 0.5, 1.5, 5.0),
     own={
         "from scratch": DROPS,
         "attention copy": COPIED,
@@ -138,8 +138,8 @@ ALONG = {
 
 # The tables ---------------------------------------------------------------------------------------
 
-CLUTTER = {f"{n} scraps": {"scraps": n} for n in (0, 1, 2)}
-BASE = f"{IMAGES['scraps'].default} scraps"  # see `simplest`
+CLUTTER = {f"{n} scrap{'s' * (n != 1)}": {"scraps": n} for n in (0, 1, 2)}
+BASE = list(CLUTTER)[IMAGES["scraps"].default]  # see `simplest`
 AT_BASE = {BASE: CLUTTER[BASE]}
 STEPS = {50: 900, 100: 450, 300: 150, 997: 47}  # labels: epochs of about 900 steps
 LABELS = {

@@ -100,12 +100,12 @@ def pretrainings(tmp_path, monkeypatch):
 
 def test_a_teacher_is_pre_trained_where_there_is_none(pretrainings):
     """Once, with the recipe of pretrain.py, on all images of the kind that this run has."""
-    argv = ["--scraps", "1", "--seed", "3", "--num-labels", "50", "--epochs", "7"]
+    argv = ["--scraps", "2", "--seed", "3", "--num-labels", "50", "--epochs", "7"]
     for script in (attention_distill, attention_copy, finetune):
         task = script.task(script.parse(argv))
     (asked,) = pretrainings
     usual = pretrain.parse([])
-    assert (asked.scraps, asked.seed, asked.num_labels) == (1, 3, 0)
+    assert (asked.scraps, asked.seed, asked.num_labels) == (2, 3, 0)
     assert (asked.epochs, asked.lr, asked.mask_ratio) == (usual.epochs, usual.lr, usual.mask_ratio)
     made = checkpoints.read("runs/pretrain-digits-micro-s3/model.pt")
     assert torch.equal(task.net.blocks[0].attn.qkv.weight, made.weights["blocks.0.attn.qkv.weight"])
@@ -121,8 +121,8 @@ def test_a_teacher_that_was_made_otherwise_is_said_and_never_mixed(pretrainings,
     for argv in ([], ["--amp", "bf16"], ["--num-labels", "50"], ["--memory", "0"]):  # the same one
         assert finetune.task(finetune.parse(argv)).teacher.source == task.teacher.source
     assert len(pretrainings) == 2
-    other = finetune.task(finetune.parse(["--scraps", "1"])).teacher
-    assert other.settings["scraps"] == 1 and other.source != task.teacher.source
+    other = finetune.task(finetune.parse(["--scraps", "2"])).teacher
+    assert other.settings["scraps"] == 2 and other.source != task.teacher.source
     assert checkpoints.read(f"{usual}/model.pt").settings["epochs"] == 2  # left alone
     Path(usual, "config.json").unlink()
     assert finetune.task(finetune.parse([])).teacher.source == task.teacher.source

@@ -304,11 +304,11 @@ def test_a_table_shows_means_and_intervals():
     lines = report.markdown({"points": {"2 scraps": rows}}).splitlines()
     assert lines[2] == "| from scratch | 74.5 [72.5, 76.4] |  |  |"
     assert lines[3] == "| copy | 74.5 [72.5, 76.4] | +2.2 | 2.20 |"
-    points = {"1 scraps": rows, "2 scraps": rows}
+    points = {"1 scrap": rows, "2 scraps": rows}
     lines = report.markdown({"points": points, "contrasts": {"last less first": cell}}).splitlines()
     assert lines[-2:] == ["", "last less first: +74.46 [+72.55, +76.41]"]
     assert lines[0] == "|  | from scratch | copy | recovery: copy |"
-    assert lines[2] == "| 1 scraps | 74.5 | 74.5 | 2.20 |"
+    assert lines[2] == "| 1 scrap | 74.5 | 74.5 | 2.20 |"
     points = {"2 scraps": {"patches": {"digit": [0.5]}, "copy": {"digit": [0.5, 1]}}}
     lines = report.markdown({"points": points})
     assert lines.splitlines()[2:] == ["| patches | 0.50 |", "| copy | 0.50 1.00 |"]
