@@ -99,7 +99,11 @@ def open_model(
 
     Errors as those of `read`.
     """
-    checkpoint = read(source, heads)
+    return opened(read(source, heads), device, image_size)
+
+
+def opened(checkpoint: Checkpoint, device="cpu", image_size: int | None = None) -> Model:
+    """The model of a checkpoint, as `open_model`."""
     net = load(checkpoint, image_size=image_size).to(device).eval().requires_grad_(False)
     if not checkpoint.teacher:
         return Model(net, checkpoint)
@@ -109,7 +113,7 @@ def open_model(
         whose = lender(teacher, net, checkpoint.layers, *checkpoint.lent)
     except ValueError as error:
         raise ValueError(
-            f"{source} holds a student and a teacher of another kind ({error})"
+            f"{checkpoint.source} holds a student and a teacher of another kind ({error})"
         ) from None
     return Model(net, checkpoint, whose, checkpoint.layers)
 
@@ -148,8 +152,8 @@ def understand(
         raise ValueError(f"{source} holds no ViT: it embeds no patches")
     names = ("classes", "normalization", "method", "settings")
     known = {k: about[k] for k in names if about.get(k) is not None}
-    architecture = about.get("architecture")
-    if architecture:  # ours, whatever it is called
+    architecture = ours = about.get("architecture")
+    if ours:  # whatever it is called
         member = None
         weights = {k: v for k, v in weights.items() if not conversion.DROPPED.match(str(k))}
     else:
@@ -167,7 +171,7 @@ def understand(
     check_facts(source, architecture, **{k: known[k] for k in names if k in known})
     if "normalization" in known:  # a tuple of lists, as ours are: to compare
         known["normalization"] = tuple([float(x) for x in xs] for xs in known["normalization"])
-    if about.get("architecture") and about.get("teacher"):
+    if ours and about.get("teacher"):
         known["teacher"] = understand(about["teacher"], source)
         known["layers"] = layers = tuple(about["layers"])
         theirs, heads = about.get("lent") or ((), "")

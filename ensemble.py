@@ -57,17 +57,27 @@ parse = partial(
 
 def evaluate(paths: list[str], settings: Settings) -> dict:
     """Top-1 in per cent of each checkpoint, and of their averaged probabilities."""
+    return score(opened(paths, settings), settings)
+
+
+def opened(paths: list[str], settings: Settings) -> list[Model]:
     device = launch.device(settings.device)
-    models = [checkpoints.open_model(path, device, settings.heads) for path in paths]
+    return [checkpoints.open_model(path, device, settings.heads) for path in paths]
+
+
+def score(models: list[Model], settings: Settings) -> dict:
+    """As `evaluate`, of models that are open."""
+    device = launch.device(settings.device)
     settings = models[0].checkpoint.images(settings)
     members, total, first = [], 0, None
-    for path, model in zip(paths, models, strict=True):
+    for model in models:
         p, labels, images = probabilities(model, settings, device)
+        path, method = model.checkpoint.source, model.checkpoint.method
         if first not in (None, images.classes):
-            raise ValueError(f"{path} was evaluated on other classes than {paths[0]}")
+            before = members[0]["checkpoint"]
+            raise ValueError(f"{path} was evaluated on other classes than {before}")
         first, total = images.classes, total + p
-        method = model.checkpoint.method
-        members.append({"checkpoint": str(path), "method": method, "top1": top1(p, labels)})
+        members.append({"checkpoint": path, "method": method, "top1": top1(p, labels)})
         if settings.real:
             members[-1]["real_top1"] = real_top1(p, images, settings.real)
     about = {"data": settings.data, "part": settings.part, "images": len(labels)}
@@ -219,10 +229,10 @@ def main(settings: Settings) -> dict:
         return look(paths, settings)
     if Path(settings.json).is_dir() and settings.json:
         raise ValueError(f"--json {settings.json} is a folder: name a file")
-    result, others = evaluate(paths, settings), {}
+    models = opened(paths, settings)
+    result, others = score(models, settings), {}
     for folder in filter(None, settings.sets.split(",")):
-        asked = settings.but(data="folder", data_dir=folder, real="")
-        others[folder] = evaluate(paths, asked)
+        others[folder] = score(models, settings.but(data="folder", data_dir=folder, real=""))
     if others:
         compare([(result["data"], result), *others.items()])
         result["sets"] = others
@@ -241,27 +251,27 @@ def show(result: dict) -> None:
     if len(result["members"]) > 1:
         print(f"{result['ensemble_top1']:7.2f} %  together, probabilities averaged")
     if "ensemble_real_top1" in result:
-        scores = [member["real_top1"] for member in result["members"]]
-        scores += [result["ensemble_real_top1"]] if len(scores) > 1 else []
-        print("by ReaL's labels, in this order: " + ", ".join(f"{x:.2f} %" for x in scores))
+        real = (f"{x} %" for x in scores(result, "real_top1"))
+        print("by ReaL's labels, in this order: " + ", ".join(real))
+
+
+def scores(result: dict, what: str = "top1") -> list[str]:
+    """Of each member; and of all together, unless it is one alone."""
+    members = [member[what] for member in result["members"]]
+    together = [result[f"ensemble_{what}"]] if len(members) > 1 else []
+    return [f"{x:.2f}" for x in members + together]
 
 
 def compare(found: list[tuple[str, dict]]) -> None:
     """A column for each set of images, a line for each checkpoint."""
     columns = []
     for name, result in found:
-        tops = [member["top1"] for member in result["members"]] + [result["ensemble_top1"]]
-        columns.append(
-            [Path(name).name[-12:], f"{result['images']:,}", *(f"{top1:.2f}" for top1 in tops)]
-        )
+        columns.append([Path(name).name[-12:], f"{result['images']:,}", *scores(result)])
         if "ensemble_real_top1" in result:
-            tops = [member["real_top1"] for member in result["members"]]
-            tops.append(result["ensemble_real_top1"])
-            columns.append(["ReaL", "", *(f"{top1:.2f}" for top1 in tops)])
+            columns.append(["ReaL", "", *scores(result, "real_top1")])
     members = result["members"]
     heads = ["top-1, %", "images", *map(str, range(1, len(members) + 1)), "together"]
-    lines = list(zip(heads, *columns, strict=True))
-    for head, *cells in lines if len(members) > 1 else lines[:-1]:
+    for head, *cells in zip(heads, *columns, strict=False):  # one alone has no "together"
         print(f"{head:<9}" + "".join(f"{cell:>13}" for cell in cells))
     for number, member in enumerate(members, 1):
         print(f"{number}: {member['method']}, {member['checkpoint']}")

@@ -11,10 +11,10 @@ from typing import NamedTuple
 from torchvision import models
 
 from augment import Normalization
+from data import IMAGENET
 from positions import PLAINLY, Resize
 from vit import SIZES, Config
 
-IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 HALF = ([0.5] * 3, [0.5] * 3)
 CLIP = ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])
 TIMM = "https://huggingface.co/timm/{}/resolve/main/model.safetensors"

@@ -5,6 +5,7 @@ The format: https://github.com/huggingface/safetensors. timm publishes its weigh
 
 import json
 import math
+import mmap
 from pathlib import Path
 
 import torch
@@ -20,13 +21,15 @@ LONGEST = 100_000_000  # bytes of a header, as the reference reader has it
 
 def read(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a file, by name. ValueError if anything in it does not fit."""
-    whole = Path(path).read_bytes()
+    with open(path, "rb") as file:  # mapped, so that nothing is in memory twice
+        empty = not file.read(1)
+        whole = b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     length = int.from_bytes(whole[:8], "little")
     if len(whole) < 8 or not 2 <= length <= min(LONGEST, len(whole) - 8):
         raise ValueError(f"its header would be {length} bytes long, the file is {len(whole)}")
     header = json.loads(whole[8 : 8 + length])
     header.pop("__metadata__", None)
-    buffer, end, found = bytearray(whole[8 + length :]), 0, {}
+    buffer, end, found = memoryview(whole)[8 + length :], 0, {}
     for name, about in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         dtype, shape, (first, last) = (about[key] for key in ("dtype", "shape", "data_offsets"))
         if dtype not in DTYPES or not all(type(n) is int and n >= 0 for n in shape):

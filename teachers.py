@@ -111,18 +111,8 @@ def pretrained(settings: Settings, images: data.Data) -> Path:
 
     One that was made otherwise is left alone: the new one goes to a folder beside it.
     """
-    shared = (
-        *IMAGES,
-        "model",
-        "patch",
-        "components",
-        "seed",
-        "device",
-        "amp",
-        "compile",
-        "save_every",
-    )
-    shared = {k: v for k, v in vars(settings).items() if k in shared}
+    net, run = ("model", "patch", "components"), ("seed", "device", "amp", "compile", "save_every")
+    shared = {k: v for k, v in vars(settings).items() if k in (*IMAGES, *net, *run)}
     own = pretrain.parse(["--data", settings.data]).but(**shared).but(num_labels=0, subset_seed=-1)
     wanted = what_counts(runs.identity("pretrain", images, None, own))
     out = runs.folder(own, "pretrain")

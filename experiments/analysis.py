@@ -226,16 +226,16 @@ def open_pair(settings: Settings) -> tuple[Model, Model, data.Data, str]:
         )
     device = launch.device(settings.device)
     first, second = settings.checkpoints
-    a = checkpoints.open_model(first, device, settings.heads)
-    if second == "random":
-        torch.manual_seed(0)
-        b = Model(vit.ViT(a.net.config).to(device).eval())
-    else:
-        b = checkpoints.open_model(second, device, settings.heads)
-        if not b.checkpoint.settings:
-            b = checkpoints.open_model(second, device, settings.heads, a.net.config.image_size)
-        elif not a.checkpoint.settings:
-            a = checkpoints.open_model(first, device, settings.heads, b.net.config.image_size)
+    named = [first] if second == "random" else [first, second]
+    files = [checkpoints.read(name, settings.heads) for name in named]
+    sizes = [file.architecture["image_size"] for file in files]
+    if not files[-1].settings:
+        sizes[-1] = sizes[0]
+    elif not files[0].settings:
+        sizes[0] = sizes[-1]
+    a, *other = map(checkpoints.opened, files, [device] * 2, sizes)
+    torch.manual_seed(0)
+    b = other[0] if other else Model(vit.ViT(a.net.config).to(device).eval())
     for what in ("image_size", "patch", "channels", "heads", "tokens"):
         ours, theirs = (getattr(model.net.config, what) for model in (a, b))
         if ours != theirs:

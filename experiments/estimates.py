@@ -7,6 +7,7 @@ that differences are paired: the same seeds, the same images.
 
 import math
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import numpy as np
 
@@ -14,28 +15,47 @@ BASELINE, CEILING = "from scratch", "fine-tuning"
 RESAMPLES, AT_A_TIME = 10_000, 100
 
 
+Correct = dict[str, np.ndarray]  # row: whether an image was classified rightly, (seeds, images)
+
+
 def estimates(
-    correct: dict[str, np.ndarray],
+    points: dict[str, Correct],
     groups: np.ndarray,
     against: dict[str, str] | None = None,
+    asked: Mapping[str, Callable[..., np.ndarray]] = MappingProxyType({}),
 ) -> dict[str, dict]:
-    """Of each row: accuracy, difference from another row, recovery; with 95 % intervals.
+    """What is known of the rows at each point, and what is asked of several; 95 % intervals.
 
-    `correct`: (seeds, images), whether an image was classified rightly. `groups`: (images,), the
-    sample that an image belongs to: those of one sample are resampled together. `against`: what a
-    row is compared with (BASELINE if not given). All in per cent (recovery: a ratio)
+    points: of each its rows, see `of_rows`. `groups`: (images,), the sample that an image belongs
+    to: those of one sample are resampled together. `against`: what a row is compared with (BASELINE
+    if not given). contrasts: what the functions `asked` make of accuracies; they take an argument
+    for each point, its rows', which are resampled alike at all points.
+    """
+    resampled = {point: resample(correct, groups) for point, correct in points.items()}
+    return {
+        "points": {
+            point: of_rows(correct, resampled[point], against or {})
+            for point, correct in points.items()
+        },
+        "contrasts": {
+            name: described(function(*resampled.values())) for name, function in asked.items()
+        },
+    }
+
+
+def of_rows(correct: Correct, resampled: Correct, against: dict[str, str]) -> dict[str, dict]:
+    """Of each row: accuracy, difference from another row, recovery, in per cent (that: a ratio)
 
         recovery = (row - BASELINE) / (CEILING - BASELINE)
 
     `values` are those of each seed. Without a second seed there is no interval,
     and none of recovery where it is not sure that there is anything to recover.
     """
-    resampled = resample(correct, groups)
     values = {row: 100 * found.mean(axis=1) for row, found in correct.items()}
     found = {}
     for row, figures in resampled.items():
         found[row] = described(figures) | {"values": rounded(values[row])}
-        other = (against or {}).get(row, BASELINE)
+        other = against.get(row, BASELINE)
         if other in correct and other != row:
             paired = described(figures - resampled[other])
             paired |= {"from": other, "values": rounded(values[row] - values[other])}
@@ -45,21 +65,7 @@ def estimates(
     return found
 
 
-def contrasts(
-    points: dict[str, dict[str, np.ndarray]],
-    groups: np.ndarray,
-    asked: Mapping[str, Callable[..., np.ndarray]],
-) -> dict[str, dict]:
-    """What a function makes of the accuracies of several rows and points, with its interval.
-
-    `points`: `correct` of each point, as in `estimates`. The functions take an argument for each
-    point, its rows' accuracies, which are resampled alike at all points.
-    """
-    resampled = [resample(correct, groups) for correct in points.values()]
-    return {name: described(function(*resampled)) for name, function in asked.items()}
-
-
-def resample(correct: dict[str, np.ndarray], groups: np.ndarray) -> dict[str, np.ndarray]:
+def resample(correct: Correct, groups: np.ndarray) -> Correct:
     """Accuracies of rows in per cent: of the sample, then of resamples, alike for all rows.
 
     Of one seed there are no resamples.

@@ -29,14 +29,8 @@ parse = partial(
     {name: SETTINGS[name] for name in ("jobs", "data_dir", "runs", "extra")},
     positional=("teachers", "one or more of " + ", ".join(TEACHERS)),
 )
-FOR = (
-    "data",
-    "model",
-    "patch",
-    "components",
-    "image_size",
-    "scraps",
-)  # what a run must have in common with it
+# What a run must have in common with it.
+FOR = ("data", "model", "patch", "components", "image_size", "scraps")
 
 
 def ship(name: str, settings: Settings, folder: Path = SHIPPED) -> Path:

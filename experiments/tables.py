@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments import rows
-from experiments.estimates import contrasts, estimates, recovery, share
+from experiments.estimates import estimates, recovery, share
 from experiments.jobs import Job, Made
 from experiments.looks import looks
 from experiments.nearest import nearest
@@ -87,13 +87,7 @@ def samples(table: Table, made: Made) -> np.ndarray:
 def accuracies(table: Table, made: Made) -> dict:
     """Of each point the estimates of its rows; then what is asked of several."""
     correct = {point: classified(table, of_rows) for point, of_rows in made.items()}
-    groups = samples(table, made)
-    return {
-        "points": {
-            point: estimates(of_rows, groups, table.against) for point, of_rows in correct.items()
-        },
-        "contrasts": contrasts(correct, groups, table.contrasts),
-    }
+    return estimates(correct, samples(table, made), table.against, table.contrasts)
 
 
 def classified(table: Table, of_rows: dict[str, list[Job]]) -> dict[str, np.ndarray]:

@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 
 from experiments import estimates
-from experiments.estimates import estimates as of
+
+
+def of(correct, groups, against=None):
+    return estimates.estimates({"": correct}, groups, against)["points"][""]
 
 
 def simulated(random, seeds=10, digits=500, places=4, gain=0.05):
@@ -20,6 +23,10 @@ def simulated(random, seeds=10, digits=500, places=4, gain=0.05):
 
 
 GROUPS = np.repeat(np.arange(500), 4)
+
+
+def contrasts(points, asked):
+    return estimates.estimates(points, GROUPS, asked=asked)["contrasts"]
 
 
 def test_resampled_accuracies_are_those_of_loops(monkeypatch):
@@ -69,11 +76,11 @@ def test_contrasts_are_resampled_alike_at_all_points():
         "difference": lambda at, _: at["copy"] - at["from scratch"],
         "nothing": lambda at, again: at["copy"] - again["copy"],
     }
-    found = estimates.contrasts({"a": correct, "b": correct}, GROUPS, asked)
+    found = contrasts({"a": correct, "b": correct}, asked)
     paired = of(correct, GROUPS)["copy"]["difference"]
     assert found["difference"] == {name: paired[name] for name in ("mean", "interval")}
     assert found["nothing"] == {"mean": 0, "interval": [0, 0]}
-    between = estimates.contrasts({"a": correct, "b": other}, GROUPS, asked)["nothing"]
+    between = contrasts({"a": correct, "b": other}, asked)["nothing"]
     assert between["mean"] == 0 and between["interval"][0] < 0 < between["interval"][1]
 
 
@@ -81,11 +88,11 @@ def test_a_share_of_perhaps_nothing_has_no_interval():
     correct = simulated(np.random.default_rng(7), gain=0.1)
     correct["half"] = np.where(np.arange(2000) % 2, correct["copy"], correct["from scratch"])
     asked = {"half": lambda of: estimates.share(of, "half", "copy")}
-    found = estimates.contrasts({"": correct}, GROUPS, asked)["half"]
+    found = contrasts({"": correct}, asked)["half"]
     low, high = found["interval"]
     assert low < found["mean"] < high
     correct["copy"] = correct["from scratch"][:, ::-1]
-    assert estimates.contrasts({"": correct}, GROUPS, asked)["half"]["interval"] is None
+    assert contrasts({"": correct}, asked)["half"]["interval"] is None
 
 
 def test_an_interval_over_many_images_is_that_of_t_over_seeds():

@@ -113,7 +113,7 @@ def test_settings_are_chosen_by_validation_and_a_table_is_what_its_runs_found(
                 last["test_top1"], rel=1e-6
             )
     correct = {row: np.stack(found) for row, found in correct.items()}
-    for row, cells in estimates(correct, np.arange(15)).items():
+    for row, cells in estimates({"": correct}, np.arange(15))["points"][""].items():
         assert table["points"]["24 labels"][row]["values"] == cells["values"]
         assert table["points"]["24 labels"][row]["interval"] == pytest.approx(cells["interval"])
     assert len(table["commits"][0]) >= 7 and table["seeds"] == [0, 1]
