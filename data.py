@@ -16,14 +16,13 @@ depend on how many GPUs there are. What comes after them (the noise of erasing, 
 each process draws for its own share.
 """
 
-from launch import counted, print0, rank, world
+from launch import counted, first_alone, print0, rank, world
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from einops import rearrange
 from torch import Tensor
 from torchvision import datasets
@@ -101,6 +100,8 @@ class Data:
                     f"channels; these have {self.channels}: change --data or --teacher"
                 )
             self.normalise.adopt(teacher.normalization)
+        else:
+            print0(f"note: {teacher.source} names no normalisation: the data set's is used")
 
     def vit_shape(self, patch: int) -> dict[str, int]:
         """The arguments of a ViT that say what images and classes it is for."""
@@ -289,14 +290,6 @@ def from_cifar(settings, size: int, device) -> Parts:
         images = rearrange(torch.from_numpy(part.data), "b h w c -> b c h w").contiguous()
         sources.append(Tensors(images.to(device), torch.tensor(part.targets, device=device)))
     return Parts(sets[0].classes, sources[0], None, sources[1])
-
-
-def first_alone(make: Callable) -> None:
-    """Done by the first process, while the others wait."""
-    if rank() == 0:
-        make()
-    if dist.is_initialized():
-        dist.barrier()
 
 
 def from_folders(settings, size: int, device, train: bool) -> Parts:

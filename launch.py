@@ -23,6 +23,7 @@ if os.path.dirname(getattr(sys.modules["__main__"], "__file__", "") or "") in SC
 import shutil  # noqa: E402
 import time  # noqa: E402
 from collections.abc import Callable, Iterable, Iterator  # noqa: E402
+from datetime import timedelta  # noqa: E402
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
@@ -103,6 +104,14 @@ def rank() -> int:
 
 def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def first_alone(make: Callable) -> None:
+    """Done by the first process, while the others wait, for hours if it takes hours."""
+    if rank() == 0:
+        make()
+    if dist.is_initialized():
+        dist.barrier(dist.new_group(backend="gloo", timeout=timedelta(days=1)))
 
 
 def one_process() -> None:

@@ -1,6 +1,6 @@
 """Files written whole or not at all, and read without running anything that is in them."""
 
-from launch import Failed
+from launch import Failed, first_alone
 
 import contextlib
 import errno
@@ -10,6 +10,7 @@ import re
 import urllib.error
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
 
@@ -18,7 +19,7 @@ import torch
 import safetensors_file
 
 DISK = (errno.EIO, errno.ESTALE, errno.EACCES)
-HASHED = ("download.pytorch.org", "dl.fbaipublicfiles.com")  # who put it there
+HASHED = ("download.pytorch.org/", "dl.fbaipublicfiles.com/")  # who put it there
 
 
 def write(path: Path, fill: Callable) -> None:
@@ -63,7 +64,7 @@ def read(source: str | Path):
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {source}")
     try:
-        if path.suffix.lower() == ".safetensors":
+        if path.suffix.lower() == ".safetensors" or safetensors_file.begins(path):
             return safetensors_file.read(path)
         check(path)
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -88,10 +89,17 @@ def fetched(url: str) -> Path:
     if ".." in place.parts or not place.suffix:
         raise ValueError(f"{url} names no file that could be downloaded")
     path = Path(torch.hub.get_dir()) / "checkpoints" / place
+    first_alone(partial(fetch, url, wanted, path))
+    fetch(url, wanted, path)  # on other machines
+    return path
+
+
+def fetch(url: str, wanted: str, path: Path) -> None:
     if path.is_file():
-        return path
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
-    named = re.search(r"-([0-9a-f]{8,})\.", path.name) if place.parts[0] in HASHED else None
+    named = re.search(r"-([0-9a-f]{8,})\.", path.name)
+    named = named if url.split("://")[1].startswith(HASHED) else None
     try:
         torch.hub.download_url_to_file(url, str(path), named and named[1])
     except urllib.error.HTTPError as error:
@@ -110,7 +118,6 @@ def fetched(url: str) -> Path:
     if wanted and not hashlib.md5(path.read_bytes()).hexdigest().startswith(wanted):
         path.unlink()
         raise ValueError(f"{url} is not the file that its authors published: its md5 is another")
-    return path
 
 
 def check(path: Path) -> None:

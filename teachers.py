@@ -181,6 +181,8 @@ def teacher_and_student(settings: Settings, images: data.Data | None = None):
     whose = lender(teacher, student, layers, theirs, settings.heads)
     if isinstance(whose, Lender) and whose.registers:
         print0("note: the maps are cut to the tokens of both, less the teacher's registers")
+    if settings.drop_path and settings.share_drops and teacher.config.depth != config.depth:
+        print0("note: the student drops paths alone: its teacher has another depth")
     return whose, student.to(device), layers, images, checkpoint
 
 

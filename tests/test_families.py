@@ -5,10 +5,12 @@ import json
 import threading
 from dataclasses import replace
 from functools import partial
+from typing import ClassVar
 
 import pytest
 import timm
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
 from torch import nn
@@ -435,7 +437,10 @@ def test_a_file_is_known_by_its_name_or_its_folders():
 class Answers(http.server.BaseHTTPRequestHandler):
     """/403 and /404 say so; /cut promises more than it sends; /whole sends a file."""
 
+    asked: ClassVar = []
+
     def do_GET(self):
+        self.asked.append(self.path)
         code = int(self.path[1:4]) if self.path[1:4].isdigit() else 200
         self.send_response(code)
         self.send_header("Content-Length", "1000" if "cut" in self.path else "4")
@@ -452,7 +457,7 @@ def server(monkeypatch, tmp_path):
     silent = partial(torch.hub.download_url_to_file, progress=False)
     monkeypatch.setattr(torch.hub, "download_url_to_file", silent)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}/"
         server.shutdown()
 
@@ -473,6 +478,19 @@ def test_what_cannot_be_had_leaves_nothing_behind(
     code, line = failing(attention_copy, [*on(photos), "--teacher", name])
     assert code == 2 and words in line
     assert not [path for path in (tmp_path / "hub").rglob("*") if path.is_file()]
+
+
+def test_a_file_is_downloaded_once_for_all_processes(server, tmp_path):
+    Answers.asked.clear()
+    start = (f"file://{tmp_path}/store", server + "whole/x.pth")
+    torch.multiprocessing.start_processes(fetch_as, start, nprocs=2, start_method="fork")
+    assert Answers.asked == ["/whole/x.pth"]
+    assert [path.name for path in (tmp_path / "hub").rglob("*.*") if path.is_file()] == ["x.pth"]
+
+
+def fetch_as(rank: int, store: str, url: str):
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    assert storage.fetched(url).read_bytes() == b"abcd"
 
 
 def on(photos) -> list[str]:

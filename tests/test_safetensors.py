@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 import safetensors_file
+import storage
 
 
 @pytest.fixture
@@ -28,6 +29,14 @@ def test_it_reads_what_the_reference_wrote(file):
     assert found.keys() == tensors.keys()
     for name, value in tensors.items():
         assert found[name].dtype == value.dtype and torch.equal(found[name], value), name
+
+
+def test_it_is_known_by_what_is_in_it(file, tmp_path):
+    path, tensors = file
+    path.rename(tmp_path / "blob")
+    assert storage.read(tmp_path / "blob").keys() == tensors.keys()
+    torch.save({"a": torch.ones(2)}, tmp_path / "other")
+    assert not safetensors_file.begins(tmp_path / "other")
 
 
 def rewritten(path, change):
