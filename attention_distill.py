@@ -36,6 +36,7 @@ SETTINGS = change(  # ImageNet: the README of the authors' code, ViT-L, which di
     #             digits cifar imagenet
     layers=       "75%",
     lr=           (8e-3, 1e-3, 8e-4),
+    weight_decay= (0.2,  0.05, 0.3),
 ) | {
     "attention_weight": Setting(3.0, "weight of the attention loss"),
     "until": Setting(0, "epochs after which the teacher is dismissed (0: never)"),

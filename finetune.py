@@ -28,7 +28,8 @@ SOURCE = {"teacher": Setting("auto", TEACHERS + "none, or a checkpoint's path or
 SCRATCH = change(  # with --teacher none. ImageNet: the recipe of distillation, less the teacher
     COMMON | TEACHER | SOURCE,
     #             digits cifar imagenet
-    weight_decay= (0.5,  0.05, 0.3),
+    lr=           (2e-3, 1e-3, 8e-4),
+    weight_decay= (1.5,  0.05, 0.3),
 )  # fmt: skip
 SETTINGS = change(  # ImageNet: MAE's FINETUNE.md, ViT-L
     COMMON | TEACHER | SOURCE,
@@ -36,8 +37,8 @@ SETTINGS = change(  # ImageNet: MAE's FINETUNE.md, ViT-L
     epochs=       (450,  100,  50),
     warmup=       (45,   5,    5),
     batch=        (50,   512,  1024),
-    lr=           (4e-3, 1e-3, 4e-3),
-    weight_decay= 0.05,
+    lr=           (8e-3, 1e-3, 4e-3),
+    weight_decay= (0.5,  0.05, 0.05),
     beta2=        0.999,
     layer_decay=  0.75,
     ema=          (0.0,  0.999, 0.0),

@@ -139,7 +139,7 @@ TEACHER: Table = {
 }
 TRANSFER: Table = {
     "layers": Setting(
-        ("3", "all", "all"),
+        "all",
         "whose maps are transferred: a count (18) or share (75%) of the first, a range (6-11), a "
         "list (0,2,4-7) or all",
     ),

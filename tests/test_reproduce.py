@@ -22,6 +22,7 @@ from data import KINDS
 from experiments import jobs, looks, report, reproduce, rows, shift, ship, tables, tune
 from experiments.estimates import draws, estimates
 from experiments.rows import MAIN, Runs
+from lending import parse_layers
 
 ROOT = Path(__file__).parent.parent
 RESULTS = {path.stem: json.loads(path.read_text()) for path in (ROOT / "results").glob("*.json")}
@@ -315,8 +316,19 @@ def test_a_table_shows_means_and_intervals():
 
 
 def test_the_base_task_is_what_the_rule_chose():
-    if "digits-tuning" in RESULTS:
-        assert reproduce.simplest(RESULTS["digits-tuning"]["points"]) == tables.BASE
+    assert reproduce.simplest(RESULTS["digits-tuning"]["points"]) == tables.BASE
+
+
+@pytest.mark.parametrize("row", MAIN)
+def test_the_defaults_of_the_scripts_are_what_tuning_chose(row):
+    chosen = RESULTS["digits-tuning"]["points"][tables.BASE][row]["chosen"]
+    none = ["--teacher", "none"] if MAIN[row].teacher == "none" else []
+    usual = vars(jobs.SCRIPTS[MAIN[row].script].parse(none))
+    for name, value in chosen.items():
+        same = usual[name] == value
+        if name == "layers":
+            same = parse_layers(usual[name], 4) == parse_layers(value, 4)
+        assert same, (name, usual[name], value)
 
 
 def cell(found: dict) -> str:
