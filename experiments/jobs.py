@@ -92,6 +92,11 @@ class Job:
         return json.loads((self.out / "config.json").read_text())["commit"]
 
 
+def depth(job: Job, jobs: dict[str, Job]) -> int:
+    """How many jobs, one after the other, must be done before a job."""
+    return max((1 + depth(jobs[name], jobs) for name in job.after), default=0)
+
+
 Made = dict[str, dict[str, list[Job]]]  # point: row: its runs, one for each seed
 
 
@@ -116,8 +121,8 @@ class Runner:
         with ThreadPoolExecutor(self.workers) as pool:
             futures: dict[str, Future] = {}
             try:
-                # Each job stands behind those it needs, so that no thread waits in vain.
-                for name, job in jobs.items():
+                # Those that need none first: or threads would wait where others could train.
+                for name, job in sorted(jobs.items(), key=lambda item: depth(item[1], jobs)):
                     needed = [futures[other] for other in job.after]
                     futures[name] = pool.submit(self.one, name, job, needed)
                 return {name: future.result() for name, future in futures.items()}
