@@ -30,22 +30,26 @@ def teams(made: Made, groups: np.ndarray) -> dict:
     The correlation (phi) is that of being wrong on the same images: its mean over seeds, and how
     far it is from that of two fine-tuned nets.
     """
-    points = {}
-    for point, of_rows in made.items():
-        p = {row: np.stack([seen(job)[0] for job in jobs]) for row, jobs in of_rows.items()}
-        labels = seen(next(iter(of_rows.values()))[0])[1]
-        p |= {team: (p[one] + p[other]) / 2 for team, (one, other) in TEAMS.items()}
-        correct = {name: found.argmax(axis=-1) == labels for name, found in p.items()}
-        points[point] = estimates(correct, groups, AGAINST)
+    correct = {point: classified(of_rows) for point, of_rows in made.items()}
+    points = estimates(correct, groups, AGAINST)["points"]
+    for point, right in correct.items():
         phi = {
             team: np.array([np.corrcoef(*pair)[0, 1] for pair in zip(*of, strict=True)])
-            for team, of in ((team, [correct[row] for row in pair]) for team, pair in TEAMS.items())
+            for team, of in ((team, [right[row] for row in pair]) for team, pair in TEAMS.items())
         }
         for team, found in phi.items():
             points[point][team]["error_correlation"] = over_seeds(found) | {
                 "difference": over_seeds(found - phi[ALIKE]) | {"from": ALIKE}
             }
     return points
+
+
+def classified(of_rows: dict[str, list[Job]]) -> dict[str, np.ndarray]:
+    """Of each row and team whether it classified each test image rightly, (seeds, images)."""
+    p = {row: np.stack([seen(job)[0] for job in jobs]) for row, jobs in of_rows.items()}
+    labels = seen(next(iter(of_rows.values()))[0])[1]
+    p |= {team: (p[one] + p[other]) / 2 for team, (one, other) in TEAMS.items()}
+    return {name: found.argmax(axis=-1) == labels for name, found in p.items()}
 
 
 def seen(job: Job) -> tuple[np.ndarray, np.ndarray]:

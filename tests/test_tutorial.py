@@ -28,7 +28,9 @@ def text(tmp_path_factory):
         shutil.copytree(ROOT / folder, here / folder)
     notebook = nbformat.read(here / "tutorial.ipynb", as_version=4)
     cell = next(cell for cell in notebook.cells if '"--epochs", "200"' in cell.source)
-    cell.source = cell.source.replace('"--epochs", "200"', '"--epochs", "20"')
+    cell.source = cell.source.replace('"--epochs", "200"', '"--epochs", "10"')
+    cell = next(cell for cell in notebook.cells if "range(60 if" in cell.source)
+    cell.source = cell.source.replace("range(60 if", "range(2 if")
     NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(here)}}).execute()
     return printed(notebook)
 
@@ -58,10 +60,10 @@ def test_an_untrained_map_is_nearly_uniform(text):
     assert 0.95 * most < entropy <= most
 
 
-def test_a_copys_maps_are_the_teachers_in_the_layers_that_are_lent(text):
+def test_a_copys_maps_are_the_teachers(text):
     maps, features = "divergence from the teacher's maps", "CKA with the teacher's features"
-    *lent, own = row(text, "attention copy", maps)[::2]
-    assert max(lent) < 5e-4 < own
+    lent, own = (row(text, name, maps)[::2] for name in ("attention copy", "from scratch"))
+    assert max(lent) < 5e-4 < min(own)
     for name in ("from scratch", "attention copy", "attention distillation", "fine-tuning"):
         assert all(0 <= x < 0.6932 for x in row(text, name, maps))
         assert all(-0.2 <= x <= 1.0001 for x in row(text, name, features))
