@@ -186,12 +186,14 @@ def parameter_groups(net: nn.Module, weight_decay: float, layer_decay: float) ->
 
 @torch.no_grad()
 def update_average(average: nn.Module, net: nn.Module, decay: float, step: int) -> None:
-    """Exponential moving average of the weights.
+    """Exponential moving average of the weights; of buffers (batch norm's) a copy.
 
     Young averages follow faster, so that short runs forget their start.
     """
     decay = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(average.parameters()), list(net.parameters()), 1 - decay)
+    for ours, theirs in zip(average.buffers(), net.buffers(), strict=True):
+        ours.copy_(theirs)
 
 
 def precision(amp: str, net: nn.Module) -> torch.dtype | None:

@@ -103,13 +103,15 @@ def introduce(task, learner: Learner, out: Path, rate: float) -> None:
 
 
 def size_of(net) -> str:
-    arch, trained = net.architecture, [p for p in net.parameters() if p.requires_grad]
+    arch = getattr(net, "architecture", None)
+    trained = f"{sum(p.numel() for p in net.parameters() if p.requires_grad):,} parameters"
+    if not arch:  # no ViT
+        return trained
     patches = (arch["image_size"] // arch["patch"]) ** 2
     beyond = [f"{name} {arch[name]}" for name in COMPONENTS if arch[name] != getattr(Config, name)]
     return (
         f"{arch['dim']} wide, {arch['depth']} deep, {arch['heads']} heads, "
-        f"{patches} patches of {arch['patch']} x {arch['patch']}; "
-        f"{sum(p.numel() for p in trained):,} parameters"
+        f"{patches} patches of {arch['patch']} x {arch['patch']}; {trained}"
         + (f"; {', '.join(beyond)}" if beyond else "")
     )
 

@@ -10,6 +10,7 @@ from launch import print0
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -107,15 +108,20 @@ def check(settings: Settings) -> None:
 
 
 def pretrained(settings: Settings, images: data.Data) -> Path:
-    """The model.pt of a teacher for these settings and images, pre-trained now if need be.
-
-    One that was made otherwise is left alone: the new one goes to a folder beside it.
-    """
+    """The model.pt of a teacher for these settings and images, pre-trained now if need be."""
     net, run = ("model", "patch", "components"), ("seed", "device", "amp", "compile", "save_every")
     shared = {k: v for k, v in vars(settings).items() if k in (*IMAGES, *net, *run)}
     own = pretrain.parse(["--data", settings.data]).but(**shared).but(num_labels=0, subset_seed=-1)
-    wanted = what_counts(runs.identity("pretrain", images, None, own))
-    out = runs.folder(own, "pretrain")
+    return made("pretrain", pretrain.task, own, images)
+
+
+def made(name: str, task: Callable, own: Settings, images: data.Data) -> Path:
+    """The model.pt of the run that task(own) is, trained now if need be; `images` are its own.
+
+    One that was made otherwise is left alone: the new one goes to a folder beside it.
+    """
+    wanted = what_counts(runs.identity(name, images, None, own))
+    out = runs.folder(own, name)
     found = runs.what_is_in(out)
     if found is not None and (odd := runs.differences(what_counts(found), wanted)):
         how = f"made otherwise ({'; '.join(odd[:3])})" if found else "of unknown origin"
@@ -128,10 +134,10 @@ def pretrained(settings: Settings, images: data.Data) -> Path:
         print0(f"The teacher in {out} is not finished: going on with it first.")
         own = own.but(amp=found["amp"], resume=True)
     else:
-        print0(f"No teacher in {out} yet: pre-training one first.")
+        print0(f"No teacher in {out} yet: making one first.")
     own = own.but(out=str(out))
     try:
-        train.fit(pretrain.task(own), own)
+        train.fit(task(own), own)
     except ValueError as error:
         raise ValueError(f"the teacher in {out}: {error}; or remove that folder") from error
     print0("The teacher is ready. Now the student:")

@@ -1,0 +1,143 @@
+"""Activation attention transfer: a small CNN learns where a larger one is active.
+
+Zagoruyko and Komodakis, ICLR 2017 (arXiv 1612.03928). The "attention map" of a
+group of layers is how strongly each place is active, whatever the channel:
+
+    at(x) = sum over channels of x^2, flattened, divided by its L2 norm
+    loss  = classification + weight * sum over groups of
+            mean over images and places of (at(student) - at(teacher))^2
+
+and no query looks at any key: that is all it has in common with a ViT's
+attention. Beside it, distillation of the teacher's softened classes (Hinton et
+al. 2015). Moonshine (Crowley et al., NeurIPS 2018, arXiv 1711.02613) keeps the
+teacher's shape and makes its convolutions cheap: --model grouped, bottleneck.
+
+    python -m related.activations                        trains a teacher first
+    python -m related.activations --at-weight 0 --kd-weight 0.9          Hinton
+    python -m related.activations --at-weight 0 --out runs/alone        control
+    python -m related.activations --model grouped
+
+SGD is theirs; here the optimiser is AdamW, as everywhere in this repository.
+"""
+
+import launch
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import checkpoints
+import data
+import finetune
+import runs
+import storage
+import teachers
+import train
+from related.wide_resnet import MODELS, WideResNet
+from settings import AUGMENTATION, IMAGES, RUN, TRAINING, Setting, Settings, change, parse_settings
+
+SETTINGS = change(
+    IMAGES | TRAINING | AUGMENTATION | RUN,
+    #             digits cifar
+    num_labels=   (300,  0),
+    epochs=       (60,   100),
+    warmup=       (6,    5),
+    lr=           (4e-3, 2e-3),
+    weight_decay= 0.05,
+    eval_every=   (20,   5),
+) | {
+    "model": Setting("small", "the student, or the teacher alone", choices=MODELS),
+    "teacher": Setting("auto", "model.pt of a teacher (auto: made here first)", free=True),
+    "at_weight": Setting(1000.0, "weight of attention transfer (0: none)"),
+    "kd_weight": Setting(0.0, "share of the loss that the teacher's classes are", high=1),
+    "temperature": Setting(4.0, "that softens these classes", low=0.01),
+    "kd": Setting(
+        "kl", "how they are compared: kl, sum over classes; moonshine: mean over them, doubled",
+        choices=("kl", "moonshine"),
+    ),
+}  # fmt: skip
+parse = partial(parse_settings, __doc__, SETTINGS)
+
+
+def at(x: Tensor) -> Tensor:
+    """Where a layer is active: (B, C, H, W) to (B, H * W), each of L2 norm 1 (section 3.1)."""
+    return F.normalize(x.square().mean(dim=1).flatten(1))
+
+
+def at_loss(ours: Tensor, theirs: Tensor) -> Tensor:
+    return (at(ours) - at(theirs)).square().mean()
+
+
+def kd_loss(logits: Tensor, theirs: Tensor, settings: Settings) -> Tensor:
+    """KL divergence of the softened classes, times T^2; as each paper's code averages it."""
+    t = settings.temperature
+    log_p, p_t = (logits / t).log_softmax(dim=-1), (theirs / t).softmax(dim=-1)
+    if settings.kd == "kl":
+        return F.kl_div(log_p, p_t, reduction="batchmean") * t**2
+    return F.kl_div(log_p, p_t, reduction="none").mean() * t**2 * 2
+
+
+def loss(student: WideResNet, images, labels, teacher: WideResNet, settings: Settings):
+    """Student and teacher walk side by side, group by group."""
+    transferred = 0.0
+    with torch.no_grad():
+        targets = list(teacher.run(images))
+    for ours, theirs in zip(student.run(images), targets, strict=True):
+        transferred = transferred + at_loss(ours, theirs)
+    logits, share = student.classify(ours), settings.kd_weight
+    own = F.cross_entropy(logits, labels, label_smoothing=settings.smoothing)
+    terms = {"class": (1 - share) * own, "at": settings.at_weight * transferred}
+    if share:
+        terms["kd"] = share * kd_loss(logits, teacher.classify(theirs).detach(), settings)
+    return terms, {}
+
+
+def task(settings: Settings, images: data.Data | None = None) -> train.Task:
+    """Everything that train.fit needs. `images`: others than those that the settings name."""
+    device = launch.device(settings.device)
+    images = images or data.load(settings, device)
+    alone = settings.model == "teacher" or not (settings.at_weight or settings.kd_weight)
+    source = None if alone else found(settings, images)
+    torch.manual_seed(settings.seed)
+    build: Callable = partial(WideResNet, channels=images.channels, classes=len(images.classes))
+    student = build(settings.model).to(device)
+    made_of = partial(finetune.loss, settings=settings)
+    if source:
+        teacher = build("teacher")
+        teacher.load_state_dict(source.weights)
+        teacher.to(device).eval().requires_grad_(False)
+        made_of = partial(loss, teacher=teacher, settings=settings)
+    return train.Task(
+        "activations", student, images, made_of, finetune.predict, export, teacher=source
+    )
+
+
+def found(settings: Settings, images: data.Data) -> checkpoints.Checkpoint:
+    """The teacher that is named, or made here first."""
+    path = settings.teacher
+    if path == "auto":
+        own = settings.but(model="teacher", out="", resume=False, overwrite=False)
+        path = teachers.made("activations", task, own, images)
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no teacher at {path}")
+    state = storage.read(path)
+    if not isinstance(state, dict) or state.get("method") != "activations":
+        raise ValueError(f"--teacher {path}: not what --model teacher leaves")
+    return checkpoints.Checkpoint(str(path), state["model"], {}, method="activations")
+
+
+def export(net: WideResNet) -> dict:
+    return {"model": net.state_dict()}
+
+
+def main(settings: Settings) -> dict:
+    runs.check(settings, "activations")
+    return train.fit(task(settings), settings)
+
+
+if __name__ == "__main__":
+    launch.run(main, parse)

@@ -1,0 +1,78 @@
+"""A wide ResNet whose groups say what they made; and cheap ones of the same shape (Moonshine)."""
+
+from collections.abc import Iterator
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+MODELS = {  # depth, width and convolutions
+    "teacher": (16, 2, "plain"),
+    "small": (16, 1, "plain"),
+    "grouped": (16, 2, "grouped"),
+    "bottleneck": (16, 2, "bottleneck"),
+}
+
+
+def convolution(kind: str, dim_in: int, dim_out: int, stride: int) -> nn.Module:
+    """A 3x3 convolution, or a cheap one of the same shape (Moonshine, table 1)."""
+    how = dict(kernel_size=3, stride=stride, padding=1, bias=False)
+    if kind == "plain":
+        return nn.Conv2d(dim_in, dim_out, **how)
+    if kind == "grouped":  # in groups of 8 channels, and mixed point by point
+        apart = nn.Conv2d(dim_in, dim_in, groups=max(1, dim_in // 8), **how)
+        return nn.Sequential(apart, nn.Conv2d(dim_in, dim_out, 1, bias=False))
+    narrow = dim_out // 2
+    down, up = nn.Conv2d(dim_in, narrow, 1, bias=False), nn.Conv2d(narrow, dim_out, 1, bias=False)
+    return nn.Sequential(down, nn.Conv2d(narrow, narrow, **how), up)
+
+
+class Block(nn.Module):
+    """Twice norm, ReLU, convolution, beside a shortcut (He et al. 2016b)."""
+
+    def __init__(self, kind: str, dim_in: int, dim_out: int, stride: int):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.BatchNorm2d(dim) for dim in (dim_in, dim_out))
+        self.first = convolution(kind, dim_in, dim_out, stride)
+        self.second = convolution(kind, dim_out, dim_out, 1)
+        self.shortcut = nn.Identity()
+        if dim_in != dim_out:
+            self.shortcut = nn.Conv2d(dim_in, dim_out, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.norms[0](x))
+        shortcut = x if isinstance(self.shortcut, nn.Identity) else self.shortcut(y)
+        return shortcut + self.second(F.relu(self.norms[1](self.first(y))))
+
+
+class WideResNet(nn.Module):
+    """Three groups of blocks, at the whole, a half and a quarter of the side (arXiv 1605.07146)."""
+
+    def __init__(self, model: str, channels: int, classes: int):
+        super().__init__()
+        depth, width, kind = MODELS[model]
+        dims = (16, 16 * width, 32 * width, 64 * width)
+        self.stem = nn.Conv2d(channels, dims[0], 3, padding=1, bias=False)
+        self.groups = nn.ModuleList()
+        for i in range(3):
+            inputs = [dims[i]] + [dims[i + 1]] * ((depth - 4) // 6 - 1)
+            strides = [2 if i else 1] + [1] * (len(inputs) - 1)
+            blocks = (
+                Block(kind, dim, dims[i + 1], s) for dim, s in zip(inputs, strides, strict=True)
+            )
+            self.groups.append(nn.Sequential(*blocks))
+        self.norm = nn.BatchNorm2d(dims[-1])
+        self.head = nn.Linear(dims[-1], classes)
+
+    def run(self, images: Tensor) -> Iterator[Tensor]:
+        """Group by group: its output (B, C, H, W)."""
+        x = self.stem(images)
+        for group in self.groups:
+            x = group(x)
+            yield x
+
+    def classify(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.norm(x)).mean(dim=(2, 3)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        *_, x = self.run(images)
+        return self.classify(x)

@@ -1,0 +1,113 @@
+"""The related systems: each loss against its formula in loops, and against what it must be."""
+
+import pytest
+import torch
+from torch import nn
+
+import learner
+import train
+from related import activations
+from related.wide_resnet import MODELS, WideResNet
+
+
+def images_of(seed=0):
+    torch.manual_seed(seed)
+    return torch.randn(4, 1, 12, 12), torch.tensor([1, 2, 3, 4])
+
+
+def test_where_a_layer_is_active_is_as_in_loops():
+    torch.manual_seed(0)
+    ours, theirs = torch.randn(3, 5, 4, 4), torch.randn(3, 7, 4, 4)  # of other widths
+    total, maps = 0.0, []
+    for x in (ours, theirs):
+        maps.append([])
+        for image in x:
+            active = [[sum(c[i, j] ** 2 for c in image) for j in range(4)] for i in range(4)]
+            flat = torch.tensor([v for row in active for v in row])
+            maps[-1].append(flat / flat.norm())
+    for a, b in zip(*maps, strict=True):
+        total += sum((p - q) ** 2 for p, q in zip(a, b, strict=True))
+    assert activations.at_loss(ours, theirs).item() == pytest.approx(float(total) / (3 * 16))
+    torch.testing.assert_close(activations.at(ours), torch.stack(maps[0]))
+
+
+def test_classes_are_compared_as_each_papers_code_does_it():
+    torch.manual_seed(0)
+    logits, theirs, t = torch.randn(3, 10), torch.randn(3, 10), 4.0
+    total = 0.0
+    for a, b in zip(logits, theirs, strict=True):
+        q, p = torch.softmax(a / t, 0), torch.softmax(b / t, 0)
+        total += sum(p[i] * (p[i].log() - q[i].log()) for i in range(10))
+    for kd, factor in (("kl", 16 / 3), ("moonshine", 2 * 16 / 30)):
+        settings = activations.parse(["--kd", kd])
+        found = activations.kd_loss(logits, theirs, settings)
+        assert found.item() == pytest.approx(float(total) * factor, rel=1e-5)
+
+
+@pytest.mark.parametrize("weight", ["--at-weight", "--kd-weight"])
+def test_a_teacher_as_its_own_student_has_nothing_to_learn_from_it(weight):
+    torch.manual_seed(0)
+    net, (images, labels) = WideResNet("teacher", 1, 10).eval(), images_of()
+    settings = activations.parse(["--at-weight", "0", "--kd-weight", "0", weight, "1"])
+    terms, _ = activations.loss(net, images, labels, net, settings)
+    name = weight[2:4]
+    grads = torch.autograd.grad(terms[name], net.parameters(), allow_unused=True)
+    assert terms[name].item() == pytest.approx(0, abs=1e-6)
+    assert all(g is None or g.abs().max() < 1e-6 for g in grads)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_students_have_the_shape_of_the_teachers_maps(model):
+    images, _ = images_of()
+    shapes = [x.shape[2:] for x in WideResNet(model, 1, 10).run(images)]
+    assert shapes == [(12, 12), (6, 6), (3, 3)]
+    if model in ("grouped", "bottleneck"):  # as wide as the teacher, and cheaper
+        ours, theirs = (list(WideResNet(m, 1, 10).run(images)) for m in (model, "teacher"))
+        assert [x.shape for x in ours] == [x.shape for x in theirs]
+        counts = [
+            sum(p.numel() for p in WideResNet(m, 1, 10).parameters()) for m in (model, "teacher")
+        ]
+        assert counts[0] < counts[1] / 2
+
+
+def test_the_average_of_weights_brings_the_statistics_of_its_norms():
+    net, average = (nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)) for _ in range(2))
+    net(torch.randn(50, 3) * 3 + 1)
+    learner.update_average(average, net, 0.9, 5)
+    assert torch.equal(average[1].running_var, net[1].running_var)
+    assert average[1].num_batches_tracked == 1
+
+
+def test_a_run_makes_its_teacher_once_and_resumes_to_the_same_bits(photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv = ["--data", "folder", "--data-dir", str(photos), "--image-size", "16", "--workers", "0"]
+    argv += ["--epochs", "2", "--warmup", "0", "--batch", "8", "--num-labels", "0", "--ema", "0.9"]
+    argv += ["--kd-weight", "0.5"]
+    settings = activations.parse(argv)
+    activations.main(settings.but(out="whole"))
+    teacher = tmp_path / "runs/activations-folder-teacher-s0/model.pt"
+    before = teacher.stat().st_mtime_ns
+    save, cut = train.save_state, settings.but(out="cut")
+
+    def stop(*state):
+        save(*state)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "save_state", stop)
+        activations.main(cut)
+    result = activations.main(cut.but(resume=True))
+    assert teacher.stat().st_mtime_ns == before
+    nets = [torch.load(f"{out}/last.pt")["net"] for out in ("whole", "cut")]
+    assert all(torch.equal(value, nets[1][key]) for key, value in nets[0].items())
+    assert result["kd"] > 0 and result["at"] > 0
+
+
+def test_what_is_no_teacher_is_refused(failing, tmp_path):
+    for path, words in (
+        ("missing.pt", "no teacher at"),
+        ("x.pt", "not what --model teacher leaves"),
+    ):
+        torch.save({"model": {}}, tmp_path / "x.pt")
+        code, line = failing(activations, ["--teacher", tmp_path / path, "--out", tmp_path / "run"])
+        assert code == 2 and words in line
