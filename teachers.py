@@ -145,8 +145,12 @@ def made(name: str, task: Callable, own: Settings, images: data.Data) -> Path:
 
 
 def what_counts(run: dict) -> dict:
-    """Of what a run is, what makes its teacher another one: not how its sums are rounded."""
-    return {k: v for k, v in run.items() if k not in ("amp", "images_per_step", "one_tensor")}
+    """Of what a run is, what makes its teacher another one: not how its sums are rounded.
+
+    Nor, if it had a teacher itself, which that was: --teacher says it.
+    """
+    others = ("amp", "images_per_step", "one_tensor", "teacher_weights")
+    return {k: v for k, v in run.items() if k not in others}
 
 
 def teacher_and_student(settings: Settings, images: data.Data | None = None):

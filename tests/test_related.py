@@ -6,7 +6,9 @@ from torch import nn
 
 import learner
 import train
-from related import activations
+import vit
+from attention import attention_map
+from related import activations, linear_attention
 from related.wide_resnet import MODELS, WideResNet
 
 
@@ -111,3 +113,63 @@ def test_what_is_no_teacher_is_refused(failing, tmp_path):
         torch.save({"model": {}}, tmp_path / "x.pt")
         code, line = failing(activations, ["--teacher", tmp_path / path, "--out", tmp_path / "run"])
         assert code == 2 and words in line
+
+
+# Linear attention ---------------------------------------------------------------------------------
+
+
+def small_vit(seed=0):
+    torch.manual_seed(seed)
+    return vit.ViT(vit.Config(12, 3, 1, 10, 32, 3, 4)).eval()
+
+
+def test_linear_attention_is_that_of_its_maps_in_loops():
+    net = small_vit()
+    linear = linear_attention.Linear(net.blocks[0].attn, 8)
+    images, _ = images_of()
+    (_, used), *_ = net.run(images)
+    found = linear.see(used)
+    for image, head in ((0, 0), (3, 2)):
+        q, k = [], []
+        for phi, x, w in zip((q, k), (used.q, used.k), linear.features, strict=True):
+            for token in x[image, head]:
+                y = token @ w[head] * 8**-0.25
+                phi.append(torch.cat([y.softmax(0), (-y).softmax(0)]))
+        p = torch.stack(q) @ torch.stack(k).T
+        p = p / p.sum(dim=1, keepdim=True)  # a map after all: each row a distribution
+        torch.testing.assert_close(found[image, head], p @ used.v[image, head])
+
+
+def test_the_transfer_loss_is_equation_6_and_reaches_feature_maps_alone():
+    teacher, student = small_vit(), linear_attention.linearised(small_vit())
+    images, labels = images_of()
+    terms, _ = linear_attention.transfer_loss(student, images, labels, teacher)
+    total = 0.0
+    for block, (_, used) in zip(student.blocks, teacher.run(images), strict=True):
+        y, y_hat = attention_map(used) @ used.v, block.attn.see(used)
+        of_layer = 0.0
+        for image in range(4):
+            for head in range(4):
+                of_layer += ((y - y_hat)[image, head] ** 2).sum() / 8
+        total += of_layer / (4 * 4)
+    assert terms["transfer"].item() == pytest.approx(total.item() / 3, rel=1e-5)
+    terms["transfer"].backward()
+    for name, p in student.named_parameters():
+        assert (p.grad is not None) == name.endswith("features"), name
+
+
+def test_a_low_rank_change_begins_as_nothing_and_is_all_that_learns():
+    net, (images, labels) = linear_attention.linearised(small_vit()), images_of()
+    before = net(images)
+    linear_attention.low_rank(net, 2)
+    torch.testing.assert_close(net(images), before)
+    nn.functional.cross_entropy(net(images), labels).backward()
+    learned = {n for n, p in net.named_parameters() if p.requires_grad}
+    assert {n.rsplit(".", 1)[1] for n in learned} == {"up", "down"}
+    assert all(p.grad is not None for p in net.parameters() if p.requires_grad)
+    layer = net.blocks[1].attn.attention.qkv
+    change = layer.parametrizations.weight[0]
+    change.up.data.normal_()
+    whole = layer.parametrizations.weight.original + 8 * change.up @ change.down
+    torch.testing.assert_close(layer.weight, whole)
+    assert torch.linalg.matrix_rank(whole - layer.parametrizations.weight.original) == 2

@@ -1,0 +1,226 @@
+"""LoLCATs for a ViT: its softmax attention becomes linear, first taught, then mended.
+
+Zhang et al., ICLR 2025 (arXiv 2410.10254). Linear attention never makes a map
+of N x N: with feature maps phi,
+
+    out = phi(q) (phi(k)' v) / (phi(q) sum of phi(k))
+
+costs N, not N^2. 1. Attention transfer: all weights of a fine-tuned ViT are
+frozen, and phi learns that each layer's output is that of the softmax (mean
+squared error, section 3.1). 2. LoRA: a low-rank change of q, k, v and the
+projection is learned from the labels (section 3.2). phi is Hedgehog's:
+softmax over channels of q W, and of -q W.
+
+    python -m related.linear_attention             1, of a ViT fine-tuned first
+    python -m related.linear_attention --lora      2, after 1
+    python -m related.linear_attention --lora --no-transfer             control
+    python -m related.linear_attention --measure runs/linear.png       how fast
+"""
+
+import launch
+from launch import print0
+
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from einops import einsum
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+import checkpoints
+import data
+import families
+import finetune
+import pictures
+import runs
+import storage
+import teachers
+import train
+from attention import OWN, Attended, Attention, attend
+from positions import ALL
+from settings import COMMON, Setting, Settings, change, parse_settings
+from vit import Config, ViT
+
+SETTINGS = change(
+    COMMON,
+    #             digits cifar imagenet
+    epochs=       (60,   10,   2),
+    warmup=       (6,    1,    0),
+    lr=           (1e-2, 1e-2, 1e-2),
+    weight_decay= 0.0,
+    drop_path=    0.0,
+    eval_every=   (20,   1,    1),
+) | {
+    "teacher": Setting("auto", "a ViT with a head (auto: fine-tuned here first)", free=True),
+    "lora": Setting(False, "the second step: all but the low-rank change is frozen"),
+    "transfer": Setting(True, "before it, the first (the control: phi as it begins)"),
+    "rank": Setting(8, "of the change of a matrix", low=1),
+    "measure": Setting("", "train nothing: draw images/s over tokens to this file"),
+}  # fmt: skip
+parse = partial(parse_settings, __doc__, SETTINGS)
+TOKENS = (64, 256, 1024, 4096)
+
+
+class Linear(nn.Module):
+    """Attention with the weights of a softmax attention, and feature maps for its queries, keys."""
+
+    def __init__(self, attention: Attention, width: int):
+        super().__init__()
+        self.attention = attention
+        begin = torch.eye(width).repeat(2, attention.heads, 1, 1)
+        self.features = nn.Parameter(begin + 0.02 * torch.randn_like(begin))  # of q, of k
+
+    def forward(self, x: Tensor, given: Attended = OWN, places=ALL) -> tuple[Tensor, Attended]:
+        attended = self.attention.complete(x, given, places)
+        y = self.see(attended).transpose(1, 2).flatten(2)
+        return self.attention.proj(y), attended
+
+    def see(self, attended: Attended) -> Tensor:
+        """What each query sees: (B, H, N, d), as attention.attend, but linear in N."""
+        q, k = (hedgehog(x, w) for x, w in zip(attended[:2], self.features, strict=True))
+        held = einsum(k, attended.v, "b h n f, b h n d -> b h f d")
+        weight = einsum(q, k.sum(dim=2), "b h n f, b h f -> b h n")
+        return einsum(q, held, "b h n f, b h f d -> b h n d") / weight[..., None]
+
+
+def hedgehog(x: Tensor, w: Tensor) -> Tensor:
+    """phi: (B, H, N, d) to (B, H, N, 2 d), positive (Zhang et al. 2024, "The Hedgehog")."""
+    x = einsum(x, w, "b h n d, h d f -> b h n f") * x.shape[-1] ** -0.25
+    return torch.cat([x.softmax(dim=-1), (-x).softmax(dim=-1)], dim=-1)
+
+
+class LoRA(nn.Module):
+    """A matrix, changed by one of low rank that begins as 0 (Hu et al. 2022)."""
+
+    def __init__(self, weight: Tensor, rank: int, alpha: float = 16.0):
+        super().__init__()
+        out, into = weight.shape
+        self.down = nn.Parameter(torch.randn(rank, into) * into**-0.5)
+        self.up, self.scale = nn.Parameter(torch.zeros(out, rank)), alpha / rank
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.scale * self.up @ self.down
+
+
+def linearised(vit: ViT) -> ViT:
+    """The same net with linear attention; all but its feature maps is frozen."""
+    vit.requires_grad_(False)
+    for block in vit.blocks:
+        block.attn = Linear(block.attn, vit.config.dim // vit.config.heads)
+    return vit
+
+
+def low_rank(net: ViT, rank: int) -> None:
+    """Adds what the second step learns; the rest is frozen."""
+    net.requires_grad_(False)
+    for block in net.blocks:
+        for layer in (block.attn.attention.qkv, block.attn.attention.proj):
+            change = LoRA(layer.weight, rank).to(layer.weight.device)
+            parametrize.register_parametrization(layer, "weight", change)
+            layer.parametrizations.weight.original.requires_grad_(False)
+
+
+def transfer_loss(student: ViT, images, labels, teacher: ViT):
+    """Mean squared error of each layer's output, on what the softmax made of the layers before."""
+    with torch.no_grad():
+        attended = [used for _, used in teacher.run(images)]
+    losses = []
+    for block, used in zip(student.blocks, attended, strict=True):
+        error = (block.attn.see(used) - attend(used)).square()  # (B, H, N, d)
+        losses.append(error.sum(dim=2).mean())  # equation 6
+    return {"transfer": sum(losses) / len(losses)}, {}
+
+
+def task(settings: Settings, images: data.Data | None = None) -> train.Task:
+    """Everything that train.fit needs. `images`: others than those that the settings name."""
+    device = launch.device(settings.device)
+    images = images or data.load(settings, device)
+    source = found(settings, images)
+    teacher, student = (checkpoints.load(source).to(device) for _ in range(2))
+    teacher.eval().requires_grad_(False)
+    torch.manual_seed(settings.seed)
+    student = linearised(student).to(device)
+    loss = partial(transfer_loss, teacher=teacher)
+    if settings.lora:
+        if settings.transfer:
+            own = settings.but(lora=False, out="", resume=False, overwrite=False)
+            path = teachers.made("linear", task, own, images)
+            student.load_state_dict(storage.read(path)["linear"])
+        low_rank(student, settings.rank)
+        loss = partial(finetune.loss, settings=settings)
+    name = "lora" if settings.lora else "linear"
+    return train.Task(name, student, images, loss, finetune.predict, export, teacher=source)
+
+
+def found(settings: Settings, images: data.Data) -> checkpoints.Checkpoint:
+    """The ViT that is named, or one fine-tuned here first."""
+    path = settings.teacher
+    if path == "auto":
+        shared = {k: v for k, v in vars(settings).items() if k in (*SHARED, "seed", "device")}
+        own = finetune.parse(["--data", settings.data]).but(**shared)
+        path = teachers.made("finetune", finetune.task, own, images)
+    source = checkpoints.read(path)
+    if source.architecture["classes"] != len(images.classes):
+        raise ValueError(
+            f"--teacher {path}: its head is not of these {len(images.classes)} classes"
+        )
+    images.adopt(source)
+    return source
+
+
+SHARED = ("data", "data_dir", "image_size", "num_labels", "scraps", "model", "patch", "workers")
+
+
+def export(net: ViT) -> dict:
+    return {"linear": net.state_dict()}
+
+
+# How fast -----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def measure(settings: Settings) -> dict[str, list[float]]:
+    """Images/s of a random ViT with softmax and with linear attention, at TOKENS patches."""
+    device, found = launch.device(settings.device), {"softmax": [], "linear": []}
+    for tokens in TOKENS:
+        side = round(tokens**0.5) * settings.patch
+        shape = Config(side, settings.patch, 3, 10, *families.size(settings.model))
+        batch = torch.randn(max(1, 4096 // tokens), 3, side, side, device=device)
+        for name, make in (("softmax", lambda net: net), ("linear", linearised)):
+            net = make(ViT(shape).eval()).to(device)
+            seconds = []
+            for _ in range(5):
+                began = time.perf_counter()
+                net(batch).sum().item()  # waits for the device
+                seconds.append(time.perf_counter() - began)
+            found[name].append(len(batch) / min(seconds))
+        faster = found["linear"][-1] / found["softmax"][-1]
+        print0(f"{tokens:>5} tokens: {faster:5.2f} times as fast with linear attention")
+    return found
+
+
+def draw(found: dict[str, list[float]]):
+    fig, axis = pictures.figure()
+    for name, speeds in found.items():
+        axis.plot(TOKENS, speeds, marker="o", label=name)
+    axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="images/s")
+    axis.set_xticks(TOKENS, TOKENS)
+    axis.legend(frameon=False)
+    return fig
+
+
+def main(settings: Settings) -> dict:
+    if settings.measure:
+        launch.one_process()
+        found = measure(settings)
+        pictures.save(draw(found), Path(settings.measure))
+        print0(f"wrote {settings.measure}")
+        return found
+    runs.check(settings, "lora" if settings.lora else "linear")
+    return train.fit(task(settings), settings)
+
+
+if __name__ == "__main__":
+    launch.run(main, parse)
