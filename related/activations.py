@@ -120,7 +120,8 @@ def found(settings: Settings, images: data.Data) -> checkpoints.Checkpoint:
     """The teacher that is named, or made here first."""
     path = settings.teacher
     if path == "auto":
-        own = settings.but(model="teacher", out="", resume=False, overwrite=False)
+        shared = {k: v for k, v in vars(settings).items() if k in SHARED}
+        own = parse(["--data", settings.data]).but(**shared, model="teacher")
         path = teachers.made("activations", task, own, images)
     if not Path(path).is_file():
         raise FileNotFoundError(f"no teacher at {path}")
@@ -128,6 +129,9 @@ def found(settings: Settings, images: data.Data) -> checkpoints.Checkpoint:
     if not isinstance(state, dict) or state.get("method") != "activations":
         raise ValueError(f"--teacher {path}: not what --model teacher leaves")
     return checkpoints.Checkpoint(str(path), state["model"], {}, method="activations")
+
+
+SHARED = {*IMAGES, "seed", "device", "amp", "compile", "save_every"}  # the rest is its recipe
 
 
 def export(net: WideResNet) -> dict:

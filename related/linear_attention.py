@@ -40,7 +40,7 @@ import teachers
 import train
 from attention import OWN, Attended, Attention, attend
 from positions import ALL
-from settings import COMMON, Setting, Settings, change, parse_settings
+from settings import COMMON, IMAGES, Setting, Settings, change, parse_settings
 from vit import Config, ViT
 
 SETTINGS = change(
@@ -158,7 +158,7 @@ def found(settings: Settings, images: data.Data) -> checkpoints.Checkpoint:
     """The ViT that is named, or one fine-tuned here first."""
     path = settings.teacher
     if path == "auto":
-        shared = {k: v for k, v in vars(settings).items() if k in (*SHARED, "seed", "device")}
+        shared = {k: v for k, v in vars(settings).items() if k in SHARED}
         own = finetune.parse(["--data", settings.data]).but(**shared)
         path = teachers.made("finetune", finetune.task, own, images)
     source = checkpoints.read(path)
@@ -170,7 +170,7 @@ def found(settings: Settings, images: data.Data) -> checkpoints.Checkpoint:
     return source
 
 
-SHARED = ("data", "data_dir", "image_size", "num_labels", "scraps", "model", "patch", "workers")
+SHARED = {*IMAGES, "model", "patch", "components", "seed", "device", "amp", "save_every"}
 
 
 def export(net: ViT) -> dict:

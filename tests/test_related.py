@@ -1,14 +1,17 @@
 """The related systems: each loss against its formula in loops, and against what it must be."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
+import augment
 import learner
 import train
 import vit
 from attention import attention_map
-from related import activations, linear_attention
+from related import activations, integrated_gradients, linear_attention
 from related.wide_resnet import MODELS, WideResNet
 
 
@@ -80,15 +83,20 @@ def test_the_average_of_weights_brings_the_statistics_of_its_norms():
     assert average[1].num_batches_tracked == 1
 
 
-def test_a_run_makes_its_teacher_once_and_resumes_to_the_same_bits(photos, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(scope="module")
+def short(photos, tmp_path_factory):
+    """Arguments of a run on a few photos, with a teacher that was made in two epochs."""
     argv = ["--data", "folder", "--data-dir", str(photos), "--image-size", "16", "--workers", "0"]
-    argv += ["--epochs", "2", "--warmup", "0", "--batch", "8", "--num-labels", "0", "--ema", "0.9"]
-    argv += ["--kd-weight", "0.5"]
-    settings = activations.parse(argv)
+    argv += ["--epochs", "2", "--warmup", "0", "--batch", "8", "--num-labels", "0"]
+    out = tmp_path_factory.mktemp("teacher")
+    activations.main(activations.parse([*argv, "--model", "teacher", "--out", str(out)]))
+    return [*argv, "--teacher", str(out / "model.pt")]
+
+
+def test_a_run_is_resumed_to_the_same_bits(short, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = activations.parse([*short, "--kd-weight", "0.5", "--ema", "0.9"])
     activations.main(settings.but(out="whole"))
-    teacher = tmp_path / "runs/activations-folder-teacher-s0/model.pt"
-    before = teacher.stat().st_mtime_ns
     save, cut = train.save_state, settings.but(out="cut")
 
     def stop(*state):
@@ -99,7 +107,6 @@ def test_a_run_makes_its_teacher_once_and_resumes_to_the_same_bits(photos, tmp_p
         patch.setattr(train, "save_state", stop)
         activations.main(cut)
     result = activations.main(cut.but(resume=True))
-    assert teacher.stat().st_mtime_ns == before
     nets = [torch.load(f"{out}/last.pt")["net"] for out in ("whole", "cut")]
     assert all(torch.equal(value, nets[1][key]) for key, value in nets[0].items())
     assert result["kd"] > 0 and result["at"] > 0
@@ -173,3 +180,48 @@ def test_a_low_rank_change_begins_as_nothing_and_is_all_that_learns():
     whole = layer.parametrizations.weight.original + 8 * change.up @ change.down
     torch.testing.assert_close(layer.weight, whole)
     assert torch.linalg.matrix_rank(whole - layer.parametrizations.weight.original) == 2
+
+
+# Integrated gradients -----------------------------------------------------------------------------
+
+
+def test_what_pixels_contributed_adds_up_to_the_difference_of_outputs():
+    """Completeness (Sundararajan et al. 2017, section 3); of a linear net it is x times weight."""
+    torch.manual_seed(0)
+    net = WideResNet("small", 1, 10).eval().requires_grad_(False)
+    (images, labels), black = images_of(), torch.full((1, 1, 1, 1), -0.7)
+    found = integrated_gradients.integrated_gradients(net, images, labels, black, 400)
+    whole = net(images).gather(1, labels[:, None]) - net(black.expand_as(images)).gather(
+        1, labels[:, None]
+    )
+    torch.testing.assert_close(found.sum(dim=(1, 2, 3)), whole[:, 0], atol=2e-3, rtol=2e-2)
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(144, 10))
+    found = integrated_gradients.integrated_gradients(linear, images, labels, black, 3)
+    weight = linear[1].weight[labels].view(4, 1, 12, 12)
+    torch.testing.assert_close(found, (images - black) * weight)
+
+
+def test_maps_are_laid_over_in_pixels():
+    torch.manual_seed(0)
+    normalise = augment.Normalise(([0.25], [0.35]), "cpu")
+    pixels, maps = torch.rand(6, 1, 4, 4), torch.rand(6, 1, 4, 4)
+    both = torch.cat([normalise(pixels), maps], dim=1)
+    draws = augment.Draws(augment.seeded(0), 6, slice(0, 6), torch.device("cpu"))
+    found = integrated_gradients.lay_over(both, draws, 1.0, normalise)
+    torch.testing.assert_close(found, normalise(0.5 * pixels + 0.5 * maps))
+    draws = augment.Draws(augment.seeded(0), 6, slice(0, 6), torch.device("cpu"))
+    assert torch.equal(integrated_gradients.lay_over(both, draws, 0.0, normalise), both[:, :1])
+
+
+def test_maps_are_made_once_and_known_by_what_they_are_of(short, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv = [*short, "--bank", "20", "--path", "3", "--at-weight", "1", "--kd-weight", "0.5"]
+    script = integrated_gradients
+    first = script.main(script.parse([*argv, "--out", "one"]))
+    kept = Path(short[-1]).with_name("maps.pt")
+    before = kept.stat().st_mtime_ns
+    second = script.main(script.parse([*argv, "--out", "two"]))
+    assert kept.stat().st_mtime_ns == before
+    assert all(first[k] == second[k] for k in ("class", "kd", "at", "test_top1"))
+    script.main(script.parse([*argv, "--path", "4", "--out", "three"]))
+    assert kept.stat().st_mtime_ns != before

@@ -1,0 +1,170 @@
+"""Integrated gradients as a hint: images with what a teacher saw in them laid over.
+
+Hernandez, Chang and Nordling (arXiv 2506.14440). What a pixel x contributed to
+a net's F, on the way from a black image x0 (Sundararajan et al. 2017):
+
+    IG = (x - x0) * mean over a in 0..1 of  d F(x0 + a (x - x0)) / d x
+
+These maps of a teacher are computed once. While a small student learns, some
+images (--overlay) are half image, half map; beside it the teacher's softened
+classes, and attention transfer at one middle layer (related/activations.py).
+
+    python -m related.integrated_gradients               trains a teacher first
+    python -m related.integrated_gradients --kd-weight 0.3 --at-weight 1000
+    python -m related.integrated_gradients --overlay 0 --out runs/no   control
+
+The maps belong to images as they are: so the images are those of the first
+epochs (--bank), cropped and placed once, instead of new ones at each step.
+"""
+
+import launch
+from launch import counted
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import data
+import finetune
+import runs
+import storage
+import train
+from augment import Draws, Normalise
+from checkpoints import Checkpoint
+from related import activations
+from related.activations import at_loss, kd_loss
+from related.wide_resnet import WideResNet
+from settings import Setting, Settings, change, parse_settings
+
+SETTINGS = change(  # a bank holds each digit in five places
+    activations.SETTINGS,
+    #             digits cifar
+    epochs=       (12,   100),
+    warmup=       (1,    5),
+    eval_every=   (4,    5),
+    mixup=        0.0,
+    cutmix=       0.0,
+    at_weight=    0.0,
+    temperature=  2.5,
+) | {
+    "overlay": Setting(0.1, "probability that a map is laid over an image", high=1),
+    "bank": Setting((1500, 50_000), "training images, as the first epochs show them", low=1),
+    "path": Setting(16, "points on the way from black at which gradients are taken", low=2),
+    "maps": Setting("", "where the maps are kept (empty: beside the teacher)", free=True),
+}  # fmt: skip
+parse = partial(parse_settings, __doc__, SETTINGS)
+
+
+def integrated_gradients(
+    net: Callable, images: Tensor, labels: Tensor, black: Tensor, points: int
+) -> Tensor:
+    """What each pixel contributed to the logit of `labels`: (B, C, H, W), by the trapezoidal rule.
+
+    `black`: what broadcasts to an image without anything. The sum over an image is
+    F(image) - F(black), but for the rule's error.
+    """
+    total, step = torch.zeros_like(images), 1 / (points - 1)
+    for i in range(points):
+        x = (black + i * step * (images - black)).requires_grad_(True)
+        chosen = net(x).gather(1, labels[:, None]).sum()
+        weight = step / 2 if i in (0, points - 1) else step
+        total += weight * torch.autograd.grad(chosen, x)[0]
+    return (images - black) * total
+
+
+def hint(gradients: Tensor) -> Tensor:
+    """As a picture: (B, 1, H, W) from 0 to 1, the strongest place of each image 1."""
+    strength = gradients.abs().sum(dim=1, keepdim=True)
+    return strength / strength.amax(dim=(1, 2, 3), keepdim=True).clamp_min(1e-12)
+
+
+def lay_over(images: Tensor, draws: Draws, overlay: float, normalise: Normalise) -> Tensor:
+    """Of images with their map as a last channel some, half image and half map; the rest as is."""
+    images, maps = images[:, :-1], images[:, -1:]
+    drawn = draws.uniform(1)[:, :, None, None] < overlay
+    return torch.where(drawn, 0.5 * images + 0.5 * normalise(maps), images)
+
+
+def loss(student: WideResNet, images, labels, teacher: WideResNet, settings: Settings):
+    """Classes, the teacher's softened ones, and where its middle group is active."""
+    with torch.no_grad():
+        targets = list(teacher.run(images))
+        theirs = teacher.classify(targets[-1])
+    ours = list(student.run(images))
+    logits, share = student.classify(ours[-1]), settings.kd_weight
+    own = F.cross_entropy(logits, labels, label_smoothing=settings.smoothing)
+    terms = {"class": (1 - share) * own}
+    if share:
+        terms["kd"] = share * kd_loss(logits, theirs, settings)
+    if settings.at_weight:
+        terms["at"] = settings.at_weight * at_loss(ours[1], targets[1])
+    return terms, {}
+
+
+def task(settings: Settings, images: data.Data | None = None) -> train.Task:
+    """Everything that train.fit needs. `images`: others than those that the settings name."""
+    device = launch.device(settings.device)
+    images = images or data.load(settings, device)
+    source = activations.found(settings, images)
+    build = partial(WideResNet, channels=images.channels, classes=len(images.classes))
+    teacher = build("teacher")
+    teacher.load_state_dict(source.weights)
+    teacher.to(device).eval().requires_grad_(False)
+    torch.manual_seed(settings.seed)
+    student = build(settings.model).to(device)
+    images = with_maps(images, teacher, source, settings)
+    own_loss = partial(loss, teacher=teacher, settings=settings)
+    export = activations.export
+    return train.Task("hints", student, images, own_loss, finetune.predict, export, source)
+
+
+def with_maps(
+    images: data.Data, teacher: WideResNet, source: Checkpoint, settings: Settings
+) -> data.Data:
+    """The same data set, its training images those of the bank, each with its map."""
+    kept = Path(settings.maps or Path(source.source).with_name("maps.pt"))
+    device = images.train.device
+    bank, labels = first_images(images.train, settings.bank)
+    which = {k: getattr(settings, k) for k in ("bank", "path", "seed", "num_labels", "subset_seed")}
+    which |= {"teacher": source.fingerprint}
+    found = storage.read(kept) if kept.exists() else {}
+    if found.get("which") != which:
+        black = images.normalise(torch.zeros(1, images.channels, 1, 1, device=device))
+        pieces = list(zip(bank.split(100), labels.split(100), strict=True))
+        maps = [
+            hint(integrated_gradients(teacher, *piece, black, settings.path))
+            for piece in counted(pieces, len(pieces), "batches of maps")
+        ]
+        found = {"which": which, "maps": torch.cat(maps).cpu()}
+        if launch.rank() == 0:
+            storage.save(found, kept)
+    both = torch.cat([bank, found["maps"].to(device)], dim=1)
+    augment = partial(lay_over, overlay=settings.overlay, normalise=images.normalise)
+    source = data.Tensors(both, labels)
+    view = data.Train(source, augment, settings, len(images.classes), device)
+    return replace(images, train=view)
+
+
+def first_images(view: data.Train, count: int) -> tuple[Tensor, Tensor]:
+    """So many training images, as the first epochs show them to all processes; and their labels."""
+    whole, found, epoch = copy.copy(view), [], 0
+    whole.rank, whole.world = 0, 1
+    while sum(len(labels) for _, labels in found) < count:
+        found += whole.epoch(epoch)
+        epoch += 1
+    return tuple(torch.cat(parts)[:count] for parts in zip(*found, strict=True))
+
+
+def main(settings: Settings) -> dict:
+    runs.check(settings, "hints")
+    return train.fit(task(settings), settings)
+
+
+if __name__ == "__main__":
+    launch.run(main, parse)
