@@ -1,0 +1,173 @@
+"""DINO in small: a teacher without labels, whose class token means something.
+
+Caron et al., ICCV 2021 (arXiv 2104.14294): a student and a teacher see two
+views of an image; the student's distribution over invented classes is pulled to
+the teacher's. The teacher is a slow average of the student, sharpened by a low
+temperature, and kept from collapse by the mean of its outputs being taken away.
+For related/attndistill.py, which needs such a teacher. Of DINO's crops only the
+two global ones: on the digits, two placements among other scraps.
+
+    python -m related.dino                         digits
+    python -m related.dino --data cifar10
+
+It ends with the accuracy of the weighted 20 nearest neighbours (section 4.1)
+of the class tokens, labels being used for nothing else.
+"""
+
+import launch
+from launch import print0, world
+
+import copy
+from dataclasses import replace
+from functools import partial
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import checkpoints
+import data
+import families
+import pretrain
+import runs
+import train
+from related.integrated_gradients import first_images
+from settings import Setting, Settings, change, parse_settings
+from vit import ViT
+
+OWN = {
+    "prototypes": Setting(256, "invented classes"),
+    "momentum": Setting(0.99, "of the teacher as an average of the student", high=1),
+    "center_momentum": Setting(0.9, "of the mean output that is taken away", high=1),
+    "student_temperature": Setting(0.1, "of the student's distribution", low=0.01),
+    "teacher_temperature": Setting(0.04, "of the teacher's: lower, so sharper", low=0.01),
+}
+MAES = {"mask_ratio", "norm_pix_loss", "reconstruct"}
+SETTINGS = change(  # as of pre-training, less what is MAE's
+    {k: v for k, v in pretrain.SETTINGS.items() if k not in MAES and "decoder" not in k},
+    #             digits cifar
+    epochs=       (100,  200),
+    warmup=       (10,   10),
+    lr=           (2e-3, 1e-3),
+) | OWN  # fmt: skip
+parse = partial(parse_settings, __doc__, SETTINGS)
+
+
+class Net(nn.Module):
+    """A ViT, and a head that names invented classes of its class token."""
+
+    def __init__(self, vit: ViT, prototypes: int, hidden: int = 128, bottleneck: int = 64):
+        super().__init__()
+        self.vit, dim = vit, vit.config.dim
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, bottleneck)
+        )  # fmt: skip
+        self.prototypes = nn.Parameter(torch.randn(prototypes, bottleneck))
+
+    def forward(self, images: Tensor) -> Tensor:
+        y = F.normalize(self.mlp(class_token(self.vit, images)))
+        return y @ F.normalize(self.prototypes).T
+
+
+def class_token(vit: ViT, images: Tensor) -> Tensor:
+    """As the last block leaves it, normalised: (B, D)."""
+    return vit.fc_norm(vit.encode(vit.embed(images)))[:, 0]
+
+
+class Dino(nn.Module):
+    """The student, and the teacher that follows it."""
+
+    def __init__(self, vit: ViT, settings: Settings):
+        super().__init__()
+        self.student, self.settings = Net(vit, settings.prototypes), settings
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        self.register_buffer("center", torch.zeros(settings.prototypes))
+
+    @property
+    def architecture(self) -> dict:
+        return self.student.vit.architecture
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """The teacher, after a step of the student."""
+        pairs = list(self.teacher.parameters()), list(self.student.parameters())
+        torch._foreach_lerp_(*pairs, 1 - self.settings.momentum)
+
+    @torch.no_grad()
+    def targets(self, views: Tensor) -> Tensor:
+        """What the teacher makes of views: (B, prototypes), sharpened and centred."""
+        y = self.teacher(views)
+        p = ((y - self.center) / self.settings.teacher_temperature).softmax(dim=-1)
+        mean = y.mean(dim=0)
+        if dist.is_initialized():
+            dist.all_reduce(mean.div_(world()))
+        self.center.lerp_(mean.to(self.center.dtype), 1 - self.settings.center_momentum)
+        return p
+
+
+def loss(net: Dino, images: Tensor, labels) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Each view's distribution is pulled to the teacher's of the other view (equation 2)."""
+    net.follow()
+    views = torch.cat(images.chunk(2, dim=1))
+    p = net.targets(views).roll(len(images), dims=0)  # of the other view
+    log_p = (net.student(views) / net.settings.student_temperature).log_softmax(dim=-1)
+    entropy = torch.special.entr(p).sum(dim=-1).mean()
+    return {"views": -(p * log_p).sum(dim=-1).mean()}, {"teacher_entropy": entropy}
+
+
+def two_views(images: data.Data) -> data.Data:
+    """The same data set; a training image is two views of it, one behind the other in channels."""
+    view = copy.copy(images.train)
+    once = view.augment
+    view.augment = lambda x, draws: torch.cat([once(x, draws), once(x, draws)], dim=1)
+    return replace(images, train=view, channels=2 * images.channels)
+
+
+def task(settings: Settings, images: data.Data | None = None) -> train.Task:
+    """Everything that train.fit needs. `images`: others than those that the settings name."""
+    device = launch.device(settings.device)
+    images = images or data.load(settings, device)
+    torch.manual_seed(settings.seed)
+    vit = ViT(replace(families.sizes(settings, images), classes=0))
+    net = Dino(vit, settings).to(device)
+    return train.Task("dino", net, two_views(images), loss, None, export)
+
+
+def export(net: Dino) -> dict:
+    """The teacher's ViT, which is the better of the two."""
+    return checkpoints.export(net.teacher.vit)
+
+
+@torch.no_grad()
+def nearest(vit: ViT, images: data.Data, count: int = 4000, k: int = 20, t: float = 0.07) -> float:
+    """Top-1 in per cent of the weighted k nearest neighbours of class tokens.
+
+    The neighbours are `count` training images as the first epochs show them; each votes with
+    exp(cosine similarity / t).
+    """
+    vit.eval()
+    bank, labels = first_images(images.train, count)
+    known = torch.cat([F.normalize(class_token(vit, some)) for some in bank.split(256)])
+    right = total = 0
+    for x, truth in images.test.in_order(256):
+        near, which = (F.normalize(class_token(vit, x)) @ known.T).topk(min(k, len(known)))
+        votes = torch.zeros(len(x), len(images.classes), device=x.device)
+        votes.scatter_add_(1, labels[which], (near / t).exp())
+        right += (votes.argmax(dim=1) == truth).sum().item()
+        total += len(x)
+    return 100 * right / total
+
+
+def main(settings: Settings) -> dict:
+    runs.check(settings, "dino")
+    images = data.load(settings, launch.device(settings.device))
+    made = task(settings, images)
+    result = train.fit(made, settings)
+    result["nearest"] = nearest(made.net.teacher.vit, images)
+    print0(f"20 nearest neighbours: {result['nearest']:.2f} %")
+    return result
+
+
+if __name__ == "__main__":
+    launch.run(main, parse)
