@@ -61,7 +61,8 @@ class Net(nn.Module):
         super().__init__()
         self.vit, dim = vit, vit.config.dim
         self.mlp = nn.Sequential(
-            nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, bottleneck)
+            nn.Linear(dim, hidden), nn.BatchNorm1d(hidden, affine=False), nn.GELU(),
+            nn.Linear(hidden, bottleneck), nn.BatchNorm1d(bottleneck, affine=False),
         )  # fmt: skip
         self.prototypes = nn.Parameter(torch.randn(prototypes, bottleneck))
 

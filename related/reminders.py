@@ -1,0 +1,273 @@
+"""Human-to-robot attention transfer: a few words, and the robot looks elsewhere.
+
+Song, Peng, Luo and Liu (arXiv 2002.04242), of which only the abstract is known
+to us. A human who sees a robot fail says a reminder; stacked networks make of
+it where to look, and of that what to do instead. They report how often the
+attention lands right (73.7 %) and how many failures are avoided (66.9 %). This
+is a simulation in kind. In a scene lie four digits, one of them even, which the
+robot is to fetch. It learned that from few digits and often errs. The reminder
+says which it is, where it lies, or beside what, in one of many phrasings:
+
+    words -> query,  map = softmax(query . patches / sqrt(d))    where to look
+    map, patches and scene -> one of nine places                 what to do
+    loss = action + weight * cross-entropy of the map with the right place
+
+    python -m related.reminders
+    python -m related.reminders --reminder words      heard, but nothing looks
+    python -m related.reminders --reminder none       the robot alone
+
+Reported on scenes of other digits, with phrasings that were never heard.
+"""
+
+import launch
+from launch import print0
+
+import random
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import checkpoints
+import data
+import digits
+import families
+import pictures
+import runs
+import storage
+import train
+from attention import Attended, attention_scores
+from augment import Normalise, number
+from settings import MODEL, RUN, TRAINING, Setting, Settings, change, parse_settings
+from vit import ViT
+
+SETTINGS = change(
+    {"data": Setting("digits", "what the scenes are of", choices=("digits",))}
+    | {k: v for k, v in (MODEL | TRAINING | RUN).items() if k not in ("drop_path", "eval_every")},
+    patch=4, epochs=20, warmup=2, batch=100, lr=2e-3, weight_decay=0.05,
+) | {
+    "reminder": Setting("attention", "what it is for", choices=("attention", "words", "none")),
+    "attention_weight": Setting(1.0, "of the loss of the map"),
+    "digits": Setting(100, "so many of which the scenes of training are made", 50, 997),
+    "scenes": Setting(4000, "to train on, each with one reminder", low=100),
+}  # fmt: skip
+parse = partial(parse_settings, __doc__, SETTINGS)
+
+# What is said -------------------------------------------------------------------------------------
+
+NAMES = "zero one two three four five six seven eight nine".split()
+ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
+BESIDE = {"left of": (0, 1), "right of": (0, -1), "above": (1, 0), "below": (-1, 0)}
+KNOWN = (
+    "the {what}", "look at the {what}", "it is the {what}", "take the {what} please",
+    "not that one the {what}", "{row} {column}", "look at the {row} {column}",
+    "no the one at the {row} {column}", "over there at the {row} {column}",
+    "the {what} at the {row} {column}", "the {row} {column} please", "look {beside} the {other}",
+    "the one {beside} the {other}", "it is {beside} the {other}", "no {beside} the {other}",
+)  # fmt: skip
+NEW = (
+    "you want the {what}", "no wait the {what} instead", "try the {row} {column} one",
+    "at the {row} {column} i think", "what lies {beside} the {other}", "not there {beside} the {other}",
+)  # fmt: skip
+NOTHING, UNKNOWN = 0, 1
+VOCABULARY = {  # of what is said in training
+    word: 2 + i
+    for i, word in enumerate(
+        sorted({*NAMES, *ROWS, *COLUMNS, *" ".join((*KNOWN, *BESIDE)).split()} - {"{what}"})
+    )
+}
+LONGEST = 10  # words
+
+
+def remind(scene: dict[int, int], target: int, phrasings: tuple[str, ...], draw) -> str:
+    """A reminder of where the target lies. `scene`: digits by their places, 0 to 8."""
+    row, column = divmod(target, 3)
+    facts = {"what": NAMES[scene[target]], "row": ROWS[row], "column": COLUMNS[column]}
+    beside = [
+        {"beside": words, "other": NAMES[scene[3 * (row + y) + column + x]]}
+        for words, (y, x) in BESIDE.items()
+        if 0 <= row + y < 3 and 0 <= column + x < 3 and 3 * (row + y) + column + x in scene
+    ]
+    fitting = [said for said in phrasings if beside or "{beside}" not in said]
+    return draw.choice(fitting).format(**facts, **(draw.choice(beside) if beside else {}))
+
+
+def numbers(reminder: str) -> list[int]:
+    found = [VOCABULARY.get(word, UNKNOWN) for word in reminder.split()]
+    return found + [NOTHING] * (LONGEST - len(found))
+
+
+class Scenes(NamedTuple):
+    pictures: Tensor  # (n, 1, 24, 24) in 0..1
+    targets: Tensor  # (n,): the place to go to
+    words: Tensor  # (n, LONGEST)
+    said: list[str]
+
+
+def scenes(count: int, images: Tensor, labels: Tensor, phrasings: tuple[str, ...], seed) -> Scenes:
+    """Scenes of these digits (m, 8, 8), with a reminder each."""
+    draw, kinds = random.Random(number("scenes", seed)), labels.tolist()
+    of_kind = {kind: [i for i, k in enumerate(kinds) if k == kind] for kind in range(10)}
+    drawn, targets, said = torch.zeros(count, 1, 24, 24), [], []
+    for picture in drawn:
+        lying = [draw.choice(range(0, 10, 2)), *draw.sample(range(1, 10, 2), 3)]
+        scene = dict(zip(draw.sample(range(9), 4), lying, strict=True))
+        for place, kind in scene.items():
+            y, x = 8 * (place // 3), 8 * (place % 3)
+            picture[0, y : y + 8, x : x + 8] = images[draw.choice(of_kind[kind])]
+        targets.append(next(iter(scene)))
+        said.append(remind(scene, targets[-1], phrasings, draw))
+    return Scenes(drawn, torch.tensor(targets), torch.tensor([numbers(s) for s in said]), said)
+
+
+# Who hears it -------------------------------------------------------------------------------------
+
+
+class Reader(nn.Module):
+    """What words ask for: (B, words) to (B, D)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.embed = nn.Embedding(2 + len(VOCABULARY), dim)
+        self.order = nn.Parameter(torch.zeros(LONGEST, dim))
+        how = dict(dropout=0.0, batch_first=True, norm_first=True)
+        self.block = nn.TransformerEncoderLayer(dim, 4, 2 * dim, **how)
+
+    def forward(self, words: Tensor) -> Tensor:
+        nothing = words == NOTHING
+        x = self.block(self.embed(words) + self.order, src_key_padding_mask=nothing)
+        return x.masked_fill(nothing[..., None], 0).sum(dim=1) / (~nothing).sum(1, keepdim=True)
+
+
+class Robot(nn.Module):
+    """Sees a scene, hears a reminder or not, and chooses one of nine places."""
+
+    def __init__(self, vit: ViT, reminder: str):
+        super().__init__()
+        self.vit, self.reminder, dim = vit, reminder, vit.config.dim
+        self.reader = Reader(dim) if reminder != "none" else None
+        beside = dim if self.reader else 0
+        self.act = nn.Sequential(nn.Linear(dim + beside, dim), nn.GELU(), nn.Linear(dim, 9))
+
+    def forward(self, images: Tensor, words: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits of the places (B, 9); where it looks, as log of a map (B, patches)."""
+        tokens = self.vit.fc_norm(self.vit.encode(self.vit.embed(images)))
+        whole, patches = tokens[:, 0], tokens[:, self.vit.config.prefix :]
+        if not self.reader:
+            return self.act(whole), None
+        asked, log_map = self.reader(words), None
+        if self.reminder == "attention":
+            attended = Attended(asked[:, None, None], patches[:, None])  # one head, one query
+            log_map = attention_scores(attended).log_softmax(dim=-1)[:, 0, 0]
+            asked = (log_map.exp()[:, None] @ patches)[:, 0]
+        return self.act(torch.cat([whole, asked], dim=-1)), log_map
+
+
+def places(patches: int) -> Tensor:
+    """Which of the nine places each patch of a grid is a part of: (patches,)."""
+    side = round(patches**0.5)
+    line = torch.arange(side) * 3 // side
+    return (3 * line[:, None] + line).flatten()
+
+
+def map_loss(log_map: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of a map with one that is spread over the right place, less the latter's entropy.
+
+    In nats; 0 where they agree.
+    """
+    right = places(log_map.shape[1]).to(targets.device) == targets[:, None]
+    p = right / right.sum(dim=1, keepdim=True)
+    return F.kl_div(log_map, p, reduction="batchmean")
+
+
+def loss(net: Robot, images: Tensor, which: Tensor, known: Scenes, weight: float):
+    """`which`: numbers of the scenes. Some words are not understood, so that new ones are borne."""
+    words, targets = known.words[which], known.targets[which]
+    unheard = (torch.rand(words.shape, device=words.device) < 0.1) & (words != NOTHING)
+    logits, log_map = net(images, words.masked_fill(unheard, UNKNOWN))
+    terms = {"action": F.cross_entropy(logits, targets)}
+    if log_map is not None:
+        terms["map"] = weight * map_loss(log_map, targets)
+    return terms, {}
+
+
+# Training and trial -------------------------------------------------------------------------------
+
+
+def task(settings: Settings) -> train.Task:
+    """Everything that train.fit needs."""
+    device = launch.device(settings.device)
+    normalise = Normalise(data.KINDS["digits"].normalization, device)
+    known = trial_of("train", settings, device)
+    labels = torch.arange(len(known.targets), device=device)
+    source = data.Tensors(known.pictures, labels)  # their numbers stand in for labels
+    view = data.Train(source, lambda x, _: normalise(x), settings, 9, device)
+    names = [f"{row} {column}" for row in ROWS for column in COLUMNS]
+    images = data.Data(names, 1, known.pictures.shape[-1], normalise, view)
+    torch.manual_seed(settings.seed)
+    vit = ViT(replace(families.sizes(settings, images), classes=0))
+    net = Robot(vit, settings.reminder).to(device)
+    own_loss = partial(loss, known=known, weight=settings.attention_weight)
+    return train.Task("reminders", net, images, own_loss, None, export)
+
+
+def trial_of(name: str, settings: Settings, device) -> Scenes:
+    """Scenes of "train", or of "test": of other digits, the same ones for all runs."""
+    split = digits.Split(0, Normalise(data.KINDS["digits"].normalization, device), device)
+    images, labels = (x.cpu() for x in split.whole(name))
+    if name == "test":
+        made = scenes(1000, images, labels, NEW, "test")
+    else:
+        few = slice(settings.digits)
+        made = scenes(settings.scenes, images[few], labels[few], KNOWN, settings.seed)
+    return Scenes(*(x.to(device) for x in made[:3]), made.said)
+
+
+@torch.no_grad()
+def tried(net: Robot, images: data.Data, trial: Scenes) -> tuple[Tensor, Tensor | None]:
+    """Of each scene the place that is chosen; and the patch that is looked at most."""
+    net.eval()
+    logits, log_map = net(images.normalise(trial.pictures), trial.words)
+    return logits.argmax(dim=1), None if log_map is None else log_map.argmax(dim=1)
+
+
+def export(net: Robot) -> dict:
+    return checkpoints.export(net.vit) | {"robot": net.state_dict(), "reminder": net.reminder}
+
+
+def draw(net: Robot, images: data.Data, trial: Scenes, out: Path) -> None:
+    """Some scenes, what was said, and where that made the robot look."""
+    some = Scenes(*(x[:6] for x in trial))
+    _, log_map = net(images.normalise(some.pictures), some.words)
+    looks = {"where it looks": log_map.exp()}
+    fig = pictures.overlays(images.normalise(some.pictures), looks, images.normalization)
+    for axis, said in zip(fig.axes[::2], some.said, strict=False):
+        axis.set_title(said, fontsize=8)
+    pictures.save(fig, out / "reminders.png")
+
+
+def main(settings: Settings) -> dict:
+    runs.check(settings, "reminders")
+    made = task(settings)
+    result = train.fit(made, settings)
+    trial = trial_of("test", settings, launch.device(settings.device))
+    net, out = made.net, runs.folder(settings, "reminders")
+    chosen, looked = tried(net, made.data, trial)
+    result["test_top1"] = train.top1(chosen, trial.targets)
+    print0(f"the right place is gone to: {result['test_top1']:.1f} %")
+    if looked is not None:
+        where = places(made.data.image_size**2 // settings.patch**2).to(looked.device)[looked]
+        result["lands"] = train.top1(where, trial.targets)
+        print0(f"attention lands there:      {result['lands']:.1f} %")
+        with torch.no_grad():
+            draw(net, made.data, trial, out)
+    storage.save({"predicted": chosen.cpu(), "labels": trial.targets.cpu()}, out / "test.pt")
+    return result
+
+
+if __name__ == "__main__":
+    launch.run(main, parse)
