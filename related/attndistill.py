@@ -22,6 +22,7 @@ from launch import print0
 import math
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +64,7 @@ class Student(nn.Module):
         super().__init__()
         self.vit, widths = vit, (vit.config.dim, 2 * dim, dim, 2 * dim)
         layers: list[nn.Module] = [nn.LayerNorm(vit.config.dim)]
-        for into, out in zip(widths, widths[1:], strict=False):
+        for into, out in pairwise(widths):
             layers += [nn.Linear(into, out), nn.GELU()]
         self.project = nn.Sequential(*layers, nn.Linear(widths[-1], dim), nn.LayerNorm(dim))
 

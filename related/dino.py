@@ -55,7 +55,10 @@ parse = partial(parse_settings, __doc__, SETTINGS)
 
 
 class Net(nn.Module):
-    """A ViT, and a head that names invented classes of its class token."""
+    """A ViT, and a head that names invented classes of its class token.
+
+    Its norms over the batch keep it from collapse, for which these batches are too small otherwise.
+    """
 
     def __init__(self, vit: ViT, prototypes: int, hidden: int = 128, bottleneck: int = 64):
         super().__init__()

@@ -22,11 +22,9 @@ Reported on scenes of other digits, with phrasings that were never heard.
 import launch
 from launch import print0
 
-import random
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -41,14 +39,27 @@ import runs
 import storage
 import train
 from attention import Attended, attention_scores
-from augment import Normalise, number
+from augment import Normalise
+from related.scenes import (
+    COLUMNS,
+    KNOWN,
+    LONGEST,
+    NEW,
+    NOTHING,
+    PLACE,
+    ROWS,
+    UNKNOWN,
+    VOCABULARY,
+    Scenes,
+    scenes,
+)  # fmt: skip
 from settings import MODEL, RUN, TRAINING, Setting, Settings, change, parse_settings
 from vit import ViT
 
 SETTINGS = change(
     {"data": Setting("digits", "what the scenes are of", choices=("digits",))}
     | {k: v for k, v in (MODEL | TRAINING | RUN).items() if k not in ("drop_path", "eval_every")},
-    patch=4, epochs=20, warmup=2, batch=100, lr=2e-3, weight_decay=0.05,
+    patch=PLACE // 2, epochs=14, warmup=1, batch=100, lr=2e-3, weight_decay=0.05,
 ) | {
     "reminder": Setting("attention", "what it is for", choices=("attention", "words", "none")),
     "attention_weight": Setting(1.0, "of the loss of the map"),
@@ -56,73 +67,6 @@ SETTINGS = change(
     "scenes": Setting(4000, "to train on, each with one reminder", low=100),
 }  # fmt: skip
 parse = partial(parse_settings, __doc__, SETTINGS)
-
-# What is said -------------------------------------------------------------------------------------
-
-NAMES = "zero one two three four five six seven eight nine".split()
-ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
-BESIDE = {"left of": (0, 1), "right of": (0, -1), "above": (1, 0), "below": (-1, 0)}
-KNOWN = (
-    "the {what}", "look at the {what}", "it is the {what}", "take the {what} please",
-    "not that one the {what}", "{row} {column}", "look at the {row} {column}",
-    "no the one at the {row} {column}", "over there at the {row} {column}",
-    "the {what} at the {row} {column}", "the {row} {column} please", "look {beside} the {other}",
-    "the one {beside} the {other}", "it is {beside} the {other}", "no {beside} the {other}",
-)  # fmt: skip
-NEW = (
-    "you want the {what}", "no wait the {what} instead", "try the {row} {column} one",
-    "at the {row} {column} i think", "what lies {beside} the {other}", "not there {beside} the {other}",
-)  # fmt: skip
-NOTHING, UNKNOWN = 0, 1
-VOCABULARY = {  # of what is said in training
-    word: 2 + i
-    for i, word in enumerate(
-        sorted({*NAMES, *ROWS, *COLUMNS, *" ".join((*KNOWN, *BESIDE)).split()} - {"{what}"})
-    )
-}
-LONGEST = 10  # words
-
-
-def remind(scene: dict[int, int], target: int, phrasings: tuple[str, ...], draw) -> str:
-    """A reminder of where the target lies. `scene`: digits by their places, 0 to 8."""
-    row, column = divmod(target, 3)
-    facts = {"what": NAMES[scene[target]], "row": ROWS[row], "column": COLUMNS[column]}
-    beside = [
-        {"beside": words, "other": NAMES[scene[3 * (row + y) + column + x]]}
-        for words, (y, x) in BESIDE.items()
-        if 0 <= row + y < 3 and 0 <= column + x < 3 and 3 * (row + y) + column + x in scene
-    ]
-    fitting = [said for said in phrasings if beside or "{beside}" not in said]
-    return draw.choice(fitting).format(**facts, **(draw.choice(beside) if beside else {}))
-
-
-def numbers(reminder: str) -> list[int]:
-    found = [VOCABULARY.get(word, UNKNOWN) for word in reminder.split()]
-    return found + [NOTHING] * (LONGEST - len(found))
-
-
-class Scenes(NamedTuple):
-    pictures: Tensor  # (n, 1, 24, 24) in 0..1
-    targets: Tensor  # (n,): the place to go to
-    words: Tensor  # (n, LONGEST)
-    said: list[str]
-
-
-def scenes(count: int, images: Tensor, labels: Tensor, phrasings: tuple[str, ...], seed) -> Scenes:
-    """Scenes of these digits (m, 8, 8), with a reminder each."""
-    draw, kinds = random.Random(number("scenes", seed)), labels.tolist()
-    of_kind = {kind: [i for i, k in enumerate(kinds) if k == kind] for kind in range(10)}
-    drawn, targets, said = torch.zeros(count, 1, 24, 24), [], []
-    for picture in drawn:
-        lying = [draw.choice(range(0, 10, 2)), *draw.sample(range(1, 10, 2), 3)]
-        scene = dict(zip(draw.sample(range(9), 4), lying, strict=True))
-        for place, kind in scene.items():
-            y, x = 8 * (place // 3), 8 * (place % 3)
-            picture[0, y : y + 8, x : x + 8] = images[draw.choice(of_kind[kind])]
-        targets.append(next(iter(scene)))
-        said.append(remind(scene, targets[-1], phrasings, draw))
-    return Scenes(drawn, torch.tensor(targets), torch.tensor([numbers(s) for s in said]), said)
-
 
 # Who hears it -------------------------------------------------------------------------------------
 
@@ -175,10 +119,7 @@ def places(patches: int) -> Tensor:
 
 
 def map_loss(log_map: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of a map with one that is spread over the right place, less the latter's entropy.
-
-    In nats; 0 where they agree.
-    """
+    """KL divergence of maps (B, patches) from such as are spread over the right place, in nats."""
     right = places(log_map.shape[1]).to(targets.device) == targets[:, None]
     p = right / right.sum(dim=1, keepdim=True)
     return F.kl_div(log_map, p, reduction="batchmean")
@@ -239,14 +180,17 @@ def export(net: Robot) -> dict:
     return checkpoints.export(net.vit) | {"robot": net.state_dict(), "reminder": net.reminder}
 
 
-def draw(net: Robot, images: data.Data, trial: Scenes, out: Path) -> None:
+@torch.no_grad()
+def draw(net: Robot, images: data.Data, trial: Scenes, patch: int, out: Path) -> None:
     """Some scenes, what was said, and where that made the robot look."""
-    some = Scenes(*(x[:6] for x in trial))
-    _, log_map = net(images.normalise(some.pictures), some.words)
-    looks = {"where it looks": log_map.exp()}
-    fig = pictures.overlays(images.normalise(some.pictures), looks, images.normalization)
-    for axis, said in zip(fig.axes[::2], some.said, strict=False):
-        axis.set_title(said, fontsize=8)
+    _, log_map = net(images.normalise(trial.pictures[:8]), trial.words[:8])
+    whole, side = (0, images.image_size, images.image_size, 0), images.image_size // patch
+    fig, axes = pictures.figure(2, 4, 10, 5.4)
+    for axis, p, scene, said in zip(axes.flat, log_map.exp(), *trial[::3], strict=False):
+        axis.imshow(scene[0].cpu(), cmap="gray", extent=whole)
+        look = dict(cmap="Oranges", alpha=0.5, extent=whole, vmin=0)
+        axis.imshow(p.view(side, side).cpu(), **look)
+        axis.set(title=said, xticks=[], yticks=[])
     pictures.save(fig, out / "reminders.png")
 
 
@@ -263,8 +207,7 @@ def main(settings: Settings) -> dict:
         where = places(made.data.image_size**2 // settings.patch**2).to(looked.device)[looked]
         result["lands"] = train.top1(where, trial.targets)
         print0(f"attention lands there:      {result['lands']:.1f} %")
-        with torch.no_grad():
-            draw(net, made.data, trial, out)
+        draw(net, made.data, trial, settings.patch, out)
     storage.save({"predicted": chosen.cpu(), "labels": trial.targets.cpu()}, out / "test.pt")
     return result
 
