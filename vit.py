@@ -21,6 +21,7 @@ from attention import OWN, Attended, Attention
 from positions import ALL, Places, RelativePositions, rope_angles
 
 SIZES = {  # name: width, depth, heads
+    "nano": (32, 2, 4),  # a student of the next
     "micro": (64, 4, 4),  # for the built-in 12x12 digits
     "mini": (128, 6, 4),  # for small photographs
     "tiny": (192, 12, 3),

@@ -23,6 +23,14 @@ import pretrain
 import storage
 from experiments import variants
 from progress import minutes
+from related import (
+    activations,
+    attndistill,
+    dino,
+    integrated_gradients,
+    linear_attention,
+    reminders,
+)  # fmt: skip
 from settings import FREE, Settings
 
 SCRIPTS = {
@@ -31,6 +39,12 @@ SCRIPTS = {
     "copy": attention_copy,
     "distill": attention_distill,
     "variants": variants,
+    "activations": activations,
+    "attndistill": attndistill,
+    "dino": dino,
+    "integrated_gradients": integrated_gradients,
+    "linear_attention": linear_attention,
+    "reminders": reminders,
 }
 ROOT = Path(__file__).parent.parent
 # Imports take as long as a tenth of a run on the digits: they are done once.

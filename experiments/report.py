@@ -11,6 +11,7 @@ import launch
 import json
 import re
 from functools import partial
+from itertools import compress
 from pathlib import Path
 
 import storage
@@ -20,6 +21,7 @@ from settings import Settings, parse_settings
 
 SETTINGS: dict = {}
 parse = partial(parse_settings, __doc__, SETTINGS)
+USUAL = ("mean", "interval", "values", "difference", "recovery")
 MARKED = re.compile(r"<!-- ([\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
@@ -44,12 +46,17 @@ def markdown(record: dict) -> str:
 
 
 def at_one_point(rows: dict[str, dict]) -> str:
+    """Accuracy, difference from scratch or another row, recovery, and what else is known."""
+    own = {name: None for found in rows.values() for name in found if name not in USUAL}
+    heads = ["", "test top-1, %", "difference", "recovery", *own]
     lines = [
         [row, shown(found, ".1f"), difference(found.get("difference")),
-         shown(found.get("recovery"), ".2f")]
+         shown(found.get("recovery"), ".2f"), *(shown(found.get(name), ".1f") for name in own)]
         for row, found in rows.items()
     ]  # fmt: skip
-    return lined(["", "test top-1, %", "difference from scratch", "recovery"], lines)
+    filled = [any(column) for column in zip(*lines, strict=True)]
+    (heads, *lines) = (list(compress(line, filled)) for line in (heads, *lines))
+    return lined(heads, lines)
 
 
 def difference(cell: dict | None) -> str:
@@ -82,10 +89,12 @@ def lined(head: list[str], lines: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in (head, ["---"] * len(head), *lines))
 
 
-def shown(cell: dict | None, form: str) -> str:
-    """A figure and its 95 % interval."""
+def shown(cell: dict | int | None, form: str) -> str:
+    """A figure and its 95 % interval, or a count."""
     if not cell:
         return ""
+    if isinstance(cell, int):
+        return f"{cell:,}"
     between = cell.get("interval")
     ends = f" [{between[0]:{form}}, {between[1]:{form}}]" if between else ""
     return format(cell["mean"], form) + ends

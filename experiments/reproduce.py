@@ -1,6 +1,7 @@
 """The study: every table, each with one command.
 
     python -m experiments.reproduce TABLE [TABLE ...] [--seeds 10]
+    python -m experiments.reproduce related        all whose names begin with it
 
 Writes results/TABLE.json, and a picture of it. Killed at any moment, the same
 command goes on where it was; runs that several tables share are made once. What
@@ -21,14 +22,15 @@ import numpy as np
 
 import pictures
 import storage
-from experiments import figures, rows, tune
+from experiments import figures, related, rows, tables, tune
 from experiments.jobs import ROOT, Made, Runner
 from experiments.nearest import nearest
 from experiments.report import shown
 from experiments.rows import Flags, Runs, Study
-from experiments.tables import AXES, BASE, CLUTTER, DIGITS, TABLES, Table, accuracies
+from experiments.tables import AXES, BASE, CLUTTER, DIGITS, Table, accuracies
 from settings import Setting, Settings, parse_settings
 
+TABLES = tables.TABLES | related.TABLES
 SETTINGS = {
     "seeds": Setting(0, "runs of each row, with seeds 0, 1, ... (0: the table's)", low=1),
     "jobs": Setting(0, "runs at a time (0: one per CPU core, or one on a GPU)"),
@@ -151,8 +153,8 @@ def tuning(study: Study, settings: Settings) -> tune.Tuned:
 
 
 def check(found: dict[str, Flags], point: str, study: Study, needed: Iterable[str]) -> None:
-    """ValueError unless the settings of these rows were found."""
-    for row in needed:
+    """ValueError unless the settings of these rows were found, in a study that tunes any."""
+    for row in needed if study.own else ():
         source = row if row in study.own else rows.ROWS[row].tuned_as
         if source not in found:
             first = next(
@@ -171,13 +173,11 @@ def nets_of(asked: Iterable[str]) -> list[str]:
 
 def main(settings: Settings) -> None:
     launch.one_process()
-    for name in settings.tables:
-        if name not in TABLES:
-            raise ValueError(f"no table '{name}': choose of {', '.join(TABLES)}")
+    names = [found for name in settings.tables for found in named(name)]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which stops the runs as well
     results = Path(settings.results)
     results.mkdir(parents=True, exist_ok=True)
-    for name in settings.tables:
+    for name in names:
         table = TABLES[name]
         runner = Runner(settings.jobs, settings.minutes, "val_top1" if table.tunes else "test_top1")
         if table.tunes:
@@ -193,6 +193,16 @@ def main(settings: Settings) -> None:
         show(name, found)
         draw(table, found["points"], results, path)
         print(f"\nwrote {path}")
+
+
+def named(name: str) -> list[str]:
+    """A table, or all whose names begin with a word."""
+    found = (
+        [name] if name in TABLES else [other for other in TABLES if other.startswith(name + "-")]
+    )
+    if not found:
+        raise ValueError(f"no table '{name}': choose of {', '.join(TABLES)}")
+    return found
 
 
 def draw(table: Table, points: dict, results: Path, path: Path) -> None:

@@ -11,7 +11,7 @@ Flags = dict[str, Any]  # settings by name
 
 class Row(NamedTuple):
     script: str  # of jobs.SCRIPTS
-    teacher: str  # none, random, pre-trained, or the row whose net it is
+    teacher: str  # none, random, pre-trained, the row whose net it is, or "" for no such setting
     flags: Flags | None = None  # what makes it this row
     tuned_as: str = ""  # the row whose settings it takes where it is not tuned itself
 
@@ -84,9 +84,57 @@ MISMATCHED = {  # without the components that the teacher has
     ),
 }
 NEAREST = "1-nearest neighbour of pixels"  # no run at all
+WIDE = "a wider net"
+ACTIVATIONS = {
+    WIDE: Row("activations", "", {"model": "teacher"}),
+    "small": Row("activations", WIDE, {"at_weight": 0.0}),
+    "small, KD": Row("activations", WIDE, {"at_weight": 0.0, "kd_weight": 0.9}),
+    "small, AT": Row("activations", WIDE),
+    "small, AT and KD": Row("activations", WIDE, {"kd_weight": 0.9}),
+    **{
+        f"{model}{named}": Row("activations", WIDE, {"model": model} | flags)
+        for model in ("grouped", "bottleneck")
+        for named, flags in (("", {"at_weight": 0.0}), (", AT", {}))
+    },
+}
+HINTS = {
+    "no hints": Row("integrated_gradients", WIDE, {"overlay": 0.0}),
+    "KD": Row("integrated_gradients", WIDE, {"overlay": 0.0, "kd_weight": 0.3}),
+    "IG": Row("integrated_gradients", WIDE),
+    "KD and IG": Row("integrated_gradients", WIDE, {"kd_weight": 0.3}),
+    "KD, AT and IG": Row("integrated_gradients", WIDE, {"kd_weight": 0.3, "at_weight": 1000.0}),
+}
+SOFTMAX = "softmax"
+LINEAR = {
+    SOFTMAX: Row("finetune", "pre-trained"),
+    "linear, untaught": Row(
+        "linear_attention", SOFTMAX, {"epochs": 1, "warmup": 0, "lr": 0.0}
+    ),
+    "linear, transfer": Row("linear_attention", SOFTMAX),
+    "linear, LoRA": Row("linear_attention", SOFTMAX, {"lora": True, "transfer": False}),
+    "linear, transfer and LoRA": Row("linear_attention", SOFTMAX, {"lora": True}),
+}  # fmt: skip
+DINO = "DINO, teacher"
+ATTNDISTILL = {
+    DINO: Row("dino", ""),
+    "DINO, student": Row("dino", "", {"model": "nano"}),
+    "token": Row("attndistill", DINO, {"attention_weight": 0.0}),
+    "token and map": Row("attndistill", DINO),
+    "token, 2 heads": Row("attndistill", DINO, {"heads": 2, "attention_weight": 0.0}),
+    "token and map, 2 heads": Row("attndistill", DINO, {"heads": 2}),
+    "token, patch 4": Row("attndistill", DINO, {"patch": 4, "attention_weight": 0.0}),
+    "token and map, patch 4": Row("attndistill", DINO, {"patch": 4}),
+}
+REMINDED = {
+    "the robot alone": Row("reminders", "", {"reminder": "none"}),
+    "words": Row("reminders", "", {"reminder": "words"}),
+    "words to attention": Row("reminders", ""),
+}
+RELATED = ACTIVATIONS | HINTS | LINEAR | ATTNDISTILL | REMINDED
 ROWS = (
     MAIN | PROBE | BASELINES | CONTROLS | LADDER | PARTS | LAYERS | EXPLAINED | AGAIN | MISMATCHED
-)
+    | RELATED
+)  # fmt: skip
 
 
 class Study(NamedTuple):
@@ -120,9 +168,11 @@ class Runs(NamedTuple):
         after = list(needed)[-1:]
         if after:
             teacher = needed[after[0]].out / "model.pt"
-        own = tuned[row if row in study.own else tuned_as] | (flags or {})
-        asked = study.base | point | own
-        given = asked | {"eval_every": asked["epochs"], "teacher": teacher, "seed": seed}
+        own = tuned[row if row in study.own else tuned_as] if study.own else {}
+        own |= flags or {}
+        given = study.base | point | own | {"seed": seed}
+        given |= {"teacher": teacher} if teacher else {}
+        given |= {"eval_every": given["epochs"]} if "epochs" in given else {}
         if row in AGAIN:
             given |= {"seed": seed + 1000, "subset_seed": seed}
         special = {k: v for k, v in (point | own).items() if study.base.get(k) != v}

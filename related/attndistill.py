@@ -17,7 +17,6 @@ taken together: softmax(sum over heads of log a / 10).
 """
 
 import launch
-from launch import print0
 
 import math
 from dataclasses import replace
@@ -46,11 +45,10 @@ SETTINGS = change(
     epochs=       (100,  200),
     warmup=       (10,   10),
     lr=           (2e-3, 1e-3),
+    model=        ("nano", "mini"),
 ) | {
     "teacher": Setting("auto", "a ViT whose class token means something (auto: DINO's)", free=True),
-    "width": Setting(32, "of the student", low=4),
-    "depth": Setting(2, "of the student, in blocks", low=1),
-    "heads": Setting(4, "of the student", low=1),
+    "heads": Setting(0, "of the student (0: as --model has them)"),
     "attention_weight": Setting(0.1, "of the row of the class token (0: none)"),
 }  # fmt: skip
 parse = partial(parse_settings, __doc__, SETTINGS)
@@ -128,9 +126,9 @@ def task(settings: Settings, images: data.Data | None = None) -> train.Task:
     images.adopt(source)
     teacher.to(device).eval().requires_grad_(False)
     torch.manual_seed(settings.seed)
-    sizes = replace(families.sizes(settings, images), classes=0, dim=settings.width)
-    vit = ViT(replace(sizes, depth=settings.depth, heads=settings.heads))
-    net = Student(vit, teacher.config.dim).to(device)
+    sizes = families.sizes(settings, images)
+    sizes = replace(sizes, classes=0, heads=settings.heads or sizes.heads)
+    net = Student(ViT(sizes), teacher.config.dim).to(device)
     own_loss = partial(loss, teacher=teacher, weight=settings.attention_weight)
     return train.Task("attndistill", net, images, own_loss, None, export, teacher=source)
 
@@ -144,7 +142,7 @@ def found(settings: Settings, images: data.Data) -> checkpoints.Checkpoint:
     return checkpoints.read(teachers.made("dino", dino.task, own, images))
 
 
-SHARED = {*IMAGES, "model", "seed", "device", "amp", "compile", "save_every"}
+SHARED = {*IMAGES, "seed", "device", "amp", "compile", "save_every"}
 
 
 def export(net: Student) -> dict:
@@ -156,9 +154,7 @@ def main(settings: Settings) -> dict:
     images = data.load(settings, launch.device(settings.device))
     made = task(settings, images)
     result = train.fit(made, settings)
-    result["nearest"] = dino.nearest(made.net.vit, images)
-    print0(f"20 nearest neighbours: {result['nearest']:.2f} %")
-    return result
+    return result | dino.tested(made.net.vit, images, runs.folder(settings, "attndistill"))
 
 
 if __name__ == "__main__":

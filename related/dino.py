@@ -20,6 +20,7 @@ from launch import print0, world
 import copy
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -31,6 +32,7 @@ import data
 import families
 import pretrain
 import runs
+import storage
 import train
 from related.integrated_gradients import first_images
 from settings import Setting, Settings, change, parse_settings
@@ -144,8 +146,8 @@ def export(net: Dino) -> dict:
 
 
 @torch.no_grad()
-def nearest(vit: ViT, images: data.Data, count: int = 4000, k: int = 20, t: float = 0.07) -> float:
-    """Top-1 in per cent of the weighted k nearest neighbours of class tokens.
+def nearest(vit: ViT, images: data.Data, count: int = 4000, k: int = 20, t: float = 0.07):
+    """Classes (images,) of the test images by the k nearest neighbours of class tokens; the true.
 
     The neighbours are `count` training images as the first epochs show them; each votes with
     exp(cosine similarity / t).
@@ -153,14 +155,24 @@ def nearest(vit: ViT, images: data.Data, count: int = 4000, k: int = 20, t: floa
     vit.eval()
     bank, labels = first_images(images.train, count)
     known = torch.cat([F.normalize(class_token(vit, some)) for some in bank.split(256)])
-    right = total = 0
-    for x, truth in images.test.in_order(256):
+    found, test = [], copy.copy(images.test)
+    test.rank, test.world = 0, 1  # all of them, also as one of many processes
+    for x, truth in test.in_order(256):
         near, which = (F.normalize(class_token(vit, x)) @ known.T).topk(min(k, len(known)))
         votes = torch.zeros(len(x), len(images.classes), device=x.device)
         votes.scatter_add_(1, labels[which], (near / t).exp())
-        right += (votes.argmax(dim=1) == truth).sum().item()
-        total += len(x)
-    return 100 * right / total
+        found.append(torch.stack([votes.argmax(dim=1), truth]))
+    return torch.cat(found, dim=1).cpu()
+
+
+def tested(vit: ViT, images: data.Data, out: Path) -> dict[str, float]:
+    """Accuracy in per cent of the nearest neighbours, said and kept as that of classifiers is."""
+    predicted, labels = nearest(vit, images)
+    result = {"test_top1": train.top1(predicted, labels)}
+    print0(f"20 nearest neighbours: {result['test_top1']:.2f} %")
+    if launch.rank() == 0:
+        storage.save({"predicted": predicted, "labels": labels}, out / "test.pt")
+    return result
 
 
 def main(settings: Settings) -> dict:
@@ -168,9 +180,7 @@ def main(settings: Settings) -> dict:
     images = data.load(settings, launch.device(settings.device))
     made = task(settings, images)
     result = train.fit(made, settings)
-    result["nearest"] = nearest(made.net.teacher.vit, images)
-    print0(f"20 nearest neighbours: {result['nearest']:.2f} %")
-    return result
+    return result | tested(made.net.teacher.vit, images, runs.folder(settings, "dino"))
 
 
 if __name__ == "__main__":

@@ -145,7 +145,8 @@ def task(settings: Settings, images: data.Data | None = None) -> train.Task:
     loss = partial(transfer_loss, teacher=teacher)
     if settings.lora:
         if settings.transfer:
-            own = settings.but(lora=False, out="", resume=False, overwrite=False)
+            first = runs.folder(settings, "lora") / "transfer"
+            own = settings.but(lora=False, out=str(first), resume=False, overwrite=False)
             path = teachers.made("linear", task, own, images)
             student.load_state_dict(storage.read(path)["linear"])
         low_rank(student, settings.rank)

@@ -40,26 +40,14 @@ import storage
 import train
 from attention import Attended, attention_scores
 from augment import Normalise
-from related.scenes import (
-    COLUMNS,
-    KNOWN,
-    LONGEST,
-    NEW,
-    NOTHING,
-    PLACE,
-    ROWS,
-    UNKNOWN,
-    VOCABULARY,
-    Scenes,
-    scenes,
-)  # fmt: skip
+from related import scenes
 from settings import MODEL, RUN, TRAINING, Setting, Settings, change, parse_settings
 from vit import ViT
 
 SETTINGS = change(
     {"data": Setting("digits", "what the scenes are of", choices=("digits",))}
     | {k: v for k, v in (MODEL | TRAINING | RUN).items() if k not in ("drop_path", "eval_every")},
-    patch=PLACE // 2, epochs=14, warmup=1, batch=100, lr=2e-3, weight_decay=0.05,
+    patch=scenes.PLACE // 2, epochs=14, warmup=1, batch=100, lr=2e-3, weight_decay=0.05,
 ) | {
     "reminder": Setting("attention", "what it is for", choices=("attention", "words", "none")),
     "attention_weight": Setting(1.0, "of the loss of the map"),
@@ -76,13 +64,13 @@ class Reader(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.embed = nn.Embedding(2 + len(VOCABULARY), dim)
-        self.order = nn.Parameter(torch.zeros(LONGEST, dim))
+        self.embed = nn.Embedding(2 + len(scenes.VOCABULARY), dim)
+        self.order = nn.Parameter(torch.zeros(scenes.LONGEST, dim))
         how = dict(dropout=0.0, batch_first=True, norm_first=True)
         self.block = nn.TransformerEncoderLayer(dim, 4, 2 * dim, **how)
 
     def forward(self, words: Tensor) -> Tensor:
-        nothing = words == NOTHING
+        nothing = words == scenes.NOTHING
         x = self.block(self.embed(words) + self.order, src_key_padding_mask=nothing)
         return x.masked_fill(nothing[..., None], 0).sum(dim=1) / (~nothing).sum(1, keepdim=True)
 
@@ -125,11 +113,11 @@ def map_loss(log_map: Tensor, targets: Tensor) -> Tensor:
     return F.kl_div(log_map, p, reduction="batchmean")
 
 
-def loss(net: Robot, images: Tensor, which: Tensor, known: Scenes, weight: float):
+def loss(net: Robot, images: Tensor, which: Tensor, known: scenes.Scenes, weight: float):
     """`which`: numbers of the scenes. Some words are not understood, so that new ones are borne."""
     words, targets = known.words[which], known.targets[which]
-    unheard = (torch.rand(words.shape, device=words.device) < 0.1) & (words != NOTHING)
-    logits, log_map = net(images, words.masked_fill(unheard, UNKNOWN))
+    unheard = (torch.rand(words.shape, device=words.device) < 0.1) & (words != scenes.NOTHING)
+    logits, log_map = net(images, words.masked_fill(unheard, scenes.UNKNOWN))
     terms = {"action": F.cross_entropy(logits, targets)}
     if log_map is not None:
         terms["map"] = weight * map_loss(log_map, targets)
@@ -147,7 +135,7 @@ def task(settings: Settings) -> train.Task:
     labels = torch.arange(len(known.targets), device=device)
     source = data.Tensors(known.pictures, labels)  # their numbers stand in for labels
     view = data.Train(source, lambda x, _: normalise(x), settings, 9, device)
-    names = [f"{row} {column}" for row in ROWS for column in COLUMNS]
+    names = [f"{row} {column}" for row in scenes.ROWS for column in scenes.COLUMNS]
     images = data.Data(names, 1, known.pictures.shape[-1], normalise, view)
     torch.manual_seed(settings.seed)
     vit = ViT(replace(families.sizes(settings, images), classes=0))
@@ -156,24 +144,27 @@ def task(settings: Settings) -> train.Task:
     return train.Task("reminders", net, images, own_loss, None, export)
 
 
-def trial_of(name: str, settings: Settings, device) -> Scenes:
-    """Scenes of "train", or of "test": of other digits, the same ones for all runs."""
+def trial_of(name: str, settings: Settings, device) -> scenes.Scenes:
+    """scenes.Scenes of "train", or of "test": of other digits, the same ones for all runs."""
     split = digits.Split(0, Normalise(data.KINDS["digits"].normalization, device), device)
     images, labels = (x.cpu() for x in split.whole(name))
     if name == "test":
-        made = scenes(1000, images, labels, NEW, "test")
+        made = scenes.make(1000, images, labels, scenes.NEW, "test")
     else:
         few = slice(settings.digits)
-        made = scenes(settings.scenes, images[few], labels[few], KNOWN, settings.seed)
-    return Scenes(*(x.to(device) for x in made[:3]), made.said)
+        made = scenes.make(settings.scenes, images[few], labels[few], scenes.KNOWN, settings.seed)
+    return scenes.Scenes(*(x.to(device) for x in made[:3]), made.said)
 
 
 @torch.no_grad()
-def tried(net: Robot, images: data.Data, trial: Scenes) -> tuple[Tensor, Tensor | None]:
-    """Of each scene the place that is chosen; and the patch that is looked at most."""
+def tried(net: Robot, images: data.Data, trial: scenes.Scenes) -> tuple[Tensor, Tensor | None]:
+    """Of each scene the place that is gone to, and the one that is looked at most."""
     net.eval()
     logits, log_map = net(images.normalise(trial.pictures), trial.words)
-    return logits.argmax(dim=1), None if log_map is None else log_map.argmax(dim=1)
+    looked = None
+    if log_map is not None:
+        looked = places(log_map.shape[1]).to(log_map.device)[log_map.argmax(dim=1)]
+    return logits.argmax(dim=1), looked
 
 
 def export(net: Robot) -> dict:
@@ -181,7 +172,7 @@ def export(net: Robot) -> dict:
 
 
 @torch.no_grad()
-def draw(net: Robot, images: data.Data, trial: Scenes, patch: int, out: Path) -> None:
+def draw(net: Robot, images: data.Data, trial: scenes.Scenes, patch: int, out: Path) -> None:
     """Some scenes, what was said, and where that made the robot look."""
     _, log_map = net(images.normalise(trial.pictures[:8]), trial.words[:8])
     whole, side = (0, images.image_size, images.image_size, 0), images.image_size // patch
@@ -203,12 +194,14 @@ def main(settings: Settings) -> dict:
     chosen, looked = tried(net, made.data, trial)
     result["test_top1"] = train.top1(chosen, trial.targets)
     print0(f"the right place is gone to: {result['test_top1']:.1f} %")
+    found = {"predicted": chosen.cpu(), "labels": trial.targets.cpu()}
     if looked is not None:
-        where = places(made.data.image_size**2 // settings.patch**2).to(looked.device)[looked]
-        result["lands"] = train.top1(where, trial.targets)
+        found["looked"] = looked.cpu()
+        result["lands"] = train.top1(looked, trial.targets)
         print0(f"attention lands there:      {result['lands']:.1f} %")
         draw(net, made.data, trial, settings.patch, out)
-    storage.save({"predicted": chosen.cpu(), "labels": trial.targets.cpu()}, out / "test.pt")
+    if launch.rank() == 0:
+        storage.save(found, out / "test.pt")
     return result
 
 

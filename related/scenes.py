@@ -24,12 +24,8 @@ NEW = (
     "not there {beside} the {other}",
 )  # fmt: skip
 NOTHING, UNKNOWN = 0, 1
-VOCABULARY = {  # of what is said in training
-    word: 2 + i
-    for i, word in enumerate(
-        sorted({*NAMES, *ROWS, *COLUMNS, *" ".join((*KNOWN, *BESIDE)).split()} - {"{what}"})
-    )
-}
+HEARD = {*NAMES, *ROWS, *COLUMNS, *" ".join((*KNOWN, *BESIDE)).split()}  # in training
+VOCABULARY = {word: 2 + i for i, word in enumerate(sorted(HEARD)) if "{" not in word}
 LONGEST = 10  # words of a reminder
 PLACE = 10  # pixels a side of one of nine
 
@@ -59,7 +55,7 @@ class Scenes(NamedTuple):
     said: list[str]
 
 
-def scenes(count: int, images: Tensor, labels: Tensor, phrasings: tuple[str, ...], seed) -> Scenes:
+def make(count: int, images: Tensor, labels: Tensor, phrasings: tuple[str, ...], seed) -> Scenes:
     """Scenes of these digits (m, 8, 8), with a reminder each."""
     draw, kinds = random.Random(number("scenes", seed)), labels.tolist()
     of_kind = {kind: [i for i, k in enumerate(kinds) if k == kind] for kind in range(10)}
