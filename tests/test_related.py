@@ -1,5 +1,7 @@
 """The related systems: each loss against its formula in loops, and against what it must be."""
 
+import math
+import random
 from pathlib import Path
 
 import pytest
@@ -8,10 +10,19 @@ from torch import nn
 
 import augment
 import learner
+import storage
 import train
 import vit
 from attention import attention_map
-from related import activations, integrated_gradients, linear_attention
+from related import (
+    activations,
+    attndistill,
+    dino,
+    integrated_gradients,
+    linear_attention,
+    reminders,
+    scenes,
+)
 from related.wide_resnet import MODELS, WideResNet
 
 
@@ -225,3 +236,138 @@ def test_maps_are_made_once_and_known_by_what_they_are_of(short, tmp_path, monke
     assert all(first[k] == second[k] for k in ("class", "kd", "at", "test_top1"))
     script.main(script.parse([*argv, "--path", "4", "--out", "three"]))
     assert kept.stat().st_mtime_ns != before
+
+
+# AttnDistill and DINO -----------------------------------------------------------------------------
+
+
+def rows_of(*shape, seed=0):
+    torch.manual_seed(seed)
+    return torch.randn(*shape).softmax(dim=-1)
+
+
+def test_the_loss_of_rows_is_as_in_loops():
+    ours, theirs = rows_of(3, 2, 10), rows_of(3, 2, 10, seed=1)
+    total = 0.0
+    for b in range(3):
+        for h in range(2):
+            p, p_t = (x[b, h].clamp(1e-5, 0.996) for x in (ours, theirs))
+            p, p_t = p / p.sum(), p_t / p_t.sum()
+            total += sum(t * (t.log() - s.log()) for s, t in zip(p, p_t, strict=True)) / 3
+    assert attndistill.row_loss(ours, theirs).item() == pytest.approx(float(total), rel=1e-5)
+
+
+def test_heads_are_taken_together_as_in_loops():
+    row, found = rows_of(2, 3, 5), []
+    for image in row:
+        scores = [sum(image[h, i].log() for h in range(3)) / 10 for i in range(5)]
+        found.append(torch.tensor(scores).softmax(dim=0))
+    torch.testing.assert_close(attndistill.together(row)[:, 0], torch.stack(found))
+    unlike = attndistill.row_loss(row[:, :2], row)  # two heads and three: each as one
+    p, p_t = attndistill.together(row[:, :2]), attndistill.together(row)
+    assert unlike.item() == pytest.approx(
+        nn.functional.kl_div(p.log(), p_t, reduction="sum").item() / 2, rel=1e-4
+    )
+
+
+def test_a_row_of_other_patches_stays_a_distribution():
+    row = rows_of(2, 3, 1 + 36)
+    found = attndistill.interpolated(row, 16)
+    assert found.shape == (2, 3, 17)
+    torch.testing.assert_close(found.sum(dim=-1), torch.ones(2, 3))
+    torch.testing.assert_close(found[..., 0], row[..., 0])
+    even = torch.full((1, 1, 37), 1 / 37)
+    torch.testing.assert_close(
+        attndistill.interpolated(even, 9)[..., 1:], torch.full((1, 1, 9), 4 / 37)
+    )
+
+
+def test_a_student_that_is_its_teacher_has_nothing_to_learn_of_where_to_look():
+    net, (images, labels) = small_vit(), images_of()
+    student = attndistill.Student(net, 32)
+    terms, _ = attndistill.loss(student, images, labels, net, 1.0)
+    grads = torch.autograd.grad(terms["attention"], net.parameters(), allow_unused=True)
+    assert terms["attention"].item() == pytest.approx(0, abs=1e-6)
+    assert all(g is None or g.abs().max() < 1e-6 for g in grads)
+
+
+def test_each_view_is_pulled_to_what_the_teacher_makes_of_the_other():
+    settings = dino.parse(["--prototypes", "6"])
+    net = dino.Dino(small_vit(), settings)
+    views = torch.randn(4, 2, 12, 12)
+    center = net.center.normal_().clone()
+    one, two = views[:, :1], views[:, 1:]
+    both = torch.cat([one, two])
+    with torch.no_grad():  # in training, norms are over the batch
+        theirs, ours = net.teacher(both), net.student(both)
+    total = 0.0
+    for i in range(8):
+        p = ((theirs[(i + 4) % 8] - center) / settings.teacher_temperature).softmax(dim=0)
+        total -= (p * (ours[i] / settings.student_temperature).log_softmax(dim=0)).sum() / 8
+    terms, _ = dino.loss(net, views, None)
+    assert terms["views"].item() == pytest.approx(total.item(), rel=1e-5)
+    torch.testing.assert_close(net.center, 0.9 * center + 0.1 * theirs.mean(dim=0))
+    terms["views"].backward()
+    assert all(p.grad is None for p in net.teacher.parameters())
+
+
+# Reminders ----------------------------------------------------------------------------------------
+
+
+def test_a_reminder_is_of_the_place_that_is_meant():
+    """Read back by what its words say of places and digits."""
+    draw, seen = random.Random(0), set()
+    for _ in range(500):
+        where = dict(zip(draw.sample(range(9), 4), draw.sample(range(10), 4), strict=True))
+        target = draw.choice(list(where))
+        said = scenes.remind(where, target, scenes.KNOWN + scenes.NEW, draw)
+        fitting, words = set(range(9)), said.split()
+        named = [place for place, kind in where.items() if scenes.NAMES[kind] in words]
+        beside = next((b for b in scenes.BESIDE if f" {b} the " in f" {said} "), None)
+        if beside:
+            step = {"left of": -1, "right of": 1, "above": -3, "below": 3}[beside]
+            fitting = {named[0] + step}
+        for i, (row, column) in enumerate(zip(scenes.ROWS, scenes.COLUMNS, strict=True)):
+            if row in words:
+                fitting &= {p for p in range(9) if p // 3 == i}
+            if column in words and not beside:
+                fitting &= {p for p in range(9) if p % 3 == i}
+        if named and not beside:
+            fitting &= set(named)
+        assert fitting == {target}, said
+        seen.add(beside)
+    assert seen == {None, *scenes.BESIDE}
+    assert all(word in scenes.VOCABULARY for word in " ".join(scenes.NAMES).split())
+    unheard = {w for said in scenes.NEW for w in said.split() if "{" not in w}
+    assert unheard - scenes.VOCABULARY.keys()
+
+
+def test_the_loss_of_a_map_is_its_divergence_from_the_right_place():
+    log_p, targets = torch.randn(3, 36).log_softmax(dim=-1), torch.tensor([0, 4, 8])
+    total = 0.0
+    for p, target in zip(log_p, targets, strict=True):
+        row, column = divmod(int(target), 3)
+        right = [6 * y + x for y in (2 * row, 2 * row + 1) for x in (2 * column, 2 * column + 1)]
+        total += sum(0.25 * (math.log(0.25) - p[i]) for i in right) / 3
+    assert reminders.map_loss(log_p, targets).item() == pytest.approx(float(total), rel=1e-5)
+
+
+@pytest.mark.parametrize("reminder", ["none", "words", "attention"])
+def test_a_robot_is_resumed_to_the_same_bits(reminder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv = ["--scenes", "200", "--epochs", "2", "--warmup", "0", "--device", "cpu"]
+    settings = reminders.parse([*argv, "--reminder", reminder])
+    whole = reminders.main(settings.but(out="whole"))
+    save, cut = train.save_state, settings.but(out="cut")
+
+    def stop(*state):
+        save(*state)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "save_state", stop)
+        reminders.main(cut)
+    assert reminders.main(cut.but(resume=True))["test_top1"] == whole["test_top1"]
+    nets = [storage.read(Path(out, "last.pt"))["net"] for out in ("whole", "cut")]
+    assert all(torch.equal(value, nets[1][key]) for key, value in nets[0].items())
+    assert ("lands" in whole) == (reminder == "attention")
