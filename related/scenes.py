@@ -11,15 +11,15 @@ from augment import number
 NAMES = "zero one two three four five six seven eight nine".split()
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
 BESIDE = {"left of": (0, 1), "right of": (0, -1), "above": (1, 0), "below": (-1, 0)}
-KNOWN = (
+KNOWN = (  # of which "one" means a digit
     "the {what}", "look at the {what}", "it is the {what}", "take the {what} please",
-    "not that one the {what}", "{row} {column}", "look at the {row} {column}",
-    "no the one at the {row} {column}", "over there at the {row} {column}",
+    "not that but the {what}", "{row} {column}", "look at the {row} {column}",
+    "no what is at the {row} {column}", "over there at the {row} {column}",
     "the {what} at the {row} {column}", "the {row} {column} please", "look {beside} the {other}",
-    "the one {beside} the {other}", "it is {beside} the {other}", "no {beside} the {other}",
+    "the thing {beside} the {other}", "it is {beside} the {other}", "no {beside} the {other}",
 )  # fmt: skip
 NEW = (
-    "you want the {what}", "no wait the {what} instead", "try the {row} {column} one",
+    "you want the {what}", "no wait the {what} instead", "try the {row} {column} corner",
     "at the {row} {column} i think", "what lies {beside} the {other}",
     "not there {beside} the {other}",
 )  # fmt: skip
