@@ -43,11 +43,7 @@ class Checkpoint:
     @cached_property
     def fingerprint(self) -> str:
         """Of the weights, whatever file they are in."""
-        digest = hashlib.sha256()
-        for name, value in sorted(self.weights.items()):
-            digest.update(name.encode())
-            digest.update(value.contiguous().flatten().view(torch.uint8).numpy())
-        return digest.hexdigest()[:12]
+        return fingerprint(self.weights)
 
     def images(self, asked: Settings) -> Settings:
         """`asked`, with the images that this was trained on where no others are asked for."""
@@ -69,6 +65,14 @@ class Checkpoint:
         made = "" if self.method == "?" else f"{self.method}, "
         made += f"{epochs} epochs, " if epochs else ""
         return f"{self.source} ({made}weights {self.fingerprint})"
+
+
+def fingerprint(weights: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(weights.items()):
+        digest.update(name.encode())
+        digest.update(value.contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:12]
 
 
 @dataclass

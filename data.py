@@ -18,6 +18,7 @@ each process draws for its own share.
 
 from launch import counted, first_alone, print0, rank, world
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -203,6 +204,19 @@ class Train:
             images = self.augment(images, draws)
             torch.manual_seed(number(seed, epoch, step, self.rank))  # from here on each its own
             yield self.mix(images, labels) if self.mix else (images, labels)
+
+    def first(self, count: int) -> tuple[Tensor, Tensor]:
+        """So many images as the first epochs show them to all processes, unmixed; their labels."""
+        whole, found, seen, epoch = copy.copy(self), [], 0, 0
+        whole.rank, whole.world, whole.mix = 0, 1, None
+        while seen < count:
+            for some in whole.epoch(epoch):
+                found.append(some)
+                seen += len(some[0])
+                if seen >= count:
+                    break
+            epoch += 1
+        return tuple(torch.cat(parts)[:count] for parts in zip(*found, strict=True))
 
 
 def share_of(images: int, ranks: int) -> int:

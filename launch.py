@@ -16,7 +16,7 @@ def leave(*_) -> None:
 
 
 # Only where a script of ours is what runs: not in a notebook, not in tests.
-SCRIPTS = (HERE, os.path.join(HERE, "experiments"), os.path.join(HERE, "speed"))
+SCRIPTS = (HERE, *(os.path.join(HERE, name) for name in ("experiments", "related", "speed")))
 if os.path.dirname(getattr(sys.modules["__main__"], "__file__", "") or "") in SCRIPTS:
     signal.signal(signal.SIGINT, leave)  # until `run` begins
 

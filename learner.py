@@ -131,6 +131,7 @@ class Learner:
     def all_fit(self, images: Tensor) -> bool:
         """Whether every process can compute gradients of so many images at a time."""
         fits, labels = torch.ones(1, device=images.device), images.new_zeros(len(images)).long()
+        before = [buffer.clone() for buffer in self.net.buffers()]
         try:
             with self.autocast:
                 terms, _ = self.loss(self.net, images, labels)
@@ -140,6 +141,8 @@ class Learner:
                 raise
             fits.zero_()
         self.optimizer.zero_grad()
+        for buffer, value in zip(self.net.buffers(), before, strict=True):
+            buffer.copy_(value)
         if dist.is_initialized():
             dist.all_reduce(fits, dist.ReduceOp.MIN)
         return fits.item() == 1
@@ -172,6 +175,8 @@ def add(sums: dict[str, Tensor], values: dict[str, Tensor], share: float) -> Non
 def parameter_groups(net: nn.Module, weight_decay: float, layer_decay: float) -> list[dict]:
     """Weight decay for matrices only; layer decay: a factor per layer below the head."""
     groups = {}
+    if layer_decay < 1 and not hasattr(net, "layer_of"):
+        raise ValueError(f"--layer-decay {layer_decay}: only a ViT has layers that are counted")
     top = net.layer_of("head") if layer_decay < 1 else 0
     for name, p in net.named_parameters():
         if p.requires_grad:

@@ -49,8 +49,7 @@ class Lender:
         if not self.together:
             return Attended(q, k, bias=bias)
         log_p = attention_scores(Attended(q, k, bias=bias)).log_softmax(dim=-1)
-        p = (log_p.sum(dim=1, keepdim=True) / TEMPERATURE).softmax(dim=-1)
-        return lend_map(p.expand(-1, self.together, -1, -1))
+        return lend_map(aggregated(log_p).expand(-1, self.together, -1, -1))
 
     def cut(self, x: Tensor, dim: int) -> Tensor:
         """Without the registers, which stand between the class token and the patches."""
@@ -60,6 +59,14 @@ class Lender:
 
     def pick(self, x: Tensor) -> Tensor:  # by slices: indices would have to travel to the GPU
         return torch.cat([x[:, i : i + 1] for i in self.heads], dim=1)
+
+
+def aggregated(log_p: Tensor) -> Tensor:
+    """All heads as one, from the logs of their maps: (B, H, ..., N) to (B, 1, ..., N).
+
+    softmax(sum over heads of log p / 10): AttnDistill's (Wang et al., BMVC 2022, section 3).
+    """
+    return (log_p.sum(dim=1, keepdim=True) / TEMPERATURE).softmax(dim=-1)
 
 
 def described(teacher: ViT | Lender) -> tuple[ViT, tuple[tuple[int, ...], str]]:

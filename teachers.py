@@ -10,7 +10,6 @@ from launch import print0
 
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -109,17 +108,18 @@ def check(settings: Settings) -> None:
 
 def pretrained(settings: Settings, images: data.Data) -> Path:
     """The model.pt of a teacher for these settings and images, pre-trained now if need be."""
-    net, run = ("model", "patch", "components"), ("seed", "device", "amp", "compile", "save_every")
-    shared = {k: v for k, v in vars(settings).items() if k in (*IMAGES, *net, *run)}
-    own = pretrain.parse(["--data", settings.data]).but(**shared).but(num_labels=0, subset_seed=-1)
-    return made("pretrain", pretrain.task, own, images)
+    net = {name: getattr(settings, name) for name in ("model", "patch", "components")}
+    return made("pretrain", pretrain, settings, images, num_labels=0, subset_seed=-1, **net)
 
 
-def made(name: str, task: Callable, own: Settings, images: data.Data) -> Path:
-    """The model.pt of the run that task(own) is, trained now if need be; `images` are its own.
+def made(name: str, script, settings: Settings, images: data.Data, **changes) -> Path:
+    """The model.pt of a script's own recipe on these images, trained now if need be.
 
     One that was made otherwise is left alone: the new one goes to a folder beside it.
     """
+    shared = (*IMAGES, "seed", "device", "amp", "compile", "save_every")
+    own = script.parse(["--data", settings.data])
+    own = own.but(**{k: v for k, v in vars(settings).items() if k in shared}).but(**changes)
     wanted = what_counts(runs.identity(name, images, None, own))
     out = runs.folder(own, name)
     found = runs.what_is_in(out)
@@ -137,7 +137,7 @@ def made(name: str, task: Callable, own: Settings, images: data.Data) -> Path:
         print0(f"No teacher in {out} yet: making one first.")
     own = own.but(out=str(out))
     try:
-        train.fit(task(own), own)
+        train.fit(script.task(own), own)
     except ValueError as error:
         raise ValueError(f"the teacher in {out}: {error}; or remove that folder") from error
     print0("The teacher is ready. Now the student:")

@@ -46,6 +46,8 @@ class Task:
     export: Callable[[nn.Module], dict] = checkpoints.export
     teacher: checkpoints.Checkpoint | None = None  # it learns from: part of what the run is
     later: tuple[int, Callable] | None = None  # after so many epochs, another loss
+    # Without predict: test(net) -> {"predicted", "labels", ...}, each (images,), at the end.
+    test: Callable[[nn.Module], dict[str, Tensor]] | None = None
 
 
 def fit(task: Task, settings: Settings) -> dict:
@@ -142,14 +144,18 @@ def check_agreement(learner: Learner) -> None:
 
 def finish(task: Task, learner: Learner, rows: list, seen, settings: Settings, out: Path) -> dict:
     """Tests what was trained, and writes model.pt. `seen`: the predictions of the validation."""
-    shared, result = learner.average or task.net, dict(rows[-1])
+    shared, result, found = learner.average or task.net, dict(rows[-1]), {}
     if task.predict:
         if task.data.test is not task.data.val or not seen:
             seen = predictions(task.predict, shared, task.data.test, settings, learner.micro_batch)
-        predicted, labels = seen
-        result["test_top1"] = top1(predicted, labels)
+        found = dict(zip(("predicted", "labels"), seen, strict=True))
+    elif task.test:
+        with torch.no_grad():
+            found = {name: value.cpu() for name, value in task.test(shared.eval()).items()}
+    if found:
+        result["test_top1"] = top1(found["predicted"], found["labels"])
         if rank() == 0:
-            storage.save({"predicted": predicted, "labels": labels}, out / "test.pt")
+            storage.save(found, out / "test.pt")
     runs.write_rows(out, [*rows[:-1], result])
     if rank() == 0:
         about = {"classes": task.data.classes, "normalization": task.data.normalization}
@@ -161,7 +167,7 @@ def finish(task: Task, learner: Learner, rows: list, seen, settings: Settings, o
     if dist.is_initialized():
         dist.barrier()
     conclude(rows, out)
-    if task.predict:
+    if found:
         print0(f"test top-1 {result['test_top1']:.2f} %")
     return result
 
@@ -230,10 +236,13 @@ def validate(task: Task, learner: Learner, settings: Settings) -> tuple[dict[str
 
 
 def gather(learner: Learner) -> None:
-    """Replaces the sums of this process by their means over all."""
+    """Replaces the sums of this process by their means over all, buffers by the first one's."""
     if dist.is_initialized():
         for value in (*learner.terms.values(), *learner.diagnostics.values()):
             dist.all_reduce(value.div_(world()))
+        for net in filter(None, (learner.net, learner.average)):
+            for buffer in net.buffers():
+                dist.broadcast(buffer, 0)
 
 
 def means(learner: Learner, steps: int) -> dict[str, float]:

@@ -132,7 +132,8 @@ def accuracies(points: dict[str, dict]):
         axis.text(between[1], y, f"  {found['mean']:.1f}", va="center", fontsize=8)
     axis.set_yticks(range(len(rows)), rows)
     axis.invert_yaxis()
-    axis.axvline(rows["from scratch"]["mean"], color=COLOURS["from scratch"], linewidth=0.8)
+    if scratch := rows.get("from scratch"):
+        axis.axvline(scratch["mean"], color=COLOURS["from scratch"], linewidth=0.8)
     axis.set_xlabel("test accuracy (top-1, %), with 95 % intervals")
     axis.spines[["top", "right"]].set_visible(False)
     return fig

@@ -9,29 +9,40 @@ from torch.utils.flop_counter import FlopCounterMode
 import storage
 from experiments import rows
 from experiments.estimates import estimates, over_seeds
-from experiments.jobs import SCRIPTS, Job, Made
+from experiments.jobs import SCRIPTS, Made
 from experiments.tables import AT_BASE, DIGITS, Table, accuracies
 
 STUDY = DIGITS._replace(base={"data": "digits"}, own={})  # settings as the scripts have them
 
 
 def sized(table: Table, made: Made) -> dict:
-    """As `accuracies`; and of each row what of it is trained, and what an image costs it."""
+    """As `accuracies`; and of each row its parameters, and the multiply-adds of an image."""
     found = accuracies(table, made)
     for point, of_rows in made.items():
         for row, (job, *_) in of_rows.items():
-            found["points"][point][row] |= size_of(job)
+            task = SCRIPTS[job.script].task(job.settings())
+            image, _ = next(task.data.test.in_order(1))
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                task.predict(task.net.eval(), image)
+            cells = found["points"][point][row]
+            cells["parameters"] = sum(p.numel() for p in task.net.parameters())
+            cells["multiply-adds"] = counter.get_total_flops() // 2
     return found
 
 
-@torch.no_grad()
-def size_of(job: Job) -> dict[str, int]:
-    task = SCRIPTS[job.script].task(job.settings())
-    trained = sum(p.numel() for p in task.net.parameters() if p.requires_grad)
-    image, _ = next(task.data.test.in_order(1))
-    with FlopCounterMode(display=False) as counter:
-        task.predict(task.net.eval(), image)
-    return {"trained parameters": trained, "multiply-adds": counter.get_total_flops() // 2}
+def linear(table: Table, made: Made) -> dict:
+    """As `accuracies`; and how many parameters each row trained, beside those of the ViT."""
+    found = accuracies(table, made)
+    for point, of_rows in made.items():
+        cells = found["points"][point]
+        for row, (job, *_) in of_rows.items():
+            settings = job.settings()
+            net = SCRIPTS[job.script].task(settings).net
+            trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
+            before = cells.get(rows.ROWS[row].teacher, {}) if settings.lr else {}
+            own = row != rows.SOFTMAX and bool(settings.lr)
+            cells[row]["trained parameters"] = own * trained + before.get("trained parameters", 0)
+    return found
 
 
 def reminded(table: Table, made: Made) -> dict:
@@ -63,16 +74,15 @@ TABLES = {
     "related-activations": related(
         "where a CNN is active, and its softened classes, given to smaller ones",
         rows=tuple(rows.ACTIVATIONS), find=sized,
-        against=dict.fromkeys(rows.ACTIVATIONS, "small")
-        | {f"{model}, AT": model for model in ("grouped", "bottleneck")},
+        against={row: row.split(",")[0] for row in rows.ACTIVATIONS if "," in row},
     ),
-    "related-hints": related(
-        "what contributed to a teacher's class, laid over images", rows=tuple(rows.HINTS),
-        against=dict.fromkeys(rows.HINTS, "no hints")
+    "related-gradients": related(
+        "what contributed to a teacher's class, laid over images", rows=tuple(rows.GRADIENTS),
+        against=dict.fromkeys(rows.GRADIENTS, "neither")
         | {"KD and IG": "KD", "KD, AT and IG": "KD and IG"},
     ),
     "related-linear": related(
-        "softmax attention made linear", rows=tuple(rows.LINEAR), find=sized,
+        "softmax attention made linear", rows=tuple(rows.LINEAR), find=linear,
         against=dict.fromkeys(rows.LINEAR, rows.SOFTMAX),
     ),
     "related-attndistill": related(

@@ -48,9 +48,11 @@ def markdown(record: dict) -> str:
 def at_one_point(rows: dict[str, dict]) -> str:
     """Accuracy, difference from scratch or another row, recovery, and what else is known."""
     own = {name: None for found in rows.values() for name in found if name not in USUAL}
-    heads = ["", "test top-1, %", "difference", "recovery", *own]
+    sources = [found["difference"]["from"] for found in rows.values() if "difference" in found]
+    usual = max(sources, key=sources.count, default=BASELINE)
+    heads = ["", "test top-1, %", f"less {usual}", "recovery", *own]
     lines = [
-        [row, shown(found, ".1f"), difference(found.get("difference")),
+        [row, shown(found, ".1f"), difference(found.get("difference"), usual),
          shown(found.get("recovery"), ".2f"), *(shown(found.get(name), ".1f") for name in own)]
         for row, found in rows.items()
     ]  # fmt: skip
@@ -59,10 +61,10 @@ def at_one_point(rows: dict[str, dict]) -> str:
     return lined(heads, lines)
 
 
-def difference(cell: dict | None) -> str:
-    """With what it is from, if that is not training from scratch."""
-    source = (cell or {}).get("from", BASELINE)
-    return shown(cell, "+.1f") + ("" if source == BASELINE else f" from {source}")
+def difference(cell: dict | None, usual: str) -> str:
+    """With what it is from, if that is not what the head says."""
+    source = (cell or {}).get("from", usual)
+    return shown(cell, "+.1f") + ("" if source == usual else f" (from {source})")
 
 
 def along(points: dict[str, dict]) -> str:

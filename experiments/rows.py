@@ -87,33 +87,30 @@ NEAREST = "1-nearest neighbour of pixels"  # no run at all
 WIDE = "a wider net"
 ACTIVATIONS = {
     WIDE: Row("activations", "", {"model": "teacher"}),
-    "small": Row("activations", WIDE, {"at_weight": 0.0}),
+    "small": Row("activations", "", {"at_weight": 0.0}),
     "small, KD": Row("activations", WIDE, {"at_weight": 0.0, "kd_weight": 0.9}),
     "small, AT": Row("activations", WIDE),
     "small, AT and KD": Row("activations", WIDE, {"kd_weight": 0.9}),
-    **{
-        f"{model}{named}": Row("activations", WIDE, {"model": model} | flags)
-        for model in ("grouped", "bottleneck")
-        for named, flags in (("", {"at_weight": 0.0}), (", AT", {}))
-    },
+    "grouped": Row("activations", "", {"model": "grouped", "at_weight": 0.0}),
+    "grouped, AT": Row("activations", WIDE, {"model": "grouped"}),
+    "bottleneck": Row("activations", "", {"model": "bottleneck", "at_weight": 0.0}),
+    "bottleneck, AT": Row("activations", WIDE, {"model": "bottleneck"}),
 }
-HINTS = {
-    "no hints": Row("integrated_gradients", WIDE, {"overlay": 0.0}),
+GRADIENTS = {
+    "neither": Row("integrated_gradients", WIDE, {"overlay": 0.0}),
     "KD": Row("integrated_gradients", WIDE, {"overlay": 0.0, "kd_weight": 0.3}),
     "IG": Row("integrated_gradients", WIDE),
     "KD and IG": Row("integrated_gradients", WIDE, {"kd_weight": 0.3}),
     "KD, AT and IG": Row("integrated_gradients", WIDE, {"kd_weight": 0.3, "at_weight": 1000.0}),
 }
-SOFTMAX = "softmax"
+SOFTMAX, TAUGHT = "softmax", "linear, transfer"
 LINEAR = {
     SOFTMAX: Row("finetune", "pre-trained"),
-    "linear, untaught": Row(
-        "linear_attention", SOFTMAX, {"epochs": 1, "warmup": 0, "lr": 0.0}
-    ),
-    "linear, transfer": Row("linear_attention", SOFTMAX),
-    "linear, LoRA": Row("linear_attention", SOFTMAX, {"lora": True, "transfer": False}),
-    "linear, transfer and LoRA": Row("linear_attention", SOFTMAX, {"lora": True}),
-}  # fmt: skip
+    "linear, untaught": Row("linear_attention", SOFTMAX, {"epochs": 1, "warmup": 0, "lr": 0.0}),
+    TAUGHT: Row("linear_attention", SOFTMAX),
+    "linear, LoRA": Row("linear_attention", SOFTMAX, {"lora": True, "epochs": 120}),
+    "linear, transfer and LoRA": Row("linear_attention", TAUGHT, {"lora": True}),
+}
 DINO = "DINO, teacher"
 ATTNDISTILL = {
     DINO: Row("dino", ""),
@@ -125,12 +122,15 @@ ATTNDISTILL = {
     "token, patch 4": Row("attndistill", DINO, {"patch": 4, "attention_weight": 0.0}),
     "token and map, patch 4": Row("attndistill", DINO, {"patch": 4}),
 }
+ALONE = "the robot alone"
 REMINDED = {
-    "the robot alone": Row("reminders", "", {"reminder": "none"}),
+    ALONE: Row("reminders", "", {"reminder": "none"}),
+    f"{ALONE} again": Row("reminders", "", {"reminder": "none"}),  # how often errs another?
     "words": Row("reminders", "", {"reminder": "words"}),
     "words to attention": Row("reminders", ""),
+    "words to attention, its map untaught": Row("reminders", "", {"attention_weight": 0.0}),
 }
-RELATED = ACTIVATIONS | HINTS | LINEAR | ATTNDISTILL | REMINDED
+RELATED = ACTIVATIONS | GRADIENTS | LINEAR | ATTNDISTILL | REMINDED
 ROWS = (
     MAIN | PROBE | BASELINES | CONTROLS | LADDER | PARTS | LAYERS | EXPLAINED | AGAIN | MISMATCHED
     | RELATED
@@ -169,11 +169,11 @@ class Runs(NamedTuple):
         if after:
             teacher = needed[after[0]].out / "model.pt"
         own = tuned[row if row in study.own else tuned_as] if study.own else {}
-        own |= flags or {}
+        own = own | (flags or {})
         given = study.base | point | own | {"seed": seed}
         given |= {"teacher": teacher} if teacher else {}
         given |= {"eval_every": given["epochs"]} if "epochs" in given else {}
-        if row in AGAIN:
+        if row.endswith(" again"):
             given |= {"seed": seed + 1000, "subset_seed": seed}
         special = {k: v for k, v in (point | own).items() if study.base.get(k) != v}
         name = f"{row}{described(special)} s{seed}"

@@ -69,7 +69,7 @@ class Lender:
         self.teacher, self.layers, self.parts = teacher, layers, settings.lend
         self.maps, self.bank, self.fixed = settings.maps, None, []
         if self.maps in ("other", "mean"):
-            self.bank = some_images(images, settings.bank)
+            self.bank, _ = images.train.first(settings.bank)
         if self.maps == "mean":
             self.fixed = mean_maps(teacher, self.bank)
         elif self.maps == "uniform":
@@ -94,15 +94,6 @@ class Lender:
         if training:
             return self.bank[torch.randint(len(self.bank), (count,), device=self.bank.device)]
         return self.bank[torch.arange(count, device=self.bank.device) % len(self.bank)]
-
-
-def some_images(images: data.Data, count: int) -> Tensor:
-    """Training images as the first epochs show them: (count, C, H, W)."""
-    found, epoch = [], 0
-    while sum(map(len, found)) < count:
-        found += [batch for batch, _ in images.train.epoch(epoch)]
-        epoch += 1
-    return torch.cat(found)[:count]
 
 
 @torch.no_grad()

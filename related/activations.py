@@ -13,15 +13,17 @@ al. 2015). Moonshine (Crowley et al., NeurIPS 2018, arXiv 1711.02613) keeps the
 teacher's shape and makes its convolutions cheap: --model grouped, bottleneck.
 
     python -m related.activations                        trains a teacher first
-    python -m related.activations --at-weight 0 --kd-weight 0.9          Hinton
+    python -m related.activations --at-weight 0 --kd-weight 0.9 --out runs/kd
     python -m related.activations --at-weight 0 --out runs/alone        control
-    python -m related.activations --model grouped
+    python -m related.activations --model grouped --out runs/grouped
 
-SGD is theirs; here the optimiser is AdamW, as everywhere in this repository.
+SGD is theirs; here the optimiser is AdamW, as everywhere in this repository. On
+several GPUs the norms are over each one's share of a batch.
 """
 
 import launch
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -65,7 +67,7 @@ parse = partial(parse_settings, __doc__, SETTINGS)
 
 def at(x: Tensor) -> Tensor:
     """Where a layer is active: (B, C, H, W) to (B, H * W), each of L2 norm 1 (section 3.1)."""
-    return F.normalize(x.square().mean(dim=1).flatten(1))
+    return F.normalize(x.float().square().mean(dim=1).flatten(1))
 
 
 def at_loss(ours: Tensor, theirs: Tensor) -> Tensor:
@@ -117,21 +119,24 @@ def task(settings: Settings, images: data.Data | None = None) -> train.Task:
 
 
 def found(settings: Settings, images: data.Data) -> checkpoints.Checkpoint:
-    """The teacher that is named, or made here first."""
+    """The teacher that is named, or made here first. ValueError if it is not of these images."""
     path = settings.teacher
     if path == "auto":
-        shared = {k: v for k, v in vars(settings).items() if k in SHARED}
-        own = parse(["--data", settings.data]).but(**shared, model="teacher")
-        path = teachers.made("activations", task, own, images)
+        path = teachers.made(
+            "activations", sys.modules[__name__], settings, images, model="teacher"
+        )
     if not Path(path).is_file():
         raise FileNotFoundError(f"no teacher at {path}")
     state = storage.read(path)
-    if not isinstance(state, dict) or state.get("method") != "activations":
+    state = state if isinstance(state, dict) else {}
+    about = state.get("settings", {})
+    if (state.get("method"), about.get("model")) != ("activations", "teacher"):
         raise ValueError(f"--teacher {path}: not what --model teacher leaves")
-    return checkpoints.Checkpoint(str(path), state["model"], {}, method="activations")
-
-
-SHARED = {*IMAGES, "seed", "device", "amp", "compile", "save_every"}  # the rest is its recipe
+    if state["classes"] != images.classes or len(state["normalization"][0]) != images.channels:
+        raise ValueError(f"--teacher {path}: is for other images than --data {settings.data}")
+    return checkpoints.Checkpoint(
+        str(path), state["model"], {}, state["classes"], state["normalization"], "activations"
+    )
 
 
 def export(net: WideResNet) -> dict:

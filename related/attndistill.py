@@ -11,15 +11,17 @@ the student's by interpolation; where it has other heads, those of each are
 taken together: softmax(sum over heads of log a / 10).
 
     python -m related.attndistill                  makes a teacher by DINO first
-    python -m related.attndistill --attention-weight 0 --out runs/no     control
-    python -m related.attndistill --heads 2            other heads than its teacher
-    python -m related.attndistill --patch 4            other patches
+    python -m related.attndistill --attention-weight 0 --out runs/token  control
+    python -m related.attndistill --heads 2 --out runs/heads       other heads
+    python -m related.attndistill --patch 4 --out runs/patches     other patches
+
+A public teacher's class token is taken as its last block leaves it, normalised
+without the weights of its last norm, which belong to its head.
 """
 
 import launch
 
 import math
-from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 
@@ -30,13 +32,13 @@ from torch import Tensor, nn
 
 import checkpoints
 import data
-import families
 import runs
 import teachers
 import train
 from attention import Attended, attention_map
+from lending import aggregated
 from related import dino
-from settings import IMAGES, Setting, Settings, change, parse_settings
+from settings import Setting, Settings, change, parse_settings
 from vit import ViT
 
 SETTINGS = change(
@@ -52,7 +54,6 @@ SETTINGS = change(
     "attention_weight": Setting(0.1, "of the row of the class token (0: none)"),
 }  # fmt: skip
 parse = partial(parse_settings, __doc__, SETTINGS)
-TEMPERATURE = 10.0  # of heads taken together
 
 
 class Student(nn.Module):
@@ -75,7 +76,8 @@ def last(vit: ViT, images: Tensor) -> tuple[Tensor, Tensor]:
     """The class token (B, D), and where it looks in the last block (B, H, 1 + patches)."""
     for x, used in vit.run(images):
         pass
-    rows = attention_map(Attended(used.q[:, :, :1], used.k))[:, :, 0]
+    bias = None if used.bias is None else used.bias[:, :, :1]
+    rows = attention_map(Attended(used.q[:, :, :1], used.k, bias=bias))[:, :, 0].float()
     kept = [rows[..., :1], rows[..., vit.config.prefix :]]  # registers are no places
     return vit.fc_norm(x)[:, 0], torch.cat(kept, dim=-1)
 
@@ -91,16 +93,11 @@ def interpolated(row: Tensor, patches: int) -> Tensor:
     return torch.cat([first, grid * (1 - first) / grid.sum(dim=-1, keepdim=True)], dim=-1)
 
 
-def together(row: Tensor) -> Tensor:
-    """All heads as one: (B, H, N) to (B, 1, N)."""
-    return (row.clamp_min(1e-9).log().sum(dim=1, keepdim=True) / TEMPERATURE).softmax(dim=-1)
-
-
 def row_loss(ours: Tensor, theirs: Tensor) -> Tensor:
     """KL divergence of the teacher's rows from the student's, summed over heads, mean of images."""
     theirs = interpolated(theirs, ours.shape[-1] - 1)
     if ours.shape[1] != theirs.shape[1]:
-        ours, theirs = together(ours), together(theirs)
+        ours, theirs = (aggregated(row.clamp_min(1e-9).log()) for row in (ours, theirs))
     p, p_t = (F.normalize(row.clamp(1e-5, 0.996), p=1.0, dim=-1) for row in (ours, theirs))
     return F.kl_div(p.log(), p_t, reduction="batchmean")
 
@@ -126,23 +123,22 @@ def task(settings: Settings, images: data.Data | None = None) -> train.Task:
     images.adopt(source)
     teacher.to(device).eval().requires_grad_(False)
     torch.manual_seed(settings.seed)
-    sizes = families.sizes(settings, images)
-    sizes = replace(sizes, classes=0, heads=settings.heads or sizes.heads)
-    net = Student(ViT(sizes), teacher.config.dim).to(device)
+    other = {"heads": settings.heads} if settings.heads else {}
+    net = Student(dino.encoder(settings, images, **other), teacher.config.dim).to(device)
     own_loss = partial(loss, teacher=teacher, weight=settings.attention_weight)
-    return train.Task("attndistill", net, images, own_loss, None, export, teacher=source)
+    test = partial(tested, images=images)
+    return train.Task("attndistill", net, images, own_loss, None, export, source, test=test)
+
+
+def tested(net: Student, images: data.Data) -> dict[str, Tensor]:
+    return dino.nearest(net.vit, images)
 
 
 def found(settings: Settings, images: data.Data) -> checkpoints.Checkpoint:
     """The teacher that is named, or one made by DINO here first."""
-    if settings.teacher != "auto":
-        return teachers.by_name(settings.teacher)
-    shared = {k: v for k, v in vars(settings).items() if k in SHARED}
-    own = dino.parse(["--data", settings.data]).but(**shared)
-    return checkpoints.read(teachers.made("dino", dino.task, own, images))
-
-
-SHARED = {*IMAGES, "seed", "device", "amp", "compile", "save_every"}
+    if settings.teacher == "auto":
+        return checkpoints.read(teachers.made("dino", dino, settings, images))
+    return teachers.by_name(settings.teacher)
 
 
 def export(net: Student) -> dict:
@@ -151,10 +147,7 @@ def export(net: Student) -> dict:
 
 def main(settings: Settings) -> dict:
     runs.check(settings, "attndistill")
-    images = data.load(settings, launch.device(settings.device))
-    made = task(settings, images)
-    result = train.fit(made, settings)
-    return result | dino.tested(made.net.vit, images, runs.folder(settings, "attndistill"))
+    return train.fit(task(settings), settings)
 
 
 if __name__ == "__main__":

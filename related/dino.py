@@ -3,24 +3,24 @@
 Caron et al., ICCV 2021 (arXiv 2104.14294): a student and a teacher see two
 views of an image; the student's distribution over invented classes is pulled to
 the teacher's. The teacher is a slow average of the student, sharpened by a low
-temperature, and kept from collapse by the mean of its outputs being taken away.
-For related/attndistill.py, which needs such a teacher. Of DINO's crops only the
-two global ones: on the digits, two placements among other scraps.
+temperature, and kept from collapse by the mean of its outputs being taken away;
+in batches as small as ours that is not enough, so the head has norms over the
+batch as well. For related/attndistill.py, which needs such a teacher. Of DINO's
+crops only the two global ones: on the digits, two placements among other scraps.
 
     python -m related.dino                         digits
     python -m related.dino --data cifar10
 
-It ends with the accuracy of the weighted 20 nearest neighbours (section 4.1)
-of the class tokens, labels being used for nothing else.
+It is tested by the weighted 20 nearest neighbours of the class tokens (section
+3.2), labels being used for nothing else.
 """
 
 import launch
-from launch import print0, world
+from launch import Failed, world
 
 import copy
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -30,11 +30,10 @@ from torch import Tensor, nn
 import checkpoints
 import data
 import families
+import image_files
 import pretrain
 import runs
-import storage
 import train
-from related.integrated_gradients import first_images
 from settings import Setting, Settings, change, parse_settings
 from vit import ViT
 
@@ -57,10 +56,7 @@ parse = partial(parse_settings, __doc__, SETTINGS)
 
 
 class Net(nn.Module):
-    """A ViT, and a head that names invented classes of its class token.
-
-    Its norms over the batch keep it from collapse, for which these batches are too small otherwise.
-    """
+    """A ViT, and a head that names invented classes of its class token."""
 
     def __init__(self, vit: ViT, prototypes: int, hidden: int = 128, bottleneck: int = 64):
         super().__init__()
@@ -112,8 +108,10 @@ class Dino(nn.Module):
         return p
 
 
-def loss(net: Dino, images: Tensor, labels) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Each view's distribution is pulled to the teacher's of the other view (equation 2)."""
+def loss(net: Dino, images: Tensor, labels, batch: int):
+    """Each view's distribution is pulled to the teacher's of the other view (equation 3)."""
+    if len(images) != batch:
+        raise Failed("DINO's norms and centre are over the batch, which must fit in memory at once")
     net.follow()
     views = torch.cat(images.chunk(2, dim=1))
     p = net.targets(views).roll(len(images), dims=0)  # of the other view
@@ -134,10 +132,24 @@ def task(settings: Settings, images: data.Data | None = None) -> train.Task:
     """Everything that train.fit needs. `images`: others than those that the settings name."""
     device = launch.device(settings.device)
     images = images or data.load(settings, device)
+    if isinstance(images.train.source, image_files.Files):
+        raise ValueError(
+            f"--data {settings.data}: files are cropped once, and this needs two views"
+        )
     torch.manual_seed(settings.seed)
-    vit = ViT(replace(families.sizes(settings, images), classes=0))
-    net = Dino(vit, settings).to(device)
-    return train.Task("dino", net, two_views(images), loss, None, export)
+    net = Dino(encoder(settings, images), settings).to(device)
+    own_loss = partial(loss, batch=images.train.batch // world())
+    return train.Task(
+        "dino", net, two_views(images), own_loss, None, export, test=partial(tested, images=images)
+    )
+
+
+def encoder(settings: Settings, images: data.Data, **changes) -> ViT:
+    """A random ViT without a head; ValueError if it has no class token."""
+    config = replace(families.sizes(settings, images), classes=0, **changes)
+    if not config.class_token:
+        raise ValueError("--components class_token=0: it is the class token that learns here")
+    return ViT(config)
 
 
 def export(net: Dino) -> dict:
@@ -145,15 +157,19 @@ def export(net: Dino) -> dict:
     return checkpoints.export(net.teacher.vit)
 
 
-@torch.no_grad()
-def nearest(vit: ViT, images: data.Data, count: int = 4000, k: int = 20, t: float = 0.07):
-    """Classes (images,) of the test images by the k nearest neighbours of class tokens; the true.
+def tested(net: Dino, images: data.Data) -> dict[str, Tensor]:
+    return nearest(net.teacher.vit, images)
+
+
+def nearest(
+    vit: ViT, images: data.Data, count: int = 4000, k: int = 20, t: float = 0.07
+) -> dict[str, Tensor]:
+    """Classes of the test images by the k nearest neighbours of class tokens, and the true ones.
 
     The neighbours are `count` training images as the first epochs show them; each votes with
     exp(cosine similarity / t).
     """
-    vit.eval()
-    bank, labels = first_images(images.train, count)
+    bank, labels = images.train.first(count)
     known = torch.cat([F.normalize(class_token(vit, some)) for some in bank.split(256)])
     found, test = [], copy.copy(images.test)
     test.rank, test.world = 0, 1  # all of them, also as one of many processes
@@ -162,25 +178,12 @@ def nearest(vit: ViT, images: data.Data, count: int = 4000, k: int = 20, t: floa
         votes = torch.zeros(len(x), len(images.classes), device=x.device)
         votes.scatter_add_(1, labels[which], (near / t).exp())
         found.append(torch.stack([votes.argmax(dim=1), truth]))
-    return torch.cat(found, dim=1).cpu()
-
-
-def tested(vit: ViT, images: data.Data, out: Path) -> dict[str, float]:
-    """Accuracy in per cent of the nearest neighbours, said and kept as that of classifiers is."""
-    predicted, labels = nearest(vit, images)
-    result = {"test_top1": train.top1(predicted, labels)}
-    print0(f"20 nearest neighbours: {result['test_top1']:.2f} %")
-    if launch.rank() == 0:
-        storage.save({"predicted": predicted, "labels": labels}, out / "test.pt")
-    return result
+    return dict(zip(("predicted", "labels"), torch.cat(found, dim=1), strict=True))
 
 
 def main(settings: Settings) -> dict:
     runs.check(settings, "dino")
-    images = data.load(settings, launch.device(settings.device))
-    made = task(settings, images)
-    result = train.fit(made, settings)
-    return result | tested(made.net.teacher.vit, images, runs.folder(settings, "dino"))
+    return train.fit(task(settings), settings)
 
 
 if __name__ == "__main__":

@@ -7,20 +7,25 @@ a net's F, on the way from a black image x0 (Sundararajan et al. 2017):
 
 These maps of a teacher are computed once. While a small student learns, some
 images (--overlay) are half image, half map; beside it the teacher's softened
-classes, and attention transfer at one middle layer (related/activations.py).
+classes, and attention transfer at one middle layer (related/activations.py),
+both of the image itself.
 
     python -m related.integrated_gradients               trains a teacher first
-    python -m related.integrated_gradients --kd-weight 0.3 --at-weight 1000
+    python -m related.integrated_gradients --kd-weight 0.3 --at-weight 1000 \\
+        --out runs/all
     python -m related.integrated_gradients --overlay 0 --out runs/no   control
 
 The maps belong to images as they are: so the images are those of the first
-epochs (--bank), cropped and placed once, instead of new ones at each step.
+epochs (--bank), cropped and placed once, instead of new ones at each step. Here
+F is the logit of the true class and x0 black; the authors' code takes gradients
+of all classes' probabilities at the mean colour, leaves out (x - x0), and
+raises the map to a random power between 1 and 2.
 """
 
 import launch
 from launch import counted
 
-import copy
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -30,13 +35,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import checkpoints
 import data
 import finetune
 import runs
 import storage
 import train
 from augment import Draws, Normalise
-from checkpoints import Checkpoint
 from related import activations
 from related.activations import at_loss, kd_loss
 from related.wide_resnet import WideResNet
@@ -54,9 +59,8 @@ SETTINGS = change(  # a bank holds each digit in five places
     temperature=  2.5,
 ) | {
     "overlay": Setting(0.1, "probability that a map is laid over an image", high=1),
-    "bank": Setting((1500, 50_000), "training images, as the first epochs show them", low=1),
+    "bank": Setting((5, 1), "epochs whose images, as they show them, are learned from", low=1),
     "path": Setting(16, "points on the way from black at which gradients are taken", low=2),
-    "maps": Setting("", "where the maps are kept (empty: beside the teacher)", free=True),
 }  # fmt: skip
 parse = partial(parse_settings, __doc__, SETTINGS)
 
@@ -85,18 +89,23 @@ def hint(gradients: Tensor) -> Tensor:
 
 
 def lay_over(images: Tensor, draws: Draws, overlay: float, normalise: Normalise) -> Tensor:
-    """Of images with their map as a last channel some, half image and half map; the rest as is."""
+    """Of images with their map as a last channel some, half image and half map; the rest as is.
+
+    In the channels behind them: the images themselves.
+    """
     images, maps = images[:, :-1], images[:, -1:]
     drawn = draws.uniform(1)[:, :, None, None] < overlay
-    return torch.where(drawn, 0.5 * images + 0.5 * normalise(maps), images)
+    mixed = torch.where(drawn, 0.5 * images + 0.5 * normalise(maps), images)
+    return torch.cat([mixed, images], dim=1)
 
 
 def loss(student: WideResNet, images, labels, teacher: WideResNet, settings: Settings):
     """Classes, the teacher's softened ones, and where its middle group is active."""
+    mixed, images = images.chunk(2, dim=1)
     with torch.no_grad():
         targets = list(teacher.run(images))
         theirs = teacher.classify(targets[-1])
-    ours = list(student.run(images))
+    ours = list(student.run(mixed))
     logits, share = student.classify(ours[-1]), settings.kd_weight
     own = F.cross_entropy(logits, labels, label_smoothing=settings.smoothing)
     terms = {"class": (1 - share) * own}
@@ -121,18 +130,19 @@ def task(settings: Settings, images: data.Data | None = None) -> train.Task:
     images = with_maps(images, teacher, source, settings)
     own_loss = partial(loss, teacher=teacher, settings=settings)
     export = activations.export
-    return train.Task("hints", student, images, own_loss, finetune.predict, export, source)
+    return train.Task(
+        "integrated_gradients", student, images, own_loss, finetune.predict, export, source
+    )
 
 
 def with_maps(
-    images: data.Data, teacher: WideResNet, source: Checkpoint, settings: Settings
+    images: data.Data, teacher: WideResNet, source: checkpoints.Checkpoint, settings: Settings
 ) -> data.Data:
     """The same data set, its training images those of the bank, each with its map."""
-    kept = Path(settings.maps or Path(source.source).with_name("maps.pt"))
-    device = images.train.device
-    bank, labels = first_images(images.train, settings.bank)
-    which = {k: getattr(settings, k) for k in ("bank", "path", "seed", "num_labels", "subset_seed")}
-    which |= {"teacher": source.fingerprint}
+    kept, device = Path(source.source).with_name("maps.pt"), images.train.device
+    bank, labels = images.train.first(settings.bank * len(images.train))
+    which = checkpoints.fingerprint({"images": bank.cpu(), "labels": labels.cpu()})
+    which = {"of": which, "points": settings.path, "teacher": source.fingerprint}
     found = storage.read(kept) if kept.exists() else {}
     if found.get("which") != which:
         black = images.normalise(torch.zeros(1, images.channels, 1, 1, device=device))
@@ -142,27 +152,18 @@ def with_maps(
             for piece in counted(pieces, len(pieces), "batches of maps")
         ]
         found = {"which": which, "maps": torch.cat(maps).cpu()}
-        if launch.rank() == 0:
-            storage.save(found, kept)
+        own = kept.with_name(f"maps-{os.getpid()}.pt")  # others may do the same at this time
+        storage.save(found, own)
+        os.replace(own, kept)
     both = torch.cat([bank, found["maps"].to(device)], dim=1)
     augment = partial(lay_over, overlay=settings.overlay, normalise=images.normalise)
     source = data.Tensors(both, labels)
     view = data.Train(source, augment, settings, len(images.classes), device)
-    return replace(images, train=view)
-
-
-def first_images(view: data.Train, count: int) -> tuple[Tensor, Tensor]:
-    """So many training images, as the first epochs show them to all processes; and their labels."""
-    whole, found, epoch = copy.copy(view), [], 0
-    whole.rank, whole.world = 0, 1
-    while sum(len(labels) for _, labels in found) < count:
-        found += whole.epoch(epoch)
-        epoch += 1
-    return tuple(torch.cat(parts)[:count] for parts in zip(*found, strict=True))
+    return replace(images, train=view, channels=2 * images.channels)
 
 
 def main(settings: Settings) -> dict:
-    runs.check(settings, "hints")
+    runs.check(settings, "integrated_gradients")
     return train.fit(task(settings), settings)
 
 

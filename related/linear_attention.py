@@ -12,15 +12,20 @@ projection is learned from the labels (section 3.2). phi is Hedgehog's:
 softmax over channels of q W, and of -q W.
 
     python -m related.linear_attention             1, of a ViT fine-tuned first
-    python -m related.linear_attention --lora      2, after 1
-    python -m related.linear_attention --lora --no-transfer             control
-    python -m related.linear_attention --measure runs/linear.png       how fast
+    python -m related.linear_attention --lora --out runs/lora       2, after 1
+    python -m related.linear_attention --lora --teacher runs/.../model.pt
+                      with a fine-tuned ViT: 2 without 1, the control
+    python -m related.linear_attention --measure results/linear-speed.json
 """
 
 import launch
 from launch import print0
 
+import copy
+import json
+import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -40,30 +45,32 @@ import teachers
 import train
 from attention import OWN, Attended, Attention, attend
 from positions import ALL
-from settings import COMMON, IMAGES, Setting, Settings, change, parse_settings
+from settings import COMMON, Setting, Settings, change, parse_settings
 from vit import Config, ViT
 
 SETTINGS = change(
-    COMMON,
+    {k: v for k, v in COMMON.items() if k != "drop_path"},
     #             digits cifar imagenet
     epochs=       (60,   10,   2),
     warmup=       (6,    1,    0),
     lr=           (1e-2, 1e-2, 1e-2),
     weight_decay= 0.0,
-    drop_path=    0.0,
     eval_every=   (20,   1,    1),
 ) | {
-    "teacher": Setting("auto", "a ViT with a head (auto: fine-tuned here first)", free=True),
+    "teacher": Setting(
+        "auto", "a ViT with a head, or for --lora what the first step left (auto: made here first)",
+        free=True,
+    ),
     "lora": Setting(False, "the second step: all but the low-rank change is frozen"),
-    "transfer": Setting(True, "before it, the first (the control: phi as it begins)"),
     "rank": Setting(8, "of the change of a matrix", low=1),
-    "measure": Setting("", "train nothing: draw images/s over tokens to this file"),
+    "measure": Setting("", "train nothing: write images/s over tokens here, and a picture"),
 }  # fmt: skip
 parse = partial(parse_settings, __doc__, SETTINGS)
 TOKENS = (64, 256, 1024, 4096)
+FEATURES = "features."  # feature maps in a file, by the block; no ViT has weights of that name
 
 
-class Linear(nn.Module):
+class LinearAttention(nn.Module):
     """Attention with the weights of a softmax attention, and feature maps for its queries, keys."""
 
     def __init__(self, attention: Attention, width: int):
@@ -87,28 +94,32 @@ class Linear(nn.Module):
 
 def hedgehog(x: Tensor, w: Tensor) -> Tensor:
     """phi: (B, H, N, d) to (B, H, N, 2 d), positive (Zhang et al. 2024, "The Hedgehog")."""
-    x = einsum(x, w, "b h n d, h d f -> b h n f") * x.shape[-1] ** -0.25
+    x = einsum(x, w, "b h n d, h d f -> b h n f")
     return torch.cat([x.softmax(dim=-1), (-x).softmax(dim=-1)], dim=-1)
 
 
 class LoRA(nn.Module):
-    """A matrix, changed by one of low rank that begins as 0 (Hu et al. 2022)."""
+    """A matrix of so many parts, each changed by one of low rank that begins as 0.
 
-    def __init__(self, weight: Tensor, rank: int, alpha: float = 16.0):
+    Hu et al. 2022; alpha as in LoLCATs.
+    """
+
+    def __init__(self, weight: Tensor, parts: int, rank: int, alpha: float = 16.0):
         super().__init__()
         out, into = weight.shape
-        self.down = nn.Parameter(torch.randn(rank, into) * into**-0.5)
-        self.up, self.scale = nn.Parameter(torch.zeros(out, rank)), alpha / rank
+        self.down = nn.Parameter(torch.randn(parts, rank, into) * into**-0.5)
+        self.up = nn.Parameter(torch.zeros(parts, out // parts, rank))
+        self.scale = alpha / rank
 
     def forward(self, weight: Tensor) -> Tensor:
-        return weight + self.scale * self.up @ self.down
+        return weight + self.scale * (self.up @ self.down).flatten(0, 1)
 
 
 def linearised(vit: ViT) -> ViT:
     """The same net with linear attention; all but its feature maps is frozen."""
     vit.requires_grad_(False)
     for block in vit.blocks:
-        block.attn = Linear(block.attn, vit.config.dim // vit.config.heads)
+        block.attn = LinearAttention(block.attn, vit.config.dim // vit.config.heads)
     return vit
 
 
@@ -116,8 +127,9 @@ def low_rank(net: ViT, rank: int) -> None:
     """Adds what the second step learns; the rest is frozen."""
     net.requires_grad_(False)
     for block in net.blocks:
-        for layer in (block.attn.attention.qkv, block.attn.attention.proj):
-            change = LoRA(layer.weight, rank).to(layer.weight.device)
+        attention = block.attn.attention
+        for layer, parts in ((attention.qkv, 3), (attention.proj, 1)):
+            change = LoRA(layer.weight, parts, rank).to(layer.weight.device)
             parametrize.register_parametrization(layer, "weight", change)
             layer.parametrizations.weight.original.requires_grad_(False)
 
@@ -138,17 +150,21 @@ def task(settings: Settings, images: data.Data | None = None) -> train.Task:
     device = launch.device(settings.device)
     images = images or data.load(settings, device)
     source = found(settings, images)
-    teacher, student = (checkpoints.load(source).to(device) for _ in range(2))
+    taught = [value for name, value in source.weights.items() if name.startswith(FEATURES)]
+    load = partial(checkpoints.load, plain(source), image_size=images.image_size)
+    teacher, student = load().to(device), load().to(device)
+    if source.teacher or "relative" in teacher.config.positions:
+        raise ValueError(
+            f"{source.source}: only a ViT with maps of its own queries and keys, and no biases of "
+            "places, can be made linear"
+        )
     teacher.eval().requires_grad_(False)
     torch.manual_seed(settings.seed)
     student = linearised(student).to(device)
     loss = partial(transfer_loss, teacher=teacher)
     if settings.lora:
-        if settings.transfer:
-            first = runs.folder(settings, "lora") / "transfer"
-            own = settings.but(lora=False, out=str(first), resume=False, overwrite=False)
-            path = teachers.made("linear", task, own, images)
-            student.load_state_dict(storage.read(path)["linear"])
+        for block, features in zip(student.blocks, taught, strict=False):  # none: as they begin
+            block.attn.features.data.copy_(features)
         low_rank(student, settings.rank)
         loss = partial(finetune.loss, settings=settings)
     name = "lora" if settings.lora else "linear"
@@ -156,12 +172,15 @@ def task(settings: Settings, images: data.Data | None = None) -> train.Task:
 
 
 def found(settings: Settings, images: data.Data) -> checkpoints.Checkpoint:
-    """The ViT that is named, or one fine-tuned here first."""
-    path = settings.teacher
-    if path == "auto":
-        shared = {k: v for k, v in vars(settings).items() if k in SHARED}
-        own = finetune.parse(["--data", settings.data]).but(**shared)
-        path = teachers.made("finetune", finetune.task, own, images)
+    """The ViT that is named, or made here first; with its feature maps, if it was taught any."""
+    path, net = (
+        settings.teacher,
+        {k: getattr(settings, k) for k in ("model", "patch", "components")},
+    )
+    if path == "auto" and settings.lora:
+        path = teachers.made("linear", sys.modules[__name__], settings, images, **net)
+    elif path == "auto":
+        path = teachers.made("finetune", finetune, settings, images, **net)
     source = checkpoints.read(path)
     if source.architecture["classes"] != len(images.classes):
         raise ValueError(
@@ -171,11 +190,21 @@ def found(settings: Settings, images: data.Data) -> checkpoints.Checkpoint:
     return source
 
 
-SHARED = {*IMAGES, "model", "patch", "components", "seed", "device", "amp", "save_every"}
+def plain(source: checkpoints.Checkpoint) -> checkpoints.Checkpoint:
+    others = {k: v for k, v in source.weights.items() if not k.startswith(FEATURES)}
+    return replace(source, weights=others)
 
 
 def export(net: ViT) -> dict:
-    return {"linear": net.state_dict()}
+    """The ViT with softmax attention that this was, or would be; and its feature maps."""
+    whole = copy.deepcopy(net)
+    features = {f"{FEATURES}{i}": block.attn.features for i, block in enumerate(whole.blocks)}
+    for block in whole.blocks:
+        block.attn = block.attn.attention
+        for layer in (block.attn.qkv, block.attn.proj):
+            if parametrize.is_parametrized(layer):
+                parametrize.remove_parametrizations(layer, "weight")
+    return {"model": whole.state_dict() | features, "architecture": whole.architecture}
 
 
 # How fast -----------------------------------------------------------------------------------------
@@ -215,9 +244,12 @@ def draw(found: dict[str, list[float]]):
 def main(settings: Settings) -> dict:
     if settings.measure:
         launch.one_process()
-        found = measure(settings)
-        pictures.save(draw(found), Path(settings.measure))
-        print0(f"wrote {settings.measure}")
+        found, path = measure(settings), Path(settings.measure)
+        about = {"device": launch.device_name(launch.device(settings.device))}
+        about |= {"commit": runs.commit(), "model": settings.model, "tokens": TOKENS}
+        storage.write_text(path, json.dumps(about | {"images_per_s": found}, indent=1) + "\n")
+        pictures.save(draw(found), path.with_suffix(".png"))
+        print0(f"wrote {path} and a picture")
         return found
     runs.check(settings, "lora" if settings.lora else "linear")
     return train.fit(task(settings), settings)

@@ -6,8 +6,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from augment import number
-
 NAMES = "zero one two three four five six seven eight nine".split()
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
 BESIDE = {"left of": (0, 1), "right of": (0, -1), "above": (1, 0), "below": (-1, 0)}
@@ -25,7 +23,8 @@ NEW = (
 )  # fmt: skip
 NOTHING, UNKNOWN = 0, 1
 HEARD = {*NAMES, *ROWS, *COLUMNS, *" ".join((*KNOWN, *BESIDE)).split()}  # in training
-VOCABULARY = {word: 2 + i for i, word in enumerate(sorted(HEARD)) if "{" not in word}
+HEARD = sorted(word for word in HEARD if "{" not in word)
+VOCABULARY = {word: number for number, word in enumerate(HEARD, 2)}
 LONGEST = 10  # words of a reminder
 PLACE = 10  # pixels a side of one of nine
 
@@ -43,9 +42,11 @@ def remind(scene: dict[int, int], target: int, phrasings: tuple[str, ...], draw)
     return draw.choice(fitting).format(**facts, **(draw.choice(beside) if beside else {}))
 
 
-def numbers(reminder: str) -> list[int]:
-    found = [VOCABULARY.get(word, UNKNOWN) for word in reminder.split()]
-    return found + [NOTHING] * (LONGEST - len(found))
+def numbers(reminder: str, draw, unheard: float) -> list[int]:
+    """Of its words; some, drawn by chance, are not understood."""
+    words = [UNKNOWN if draw.random() < unheard else VOCABULARY.get(word, UNKNOWN)
+             for word in reminder.split()]  # fmt: skip
+    return words + [NOTHING] * (LONGEST - len(words))
 
 
 class Scenes(NamedTuple):
@@ -55,9 +56,11 @@ class Scenes(NamedTuple):
     said: list[str]
 
 
-def make(count: int, images: Tensor, labels: Tensor, phrasings: tuple[str, ...], seed) -> Scenes:
-    """Scenes of these digits (m, 8, 8), with a reminder each."""
-    draw, kinds = random.Random(number("scenes", seed)), labels.tolist()
+def make(
+    count: int, images: Tensor, labels: Tensor, phrasings: tuple[str, ...], seed, unheard: float = 0
+) -> Scenes:
+    """Scenes of these digits (m, 8, 8), with a reminder each. `unheard`: share of its words."""
+    draw, kinds = random.Random(seed), labels.tolist()
     of_kind = {kind: [i for i, k in enumerate(kinds) if k == kind] for kind in range(10)}
     drawn, targets, said = torch.zeros(count, 1, 3 * PLACE, 3 * PLACE), [], []
     for picture in drawn:
@@ -68,4 +71,5 @@ def make(count: int, images: Tensor, labels: Tensor, phrasings: tuple[str, ...],
             picture[0, y : y + 8, x : x + 8] = images[draw.choice(of_kind[kind])]
         targets.append(next(iter(scene)))
         said.append(remind(scene, targets[-1], phrasings, draw))
-    return Scenes(drawn, torch.tensor(targets), torch.tensor([numbers(s) for s in said]), said)
+    words = torch.tensor([numbers(reminder, draw, unheard) for reminder in said])
+    return Scenes(drawn, torch.tensor(targets), words, said)

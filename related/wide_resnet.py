@@ -14,16 +14,21 @@ MODELS = {  # depth, width and convolutions
 
 
 def convolution(kind: str, dim_in: int, dim_out: int, stride: int) -> nn.Module:
-    """A 3x3 convolution, or a cheap one of the same shape (Moonshine, table 1)."""
+    """A 3x3 convolution, or a cheap one of the same shape, as Moonshine's authors make them."""
     how = dict(kernel_size=3, stride=stride, padding=1, bias=False)
     if kind == "plain":
         return nn.Conv2d(dim_in, dim_out, **how)
     if kind == "grouped":  # in groups of 8 channels, and mixed point by point
         apart = nn.Conv2d(dim_in, dim_in, groups=max(1, dim_in // 8), **how)
-        return nn.Sequential(apart, nn.Conv2d(dim_in, dim_out, 1, bias=False))
+        return nn.Sequential(apart, *norm(dim_in), nn.Conv2d(dim_in, dim_out, 1, bias=False))
     narrow = dim_out // 2
     down, up = nn.Conv2d(dim_in, narrow, 1, bias=False), nn.Conv2d(narrow, dim_out, 1, bias=False)
-    return nn.Sequential(down, nn.Conv2d(narrow, narrow, **how), up)
+    middle = nn.Conv2d(narrow, narrow, **how)
+    return nn.Sequential(down, *norm(narrow), middle, *norm(narrow), up)
+
+
+def norm(dim: int) -> tuple[nn.Module, nn.Module]:
+    return nn.BatchNorm2d(dim), nn.ReLU()
 
 
 class Block(nn.Module):
