@@ -1,7 +1,10 @@
 """The related systems: each loss against its formula in loops, and against what it must be."""
 
+from launch import Failed
+
 import math
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,11 +12,17 @@ import torch
 from torch import nn
 
 import augment
+import checkpoints
+import ensemble
+import finetune
 import learner
+import lending
 import storage
 import train
 import vit
 from attention import attention_map
+from experiments import related
+from experiments.rows import Runs
 from related import (
     activations,
     attndistill,
@@ -104,23 +113,38 @@ def short(photos, tmp_path_factory):
     return [*argv, "--teacher", str(out / "model.pt")]
 
 
-def test_a_run_is_resumed_to_the_same_bits(short, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    settings = activations.parse([*short, "--kd-weight", "0.5", "--ema", "0.9"])
-    activations.main(settings.but(out="whole"))
-    save, cut = train.save_state, settings.but(out="cut")
-
-    def stop(*state):
-        save(*state)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "save_state", stop)
-        activations.main(cut)
-    result = activations.main(cut.but(resume=True))
-    nets = [torch.load(f"{out}/last.pt")["net"] for out in ("whole", "cut")]
-    assert all(torch.equal(value, nets[1][key]) for key, value in nets[0].items())
+@pytest.mark.parametrize("script, argv", [
+    (activations, ["--kd-weight", "0.5", "--ema", "0.9"]),
+    (integrated_gradients, ["--kd-weight", ".5", "--at-weight", "1", "--bank", "1", "--path", "3"]),
+])  # fmt: skip
+def test_a_cnn_is_resumed_to_the_same_bits(script, argv, short, stopped):
+    result = stopped(script, [*short, *argv])
     assert result["kd"] > 0 and result["at"] > 0
+
+
+@pytest.fixture
+def stopped(tmp_path, monkeypatch):
+    """Runs a script at once, and stopped after its first epoch and resumed: to the same bits."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(script, argv: list[str]) -> dict:
+        settings = script.parse([*argv, "--device", "cpu"])
+        whole = script.main(settings.but(out="whole"))
+        save, cut = train.save_state, settings.but(out="cut")
+
+        def stop(*state):
+            save(*state)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(train, "save_state", stop)
+            script.main(cut)
+        assert script.main(cut.but(resume=True))["test_top1"] == whole["test_top1"]
+        nets = [storage.read(Path(out, "last.pt"))["net"] for out in ("whole", "cut")]
+        assert all(torch.equal(value, nets[1][key]) for key, value in nets[0].items())
+        return whole
+
+    return run
 
 
 def test_what_is_no_teacher_is_refused(failing, tmp_path):
@@ -143,7 +167,7 @@ def small_vit(seed=0):
 
 def test_linear_attention_is_that_of_its_maps_in_loops():
     net = small_vit()
-    linear = linear_attention.Linear(net.blocks[0].attn, 8)
+    linear = linear_attention.LinearAttention(net.blocks[0].attn, 8)
     images, _ = images_of()
     (_, used), *_ = net.run(images)
     found = linear.see(used)
@@ -151,7 +175,7 @@ def test_linear_attention_is_that_of_its_maps_in_loops():
         q, k = [], []
         for phi, x, w in zip((q, k), (used.q, used.k), linear.features, strict=True):
             for token in x[image, head]:
-                y = token @ w[head] * 8**-0.25
+                y = token @ w[head]
                 phi.append(torch.cat([y.softmax(0), (-y).softmax(0)]))
         p = torch.stack(q) @ torch.stack(k).T
         p = p / p.sum(dim=1, keepdim=True)  # a map after all: each row a distribution
@@ -188,9 +212,12 @@ def test_a_low_rank_change_begins_as_nothing_and_is_all_that_learns():
     layer = net.blocks[1].attn.attention.qkv
     change = layer.parametrizations.weight[0]
     change.up.data.normal_()
-    whole = layer.parametrizations.weight.original + 8 * change.up @ change.down
-    torch.testing.assert_close(layer.weight, whole)
-    assert torch.linalg.matrix_rank(whole - layer.parametrizations.weight.original) == 2
+    before = layer.parametrizations.weight.original
+    for part in range(3):  # q, k and v each have their own
+        rows = slice(32 * part, 32 * (part + 1))
+        own = 8 * change.up[part] @ change.down[part]
+        torch.testing.assert_close(layer.weight[rows], before[rows] + own)
+        assert torch.linalg.matrix_rank(own) == 2
 
 
 # Integrated gradients -----------------------------------------------------------------------------
@@ -219,14 +246,16 @@ def test_maps_are_laid_over_in_pixels():
     both = torch.cat([normalise(pixels), maps], dim=1)
     draws = augment.Draws(augment.seeded(0), 6, slice(0, 6), torch.device("cpu"))
     found = integrated_gradients.lay_over(both, draws, 1.0, normalise)
-    torch.testing.assert_close(found, normalise(0.5 * pixels + 0.5 * maps))
+    torch.testing.assert_close(found[:, :1], normalise(0.5 * pixels + 0.5 * maps))
+    assert torch.equal(found[:, 1:], both[:, :1])  # what the teacher sees
     draws = augment.Draws(augment.seeded(0), 6, slice(0, 6), torch.device("cpu"))
-    assert torch.equal(integrated_gradients.lay_over(both, draws, 0.0, normalise), both[:, :1])
+    found = integrated_gradients.lay_over(both, draws, 0.0, normalise)
+    assert torch.equal(found, both[:, :1].expand(-1, 2, -1, -1))
 
 
 def test_maps_are_made_once_and_known_by_what_they_are_of(short, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    argv = [*short, "--bank", "20", "--path", "3", "--at-weight", "1", "--kd-weight", "0.5"]
+    argv = [*short, "--bank", "2", "--path", "3", "--at-weight", "1", "--kd-weight", "0.5"]
     script = integrated_gradients
     first = script.main(script.parse([*argv, "--out", "one"]))
     kept = Path(short[-1]).with_name("maps.pt")
@@ -262,9 +291,9 @@ def test_heads_are_taken_together_as_in_loops():
     for image in row:
         scores = [sum(image[h, i].log() for h in range(3)) / 10 for i in range(5)]
         found.append(torch.tensor(scores).softmax(dim=0))
-    torch.testing.assert_close(attndistill.together(row)[:, 0], torch.stack(found))
+    torch.testing.assert_close(lending.aggregated(row.log())[:, 0], torch.stack(found))
     unlike = attndistill.row_loss(row[:, :2], row)  # two heads and three: each as one
-    p, p_t = attndistill.together(row[:, :2]), attndistill.together(row)
+    p, p_t = lending.aggregated(row[:, :2].log()), lending.aggregated(row.log())
     assert unlike.item() == pytest.approx(
         nn.functional.kl_div(p.log(), p_t, reduction="sum").item() / 2, rel=1e-4
     )
@@ -304,11 +333,13 @@ def test_each_view_is_pulled_to_what_the_teacher_makes_of_the_other():
     for i in range(8):
         p = ((theirs[(i + 4) % 8] - center) / settings.teacher_temperature).softmax(dim=0)
         total -= (p * (ours[i] / settings.student_temperature).log_softmax(dim=0)).sum() / 8
-    terms, _ = dino.loss(net, views, None)
+    terms, _ = dino.loss(net, views, None, 4)
     assert terms["views"].item() == pytest.approx(total.item(), rel=1e-5)
     torch.testing.assert_close(net.center, 0.9 * center + 0.1 * theirs.mean(dim=0))
     terms["views"].backward()
     assert all(p.grad is None for p in net.teacher.parameters())
+    with pytest.raises(Failed, match="must fit in memory at once"):
+        dino.loss(net, views[:2], None, 4)
 
 
 # Reminders ----------------------------------------------------------------------------------------
@@ -352,22 +383,52 @@ def test_the_loss_of_a_map_is_its_divergence_from_the_right_place():
     assert reminders.map_loss(log_p, targets).item() == pytest.approx(float(total), rel=1e-5)
 
 
-@pytest.mark.parametrize("reminder", ["none", "words", "attention"])
-def test_a_robot_is_resumed_to_the_same_bits(reminder, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    argv = ["--scenes", "200", "--epochs", "2", "--warmup", "0", "--device", "cpu"]
-    settings = reminders.parse([*argv, "--reminder", reminder])
-    whole = reminders.main(settings.but(out="whole"))
-    save, cut = train.save_state, settings.but(out="cut")
+@pytest.mark.parametrize("reminder", ["words", "attention"])
+def test_a_robot_is_resumed_to_the_same_bits(reminder, stopped):
+    argv = ["--scenes", "200", "--epochs", "2", "--warmup", "0", "--reminder", reminder]
+    stopped(reminders, argv)
+    tested = storage.read(Path("whole/test.pt"))
+    assert ("looked" in tested) == (reminder == "attention") == Path("whole/reminders.png").exists()
 
-    def stop(*state):
-        save(*state)
-        raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "save_state", stop)
-        reminders.main(cut)
-    assert reminders.main(cut.but(resume=True))["test_top1"] == whole["test_top1"]
-    nets = [storage.read(Path(out, "last.pt"))["net"] for out in ("whole", "cut")]
-    assert all(torch.equal(value, nets[1][key]) for key, value in nets[0].items())
-    assert ("lands" in whole) == (reminder == "attention")
+def test_linear_attention_is_taught_then_mended_and_resumed_to_the_same_bits(stopped, failing):
+    argv = ["--epochs", "2", "--warmup", "0", "--num-labels", "50"]
+    finetune.main(finetune.parse([*argv, "--teacher", "none", "--out", "softmax"]))
+    stopped(linear_attention, [*argv, "--teacher", "softmax/model.pt"])
+    Path("whole").rename("taught")
+    shutil.rmtree("cut")
+    stopped(linear_attention, [*argv, "--lora", "--teacher", "taught/model.pt"])
+    softmax, taught, mended = (
+        checkpoints.read(f"{out}/model.pt").weights for out in ("softmax", "taught", "whole")
+    )
+    for name, value in softmax.items():
+        changed = any(part in name for part in ("qkv.weight", "proj.weight")) and "blocks" in name
+        assert torch.equal(value, taught[name]) and torch.equal(value, mended[name]) != changed, (
+            name
+        )
+    assert torch.equal(taught["features.0"], mended["features.0"])
+    code, line = failing(ensemble, ["taught/model.pt"])  # which would give it softmax attention
+    assert code == 2 and "features.0 is not ours" in line
+
+
+def test_attndistill_is_resumed_to_the_same_bits_and_dino_is_its_teacher(stopped, capsys):
+    argv = ["--epochs", "2", "--warmup", "0"]
+    dino.main(dino.parse([*argv, "--model", "nano", "--out", "teacher"]))
+    found = stopped(attndistill, [*argv, "--teacher", "teacher/model.pt", "--heads", "2"])
+    assert found["attention"] > 0 and found["token"] > 0
+
+
+# The rows -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", related.TABLES)
+def test_each_row_is_a_run_of_its_own_that_can_be_asked_for(name, tmp_path):
+    table, runs, folders = related.TABLES[name], Runs(related.STUDY, tmp_path), set()
+    ((_, point),) = table.points.items()
+    for row in table.rows:
+        needed = runs.jobs(row, 3, point, {})
+        for job in needed.values():
+            assert set(job.after) <= needed.keys() and job.settings().seed in (3, 1003)
+        folders.add(list(needed.values())[-1].out)
+    assert len(folders) == len(table.rows)
+    assert set((table.against or {}).values()) <= {*table.rows}
