@@ -91,7 +91,10 @@ class Job:
         asked, weights = vars(self.settings()), None
         teacher = Path(asked.get("teacher", ""))
         if teacher.is_file():  # which may be another by now
-            weights = checkpoints.fingerprint(storage.read(teacher)["model"])
+            try:
+                weights = checkpoints.read(teacher).fingerprint
+            except ValueError:  # it is no ViT
+                weights = checkpoints.fingerprint(storage.read(teacher)["model"])
         if settings.get("run", {}).get("teacher_weights") != weights:
             return False
         # A setting that is newer than a run was then as it is by default.
