@@ -1,4 +1,4 @@
-"""The tables of README.md, written from results/*.json.
+"""The tables of both README.md, written from results/*.json.
 
     python -m experiments.report
 
@@ -22,6 +22,7 @@ from settings import Settings, parse_settings
 SETTINGS: dict = {}
 parse = partial(parse_settings, __doc__, SETTINGS)
 USUAL = ("mean", "interval", "values", "difference", "recovery")
+PAGES = (ROOT / "README.md", ROOT / "related" / "README.md")
 MARKED = re.compile(r"<!-- ([\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
@@ -103,9 +104,9 @@ def shown(cell: dict | int | None, form: str) -> str:
 
 
 def main(settings: Settings) -> None:
-    readme = ROOT / "README.md"
-    storage.write_text(readme, written(readme.read_text(), ROOT / "results"))
-    print(f"wrote {readme}")
+    for page in PAGES:
+        storage.write_text(page, written(page.read_text(), ROOT / "results"))
+        print(f"wrote {page}")
 
 
 if __name__ == "__main__":

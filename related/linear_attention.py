@@ -173,10 +173,8 @@ def task(settings: Settings, images: data.Data | None = None) -> train.Task:
 
 def found(settings: Settings, images: data.Data) -> checkpoints.Checkpoint:
     """The ViT that is named, or made here first; with its feature maps, if it was taught any."""
-    path, net = (
-        settings.teacher,
-        {k: getattr(settings, k) for k in ("model", "patch", "components")},
-    )
+    path = settings.teacher
+    net = {name: getattr(settings, name) for name in ("model", "patch", "components")}
     if path == "auto" and settings.lora:
         path = teachers.made("linear", sys.modules[__name__], settings, images, **net)
     elif path == "auto":

@@ -293,8 +293,9 @@ def test_records_say_how_they_came_about_and_are_of_todays_rows(name):
         }
 
 
-def test_the_tables_of_the_readme_are_those_of_the_records():
-    text = (ROOT / "README.md").read_text()
+@pytest.mark.parametrize("page", report.PAGES)
+def test_the_tables_of_a_readme_are_those_of_the_records(page):
+    text = page.read_text()
     assert report.written(text, ROOT / "results") == text
 
 
