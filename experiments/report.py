@@ -49,7 +49,8 @@ def markdown(record: dict) -> str:
 def at_one_point(rows: dict[str, dict]) -> str:
     """Accuracy, difference from scratch or another row, recovery, and what else is known."""
     own = {name: None for found in rows.values() for name in found if name not in USUAL}
-    sources = [found["difference"]["from"] for found in rows.values() if "difference" in found]
+    cells = (found.get("difference") for found in rows.values())
+    sources = [cell.get("from", BASELINE) for cell in cells if cell]
     usual = max(sources, key=sources.count, default=BASELINE)
     heads = ["", "test top-1, %", f"less {usual}", "recovery", *own]
     lines = [

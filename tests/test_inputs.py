@@ -40,7 +40,7 @@ ROOT = Path(__file__).parent.parent
     (["--holdout", "10"], "validation part of their own"),
     (["--warmup", "500"], "less than --epochs"),
     (["--drop-path", "1.5"], "between 0 and 0.99"),
-    (["--model", "gigantic"], "choose one of micro"),
+    (["--model", "gigantic"], "choose one of nano"),
     (["--patch", "5"], "no multiple of the patch size 5"),
     (["--image-size", "30"], "12 pixels a side"),
     (["--amp", "fp8"], "choose one of auto, off, bf16"),

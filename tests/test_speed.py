@@ -138,7 +138,7 @@ def test_the_figures_of_the_readme_are_those_of_the_record_and_of_the_count():
     (["--batch", "many"], "write a number, or several with commas"),
     (["--steps", "0"], "--steps 0"),
     (["--data", "digits"], "choose one of cifar10, imagenet"),
-    (["--model", "giant"], "choose one of micro"),
+    (["--model", "giant"], "choose one of nano"),
     (["--patch", "5"], "no multiple of the patch size"),
 ])  # fmt: skip
 def test_bad_input_is_one_line(argv, words, failing, tmp_path):
