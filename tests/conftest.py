@@ -10,10 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
+import train
+
 torch.set_num_threads(1)
 
-
-LONGEST = ("test_tutorial", "test_runs", "test_reproduce", "test_inputs", "test_checkpoints")
+LONGEST = "test_tutorial test_runs test_reproduce test_families test_inputs test_related".split()
 
 
 def pytest_collection_modifyitems(items):
@@ -83,5 +84,30 @@ def failing(capsys, monkeypatch):
         lines = capsys.readouterr().err.strip().splitlines()
         assert len(lines) == 1 and lines[0].startswith("error: "), lines
         return stopped.value.code, lines[0]
+
+    return run
+
+
+@pytest.fixture
+def stopped(monkeypatch):
+    """Runs a script whole, and stopped after its first epoch and resumed: to the same bits."""
+
+    def run(script, settings) -> dict:
+        whole = script.main(settings.but(out="whole"))
+        save, cut = train.save_state, settings.but(out="cut")
+
+        def stop(*state):
+            save(*state)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(train, "save_state", stop)
+            script.main(cut)
+        assert script.main(cut.but(resume=True))["test_top1"] == whole["test_top1"]
+        nets = [torch.load(f"{out}/last.pt")["net"] for out in ("whole", "cut")]
+        assert nets[0].keys() == nets[1].keys()
+        for name, value in nets[0].items():
+            assert torch.equal(value, nets[1][name]), name
+        return whole
 
     return run

@@ -26,7 +26,6 @@ import finetune
 import lending
 import pretrain
 import storage
-import train
 import vit
 from attention import attention_map
 from checkpoints import load, read
@@ -318,27 +317,14 @@ def test_a_student_looks_where_its_teacher_looks_learns_and_goes_to_timm(name, s
     (attention_distill, "vit_small_patch14_reg4_dinov2.lvd142m"),
 ])  # fmt: skip
 def test_a_run_with_a_named_teacher_is_resumed_to_the_same_bits(
-    script, name, small, photos, tmp_path, monkeypatch
+    script, name, small, photos, tmp_path, stopped
 ):
     size = str(4 * families.MEMBERS[name].patch)
     more = ["--data", "folder", "--data-dir", str(photos), "--image-size", size, "--workers", "0"]
     more += ["--epochs", "2", "--warmup", "0", "--batch", "8", "--drop-path", "0.2"]
     settings = asked(script, name, tmp_path, *more)
-    script.main(settings.but(out=str(tmp_path / "whole")))
-    save, cut = train.save_state, settings.but(out=str(tmp_path / "cut"))
-
-    def stop(*state):
-        save(*state)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "save_state", stop)
-        script.main(cut)
-    script.main(cut.but(resume=True))
-    nets = [torch.load(tmp_path / out / "last.pt")["net"] for out in ("whole", "cut")]
-    for key, value in nets[0].items():
-        assert torch.equal(value, nets[1][key]), key
-    opened = checkpoints.open_model(tmp_path / "cut" / "model.pt")
+    stopped(script, settings)
+    opened = checkpoints.open_model("cut/model.pt")
     kept = {field: getattr(opened.net.config, field) for field in families.COMPONENTS}
     theirs = load(read(settings.teacher)).config
     assert kept == {field: getattr(theirs, field) for field in kept}

@@ -18,7 +18,6 @@ import finetune
 import learner
 import lending
 import storage
-import train
 import vit
 from attention import attention_map
 from experiments import related
@@ -118,33 +117,8 @@ def short(photos, tmp_path_factory):
     (integrated_gradients, ["--kd-weight", ".5", "--at-weight", "1", "--bank", "1", "--path", "3"]),
 ])  # fmt: skip
 def test_a_cnn_is_resumed_to_the_same_bits(script, argv, short, stopped):
-    result = stopped(script, [*short, *argv])
+    result = stopped(script, script.parse([*short, *argv, "--device", "cpu"]))
     assert result["kd"] > 0 and result["at"] > 0
-
-
-@pytest.fixture
-def stopped(tmp_path, monkeypatch):
-    """Runs a script at once, and stopped after its first epoch and resumed: to the same bits."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(script, argv: list[str]) -> dict:
-        settings = script.parse([*argv, "--device", "cpu"])
-        whole = script.main(settings.but(out="whole"))
-        save, cut = train.save_state, settings.but(out="cut")
-
-        def stop(*state):
-            save(*state)
-            raise KeyboardInterrupt
-
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(train, "save_state", stop)
-            script.main(cut)
-        assert script.main(cut.but(resume=True))["test_top1"] == whole["test_top1"]
-        nets = [storage.read(Path(out, "last.pt"))["net"] for out in ("whole", "cut")]
-        assert all(torch.equal(value, nets[1][key]) for key, value in nets[0].items())
-        return whole
-
-    return run
 
 
 def test_what_is_no_teacher_is_refused(failing, tmp_path):
@@ -386,7 +360,7 @@ def test_the_loss_of_a_map_is_its_divergence_from_the_right_place():
 @pytest.mark.parametrize("reminder", ["words", "attention"])
 def test_a_robot_is_resumed_to_the_same_bits(reminder, stopped):
     argv = ["--scenes", "200", "--epochs", "2", "--warmup", "0", "--reminder", reminder]
-    stopped(reminders, argv)
+    stopped(reminders, reminders.parse(argv))
     tested = storage.read(Path("whole/test.pt"))
     assert ("looked" in tested) == (reminder == "attention") == Path("whole/reminders.png").exists()
 
@@ -394,10 +368,11 @@ def test_a_robot_is_resumed_to_the_same_bits(reminder, stopped):
 def test_linear_attention_is_taught_then_mended_and_resumed_to_the_same_bits(stopped, failing):
     argv = ["--epochs", "2", "--warmup", "0", "--num-labels", "50"]
     finetune.main(finetune.parse([*argv, "--teacher", "none", "--out", "softmax"]))
-    stopped(linear_attention, [*argv, "--teacher", "softmax/model.pt"])
+    parse = linear_attention.parse
+    stopped(linear_attention, parse([*argv, "--teacher", "softmax/model.pt"]))
     Path("whole").rename("taught")
     shutil.rmtree("cut")
-    stopped(linear_attention, [*argv, "--lora", "--teacher", "taught/model.pt"])
+    stopped(linear_attention, parse([*argv, "--lora", "--teacher", "taught/model.pt"]))
     softmax, taught, mended = (
         checkpoints.read(f"{out}/model.pt").weights for out in ("softmax", "taught", "whole")
     )
@@ -414,7 +389,8 @@ def test_linear_attention_is_taught_then_mended_and_resumed_to_the_same_bits(sto
 def test_attndistill_is_resumed_to_the_same_bits_and_dino_is_its_teacher(stopped, capsys):
     argv = ["--epochs", "2", "--warmup", "0"]
     dino.main(dino.parse([*argv, "--model", "nano", "--out", "teacher"]))
-    found = stopped(attndistill, [*argv, "--teacher", "teacher/model.pt", "--heads", "2"])
+    argv += ["--teacher", "teacher/model.pt", "--heads", "2"]
+    found = stopped(attndistill, attndistill.parse(argv))
     assert found["attention"] > 0 and found["token"] > 0
 
 
