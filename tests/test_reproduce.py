@@ -330,16 +330,3 @@ def test_the_defaults_of_the_scripts_are_what_tuning_chose(row):
         if name == "layers":
             same = parse_layers(usual[name], 4) == parse_layers(value, 4)
         assert same, (name, usual[name], value)
-
-
-def cell(found: dict) -> str:
-    return f"{found['mean']:.1f} ± {found['std']:.1f}"
-
-
-def test_the_figures_of_the_readme_are_those_of_the_record():
-    result, readme = RESULTS["digits"], (ROOT / "README.md").read_text()
-    for row, found in result["rows"].items():
-        assert f"| {row} | {cell(found)} |" in readme
-    for epochs, of_rows in result["lengths"].items():
-        cells = " | ".join(cell(of_rows[row]) for row in MAIN)
-        assert f"| {epochs} | {cells} |" in readme
