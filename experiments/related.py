@@ -10,7 +10,7 @@ import storage
 from experiments import rows
 from experiments.estimates import estimates, over_seeds
 from experiments.jobs import SCRIPTS, Made
-from experiments.tables import AT_BASE, DIGITS, Table, accuracies
+from experiments.tables import AT_BASE, DIGITS, Table, accuracies, classified
 
 STUDY = DIGITS._replace(base={"data": "digits"}, own={})  # settings as the scripts have them
 
@@ -51,7 +51,7 @@ def reminded(table: Table, made: Made) -> dict:
     And how often attention lands where it should.
     """
     ((point, of_rows),) = made.items()
-    correct = {row: np.stack([job.correct() for job in jobs]) for row, jobs in of_rows.items()}
+    correct = classified(table, of_rows)
     alone = table.rows[0]
     each = np.arange(correct[alone].shape[1])  # scene is a sample of its own
     found = estimates({point: correct}, each, dict.fromkeys(correct, alone))

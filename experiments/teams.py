@@ -46,8 +46,9 @@ def teams(made: Made, groups: np.ndarray) -> dict:
 
 def classified(of_rows: dict[str, list[Job]]) -> dict[str, np.ndarray]:
     """Of each row and team whether it classified each test image rightly, (seeds, images)."""
-    p = {row: np.stack([seen(job)[0] for job in jobs]) for row, jobs in of_rows.items()}
-    labels = seen(next(iter(of_rows.values()))[0])[1]
+    found = {row: [seen(job) for job in jobs] for row, jobs in of_rows.items()}
+    p = {row: np.stack([of_job for of_job, _ in of_row]) for row, of_row in found.items()}
+    (_, labels), *_ = next(iter(found.values()))
     p |= {team: (p[one] + p[other]) / 2 for team, (one, other) in TEAMS.items()}
     return {name: found.argmax(axis=-1) == labels for name, found in p.items()}
 

@@ -109,9 +109,7 @@ def task(settings: Settings, images: data.Data | None = None) -> train.Task:
     student = build(settings.model).to(device)
     made_of = partial(finetune.loss, settings=settings)
     if source:
-        teacher = build("teacher")
-        teacher.load_state_dict(source.weights)
-        teacher.to(device).eval().requires_grad_(False)
+        teacher = frozen(source, build("teacher")).to(device)
         made_of = partial(loss, teacher=teacher, settings=settings)
     return train.Task(
         "activations", student, images, made_of, finetune.predict, export, teacher=source
@@ -137,6 +135,12 @@ def found(settings: Settings, images: data.Data) -> checkpoints.Checkpoint:
     return checkpoints.Checkpoint(
         str(path), state["model"], {}, state["classes"], state["normalization"], "activations"
     )
+
+
+def frozen(source: checkpoints.Checkpoint, net: WideResNet) -> WideResNet:
+    """The net with these weights, as a teacher."""
+    net.load_state_dict(source.weights)
+    return net.eval().requires_grad_(False)
 
 
 def export(net: WideResNet) -> dict:

@@ -44,9 +44,6 @@ from vit import ViT
 SETTINGS = change(
     {k: v for k, v in dino.SETTINGS.items() if k not in dino.OWN},
     #             digits cifar
-    epochs=       (100,  200),
-    warmup=       (10,   10),
-    lr=           (2e-3, 1e-3),
     model=        ("nano", "mini"),
 ) | {
     "teacher": Setting("auto", "a ViT whose class token means something (auto: DINO's)", free=True),
