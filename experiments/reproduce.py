@@ -32,7 +32,7 @@ from settings import Setting, Settings, parse_settings
 
 TABLES = tables.TABLES | related.TABLES
 SETTINGS = {
-    "seeds": Setting(0, "runs of each row, with seeds 0, 1, ... (0: the table's)", low=1),
+    "seeds": Setting(0, "runs of each row, each with a seed of its own (0: the table's)", low=1),
     "jobs": Setting(0, "runs at a time (0: one per CPU core, or one on a GPU)"),
     "minutes": Setting(0.0, "stop after so long; the same command goes on (0: no limit)"),
     "data_dir": Setting("", "where the images of cifar10 are"),
@@ -184,7 +184,8 @@ def main(settings: Settings) -> None:
             found = {"points": tuned(table, settings, runner)}
             seeds, measure = list(table.study.seeds), "validation top-1, %"
         else:
-            seeds, measure = list(range(settings.seeds or table.seeds)), "test top-1, %"
+            count, measure = settings.seeds or table.seeds, "test top-1, %"
+            seeds = list(range(table.first, table.first + count))
             made = train(table, settings, runner, seeds)
             found = (table.find or accuracies)(table, made)
         found = {"seeds": seeds, "measure": measure} | found

@@ -58,10 +58,10 @@ LADDER = {
     ),
 }
 PARTS = {f"copy of {part}": copied(lend=part) for part in ("q", "k", "v", "qkv")}
-WHICH = ("1", "2", "3", "all", "1-3", "2-3", "3-3")
-LAYERS = {
-    **{f"copy, layers {which}": copied(layers=which) for which in WHICH},
-    **{f"distillation, layers {which}": distilled(layers=which) for which in WHICH},
+WHICH = ("1", "2", "1-3", "2-3", "3-3")
+LAYERS = {  # beside all, which copy has when tuned, and three, which distillation has
+    **{f"copy, layers {which}": copied(layers=which) for which in (*WHICH, "3")},
+    **{f"distillation, layers {which}": distilled(layers=which) for which in (*WHICH, "all")},
 }
 EXPLAINED = {
     "distillation, detached": distilled(detach=True),

@@ -71,6 +71,7 @@ class Table(NamedTuple):
     rows: tuple[str, ...]
     points: dict[str, Flags]
     seeds: int = 10
+    first: int = 0  # of the seeds
     tunes: bool = False  # finds settings on validation images, instead of testing
     tuned_at: str = ""  # the point whose settings all points take (empty: each its own)
     against: dict[str, str] | None = None  # what a row is compared with, where not with BASELINE
@@ -192,15 +193,16 @@ TABLES = {
         | less("distillation, fine-tuned teacher", DISTILLATION),
     ),
     "digits-parts": at_base(
-        "q, k, v or several copied", rows=(*MAIN, *rows.PARTS),
+        "q, k, v or several copied", rows=(*MAIN, *rows.PARTS), seeds=5,
         contrasts=less("copy of q", COPY) | less("copy of v", COPY) | less("copy of qkv", COPY)
         | less("copy of k", "copy of q"),
     ),
     "digits-layers": at_base(
-        "which layers are copied or distilled", rows=(*MAIN, *rows.LAYERS),
+        "which layers are copied (all, if not said) or distilled (3)",
+        rows=(*MAIN, *rows.LAYERS), seeds=5,
         contrasts=less("copy, layers 2-3", "copy, layers 2")
         | less("distillation, layers 2-3", "distillation, layers 2")
-        | less("distillation, layers all", "distillation, layers 3"),
+        | less("distillation, layers all", DISTILLATION),
     ),
     "digits-explained": at_base(
         "distillation detached; without labels, then a probe",
