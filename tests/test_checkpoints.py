@@ -112,30 +112,35 @@ def test_a_teacher_is_pre_trained_where_there_is_none(pretrainings):
     assert task.teacher.fingerprint == made.fingerprint and str(usual.epochs) in str(made)
 
 
+PRETRAIN = ["--teacher", "pretrain"]  # auto takes the one that comes with this repository
+
+
 def test_a_teacher_that_was_made_otherwise_is_said_and_never_mixed(pretrainings, capsys):
     usual = "runs/pretrain-digits-micro-s0"
     pretrain_fit(["--epochs", "2", "--warmup", "0", "--out", usual])  # an earlier trial
-    task = finetune.task(finetune.parse([]))
+    task = finetune.task(finetune.parse(PRETRAIN))
     assert "is made otherwise (epochs was 2, now 300" in capsys.readouterr().out
     assert task.teacher.settings["epochs"] == 300 and task.teacher.source != f"{usual}/model.pt"
     for argv in ([], ["--amp", "bf16"], ["--num-labels", "50"], ["--memory", "0"]):  # the same one
-        assert finetune.task(finetune.parse(argv)).teacher.source == task.teacher.source
+        assert (
+            finetune.task(finetune.parse([*PRETRAIN, *argv])).teacher.source == task.teacher.source
+        )
     assert len(pretrainings) == 2
-    other = finetune.task(finetune.parse(["--scraps", "2"])).teacher
+    other = finetune.task(finetune.parse([*PRETRAIN, "--scraps", "2"])).teacher
     assert other.settings["scraps"] == 2 and other.source != task.teacher.source
     assert checkpoints.read(f"{usual}/model.pt").settings["epochs"] == 2  # left alone
     Path(usual, "config.json").unlink()
-    assert finetune.task(finetune.parse([])).teacher.source == task.teacher.source
+    assert finetune.task(finetune.parse(PRETRAIN)).teacher.source == task.teacher.source
     assert "of unknown origin" in capsys.readouterr().out and Path(usual, "model.pt").exists()
 
 
 def test_a_teacher_of_some_images_is_not_taken_for_one_of_all(pretrainings, capsys):
     usual = "runs/pretrain-digits-micro-s0"
     pretrain_fit(["--num-labels", "500", "--out", usual])
-    task = finetune.task(finetune.parse(["--subset-seed", "3"]))
+    task = finetune.task(finetune.parse([*PRETRAIN, "--subset-seed", "3"]))
     assert "num_labels was 500, now 0" in capsys.readouterr().out
     assert task.teacher.source != f"{usual}/model.pt"
-    assert finetune.task(finetune.parse([])).teacher.source == task.teacher.source
+    assert finetune.task(finetune.parse(PRETRAIN)).teacher.source == task.teacher.source
 
 
 def pretrain_fit(argv):
@@ -145,9 +150,9 @@ def pretrain_fit(argv):
 
 def test_an_unfinished_teacher_is_finished_first(pretrainings, capsys):
     out = Path("runs/pretrain-digits-micro-s0")
-    finetune.task(finetune.parse([]))
+    finetune.task(finetune.parse(PRETRAIN))
     (out / "model.pt").unlink()
-    finetune.task(finetune.parse([]))
+    finetune.task(finetune.parse(PRETRAIN))
     assert "is not finished: going on with it" in capsys.readouterr().out
     assert [asked.resume for asked in pretrainings] == [False, True]
 
