@@ -19,6 +19,7 @@ from torch import Tensor
 from augment import Draws, Normalise, seeded
 
 CANVAS, DIGIT, SCRAP = 12, 8, 3  # pixels a side
+PLACES = 4  # of each digit of validation and test
 FILE = Path(__file__).parent / "digits.npz"
 
 
@@ -67,13 +68,13 @@ class Split:
 
     def layers(self, name: str) -> tuple[Tensor, Tensor]:
         """As of Clutter, of validation or test."""
-        part = self.parts[name].repeat(4)
+        part = self.parts[name].repeat(PLACES)
         draws = Draws(seeded("digits", name), len(part), slice(None), self.images.device)
         return self.clutter.layers(self.images[part], draws)
 
     def placed(self, name: str) -> tuple[Tensor, Tensor]:
-        """Images (4 n, 1, 12, 12) and labels of validation or test; i and n + i show one digit."""
-        return torch.maximum(*self.layers(name)), self.labels[self.parts[name].repeat(4)]
+        """Images (PLACES n, 1, 12, 12) and labels of validation or test; i and n + i show one digit."""
+        return torch.maximum(*self.layers(name)), self.labels[self.parts[name].repeat(PLACES)]
 
     def whole(self, name: str) -> tuple[Tensor, Tensor]:
         """The digits (n, 8, 8) themselves, and their labels."""

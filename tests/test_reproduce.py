@@ -123,6 +123,7 @@ def test_settings_are_chosen_by_validation_and_a_table_is_what_its_runs_found(
 
 def test_what_is_read_off_runs_is_bounded_by_what_it_must_be(places, ran, tmp_path, monkeypatch):
     monkeypatch.setattr(looks, "IMAGES", 100)
+    monkeypatch.setattr(digits, "PLACES", 1)
     monkeypatch.setattr(shift, "SHIFTS", {"inverted": shift.SHIFTS["inverted"]})
     usual = {row: tune.shown(tune.first(row, tables.DIGITS), {}) for row in MAIN}
     (tmp_path / "results").mkdir()

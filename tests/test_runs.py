@@ -27,7 +27,8 @@ from settings import Settings
 
 ROOT = Path(__file__).parent.parent
 SHORT = "--teacher random --epochs 6 --warmup 1 --num-labels 300 --batch 50 --eval-every 3".split()
-DIGITS = [*SHORT, "--ema", "0.9", "--drop-path", "0.2"]  # six steps an epoch
+SAME = [*SHORT, "--ema", "0.9"]  # whatever the number of processes
+DIGITS = [*SAME, "--drop-path", "0.2"]  # six steps an epoch
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 
@@ -82,10 +83,10 @@ def wait_for_step(run, out, beyond):
     raise AssertionError("the run ended before its time: " + run.communicate()[1])
 
 
-@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM])
-def test_killed_and_resumed_gives_the_same_bits(kill, uninterrupted, tmp_path):
+def test_killed_and_resumed_gives_the_same_bits(uninterrupted, tmp_path):
     argv = [*DIGITS, "--out", tmp_path, "--resume"]
-    for beyond in (3, 14):  # killed twice, in the middle of an epoch: it saves at each step
+    # In the middle of an epoch: it saves at each step.
+    for kill, beyond in ((signal.SIGKILL, 3), (signal.SIGTERM, 14)):
         run = start("attention_distill.py", *argv, "--save-every", 0)
         wait_for_step(run, tmp_path, beyond)
         run.send_signal(kill)
@@ -130,38 +131,45 @@ def stopped(now: bool) -> None:
         raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("micro_batch", [0, 10])
-def test_two_ranks_train_to_the_weights_of_one(micro_batch, tmp_path):
-    same, places = [*SHORT, "--ema", "0.9"], (tmp_path / "one", tmp_path / "two")
-    alone = run_here(attention_distill, *same, "--out", places[0])
-    argv = [*same, "--out", places[1], "--micro-batch", micro_batch]
-    run = start("attention_distill.py", *argv, launcher=TORCHRUN)
-    text, errors = run.communicate(timeout=120)
-    assert run.returncode == 0, errors
-    for part in ("net", "average"):
-        assert_same(*(weights(out)[part] for out in places), exact=False)
-    rows = [log_of(out)[-1] for out in places]
-    for key in ("class", "attention", "kl", "gradient_norm"):
-        assert rows[0][key] == pytest.approx(rows[1][key], rel=1e-3)
-    assert rows[0]["test_top1"] == pytest.approx(rows[1]["test_top1"], abs=0.11)  # of 2,000 images
-    assert alone["test_top1"] == rows[0]["test_top1"] and text.count("test top-1") == 1
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """Of each --micro-batch: where a run of two processes is, and what it printed."""
+    found = {}
+    for micro_batch in (0, 10):
+        out = tmp_path_factory.mktemp("two")
+        argv = [*SAME, "--out", out, "--micro-batch", micro_batch]
+        run = start("attention_distill.py", *argv, launcher=TORCHRUN)
+        text, errors = run.communicate(timeout=120)
+        assert run.returncode == 0, errors
+        found[micro_batch] = (out, text)
+    return found
 
 
-def test_a_lost_rank_is_restarted_and_the_run_goes_on(tmp_path):
-    same, launcher = [*DIGITS, "--micro-batch", "10", "--resume"], (*TORCHRUN, "--max-restarts=2")
-    lost, whole = tmp_path / "lost", tmp_path / "whole"
-    run = start("attention_distill.py", *same, "--out", whole, launcher=launcher)
-    assert run.wait(timeout=120) == 0
-    argv = [*same, "--out", lost, "--save-every", 0]
-    run = start("attention_distill.py", *argv, launcher=launcher)
-    wait_for_step(run, lost, 8)
+def test_two_ranks_train_to_the_weights_of_one(two_ranks, tmp_path):
+    alone = run_here(attention_distill, *SAME, "--out", tmp_path)
+    row = log_of(tmp_path)[-1]
+    for out, text in two_ranks.values():
+        for part in ("net", "average"):
+            assert_same(weights(out)[part], weights(tmp_path)[part], exact=False)
+        other = log_of(out)[-1]
+        for key in ("class", "attention", "kl", "gradient_norm"):
+            assert row[key] == pytest.approx(other[key], rel=1e-3)
+        assert row["test_top1"] == pytest.approx(other["test_top1"], abs=0.11)  # of 2,000 images
+        assert text.count("test top-1") == 1
+    assert alone["test_top1"] == row["test_top1"]
+
+
+def test_a_lost_rank_is_restarted_and_the_run_goes_on(two_ranks, tmp_path):
+    argv = [*SAME, "--micro-batch", "10", "--resume", "--out", tmp_path, "--save-every", 0]
+    run = start("attention_distill.py", *argv, launcher=(*TORCHRUN, "--max-restarts=2"))
+    wait_for_step(run, tmp_path, 8)
     ranks = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
     os.kill(int(ranks[-1]), signal.SIGKILL)
     text, errors = run.communicate(timeout=120)
     assert run.returncode == 0, errors
     assert "going on from step" in text
     for name, part in (("last.pt", "net"), ("last.pt", "average"), ("model.pt", "model")):
-        assert_same(weights(lost, name)[part], weights(whole, name)[part])
+        assert_same(weights(tmp_path, name)[part], weights(two_ranks[10][0], name)[part])
 
 
 def test_accuracy_counts_each_image_once():
