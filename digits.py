@@ -73,7 +73,7 @@ class Split:
         return self.clutter.layers(self.images[part], draws)
 
     def placed(self, name: str) -> tuple[Tensor, Tensor]:
-        """Images (PLACES n, 1, 12, 12) and labels of validation or test; i and n + i show one digit."""
+        """Images (PLACES n, 1, 12, 12) and labels of validation or test; i, n + i show one."""
         return torch.maximum(*self.layers(name)), self.labels[self.parts[name].repeat(PLACES)]
 
     def whole(self, name: str) -> tuple[Tensor, Tensor]:

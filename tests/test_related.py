@@ -5,6 +5,8 @@ from launch import Failed
 import math
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -392,6 +394,44 @@ def test_attndistill_is_resumed_to_the_same_bits_and_dino_is_its_teacher(stopped
     argv += ["--teacher", "teacher/model.pt", "--heads", "2"]
     found = stopped(attndistill, attndistill.parse(argv))
     assert found["attention"] > 0 and found["token"] > 0
+
+
+TOGETHER = """
+import sys
+sys.path.insert(0, {root!r})
+import launch
+from related import attndistill, linear_attention, reminders
+argv = {argv!r}
+def main(out):
+    for script in (attndistill, linear_attention, reminders):
+        name = script.__name__.split(".")[1]
+        script.main(script.parse([*argv[name], "--out", out + "/" + name]))
+launch.run(main, lambda argv: argv[0])
+"""
+
+
+def test_two_ranks_train_to_the_weights_of_one(tmp_path):
+    """All but dino and the CNNs, whose norms are over the batch of each process."""
+    short = ["--epochs", "2", "--warmup", "0", "--amp", "off"]
+    finetune.main(finetune.parse([*short, "--teacher", "none", "--out", str(tmp_path / "vit")]))
+    taught = [*short, "--teacher", str(tmp_path / "vit" / "model.pt")]
+    argv = {
+        "attndistill": [*taught, "--heads", "2"],
+        "linear_attention": [*taught, "--lora"],
+        "reminders": [*short, "--scenes", "200"],
+    }
+    driver = tmp_path / "driver.py"
+    driver.write_text(TOGETHER.format(root=str(Path(related.__file__).parent.parent), argv=argv))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    for name, launcher in {"one": [], "two": torchrun}.items():
+        run = [sys.executable, *launcher, str(driver), str(tmp_path / name)]
+        done = subprocess.run(run, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    for name in argv:
+        nets = [torch.load(tmp_path / ranks / name / "last.pt")["net"] for ranks in ("one", "two")]
+        for key, value in nets[0].items():
+            if not key.endswith("qkv.bias"):  # that of keys has no gradient but rounding's
+                torch.testing.assert_close(nets[1][key], value, rtol=1e-3, atol=1e-4)
 
 
 # The rows -----------------------------------------------------------------------------------------
