@@ -15,7 +15,8 @@ softmax over channels of q W, and of -q W.
     python -m related.linear_attention --lora --out runs/lora       2, after 1
     python -m related.linear_attention --lora --teacher runs/.../model.pt
                       with a fine-tuned ViT: 2 without 1, the control
-    python -m related.linear_attention --measure results/linear-speed.json
+    python -m related.linear_attention --model small \\
+                                       --measure results/linear-speed.json
 """
 
 import launch
@@ -243,8 +244,13 @@ def main(settings: Settings) -> dict:
     if settings.measure:
         launch.one_process()
         found, path = measure(settings), Path(settings.measure)
-        about = {"device": launch.device_name(launch.device(settings.device))}
-        about |= {"commit": runs.commit(), "model": settings.model, "tokens": TOKENS}
+        about = {
+            "command": " ".join(["python", "-m", "related.linear_attention", *sys.argv[1:]]),
+            "commit": runs.commit(),
+            "device": launch.device_name(launch.device(settings.device)),
+            "torch": torch.__version__,
+            "tokens": TOKENS,
+        }
         storage.write_text(path, json.dumps(about | {"images_per_s": found}, indent=1) + "\n")
         pictures.save(draw(found), path.with_suffix(".png"))
         print0(f"wrote {path} and a picture")
