@@ -1,4 +1,4 @@
-"""The tables of the related systems: their scripts with one thing changed each."""
+"""The related systems: rows, each a script of theirs with one thing changed, and their tables."""
 
 from functools import partial
 
@@ -7,12 +7,66 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import storage
-from experiments import rows
 from experiments.estimates import estimates, over_seeds
 from experiments.jobs import SCRIPTS, Made
+from experiments.rows import Row
 from experiments.tables import AT_BASE, DIGITS, Table, accuracies, classified
 
-STUDY = DIGITS._replace(base={"data": "digits"}, own={})  # settings as the scripts have them
+# The rows -----------------------------------------------------------------------------------------
+
+WIDE = "a wider net"
+ACTIVATIONS = {
+    WIDE: Row("activations", "", {"model": "teacher"}),
+    "small": Row("activations", "", {"at_weight": 0.0}),
+    "small, KD": Row("activations", WIDE, {"at_weight": 0.0, "kd_weight": 0.9}),
+    "small, AT": Row("activations", WIDE),
+    "small, AT and KD": Row("activations", WIDE, {"kd_weight": 0.9}),
+    "grouped": Row("activations", "", {"model": "grouped", "at_weight": 0.0}),
+    "grouped, AT": Row("activations", WIDE, {"model": "grouped"}),
+    "bottleneck": Row("activations", "", {"model": "bottleneck", "at_weight": 0.0}),
+    "bottleneck, AT": Row("activations", WIDE, {"model": "bottleneck"}),
+}
+GRADIENTS = {
+    "neither": Row("integrated_gradients", WIDE, {"overlay": 0.0}),
+    "KD": Row("integrated_gradients", WIDE, {"overlay": 0.0, "kd_weight": 0.3}),
+    "IG": Row("integrated_gradients", WIDE),
+    "KD and IG": Row("integrated_gradients", WIDE, {"kd_weight": 0.3}),
+    "KD, AT and IG": Row("integrated_gradients", WIDE, {"kd_weight": 0.3, "at_weight": 1000.0}),
+}
+SOFTMAX, TAUGHT = "softmax", "linear, transfer"
+LINEAR = {
+    SOFTMAX: Row("finetune", "pre-trained"),
+    "linear, untaught": Row("linear_attention", SOFTMAX, {"epochs": 1, "warmup": 0, "lr": 0.0}),
+    TAUGHT: Row("linear_attention", SOFTMAX),
+    "linear, LoRA": Row("linear_attention", SOFTMAX, {"lora": True, "epochs": 120}),
+    "linear, transfer and LoRA": Row("linear_attention", TAUGHT, {"lora": True}),
+}
+DINO = "DINO, teacher"
+ATTNDISTILL = {
+    DINO: Row("dino", ""),
+    "DINO, student": Row("dino", "", {"model": "nano"}),
+    "token": Row("attndistill", DINO, {"attention_weight": 0.0}),
+    "token and map": Row("attndistill", DINO),
+    "token, 2 heads": Row("attndistill", DINO, {"heads": 2, "attention_weight": 0.0}),
+    "token and map, 2 heads": Row("attndistill", DINO, {"heads": 2}),
+    "token, patch 4": Row("attndistill", DINO, {"patch": 4, "attention_weight": 0.0}),
+    "token and map, patch 4": Row("attndistill", DINO, {"patch": 4}),
+}
+ALONE = "the robot alone"
+REMINDED = {
+    ALONE: Row("reminders", "", {"reminder": "none"}),
+    f"{ALONE} again": Row("reminders", "", {"reminder": "none"}),  # how often errs another?
+    "words": Row("reminders", "", {"reminder": "words"}),
+    "words to attention": Row("reminders", ""),
+    "words to attention, its map untaught": Row("reminders", "", {"attention_weight": 0.0}),
+}
+STUDY = DIGITS._replace(  # settings as the scripts have them
+    rows=ACTIVATIONS | GRADIENTS | LINEAR | ATTNDISTILL | REMINDED,
+    base={"data": "digits"},
+    own={},
+)
+
+# What is read off them ----------------------------------------------------------------------------
 
 
 def sized(table: Table, made: Made) -> dict:
@@ -39,8 +93,8 @@ def linear(table: Table, made: Made) -> dict:
             settings = job.settings()
             net = SCRIPTS[job.script].task(settings).net
             trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
-            before = cells.get(rows.ROWS[row].teacher, {}) if settings.lr else {}
-            own = row != rows.SOFTMAX and bool(settings.lr)
+            before = cells.get(STUDY.rows[row].teacher, {}) if settings.lr else {}
+            own = row != SOFTMAX and bool(settings.lr)
             cells[row]["trained parameters"] = own * trained + before.get("trained parameters", 0)
     return found
 
@@ -69,30 +123,32 @@ def percent(of_seeds: list) -> dict:
     return over_seeds(100 * np.array(of_seeds))
 
 
+# The tables ---------------------------------------------------------------------------------------
+
 related = partial(Table, study=STUDY, points=AT_BASE, seeds=5, first=1)  # 0: used in writing
 TABLES = {
     "related-activations": related(
         "where a CNN is active, and its softened classes, given to smaller ones",
-        rows=tuple(rows.ACTIVATIONS), find=sized,
-        against={row: row.split(",")[0] for row in rows.ACTIVATIONS if "," in row},
+        rows=tuple(ACTIVATIONS), find=sized,
+        against={row: row.split(",")[0] for row in ACTIVATIONS if "," in row},
     ),
     "related-gradients": related(
-        "what contributed to a teacher's class, laid over images", rows=tuple(rows.GRADIENTS),
-        against=dict.fromkeys(rows.GRADIENTS, "neither")
+        "what contributed to a teacher's class, laid over images", rows=tuple(GRADIENTS),
+        against=dict.fromkeys(GRADIENTS, "neither")
         | {"KD and IG": "KD", "KD, AT and IG": "KD and IG"},
     ),
     "related-linear": related(
-        "softmax attention made linear", rows=tuple(rows.LINEAR), find=linear,
-        against=dict.fromkeys(rows.LINEAR, rows.SOFTMAX),
+        "softmax attention made linear", rows=tuple(LINEAR), find=linear,
+        against=dict.fromkeys(LINEAR, SOFTMAX),
     ),
     "related-attndistill": related(
         "without labels: class tokens and where they look; 20 nearest neighbours",
-        rows=tuple(rows.ATTNDISTILL),
-        against=dict.fromkeys(rows.ATTNDISTILL, "DINO, student")
-        | {row: row.replace(" and map", "") for row in rows.ATTNDISTILL if "map" in row},
+        rows=tuple(ATTNDISTILL),
+        against=dict.fromkeys(ATTNDISTILL, "DINO, student")
+        | {row: row.replace(" and map", "") for row in ATTNDISTILL if "map" in row},
     ),
     "related-reminders": related(
-        "reminders in words, to where a robot looks", rows=tuple(rows.REMINDED), points={"": {}},
+        "reminders in words, to where a robot looks", rows=tuple(REMINDED), points={"": {}},
         find=reminded,
     ),
 }  # fmt: skip

@@ -81,10 +81,10 @@ def train(table: Table, settings: Settings, runner: Runner, seeds: list[int]) ->
         )
     jobs, made = {}, {}
     for point, flags in table.points.items():
-        made[point] = {row: [] for row in table.rows if row in rows.ROWS}
+        made[point] = {row: [] for row in table.rows if row in table.study.rows}
         settled = table.tuned_at or point
         own = tune.chosen(tuned.get(settled, {}))
-        check(own, settled, table.study, (*made[point], *nets_of(made[point])))
+        check(own, settled, table.study, (*made[point], *nets_of(made[point], table.study)))
         for row in made[point]:
             for seed in seeds:
                 needed = runs.jobs(row, seed, flags, own)
@@ -107,9 +107,10 @@ def runs_of(study: Study, settings: Settings) -> Runs:
 
 def tuned(table: Table, settings: Settings, runner: Runner) -> tune.Tuned:
     """Settings for the rows of a table at all its points, and what was tried."""
-    study, trained = table.study, [row for row in table.rows if row in rows.ROWS]
+    study = table.study
+    trained = [row for row in table.rows if row in study.rows]
     known = tuning(study, settings)
-    others = [row for row in nets_of(trained) if row not in trained]
+    others = [row for row in nets_of(trained, study) if row not in trained]
     for point in table.points:
         check(tune.chosen(known.get(point, {})), point, study, others)
     runs = runs_of(study, settings)
@@ -155,7 +156,7 @@ def tuning(study: Study, settings: Settings) -> tune.Tuned:
 def check(found: dict[str, Flags], point: str, study: Study, needed: Iterable[str]) -> None:
     """ValueError unless the settings of these rows were found, in a study that tunes any."""
     for row in needed if study.own else ():
-        source = row if row in study.own else rows.ROWS[row].tuned_as
+        source = row if row in study.own else study.rows[row].tuned_as
         if source not in found:
             first = next(
                 name
@@ -165,10 +166,10 @@ def check(found: dict[str, Flags], point: str, study: Study, needed: Iterable[st
             raise ValueError(f"'{source}' has no settings yet at {point}: first reproduce {first}")
 
 
-def nets_of(asked: Iterable[str]) -> list[str]:
+def nets_of(asked: Iterable[str], study: Study) -> list[str]:
     """The rows whose nets others need."""
-    teachers = (rows.ROWS[row].teacher for row in asked if row in rows.ROWS)
-    return [teacher for teacher in teachers if teacher in rows.ROWS]
+    teachers = (study.rows[row].teacher for row in asked)
+    return [teacher for teacher in teachers if teacher in study.rows]
 
 
 def main(settings: Settings) -> None:

@@ -84,63 +84,16 @@ MISMATCHED = {  # without the components that the teacher has
     ),
 }
 NEAREST = "1-nearest neighbour of pixels"  # no run at all
-WIDE = "a wider net"
-ACTIVATIONS = {
-    WIDE: Row("activations", "", {"model": "teacher"}),
-    "small": Row("activations", "", {"at_weight": 0.0}),
-    "small, KD": Row("activations", WIDE, {"at_weight": 0.0, "kd_weight": 0.9}),
-    "small, AT": Row("activations", WIDE),
-    "small, AT and KD": Row("activations", WIDE, {"kd_weight": 0.9}),
-    "grouped": Row("activations", "", {"model": "grouped", "at_weight": 0.0}),
-    "grouped, AT": Row("activations", WIDE, {"model": "grouped"}),
-    "bottleneck": Row("activations", "", {"model": "bottleneck", "at_weight": 0.0}),
-    "bottleneck, AT": Row("activations", WIDE, {"model": "bottleneck"}),
-}
-GRADIENTS = {
-    "neither": Row("integrated_gradients", WIDE, {"overlay": 0.0}),
-    "KD": Row("integrated_gradients", WIDE, {"overlay": 0.0, "kd_weight": 0.3}),
-    "IG": Row("integrated_gradients", WIDE),
-    "KD and IG": Row("integrated_gradients", WIDE, {"kd_weight": 0.3}),
-    "KD, AT and IG": Row("integrated_gradients", WIDE, {"kd_weight": 0.3, "at_weight": 1000.0}),
-}
-SOFTMAX, TAUGHT = "softmax", "linear, transfer"
-LINEAR = {
-    SOFTMAX: Row("finetune", "pre-trained"),
-    "linear, untaught": Row("linear_attention", SOFTMAX, {"epochs": 1, "warmup": 0, "lr": 0.0}),
-    TAUGHT: Row("linear_attention", SOFTMAX),
-    "linear, LoRA": Row("linear_attention", SOFTMAX, {"lora": True, "epochs": 120}),
-    "linear, transfer and LoRA": Row("linear_attention", TAUGHT, {"lora": True}),
-}
-DINO = "DINO, teacher"
-ATTNDISTILL = {
-    DINO: Row("dino", ""),
-    "DINO, student": Row("dino", "", {"model": "nano"}),
-    "token": Row("attndistill", DINO, {"attention_weight": 0.0}),
-    "token and map": Row("attndistill", DINO),
-    "token, 2 heads": Row("attndistill", DINO, {"heads": 2, "attention_weight": 0.0}),
-    "token and map, 2 heads": Row("attndistill", DINO, {"heads": 2}),
-    "token, patch 4": Row("attndistill", DINO, {"patch": 4, "attention_weight": 0.0}),
-    "token and map, patch 4": Row("attndistill", DINO, {"patch": 4}),
-}
-ALONE = "the robot alone"
-REMINDED = {
-    ALONE: Row("reminders", "", {"reminder": "none"}),
-    f"{ALONE} again": Row("reminders", "", {"reminder": "none"}),  # how often errs another?
-    "words": Row("reminders", "", {"reminder": "words"}),
-    "words to attention": Row("reminders", ""),
-    "words to attention, its map untaught": Row("reminders", "", {"attention_weight": 0.0}),
-}
-RELATED = ACTIVATIONS | GRADIENTS | LINEAR | ATTNDISTILL | REMINDED
 ROWS = (
     MAIN | PROBE | BASELINES | CONTROLS | LADDER | PARTS | LAYERS | EXPLAINED | AGAIN | MISMATCHED
-    | RELATED
-)  # fmt: skip
+)
 
 
 class Study(NamedTuple):
-    """A data set: what all its rows share, and what is tuned of each."""
+    """A data set: its rows, what all of them share, and what is tuned of each."""
 
-    base: Flags  # of every row, where a point does not say otherwise
+    rows: dict[str, Row]
+    base: Flags  # of all of them, where a point does not say otherwise
     teacher: Flags
     images: tuple[str, ...]  # settings that the teacher shares
     own_teachers: bool  # one for each seed, or one for all
@@ -159,11 +112,11 @@ class Runs(NamedTuple):
 
     def jobs(self, row: str, seed: int, point: Flags, tuned: dict[str, Flags]) -> dict[str, Job]:
         """A run, last, behind those whose nets it needs, by name. `tuned`: of each row."""
-        study, (script, source, flags, tuned_as) = self.study, ROWS[row]
+        study, (script, source, flags, tuned_as) = self.study, self.study.rows[row]
         needed, teacher = {}, source
         if source == "pre-trained":
             needed = self.pretraining(seed, point)
-        elif source in ROWS:
+        elif source in study.rows:
             needed = self.jobs(source, seed, point, tuned)
         after = list(needed)[-1:]
         if after:

@@ -21,6 +21,7 @@ DROPS, DECAYS = ("drop_path", (0.0, 0.1, 0.2)), ("layer_decay", (0.75, 1.0, 0.5)
 COPIED, DISTILLED = ("layers", ("all", "3", "2")), ("layers", ("3", "all", "2"))
 WEIGHTS = ("attention_weight", (3.0, 1.0, 10.0))
 DIGITS = Study(
+    rows=rows.ROWS,
     base={"data": "digits", "num_labels": 100, "epochs": 450},
     teacher={},
     images=("data", "scraps", "components"),
@@ -46,6 +47,7 @@ DIGITS = Study(
 )
 PLAIN = dict.fromkeys(("mixup", "cutmix", "random_erase", "smoothing", "ema", "drop_path"), 0.0)
 CIFAR = Study(  # small enough for a CPU: shifts and flips, a tenth of the labels
+    rows=rows.ROWS,
     base={"data": "cifar10", "model": "mini", "holdout": 5000, "num_labels": 5000}
     | {"epochs": 25, "batch": 100} | PLAIN,
     teacher={"epochs": 60, "batch": 512, "lr": 1.5e-3, "decoder_dim": 96, "decoder_depth": 1},

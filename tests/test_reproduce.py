@@ -28,6 +28,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = {path.stem: json.loads(path.read_text()) for path in (ROOT / "results").glob("*.json")}
 SHARED = {"data": "folder", "model": "micro", "patch": 4, "image_size": 16, "workers": 0}
 STUDY = rows.Study(
+    rows=rows.ROWS,
     base=SHARED | {"num_labels": 24, "epochs": 1, "batch": 8},
     teacher={"epochs": 1},
     images=tuple(SHARED),
