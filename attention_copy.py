@@ -8,7 +8,7 @@ which uses the teacher's attention maps instead of its own:
 All else (values, MLPs, embeddings, head) the student learns from scratch. The
 teacher is needed at test time too.
 
-    python attention_copy.py                       digits; teacher: weights/digits.pt
+    python attention_copy.py                       digits (weights/digits.pt)
     python attention_copy.py --teacher random --out runs/random-copy     control
     torchrun --nproc_per_node=8 attention_copy.py --data imagenet \\
         --data-dir /imagenet

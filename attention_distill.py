@@ -9,7 +9,7 @@ P_S. A cross-entropy pulls them to the frozen teacher's maps P_T:
 All else the student learns from scratch. After training the teacher is
 discarded.
 
-    python attention_distill.py                    digits; teacher: weights/digits.pt
+    python attention_distill.py                    digits (weights/digits.pt)
     python attention_distill.py --teacher random --out runs/random       control
     torchrun --nproc_per_node=8 attention_distill.py --data imagenet \\
         --data-dir /imagenet

@@ -33,7 +33,7 @@ import digits
 import image_files
 import image_folders
 import subsets
-from augment import Augment, Draws, Normalise, Normalization, number, seeded
+from augment import Augment, Draws, Normalise, Normalization, reseed, seeded
 
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 
@@ -200,9 +200,9 @@ class Train:
             labels = labels.to(self.device, non_blocking=True)
             rows = slice(mine.start, mine.start + len(images))
             draws = Draws(seeded(seed, epoch, step), batch, rows, self.device)
-            torch.manual_seed(number(seed, epoch, step))  # for what torchvision draws by itself
+            reseed(self.device, seed, epoch, step)  # for what torchvision draws by itself
             images = self.augment(images, draws)
-            torch.manual_seed(number(seed, epoch, step, self.rank))  # from here on each its own
+            reseed(self.device, seed, epoch, step, self.rank)  # from here on each its own
             yield self.mix(images, labels) if self.mix else (images, labels)
 
     def first(self, count: int) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from torchvision import io
 from torchvision.transforms import InterpolationMode, v2
 
 import storage
-from augment import number
+from augment import reseed
 
 BICUBIC = InterpolationMode.BICUBIC
 ADVICE = "mend or remove it, or pass --skip-unreadable"
@@ -252,7 +252,7 @@ class Files(Dataset):
             image = self.held[index] if self.held else self.pixels(index)
         except ValueError as error:  # a worker's exception would come with its traceback
             return None, str(error)
-        torch.manual_seed(number(*seed, index))
+        reseed(torch.device("cpu"), *seed, index)
         return self.random_crop(image), label
 
     def pixels(self, index: int) -> Tensor:
