@@ -5,7 +5,6 @@ All of it is read off finished runs; nothing is trained.
 
 import launch
 
-import statistics
 from collections.abc import Iterable
 
 import numpy as np
@@ -22,6 +21,7 @@ from augment import Normalise
 from checkpoints import Model
 from data import KINDS
 from experiments.analysis import compare, jensen_shannon
+from experiments.estimates import over_seeds
 from experiments.jobs import Job, Made
 
 KINDS_OF_PATCH = ("digit", "scrap", "blank")
@@ -31,12 +31,13 @@ AT_A_TIME, IMAGES = 100, 500  # of the test images, those of one place
 def looks(made: Made) -> dict:
     """Of each row, and of its teachers: where they look, how like the first teacher.
 
-    share: of the attention of patches, mean over images, heads and patches, that goes to patches
-    with ink of the digit, of scraps only, or none; `patches` has the share of the patches.
-    from_mean: how far a map is from the mean over images of these maps, in nats (Jensen-Shannon):
-    0 if it does not depend on the image. divergence, matched: of the maps from the teacher's, heads
-    as they stand and heads matched; cka: of the features. All are lists over layers, means over
-    seeds. Two rows bound the likeness: a teacher of another seed, and a random net.
+    digit, scrap, blank: shares of the attention of patches, mean over images, heads and patches,
+    that go to patches with ink of the digit, of scraps only, or none; `patches` has the shares of
+    the patches. from_mean: how far a map is from the mean over images of these maps, in nats
+    (Jensen-Shannon): 0 if it does not depend on the image. divergence, matched: of the maps from
+    the teacher's, heads as they stand and heads matched; cka: of the features. All are lists over
+    layers: means over seeds, and their intervals. Two rows bound the likeness: a teacher of another
+    seed, and a random net.
     """
     points = {}
     for point, of_rows in made.items():
@@ -46,7 +47,7 @@ def looks(made: Made) -> dict:
         others = teachers[1:] + teachers[:1]  # of other seeds
         seeds = zip(teachers, others, *of_rows.values(), strict=True)
         found = [of_seed(a, b, dict(zip(of_rows, jobs, strict=True))) for a, b, *jobs in seeds]
-        points[point] = mean(found)
+        points[point] = summed_up(found)
     return points
 
 
@@ -104,9 +105,10 @@ def where(model: Model, images: Iterable[Tensor], kinds: Iterable[Tensor]) -> di
     return dict(zip(KINDS_OF_PATCH, shares, strict=True)) | {"from_mean": away.tolist()}
 
 
-def mean(seeds: list[dict]) -> dict:
-    """Over seeds, of figures that lie equally deep in each."""
+def summed_up(seeds: list[dict]) -> dict:
+    """Means over seeds, and intervals, of lists that lie equally deep in each."""
     first = seeds[0]
     if isinstance(first, dict):
-        return {key: mean([seed[key] for seed in seeds]) for key in first}
-    return [round(statistics.fmean(values), 4) for values in zip(*seeds, strict=True)]
+        return {key: summed_up([seed[key] for seed in seeds]) for key in first}
+    cells = [over_seeds(np.array(of_layer)) for of_layer in zip(*seeds, strict=True)]
+    return {what: [cell[what] for cell in cells] for what in ("mean", "interval")}

@@ -80,13 +80,17 @@ def along(points: dict[str, dict]) -> str:
     return lined(["", *rows, *(f"recovery: {row}" for row in recovered)], lines)
 
 
-def of_layers(rows: dict[str, dict[str, list[float]]]) -> str:
+def of_layers(rows: dict[str, dict[str, dict[str, list]]]) -> str:
     names = next(iter(reversed(rows.values())))
     lines = [
-        [row, *(" ".join(f"{x:.2f}" for x in found.get(name, [])) for name in names)]
+        [row, *(means(found[name]) if name in found else "" for name in names)]
         for row, found in rows.items()
     ]
     return lined(["", *names], lines)
+
+
+def means(cell: dict[str, list]) -> str:
+    return " ".join(f"{x:.2f}" for x in cell["mean"])
 
 
 def lined(head: list[str], lines: list[list[str]]) -> str:

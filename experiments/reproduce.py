@@ -25,7 +25,7 @@ import storage
 from experiments import figures, related, rows, tables, tune
 from experiments.jobs import ROOT, Made, Runner
 from experiments.nearest import nearest
-from experiments.report import shown
+from experiments.report import means, shown
 from experiments.rows import Flags, Runs, Study
 from experiments.tables import AXES, BASE, CLUTTER, DIGITS, Table, accuracies
 from settings import Setting, Settings, parse_settings
@@ -236,7 +236,7 @@ def summary(cells: dict) -> str:
     if "chosen" in cells:
         return ", ".join(f"{name} {value}" for name, value in cells["chosen"].items())
     if "mean" not in cells:  # lists over layers
-        return "; ".join(f"{what} {' '.join(f'{x:.2f}' for x in xs)}" for what, xs in cells.items())
+        return "; ".join(f"{what} {means(cell)}" for what, cell in cells.items())
     parts = (
         shown(cells, ".1f"),
         shown(cells.get("difference"), "+.1f"),

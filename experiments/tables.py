@@ -163,6 +163,7 @@ PHOTO_LABELS = {  # at about 1,250 steps
 SHORT = {"5,000 labels": {"epochs": 12}}  # for tuning
 at_base = partial(Table, study=DIGITS, points=AT_BASE)
 photos = partial(Table, study=CIFAR, points=AT_PHOTOS)
+LOOKS = "of each layer: shares of attention; divergence, nats; CKA"
 AXES = {"clutter": "digits-clutter", "labels": "digits-labels", "length": "digits-length"}
 TABLES = {
     "digits-tuning": Table(
@@ -215,7 +216,7 @@ TABLES = {
     ),
     "digits-looks": at_base(
         "where rows and teachers look; how like the teacher's are maps and features",
-        rows=tuple(MAIN), find=lambda _, made: {"points": looks(made)},
+        rows=tuple(MAIN), find=lambda _, made: {"points": looks(made), "measure": LOOKS},
     ),
     "digits-ensembles": at_base(
         "pairs of nets and their controls; do they err together?", rows=(*MAIN, *rows.AGAIN),

@@ -132,14 +132,16 @@ def test_what_is_read_off_runs_is_bounded_by_what_it_must_be(places, ran, tmp_pa
     (tmp_path / "results" / "digits-tuning.json").write_text(json.dumps(record))
     found, together, moved = reproduced([*places, "--seeds", "2"], "looks", "ensembles", "shift")
     seen = found["points"][tables.BASE]
-    patches = [seen["patches"][kind][0] for kind in looks.KINDS_OF_PATCH]
+    patches = [seen["patches"][kind]["mean"][0] for kind in looks.KINDS_OF_PATCH]
     assert sum(patches) == pytest.approx(1, abs=1e-3)
     for name in seen.keys() - {"patches"}:
-        shares = np.array([seen[name][kind] for kind in looks.KINDS_OF_PATCH])
+        shares = np.array([seen[name][kind]["mean"] for kind in looks.KINDS_OF_PATCH])
         assert_close(shares.sum(axis=0), np.ones(4), atol=1e-3, rtol=0)
-    assert max(map(abs, seen["teacher"]["divergence"])) < 1e-4
-    assert min(seen["teacher"]["cka"]) > 0.999
-    assert max(map(abs, seen["attention copy"]["divergence"])) < 1e-4  # all its maps are lent
+    assert max(map(abs, seen["teacher"]["divergence"]["mean"])) < 1e-4
+    assert min(seen["teacher"]["cka"]["mean"]) > 0.999
+    assert (
+        max(map(abs, seen["attention copy"]["divergence"]["mean"])) < 1e-4
+    )  # all its maps are lent
 
     table = together["points"][tables.BASE]
     for team in ("fine-tuning twice", "fine-tuning + distillation"):
@@ -313,7 +315,8 @@ def test_a_table_shows_means_and_intervals():
     assert lines[-2:] == ["", "last less first: +74.46 [+72.55, +76.41]"]
     assert lines[0] == "|  | from scratch | copy | recovery: copy |"
     assert lines[2] == "| 1 scrap | 74.5 | 74.5 | 2.20 |"
-    points = {"2 scraps": {"patches": {"digit": [0.5]}, "copy": {"digit": [0.5, 1]}}}
+    one, two = ({"mean": mean, "interval": None} for mean in ([0.5], [0.5, 1]))
+    points = {"2 scraps": {"patches": {"digit": one}, "copy": {"digit": two}}}
     lines = report.markdown({"points": points})
     assert lines.splitlines()[2:] == ["| patches | 0.50 |", "| copy | 0.50 1.00 |"]
 
