@@ -52,10 +52,16 @@ def at_one_point(rows: dict[str, dict]) -> str:
     cells = (found.get("difference") for found in rows.values())
     sources = [cell.get("from", BASELINE) for cell in cells if cell]
     usual = max(sources, key=sources.count, default=BASELINE)
-    heads = ["", "test top-1, %", f"less {usual}", "recovery", *own]
+    heads = [
+        "",
+        "test top-1, %",
+        f"less {usual}",
+        "recovery",
+        *(name.replace("_", " ") for name in own),
+    ]
     lines = [
         [row, shown(found, ".1f"), difference(found.get("difference"), usual),
-         shown(found.get("recovery"), ".2f"), *(shown(found.get(name), ".1f") for name in own)]
+         shown(found.get("recovery"), ".2f"), *(shown(found.get(name), ".3g") for name in own)]
         for row, found in rows.items()
     ]  # fmt: skip
     filled = [any(column) for column in zip(*lines, strict=True)]
@@ -66,7 +72,7 @@ def at_one_point(rows: dict[str, dict]) -> str:
 def difference(cell: dict | None, usual: str) -> str:
     """With what it is from, if that is not what the head says."""
     source = (cell or {}).get("from", usual)
-    return shown(cell, "+.1f") + ("" if source == usual else f" (from {source})")
+    return shown(cell, "+.1f") + ("" if source == usual else f" (less {source})")
 
 
 def along(points: dict[str, dict]) -> str:
