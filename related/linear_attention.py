@@ -15,20 +15,15 @@ softmax over channels of q W, and of -q W.
     python -m related.linear_attention --lora --out runs/lora       2, after 1
     python -m related.linear_attention --lora --teacher runs/.../model.pt
                       with a fine-tuned ViT: 2 without 1, the control
-    python -m related.linear_attention --model small \\
-                                       --measure results/linear-speed.json
+    python -m speed.linear          images/s over tokens, and where they cross
 """
 
 import launch
-from launch import print0
 
 import copy
-import json
 import sys
-import time
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from einops import einsum
@@ -37,17 +32,14 @@ from torch.nn.utils import parametrize
 
 import checkpoints
 import data
-import families
 import finetune
-import pictures
 import runs
-import storage
 import teachers
 import train
 from attention import OWN, Attended, Attention, attend
 from positions import ALL
 from settings import COMMON, Setting, Settings, change, parse_settings
-from vit import Config, ViT
+from vit import ViT
 
 SETTINGS = change(
     {k: v for k, v in COMMON.items() if k != "drop_path"},
@@ -64,10 +56,8 @@ SETTINGS = change(
     ),
     "lora": Setting(False, "the second step: all but the low-rank change is frozen"),
     "rank": Setting(8, "of the change of a matrix", low=1),
-    "measure": Setting("", "train nothing: write images/s over tokens here, and a picture"),
 }  # fmt: skip
 parse = partial(parse_settings, __doc__, SETTINGS)
-TOKENS = (64, 256, 1024, 4096)
 FEATURES = "features."  # feature maps in a file, by the block; no ViT has weights of that name
 
 
@@ -206,55 +196,7 @@ def export(net: ViT) -> dict:
     return {"model": whole.state_dict() | features, "architecture": whole.architecture}
 
 
-# How fast -----------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def measure(settings: Settings) -> dict[str, list[float]]:
-    """Images/s of a random ViT with softmax and with linear attention, at TOKENS patches."""
-    device, found = launch.device(settings.device), {"softmax": [], "linear": []}
-    for tokens in TOKENS:
-        side = round(tokens**0.5) * settings.patch
-        shape = Config(side, settings.patch, 3, 10, *families.size(settings.model))
-        batch = torch.randn(max(1, 4096 // tokens), 3, side, side, device=device)
-        for name, make in (("softmax", lambda net: net), ("linear", linearised)):
-            net = make(ViT(shape).eval()).to(device)
-            seconds = []
-            for _ in range(5):
-                began = time.perf_counter()
-                net(batch).sum().item()  # waits for the device
-                seconds.append(time.perf_counter() - began)
-            found[name].append(len(batch) / min(seconds))
-        faster = found["linear"][-1] / found["softmax"][-1]
-        print0(f"{tokens:>5} tokens: {faster:5.2f} times as fast with linear attention")
-    return found
-
-
-def draw(found: dict[str, list[float]]):
-    fig, axis = pictures.figure()
-    for name, speeds in found.items():
-        axis.plot(TOKENS, speeds, marker="o", label=name)
-    axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="images/s")
-    axis.set_xticks(TOKENS, TOKENS)
-    axis.legend(frameon=False)
-    return fig
-
-
 def main(settings: Settings) -> dict:
-    if settings.measure:
-        launch.one_process()
-        found, path = measure(settings), Path(settings.measure)
-        about = {
-            "command": " ".join(["python", "-m", "related.linear_attention", *sys.argv[1:]]),
-            "commit": runs.commit(),
-            "device": launch.device_name(launch.device(settings.device)),
-            "torch": torch.__version__,
-            "tokens": TOKENS,
-        }
-        storage.write_text(path, json.dumps(about | {"images_per_s": found}, indent=1) + "\n")
-        pictures.save(draw(found), path.with_suffix(".png"))
-        print0(f"wrote {path} and a picture")
-        return found
     runs.check(settings, "lora" if settings.lora else "linear")
     return train.fit(task(settings), settings)
 

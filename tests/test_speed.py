@@ -13,7 +13,7 @@ import attention_distill
 import vit
 from attention import Attended
 from attention_loss import attention_loss_defined
-from speed import benchmark, loader, loss_forms, measure
+from speed import benchmark, linear, loader, loss_forms, measure
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--data", "cifar10", "--model", "micro", "--patch", "8", "--device", "cpu", "--amp", "off"]
@@ -86,6 +86,15 @@ def test_nothing_is_written_unless_it_is_asked_for(tmp_path):
         asked = loader.parse([*argv, "--results", str(tmp_path / str(files))])
         found = measure.Records(asked, torch.device("cpu")).add("speed.loader", {"cores": 2})
         assert found["cores"] == 2 and len(list(tmp_path.rglob("*.json"))) == 1
+
+
+def test_linear_attention_is_timed_and_drawn_beside_softmax(tmp_path, monkeypatch):
+    monkeypatch.setattr(linear, "TOKENS", (4, 16))
+    argv = ["--model", "nano", "--patch", "4", "--device", "cpu", "--record"]
+    found = linear.main(linear.parse([*argv, "--results", str(tmp_path)]))
+    assert found["tokens"] == (4, 16)
+    assert all(min(s) > 0 and len(s) == 2 for s in found["images_per_s"].values())
+    assert {path.name for path in tmp_path.iterdir()} == {"benchmark-cpu.json", "linear-cpu.png"}
 
 
 def test_all_forms_of_the_loss_have_its_gradient():
