@@ -1,6 +1,6 @@
 """The studies, and their tables: which rows, at which points, compared with what."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from types import MappingProxyType
 from typing import NamedTuple
@@ -120,17 +120,23 @@ INTERACTION = {
         lambda of: of["teacher's maps and weights"] - of[TUNED] - of[COPY] + of[SCRATCH]
     )
 }
-ALONG = {
-    "fine-tuning less from scratch: last point less first": (
-        lambda *at: at[-1][TUNED] - at[-1][SCRATCH] - at[0][TUNED] + at[0][SCRATCH]
-    ),
-    "recovery of copy: last point less first": (
-        lambda *at: recovery(at[-1], COPY) - recovery(at[0], COPY)
-    ),
-    "recovery of distillation: last point less first": (
-        lambda *at: recovery(at[-1], DISTILLATION) - recovery(at[0], DISTILLATION)
-    ),
-}
+
+
+def along(points: Iterable[str]) -> dict[str, Callable]:
+    """How what matters changes from the first of the points to the last."""
+    first, *_, last = points
+    asked = {
+        "fine-tuning less from scratch": lambda of: of[TUNED] - of[SCRATCH],
+        "fine-tuning less copy": lambda of: of[TUNED] - of[COPY],
+        "fine-tuning less distillation": lambda of: of[TUNED] - of[DISTILLATION],
+        "recovery of copy": lambda of: recovery(of, COPY),
+        "recovery of distillation": lambda of: recovery(of, DISTILLATION),
+    }
+    return {f"{what}, {last} less {first}": changed(of) for what, of in asked.items()}
+
+
+def changed(of: Callable[[dict], np.ndarray]) -> Callable:
+    return lambda *at: of(at[-1]) - of(at[0])
 
 
 # The tables ---------------------------------------------------------------------------------------
@@ -155,6 +161,7 @@ COMPONENTS = {
     }.items()
 }
 AT_PHOTOS = {"5,000 labels": {}}
+PHOTO_LENGTHS = AT_PHOTOS | {"75 epochs": {"epochs": 75}}
 PHOTO_LABELS = {  # at about 1,250 steps
     "1,000 labels": {"num_labels": 1000, "epochs": 125},
     "5,000 labels": {},
@@ -171,14 +178,14 @@ TABLES = {
         DIGITS, (*MAIN, *rows.PROBE, rows.NEAREST), CLUTTER, tunes=True,
     ),
     "digits-clutter": Table("the main rows for 0, 1 and 2 scraps", DIGITS, tuple(MAIN), CLUTTER,
-        contrasts=ALONG),
+        contrasts=along(CLUTTER)),
     "digits-labels": Table(
         "the main rows for 50 to 997 labels, at equal steps", DIGITS, tuple(MAIN), LABELS,
-        tuned_at=BASE, contrasts=ALONG,
+        tuned_at=BASE, contrasts=along(LABELS),
     ),
     "digits-length": Table(
         "the main rows for 150, 450 and 1,350 epochs", DIGITS, tuple(MAIN), LENGTHS,
-        tuned_at=BASE, contrasts=ALONG,
+        tuned_at=BASE, contrasts=along(LENGTHS),
     ),
     "digits-tuning-others": at_base(
         "settings of baselines and controls", tunes=True,
@@ -251,10 +258,10 @@ TABLES = {
     ),
     "cifar10-length": photos(
         "the main rows, three times as long", rows=tuple(MAIN), seeds=1,
-        points=AT_PHOTOS | {"75 epochs": {"epochs": 75}}, tuned_at="5,000 labels", contrasts=ALONG,
+        points=PHOTO_LENGTHS, tuned_at="5,000 labels", contrasts=along(PHOTO_LENGTHS),
     ),
     "cifar10-labels": photos(
         "the main rows with 1,000 to 41,600 labels, at equal steps", rows=tuple(MAIN), seeds=1,
-        points=PHOTO_LABELS, tuned_at="5,000 labels", contrasts=ALONG,
+        points=PHOTO_LABELS, tuned_at="5,000 labels", contrasts=along(PHOTO_LABELS),
     ),
 }  # fmt: skip
