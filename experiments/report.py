@@ -92,7 +92,7 @@ def of_layers(rows: dict[str, dict[str, dict[str, list]]]) -> str:
         [row, *(means(found[name]) if name in found else "" for name in names)]
         for row, found in rows.items()
     ]
-    return lined(["", *names], lines)
+    return lined(["", *(name.replace("_", " ") for name in names)], lines)
 
 
 def means(cell: dict[str, list]) -> str:

@@ -117,9 +117,13 @@ def test_what_cannot_be_measured_or_recorded_is_refused_before_it_begins(failing
     assert code == 2 and "holds no records of speed" in line
 
 
+def beside_amp(rows: dict) -> float:
+    return rows["ours"]["images_per_s"] / rows["plain-amp"]["images_per_s"]
+
+
 def test_the_figures_of_the_readme_are_those_of_the_record_and_of_the_count():
     readme = (ROOT / "README.md").read_text()
-    small, slow, *_ = json.loads((ROOT / "results" / "benchmark-cpu.json").read_text())
+    small, slow, _, tiny, *_ = json.loads((ROOT / "results" / "benchmark-cpu.json").read_text())
     full = benchmark.parse(["--model", "large"])
     command = "python -m speed.benchmark --method all --model small --batch 8 --record"
     assert small["command"] == command
@@ -128,7 +132,7 @@ def test_the_figures_of_the_readme_are_those_of_the_record_and_of_the_count():
         speeds = " | ".join(f"{rows[variant]['images_per_s']:.1f}" for variant in variants)
         memory = f"{rows['plain']['memory_gib']:.1f} → {rows['ours']['memory_gib']:.1f}"
         times = f"{rows['ours']['times_plain']:.1f}"
-        assert f"| {method} | {speeds} | {times} | {memory} |" in readme
+        assert f"| {method} | {speeds} | {times} | {beside_amp(rows):.2f} | {memory} |" in readme
         asked = benchmark.recipe_of(method, full, 64)
         flop = measure.operations(method, asked)
         hours = flop * asked.epochs * benchmark.IMAGES / 400e12 / 3600
@@ -137,7 +141,9 @@ def test_the_figures_of_the_readme_are_those_of_the_record_and_of_the_count():
     times = {
         name: f"{rows['ours']['times_plain']:.1f} times" for name, rows in slow["rows"].items()
     }
-    assert slow["command"].endswith("--amp off --record")
+    assert slow["command"].endswith("--amp off --record") and "cifar10" in tiny["command"]
+    found = sorted(beside_amp(rows) for rows in tiny["rows"].values())
+    assert f"{found[0]:.2f} to {found[-1]:.2f} of plain-amp" in readme
     assert f"{times['copy']} plain for copy and {times['distill']} for distillation" in readme
 
 
