@@ -43,7 +43,8 @@ def markdown(record: dict) -> str:
     if "mean" not in next(iter(first.values())):
         return of_layers(first)
     table = along(points) if others else at_one_point(first)
-    return table + "".join(f"\n{name}: {shown(cell, '+.2f')}\n" for name, cell in asked.items())
+    contrasts = [[name, shown(cell, "+.2f")] for name, cell in asked.items()]
+    return table + ("\n" + lined(["contrast", ""], contrasts) if contrasts else "")
 
 
 def at_one_point(rows: dict[str, dict]) -> str:
