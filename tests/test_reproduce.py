@@ -19,7 +19,7 @@ import storage
 import teachers
 from augment import Normalise
 from data import KINDS
-from experiments import jobs, looks, report, reproduce, rows, shift, ship, tables, tune
+from experiments import jobs, looks, nearest, report, reproduce, rows, shift, ship, tables, tune
 from experiments.estimates import draws, estimates
 from experiments.rows import MAIN, Runs
 from lending import parse_layers
@@ -73,6 +73,7 @@ def ran(monkeypatch):
             raise Failed("the power went")
 
     monkeypatch.setattr(jobs.Runner, "process", process)
+    monkeypatch.setattr(nearest, "PLACEMENTS", 3)
     monkeypatch.setattr(reproduce, "TABLES", TABLES)
     return names
 
