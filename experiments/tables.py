@@ -54,7 +54,7 @@ CIFAR = Study(  # small enough for a CPU: shifts and flips, a tenth of the label
     images=("data", "model", "holdout"),
     own_teachers=False,
     seeds=(100,),
-    rates=(5e-4, 1e-3, 2e-3, 4e-3),
+    rates=(5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
     decays=(0.05, 0.3),
     own={
         "from scratch": ("drop_path", (0.0,)),
