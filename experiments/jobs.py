@@ -114,6 +114,15 @@ def depth(job: Job, jobs: dict[str, Job]) -> int:
     return max((1 + depth(jobs[name], jobs) for name in job.after), default=0)
 
 
+def in_order(jobs: dict[str, Job]) -> list[tuple[str, Job]]:
+    """Those that need none first, or threads would wait where others could train.
+
+    Of these those that others need.
+    """
+    needed = {name for job in jobs.values() for name in job.after}
+    return sorted(jobs.items(), key=lambda item: (depth(item[1], jobs), item[0] not in needed))
+
+
 Made = dict[str, dict[str, list[Job]]]  # point: row: its runs, one for each seed
 
 
@@ -138,8 +147,7 @@ class Runner:
         with ThreadPoolExecutor(self.workers) as pool:
             futures: dict[str, Future] = {}
             try:
-                # Those that need none first: or threads would wait where others could train.
-                for name, job in sorted(jobs.items(), key=lambda item: depth(item[1], jobs)):
+                for name, job in in_order(jobs):
                     needed = [futures[other] for other in job.after]
                     futures[name] = pool.submit(self.one, name, job, needed)
                 return {name: future.result() for name, future in futures.items()}
