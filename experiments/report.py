@@ -1,4 +1,4 @@
-"""The tables of both README.md, written from results/*.json.
+"""The tables of every README.md, written from results/*.json.
 
     python -m experiments.report
 
@@ -22,7 +22,7 @@ from settings import Settings, parse_settings
 SETTINGS: dict = {}
 parse = partial(parse_settings, __doc__, SETTINGS)
 USUAL = ("mean", "interval", "values", "difference", "recovery")
-PAGES = (ROOT / "README.md", ROOT / "related" / "README.md")
+PAGES = tuple(ROOT / folder / "README.md" for folder in (".", "experiments", "related"))
 MARKED = re.compile(r"<!-- ([\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
 
 

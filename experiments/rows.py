@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from experiments.jobs import Job
 from settings import to_argv
+from teachers import SHIPPED
 
 Flags = dict[str, Any]  # settings by name
 
@@ -96,7 +97,7 @@ class Study(NamedTuple):
     base: Flags  # of all of them, where a point does not say otherwise
     teacher: Flags
     images: tuple[str, ...]  # settings that the teacher shares
-    own_teachers: bool  # one for each seed, or one for all
+    own_teachers: bool  # one for each seed; or one for all, which is shipped once it is made
     seeds: tuple[int, ...]  # of tuning, which no table uses
     rates: tuple[float, ...]  # that are tried for every row,
     decays: tuple[float, ...]  # weight decays,
@@ -114,7 +115,9 @@ class Runs(NamedTuple):
         """A run, last, behind those whose nets it needs, by name. `tuned`: of each row."""
         study, (script, source, flags, tuned_as) = self.study, self.study.rows[row]
         needed, teacher = {}, source
-        if source == "pre-trained":
+        if source == "pre-trained" and self.shipped().exists() and not study.own_teachers:
+            teacher = self.shipped()
+        elif source == "pre-trained":
             needed = self.pretraining(seed, point)
         elif source in study.rows:
             needed = self.jobs(source, seed, point, tuned)
@@ -138,6 +141,9 @@ class Runs(NamedTuple):
         shared = {k: v for k, v in (study.base | point).items() if k in study.images}
         name = f"teacher{described(which)} s{seed}"
         return {name: self.job("pretrain", name, shared | study.teacher | {"seed": seed})}
+
+    def shipped(self) -> Path:
+        return SHIPPED / f"{self.study.base['data']}.pt"  # that of seed 0: experiments/ship.py
 
     def job(self, script: str, name: str, given: Flags, after: tuple[str, ...] = ()) -> Job:
         out = self.folder / name

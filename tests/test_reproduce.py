@@ -237,6 +237,17 @@ def test_each_row_is_a_run_that_can_be_asked_for_and_shares_all_that_it_must(stu
     assert (again.seed, again.teacher) == (1003, usual.teacher)
 
 
+def test_a_study_of_one_teacher_takes_it_from_the_shipped_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "SHIPPED", tmp_path)
+    runs, tuned = Runs(tables.CIFAR, tmp_path), {"attention copy": {}}
+    teacher, made = runs.jobs("attention copy", 3, {}, tuned).values()
+    assert made.settings().teacher == str(teacher.out / "model.pt")
+    runs.shipped().touch()
+    (made,) = runs.jobs("attention copy", 3, {}, tuned).values()
+    assert made.settings().teacher == str(runs.shipped())
+    assert len(Runs(tables.DIGITS, tmp_path).jobs("attention copy", 3, {}, tuned)) == 2
+
+
 def test_a_run_in_a_process_of_its_own_is_the_run_of_its_script(tmp_path):
     argv = ["--teacher", "none", "--epochs", "1", "--warmup", "0", "--num-labels", "50"]
     job = jobs.Job(
