@@ -144,4 +144,5 @@ def conclude(rows: list[dict], out: Path) -> None:
             f"best validation: {validation(best):.1f} % after epoch {best['epoch']} "
             f"(what is reported is the last, {validation(validated[-1]):.1f} %)"
         )
-    print0(f"{out}: model.pt, log.jsonl, curves.png, last.pt")
+    left = ("model.pt", "test.pt", "log.jsonl", "curves.png", "last.pt")
+    print0(f"{out}: {', '.join(name for name in left if (out / name).exists())}")

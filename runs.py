@@ -22,7 +22,7 @@ import torch
 
 import storage
 from checkpoints import Checkpoint
-from data import Data, Tensors
+from data import KINDS, Data, Tensors
 from settings import FREE, Settings
 
 LEFT_BEHIND = ("last.pt", "model.pt", "test.pt", "log.jsonl", "curves.png", "config.json")
@@ -40,6 +40,8 @@ def identity(name: str, images: Data, teacher: Checkpoint | None, settings: Sett
     about["images_fingerprint"] = images.fingerprint
     about["images_per_step"] = images.train.batch  # of --batch 0: it follows the processes
     about["one_tensor"] = isinstance(images.train.source, Tensors)  # of files: it follows --memory
+    if images.normalization != KINDS[settings.data].normalization:  # but the teacher's
+        about["normalization"] = images.normalization
     return about | {"teacher_weights": teacher and teacher.fingerprint} | shaping
 
 

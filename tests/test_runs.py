@@ -315,6 +315,10 @@ def test_another_run_is_not_gone_on_with(tmp_path, failing, uninterrupted, teach
     again = [*argv, "--epochs", "1", "--warmup", "0", "--resume"]
     code, line = failing(attention_copy, again)
     assert code == 2 and "teacher_weights was " in line
+    found["model"]["cls_token"] -= 1
+    torch.save(found | {"normalization": ([0.1] * 3, [0.2] * 3)}, tmp_path / "teacher.pt")
+    code, line = failing(attention_copy, again)
+    assert code == 2 and "normalization was None, now ([0.1" in line
 
 
 def test_renamed_classes_are_another_run(photos, small, tmp_path, failing):
@@ -443,7 +447,7 @@ def test_a_run_says_what_it_is_and_where_everything_went(tmp_path, teacher, smal
         "pretrain, 2 epochs", fingerprint, "24 to train on, 15 to validate and test on; 3 classes",
         "--layers 2",
         "warm-up 1 epochs", "float32",
-        "2 epochs of 3 batches of 8", "model.pt, log.jsonl, curves.png, last.pt", "test top-1",
+        "2 epochs of 3 batches of 8", "model.pt, test.pt, log.jsonl, curves.png, last.pt", "test top-1",
     ):  # fmt: skip
         assert words in said, words
     net = checkpoints.open_model(tmp_path / "model.pt").net
