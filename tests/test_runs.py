@@ -447,7 +447,8 @@ def test_a_run_says_what_it_is_and_where_everything_went(tmp_path, teacher, smal
         "pretrain, 2 epochs", fingerprint, "24 to train on, 15 to validate and test on; 3 classes",
         "--layers 2",
         "warm-up 1 epochs", "float32",
-        "2 epochs of 3 batches of 8", "model.pt, test.pt, log.jsonl, curves.png, last.pt", "test top-1",
+        "2 epochs of 3 batches of 8", "test top-1",
+        "model.pt, test.pt, log.jsonl, curves.png, last.pt",
     ):  # fmt: skip
         assert words in said, words
     net = checkpoints.open_model(tmp_path / "model.pt").net
