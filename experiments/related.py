@@ -10,7 +10,9 @@ import storage
 from experiments.estimates import estimates, over_seeds
 from experiments.jobs import SCRIPTS, Made
 from experiments.rows import Row
-from experiments.tables import AT_BASE, DIGITS, Table, accuracies, classified
+from experiments.tables import AT_BASE, DIGITS, Table, accuracies, classified, less
+from related import reminders, scenes
+from settings import Settings
 
 # The rows -----------------------------------------------------------------------------------------
 
@@ -31,24 +33,27 @@ GRADIENTS = {
     "KD": Row("integrated_gradients", WIDE, {"overlay": 0.0, "kd_weight": 0.3}),
     "IG": Row("integrated_gradients", WIDE),
     "KD and IG": Row("integrated_gradients", WIDE, {"kd_weight": 0.3}),
-    "KD, AT and IG": Row("integrated_gradients", WIDE, {"kd_weight": 0.3, "at_weight": 1000.0}),
+    "KD, AT and IG": Row("integrated_gradients", WIDE, {"kd_weight": 0.3, "at_weight": 140.0}),
 }
 SOFTMAX, TAUGHT = "softmax", "linear, transfer"
 LINEAR = {
     SOFTMAX: Row("finetune", "pre-trained"),
     "linear, untaught": Row("linear_attention", SOFTMAX, {"epochs": 1, "warmup": 0, "lr": 0.0}),
     TAUGHT: Row("linear_attention", SOFTMAX),
-    "linear, LoRA": Row("linear_attention", SOFTMAX, {"lora": True, "epochs": 120}),
+    "linear, LoRA": Row("linear_attention", SOFTMAX, {"lora": True}),
+    "linear, LoRA twice as long": Row("linear_attention", SOFTMAX, {"lora": True, "epochs": 120}),
     "linear, transfer and LoRA": Row("linear_attention", TAUGHT, {"lora": True}),
 }
-DINO = "DINO, teacher"
+DINO, FEWER = "DINO, teacher", {"attention_weight": 10.0}  # one map of all heads differs by less
 ATTNDISTILL = {
     DINO: Row("dino", ""),
     "DINO, student": Row("dino", "", {"model": "nano"}),
+    "random, student": Row("dino", "", {"model": "nano", "epochs": 1, "warmup": 0, "lr": 0.0}),
     "token": Row("attndistill", DINO, {"attention_weight": 0.0}),
     "token and map": Row("attndistill", DINO),
     "token, 2 heads": Row("attndistill", DINO, {"heads": 2, "attention_weight": 0.0}),
     "token and map, 2 heads": Row("attndistill", DINO, {"heads": 2}),
+    "token and map, 2 heads, weight 10": Row("attndistill", DINO, {"heads": 2} | FEWER),
     "token, patch 4": Row("attndistill", DINO, {"patch": 4, "attention_weight": 0.0}),
     "token and map, patch 4": Row("attndistill", DINO, {"patch": 4}),
 }
@@ -84,6 +89,10 @@ def sized(table: Table, made: Made) -> dict:
     return found
 
 
+def more_for(row: str, of: dict[str, np.ndarray]) -> np.ndarray:
+    return of[f"{row}, AT"] - of[row] - (of["small, AT"] - of["small"])
+
+
 def linear(table: Table, made: Made) -> dict:
     """As `accuracies`; and how many parameters each row trained, beside those of the ViT."""
     found = accuracies(table, made)
@@ -102,21 +111,36 @@ def linear(table: Table, made: Made) -> dict:
 def reminded(table: Table, made: Made) -> dict:
     """As `accuracies`, compared with the first row; which of its failures are avoided.
 
-    And how often attention lands where it should.
+    And how often attention lands where it should, of what kind of words.
     """
     ((point, of_rows),) = made.items()
     correct = classified(table, of_rows)
     alone = table.rows[0]
     each = np.arange(correct[alone].shape[1])  # scene is a sample of its own
     found = estimates({point: correct}, each, dict.fromkeys(correct, alone))
+    avoided = {}
     for row, cells in found["points"][point].items():
         pairs = zip(correct[row], correct[alone], strict=True)
-        cells["failures avoided"] = percent([now[~before].mean() for now, before in pairs])
+        avoided[row] = np.array([now[~before].mean() for now, before in pairs])
+        cells["failures avoided"] = percent(avoided[row])
         tests = [storage.read(job.out / "test.pt") for job in of_rows[row]]
         if all("looked" in test for test in tests):
-            lands = [(t["looked"] == t["labels"]).double().mean() for t in tests]
-            cells["attention lands right"] = percent(lands)
+            lands = np.stack([(t["looked"] == t["labels"]).numpy() for t in tests])
+            cells["attention lands right"] = percent(lands.mean(axis=1))
+            for kind, of_kind in kinds(of_rows[row][0].settings()).items():
+                cells[f"told {kind}"] = percent(lands[:, of_kind].mean(axis=1))
+    for other in ("words", "words to attention, its map untaught"):
+        paired = percent(avoided["words to attention"] - avoided[other])
+        found["contrasts"][f"failures avoided, words to attention less {other}"] = paired
     return found
+
+
+def kinds(settings: Settings) -> dict[str, np.ndarray]:
+    """Which reminders of the test say beside what to look, where, or what: masks (scenes,)."""
+    said = reminders.trial_of("test", settings, "cpu").said
+    beside = np.array([any(f" {words} the " in line for words in scenes.BESIDE) for line in said])
+    where = np.array([any(row in line for row in scenes.ROWS) for line in said])
+    return {"beside what": beside, "where": where, "what": ~(beside | where)}
 
 
 def percent(of_seeds: list) -> dict:
@@ -130,22 +154,31 @@ TABLES = {
     "related-activations": related(
         "where a CNN is active, and its softened classes, given to smaller ones",
         rows=tuple(ACTIVATIONS), find=sized,
-        against={row: row.split(",")[0] for row in ACTIVATIONS if "," in row},
+        against={row: row.split(",")[0] if "," in row else WIDE for row in ACTIVATIONS},
+        contrasts=less("small, AT and KD", "small, KD") | less("small, AT and KD", "small, AT")
+        | {f"what AT gives {row}, less what it gives small": partial(more_for, row)
+           for row in ("grouped", "bottleneck")},
     ),
     "related-gradients": related(
         "what contributed to a teacher's class, laid over images", rows=tuple(GRADIENTS),
         against=dict.fromkeys(GRADIENTS, "neither")
         | {"KD and IG": "KD", "KD, AT and IG": "KD and IG"},
+        contrasts=less("KD and IG", "neither"),
     ),
     "related-linear": related(
         "softmax attention made linear", rows=tuple(LINEAR), find=linear,
         against=dict.fromkeys(LINEAR, SOFTMAX),
+        contrasts=less("linear, transfer and LoRA", "linear, LoRA")
+        | less("linear, transfer and LoRA", "linear, LoRA twice as long"),
     ),
     "related-attndistill": related(
         "without labels: class tokens and where they look; 20 nearest neighbours",
         rows=tuple(ATTNDISTILL),
         against=dict.fromkeys(ATTNDISTILL, "DINO, student")
-        | {row: row.replace(" and map", "") for row in ATTNDISTILL if "map" in row},
+        | {row: "token" for row in ATTNDISTILL if row.startswith("token,")}
+        | {row: row.replace(" and map", "").removesuffix(", weight 10")
+           for row in ATTNDISTILL if "map" in row},
+        contrasts=less("token", DINO) | less("DINO, student", DINO),
     ),
     "related-reminders": related(
         "reminders in words, to where a robot looks", rows=tuple(REMINDED), points={"": {}},

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.jobs import Job
+from experiments.jobs import SCRIPTS, Job
 from settings import to_argv
 from teachers import SHIPPED
 
@@ -128,7 +128,8 @@ class Runs(NamedTuple):
         own = own | (flags or {})
         given = study.base | point | own | {"seed": seed}
         given |= {"teacher": teacher} if teacher else {}
-        given |= {"eval_every": given["epochs"]} if "epochs" in given else {}
+        if "epochs" in given and "eval_every" in SCRIPTS[script].SETTINGS:
+            given["eval_every"] = given["epochs"]
         if row.endswith(" again"):
             given |= {"seed": seed + 1000, "subset_seed": seed}
         special = {k: v for k, v in (point | own).items() if study.base.get(k) != v}
