@@ -44,7 +44,7 @@ from vit import ViT
 SETTINGS = change(
     {"data": Setting("digits", "what the scenes are of", choices=("digits",))}
     | {k: v for k, v in (MODEL | TRAINING | RUN).items() if k not in ("drop_path", "eval_every")},
-    patch=scenes.PLACE // 2, epochs=14, warmup=1, batch=100, lr=2e-3, weight_decay=0.05,
+    patch=scenes.PLACE // 2, epochs=24, warmup=1, batch=100, lr=2e-3, weight_decay=0.05,
 ) | {
     "reminder": Setting("attention", "what it is for", choices=("attention", "words", "none")),
     "attention_weight": Setting(1.0, "of the loss of the map"),
