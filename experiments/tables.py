@@ -232,7 +232,8 @@ TABLES = {
     ),
     "digits-shift": Table(
         "noise, contrast, more clutter, at matched accuracy", DIGITS, tuple(MAIN),
-        LENGTHS | {MOST: LABELS[MOST]}, tuned_at=BASE, find=lambda _, made: {"points": shifted(made)},
+        LENGTHS | {MOST: LABELS[MOST]}, tuned_at=BASE,
+        find=lambda _, made: {"points": shifted(made)},
     ),
     "digits-components": Table(
         "teachers with a component, students with and without it", DIGITS,
