@@ -2,8 +2,8 @@
 
 Fine-tuning and attention distillation reach the same accuracy in different
 ways, and their averaged probabilities are better than either (Li et al.,
-NeurIPS 2024: 85.7 and 85.7 make 86.3); the control: experiments/README.md. One checkpoint
-is plain evaluation.
+NeurIPS 2024: 85.7 and 85.7 make 86.3); experiments/README.md has the control.
+One checkpoint is plain evaluation.
 
     python ensemble.py runs/finetune-digits-micro-s0/model.pt \\
         runs/distill-digits-micro-s0/model.pt
