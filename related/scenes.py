@@ -1,4 +1,4 @@
-"""Scenes of four digits, one of them even, and reminders of it: for related/reminders.py."""
+"""Scenes of four digits, two of them even, and reminders of one: for related/reminders.py."""
 
 import random
 from typing import NamedTuple
@@ -64,7 +64,7 @@ def make(
     of_kind = {kind: [i for i, k in enumerate(kinds) if k == kind] for kind in range(10)}
     drawn, targets, said = torch.zeros(count, 1, 3 * PLACE, 3 * PLACE), [], []
     for picture in drawn:
-        lying = [draw.choice(range(0, 10, 2)), *draw.sample(range(1, 10, 2), 3)]
+        lying = draw.sample(range(0, 10, 2), 2) + draw.sample(range(1, 10, 2), 2)
         scene = dict(zip(draw.sample(range(9), 4), lying, strict=True))
         for place, kind in scene.items():
             y, x = (PLACE * line + draw.randrange(PLACE - 7) for line in divmod(place, 3))
