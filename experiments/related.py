@@ -131,7 +131,7 @@ def reminded(table: Table, made: Made) -> dict:
                 cells[f"told {kind}"] = percent(lands[:, of_kind].mean(axis=1))
     for other in ("words", "words to attention, its map untaught"):
         paired = percent(avoided["words to attention"] - avoided[other])
-        found["contrasts"][f"failures avoided, words to attention less {other}"] = paired
+        found["contrasts"][f"failures avoided: words to attention − {other}"] = paired
     return found
 
 
@@ -156,7 +156,7 @@ TABLES = {
         rows=tuple(ACTIVATIONS), find=sized,
         against={row: row.split(",")[0] if "," in row else WIDE for row in ACTIVATIONS},
         contrasts=less("small, AT and KD", "small, KD") | less("small, AT and KD", "small, AT")
-        | {f"what AT gives {row}, less what it gives small": partial(more_for, row)
+        | {f"gain of AT: {row} − small": partial(more_for, row)
            for row in ("grouped", "bottleneck")},
     ),
     "related-gradients": related(

@@ -44,7 +44,7 @@ def markdown(record: dict) -> str:
         return of_layers(first)
     table = along(points) if others else at_one_point(first)
     contrasts = [[name, shown(cell, "+.2f")] for name, cell in asked.items()]
-    return table + ("\n" + lined(["contrast", ""], contrasts) if contrasts else "")
+    return table + ("\n" + lined(["difference", "95 % interval"], contrasts) if contrasts else "")
 
 
 def at_one_point(rows: dict[str, dict]) -> str:
@@ -56,7 +56,7 @@ def at_one_point(rows: dict[str, dict]) -> str:
     heads = [
         "",
         "test top-1, %",
-        f"less {usual}",
+        f"− {usual}",
         "recovery",
         *(name.replace("_", " ") for name in own),
     ]
@@ -73,7 +73,7 @@ def at_one_point(rows: dict[str, dict]) -> str:
 def difference(cell: dict | None, usual: str) -> str:
     """With what it is from, if that is not what the head says."""
     source = (cell or {}).get("from", usual)
-    return shown(cell, "+.1f") + ("" if source == usual else f" (less {source})")
+    return shown(cell, "+.1f") + ("" if source == usual else f" (− {source})")
 
 
 def along(points: dict[str, dict]) -> str:

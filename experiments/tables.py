@@ -108,7 +108,7 @@ SCRATCH, COPY, DISTILLATION, TUNED = MAIN
 
 
 def less(row: str, other: str) -> dict[str, Callable]:
-    return {f"{row} less {other}": lambda of: of[row] - of[other]}
+    return {f"{row} − {other}": lambda of: of[row] - of[other]}
 
 
 def share_of_gain(row: str, other: str) -> dict[str, Callable]:
@@ -116,7 +116,7 @@ def share_of_gain(row: str, other: str) -> dict[str, Callable]:
 
 
 INTERACTION = {
-    "maps x weights: what the teacher's maps give to its weights, less what to random ones": (
+    "what the teacher's maps give: to its weights − to random ones": (
         lambda of: of["teacher's maps and weights"] - of[TUNED] - of[COPY] + of[SCRATCH]
     )
 }
@@ -126,13 +126,13 @@ def along(points: Iterable[str]) -> dict[str, Callable]:
     """How what matters changes from the first of the points to the last."""
     first, *_, last = points
     asked = {
-        "fine-tuning less from scratch": lambda of: of[TUNED] - of[SCRATCH],
-        "fine-tuning less copy": lambda of: of[TUNED] - of[COPY],
-        "fine-tuning less distillation": lambda of: of[TUNED] - of[DISTILLATION],
+        "fine-tuning − from scratch": lambda of: of[TUNED] - of[SCRATCH],
+        "fine-tuning − copy": lambda of: of[TUNED] - of[COPY],
+        "fine-tuning − distillation": lambda of: of[TUNED] - of[DISTILLATION],
         "recovery of copy": lambda of: recovery(of, COPY),
         "recovery of distillation": lambda of: recovery(of, DISTILLATION),
     }
-    return {f"{what}, {last} less {first}": changed(of) for what, of in asked.items()}
+    return {f"{what}: {first} → {last}": changed(of) for what, of in asked.items()}
 
 
 def changed(of: Callable[[dict], np.ndarray]) -> Callable:

@@ -323,8 +323,8 @@ def test_a_table_shows_means_and_intervals():
     assert lines[2] == "| from scratch | 74.5 [72.5, 76.4] |  |  |"
     assert lines[3] == "| copy | 74.5 [72.5, 76.4] | +2.2 | 2.20 |"
     points = {"1 scrap": rows, "2 scraps": rows}
-    lines = report.markdown({"points": points, "contrasts": {"last less first": cell}}).splitlines()
-    assert lines[-1] == "| last less first | +74.46 [+72.55, +76.41] |" and lines[-4] == ""
+    lines = report.markdown({"points": points, "contrasts": {"last − first": cell}}).splitlines()
+    assert lines[-1] == "| last − first | +74.46 [+72.55, +76.41] |" and lines[-4] == ""
     assert lines[0] == "|  | from scratch | copy | recovery: copy |"
     assert lines[2] == "| 1 scrap | 74.5 | 74.5 | 2.20 |"
     one, two = ({"mean": mean, "interval": None} for mean in ([0.5], [0.5, 1]))
