@@ -307,6 +307,7 @@ def test_records_say_how_they_came_about_and_are_of_todays_rows(name):
         assert {point: set(of_rows) for point, of_rows in record["points"].items()} == {
             point: set(table.rows) for point in table.points
         }
+        assert list(record.get("contrasts", {})) == list(table.contrasts)
 
 
 @pytest.mark.parametrize("page", report.PAGES)

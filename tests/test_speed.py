@@ -122,7 +122,7 @@ def beside_amp(rows: dict) -> float:
 
 
 def test_the_figures_of_the_readme_are_those_of_the_record_and_of_the_count():
-    readme = (ROOT / "README.md").read_text()
+    readme, front = ((ROOT / page).read_text() for page in ("speed/README.md", "README.md"))
     small, slow, _, tiny, *_ = json.loads((ROOT / "results" / "benchmark-cpu.json").read_text())
     full = benchmark.parse(["--model", "large"])
     command = "python -m speed.benchmark --method all --model small --batch 8 --record"
@@ -142,6 +142,10 @@ def test_the_figures_of_the_readme_are_those_of_the_record_and_of_the_count():
         name: f"{rows['ours']['times_plain']:.1f} times" for name, rows in slow["rows"].items()
     }
     assert slow["command"].endswith("--amp off --record") and "cifar10" in tiny["command"]
+    plain = sorted(rows["ours"]["times_plain"] for rows in small["rows"].values())
+    amp = sorted(beside_amp(rows) for rows in small["rows"].values())
+    assert f"{plain[0]:.1f} to {plain[-1]:.1f} times as fast" in front
+    assert f"{amp[0]:.2f} to {amp[-1]:.2f} times as fast as that in bf16" in front
     found = sorted(beside_amp(rows) for rows in tiny["rows"].values())
     assert f"{found[0]:.2f} to {found[-1]:.2f} of plain-amp" in readme
     assert f"{times['copy']} plain for copy and {times['distill']} for distillation" in readme
