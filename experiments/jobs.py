@@ -138,7 +138,7 @@ class Runner:
         threads = max(1, (os.cpu_count() or 1) // self.workers)
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # which the processes inherit
         self.commits: set[str] = set()
-        self.runs, self.seconds = 0, 0.0
+        self.seconds: dict[Path, float] = {}  # of training, of each run
 
     def run(self, jobs: dict[str, Job]) -> dict[str, dict]:
         """The results of all jobs by name. Failed if one of them fails, or if time is up."""
@@ -165,8 +165,8 @@ class Runner:
             self.process(name, job)
             result = job.result()
             note = f"{minutes(result['seconds'])} of training"
-        self.done, self.runs = self.done + 1, self.runs + 1
-        self.seconds += result["seconds"]
+        self.done += 1
+        self.seconds[job.out] = result["seconds"]
         self.commits.add(job.commit())
         score = f"{result[self.score]:6.2f} %" if self.score in result else " " * 8
         print(f"{self.done:>3}/{self.total}  {score}  {name:<40} {note}", flush=True)
@@ -202,8 +202,8 @@ class Runner:
             "commits": sorted(self.commits),  # that the runs were made at
             "device": device,
             "torch": torch.__version__,
-            "runs": self.runs,
+            "runs": len(self.seconds),
             "runs_at_a_time": self.workers,
-            "training_minutes": round(self.seconds / 60, 1),
+            "training_minutes": round(sum(self.seconds.values()) / 60, 1),
         }
         return about | found

@@ -95,6 +95,7 @@ def test_settings_are_chosen_by_validation_and_a_table_is_what_its_runs_found(
         reproduced(places, "tuned")
     (tuned,) = reproduced(places, "tuned")
     assert len(ran) == len(set(ran)) == 1 + 4 * (2 + 1 + 1)  # a teacher, and trials of four rows
+    assert tuned["runs"] == len(ran)
     for row, found in tuned["points"]["24 labels"].items():
         scores = [np.mean(trial["validation"]) for trial in found["tried"]]
         best = found["tried"][int(np.argmax(scores))]["flags"]
