@@ -149,7 +149,7 @@ def what_counts(run: dict) -> dict:
 
     Nor, if it had a teacher itself, which that was: --teacher says it.
     """
-    others = ("amp", "images_per_step", "one_tensor", "teacher_weights")
+    others = ("amp", "images_per_step", "one_tensor", "teacher_weights", "normalization")
     return {k: v for k, v in run.items() if k not in others}
 
 

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import teachers
 from experiments.jobs import SCRIPTS, Job
 from settings import to_argv
-from teachers import SHIPPED
 
 Flags = dict[str, Any]  # settings by name
 
@@ -115,10 +115,11 @@ class Runs(NamedTuple):
         """A run, last, behind those whose nets it needs, by name. `tuned`: of each row."""
         study, (script, source, flags, tuned_as) = self.study, self.study.rows[row]
         needed, teacher = {}, source
-        if source == "pre-trained" and self.shipped().exists() and not study.own_teachers:
-            teacher = self.shipped()
-        elif source == "pre-trained":
+        if source == "pre-trained":
             needed = self.pretraining(seed, point)
+            (made,) = needed.values()
+            if not study.own_teachers and (file := teachers.shipped(made.settings())):
+                needed, teacher = {}, file
         elif source in study.rows:
             needed = self.jobs(source, seed, point, tuned)
         after = list(needed)[-1:]
@@ -142,9 +143,6 @@ class Runs(NamedTuple):
         shared = {k: v for k, v in (study.base | point).items() if k in study.images}
         name = f"teacher{described(which)} s{seed}"
         return {name: self.job("pretrain", name, shared | study.teacher | {"seed": seed})}
-
-    def shipped(self) -> Path:
-        return SHIPPED / f"{self.study.base['data']}.pt"  # that of seed 0: experiments/ship.py
 
     def job(self, script: str, name: str, given: Flags, after: tuple[str, ...] = ()) -> Job:
         out = self.folder / name

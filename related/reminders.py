@@ -82,8 +82,10 @@ class Robot(nn.Module):
         super().__init__()
         self.vit, self.reminder, dim = vit, reminder, vit.config.dim
         self.judge = nn.Linear(dim, 1, bias=False)  # one of all places would change nothing
-        self.reader = Reader(dim) if reminder != "none" else None
-        self.correct = nn.Sequential(nn.Linear(2 * dim, dim), nn.GELU(), nn.Linear(dim, 9))
+        self.reader = self.correct = None
+        if reminder != "none":
+            self.reader = Reader(dim)
+            self.correct = nn.Sequential(nn.Linear(2 * dim, dim), nn.GELU(), nn.Linear(dim, 9))
 
     def forward(self, images: Tensor, words: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits of the places (B, 9); where it looks, as log of a map (B, patches)."""

@@ -396,6 +396,16 @@ def test_attndistill_is_resumed_to_the_same_bits_and_dino_is_its_teacher(stopped
     assert found["attention"] > 0 and found["token"] > 0
 
 
+@pytest.mark.parametrize("reminder", ["attention", "words", "none"])
+def test_every_parameter_of_a_robot_learns(reminder):
+    """Or DDP would wait for its gradient."""
+    task = reminders.task(reminders.parse(["--scenes", "100", "--reminder", reminder]))
+    images, which = next(task.data.train.epoch(0))
+    terms, _ = task.loss(task.net, images, which)
+    sum(terms.values()).backward()
+    assert not [name for name, p in task.net.named_parameters() if p.grad is None]
+
+
 TOGETHER = """
 import sys
 sys.path.insert(0, {root!r})

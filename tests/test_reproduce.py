@@ -2,6 +2,7 @@
 
 from launch import Failed
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -239,13 +240,16 @@ def test_each_row_is_a_run_that_can_be_asked_for_and_shares_all_that_it_must(stu
 
 
 def test_a_study_of_one_teacher_takes_it_from_the_shipped_ones(tmp_path, monkeypatch):
-    monkeypatch.setattr(rows, "SHIPPED", tmp_path)
+    monkeypatch.setattr(teachers, "SHIPPED", tmp_path)
     runs, tuned = Runs(tables.CIFAR, tmp_path), {"attention copy": {}}
     teacher, made = runs.jobs("attention copy", 3, {}, tuned).values()
     assert made.settings().teacher == str(teacher.out / "model.pt")
-    runs.shipped().touch()
+    file, about = tmp_path / "cifar10.pt", {"data": "cifar10", "model": "mini"}
+    file.touch()
+    facts = {"for": about, "sha256": hashlib.sha256().hexdigest()}
+    file.with_suffix(".json").write_text(json.dumps(facts))
     (made,) = runs.jobs("attention copy", 3, {}, tuned).values()
-    assert made.settings().teacher == str(runs.shipped())
+    assert made.settings().teacher == str(file)
     assert len(Runs(tables.DIGITS, tmp_path).jobs("attention copy", 3, {}, tuned)) == 2
 
 
