@@ -154,7 +154,7 @@ def trial_of(name: str, settings: Settings, device) -> scenes.Scenes:
     split = digits.Split(0, Normalise(data.KINDS["digits"].normalization, device), device)
     images, labels = (x.cpu() for x in split.whole(name))
     if name == "test":
-        made = scenes.make(1000, images, labels, scenes.NEW, number("reminders"))
+        made = scenes.make(1000, images, labels, scenes.NEW, number("trial"))
     else:
         seed = settings.seed if settings.subset_seed < 0 else settings.subset_seed
         few = torch.randperm(len(images), generator=seeded("reminders", seed))[: settings.digits]
