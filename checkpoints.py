@@ -56,8 +56,8 @@ class Checkpoint:
         if name == own.get("data"):
             folder = own.get("data_dir") or f"data/{name}"
             if not asked.data_dir or Path(asked.data_dir).resolve() == Path(folder).resolve():
-                kept = "data_dir", "holdout", "skip_unreadable"
-                which |= {k: own[k] for k in kept if k in own}
+                which |= {k: own[k] for k in ("data_dir", "holdout") if k in own}
+                which["skip_unreadable"] = asked.skip_unreadable or own.get("skip_unreadable")
         return asked.but(**which)
 
     def __str__(self) -> str:

@@ -75,6 +75,7 @@ class Data:
     held_out: int = 0  # so many of the training images are tested on, for want of others
     available: int = 0  # images to train on, before --num-labels takes some: a teacher sees all
     fingerprint: str = ""  # of these, if they are files
+    tested: str = ""  # of the others
 
     def described(self, labels: bool) -> str:
         """How many images there are, and of how many classes if `labels` matter."""
@@ -141,6 +142,7 @@ def load(settings, device, train: bool = True) -> Data:
         order = subsets.stratified(source.labels.cpu(), source.names)
         val, source = source.subset(order[:count]), source.subset(order[count:])
     test = test or val or source  # without any parts, all there is
+    tested = "".join(part.fingerprint for part in (val, test) if part)
     test_view = Eval(to_evaluate(test, device), normalise, device)
     val_view = test_view
     if val and val is not test:
@@ -151,7 +153,7 @@ def load(settings, device, train: bool = True) -> Data:
         available, fingerprint = len(source), source.fingerprint
         if settings.num_labels:
             source = subsets.labelled(source, settings)
-        elif missing := set(range(len(parts.classes))) - set(source.labels.tolist()):
+        if missing := set(range(len(parts.classes))) - set(source.labels.tolist()):
             few = ", ".join(parts.classes[i] for i in sorted(missing)[:5])
             print0(f"note: there is no image to train on of {few}")
         source = to_train(source, device)
@@ -159,7 +161,8 @@ def load(settings, device, train: bool = True) -> Data:
         augment = parts.augment or Augment(settings, normalise, cropped=in_files)
         view = Train(source, augment, settings, len(parts.classes), device)
     views, held = (view, val_view, test_view), 0 if parts.test else count
-    return Data(parts.classes, kind.channels, size, normalise, *views, held, available, fingerprint)
+    known = held, available, fingerprint, tested
+    return Data(parts.classes, kind.channels, size, normalise, *views, *known)
 
 
 # Two views of a source: shuffled and augmented, or in order and as it is --------------------------

@@ -68,11 +68,14 @@ def opened(paths: list[str], settings: Settings) -> list[Model]:
 def score(models: list[Model], settings: Settings) -> dict:
     """As `evaluate`, of models that are open."""
     device = launch.device(settings.device)
-    settings = models[0].checkpoint.images(settings)
+    asked, settings = settings, models[0].checkpoint.images(settings)
     members, total, first = [], 0, None
     for model in models:
         p, labels, images = probabilities(model, settings, device)
         path, method = model.checkpoint.source, model.checkpoint.method
+        own = model.checkpoint.settings and model.checkpoint.images(asked).holdout
+        if own and own != settings.holdout:
+            print(f"note: {path} held out other images: some that it is scored on it learned from")
         if first not in (None, images.classes):
             before = members[0]["checkpoint"]
             raise ValueError(f"{path} was evaluated on other classes than {before}")
@@ -227,8 +230,7 @@ def main(settings: Settings) -> dict:
     launch.one_process()
     if settings.image:
         return look(paths, settings)
-    if Path(settings.json).is_dir() and settings.json:
-        raise ValueError(f"--json {settings.json} is a folder: name a file")
+    storage.check_place(Path(settings.json or "runs/ensemble.json"), "--json")
     models = opened(paths, settings)
     result, others = score(models, settings), {}
     for folder in filter(None, settings.sets.split(",")):

@@ -83,8 +83,7 @@ def from_teacher(teacher: checkpoints.Checkpoint, settings: Settings, images: da
         classes=len(images.classes),
         drop_path=settings.drop_path,
     )
-    if settings.components:
-        raise ValueError(f"--components {settings.components}: {teacher.source} has its own")
+    teachers.check_components(settings, net.config)
     arch, size = net.architecture, families.size(settings.model)
     named = (*size, settings.patch, images.channels)
     if tuple(arch[k] for k in ("dim", "depth", "heads", "patch", "channels")) != named:

@@ -49,6 +49,8 @@ def decode(path: str) -> Tensor:
             )
     with Image.open(path) as file:
         image = ImageOps.exif_transpose(file)
+        if image.mode == "F":
+            raise ValueError("its pixels are floating-point numbers: save it with 8 or 16 bits")
         if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip
             image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
         return v2.functional.pil_to_tensor(image.convert("RGB"))

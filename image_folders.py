@@ -78,9 +78,15 @@ def unpack(root: Path, train: bool = True) -> None:
 
 
 def parts_of(root: Path) -> dict[str, Path]:
-    """The folders that hold images to train on ("train") and to test on ("val"), if there are."""
+    """The folders that hold images to train on ("train") and to test on ("val"), if there are.
+
+    One of such a name that lies among others, and holds no folders, is a class.
+    """
     known = {"train": ("train", "training"), "val": ("val", "valid", "validation", "test")}
     there = {entry.name.lower(): root / entry.name for entry in visible(root) if entry.is_dir()}
+    if there.keys() - {name for names in known.values() for name in names}:
+        holds = {name: any(e.is_dir() for e in visible(path)) for name, path in there.items()}
+        there = {name: path for name, path in there.items() if holds[name]}
     found = {part: [there[n] for n in names if n in there] for part, names in known.items()}
     return {part: folders[0] for part, folders in found.items() if folders}
 

@@ -13,7 +13,6 @@ from launch import print0, rank
 import contextlib
 import hashlib
 import json
-import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,7 +36,7 @@ def identity(name: str, images: Data, teacher: Checkpoint | None, settings: Sett
     """What a run is: with anything of it changed it would be another run."""
     shaping = {k: v for k, v in vars(settings).items() if k not in FREE}
     about = {"method": name, "classes": images.classes, "images": images.available}
-    about["images_fingerprint"] = images.fingerprint
+    about["images_fingerprint"], about["tested_on"] = images.fingerprint, images.tested
     about["images_per_step"] = images.train.batch  # of --batch 0: it follows the processes
     about["one_tensor"] = isinstance(images.train.source, Tensors)  # of files: it follows --memory
     if images.normalization != KINDS[settings.data].normalization:  # but the teacher's
@@ -59,18 +58,18 @@ def what_is_in(out: Path) -> dict | None:
     try:
         return dict(json.loads((out / "config.json").read_text())["run"])
     except (OSError, ValueError, LookupError, TypeError):
-        return {} if any((out / name).exists() for name in ("last.pt", "model.pt")) else None
+        return {} if any((out / name).exists() for name in LEFT_BEHIND) else None
 
 
 def check(settings: Settings, name: str) -> None:
-    """ValueError if --out cannot be made, or holds a run and nobody said what to do about it."""
-    out = folder(settings, name)
+    """ValueError if --out cannot be made, or holds what nobody said what to do about."""
+    out, teacher = folder(settings, name), Path(getattr(settings, "teacher", ""))
     if settings.resume and settings.overwrite:
         raise ValueError("--resume goes on, --overwrite starts over: choose one")
-    above = next(place for place in (out, *out.parents) if place.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise ValueError(f"--out {out}: {above} is no folder to write to, so choose another --out")
-    if settings.overwrite or what_is_in(out) is None:
+    storage.check_place(out / "config.json", f"--out {out}")
+    if teacher.is_file() and teacher.resolve().parent == out.resolve():
+        raise ValueError(f"--teacher {teacher} lies in --out: choose another --out")
+    if settings.overwrite or (before := what_is_in(out)) is None:
         return
     if not settings.resume and (out / "last.pt").exists():
         raise ValueError(
@@ -81,6 +80,11 @@ def check(settings: Settings, name: str) -> None:
         raise ValueError(
             f"{out} holds a model.pt and no last.pt to go on from: start over with --overwrite, or "
             "choose another --out"
+        )
+    if not before and not (out / "last.pt").exists():
+        raise ValueError(
+            f"{out} holds files of the names that a run leaves, which are of none: choose another "
+            "--out, or lose them with --overwrite"
         )
 
 
@@ -110,15 +114,12 @@ def locked(out: Path) -> Iterator[Path]:
 
 
 def begin(out: Path, settings: Settings, run: dict) -> dict | None:
-    """The state to go on from, or None to start over: then what an earlier run left is gone.
+    """The state to go on from, or None to start over.
 
     ValueError rather than go on with another run, or with a damaged one.
     """
     last = out / "last.pt"
     if not (settings.resume and last.exists()):
-        if rank() == 0:
-            for name in LEFT_BEHIND:
-                (out / name).unlink(missing_ok=True)
         return None
     try:
         state = storage.read(last)
@@ -143,6 +144,13 @@ def begin(out: Path, settings: Settings, run: dict) -> dict | None:
     return state
 
 
+def clear(out: Path) -> None:
+    """What an earlier run left is gone."""
+    if rank() == 0:
+        for name in LEFT_BEHIND:
+            (out / name).unlink(missing_ok=True)
+
+
 def describe(out: Path, run: dict, settings: Settings, device) -> None:
     """Writes config.json."""
     if rank() == 0:
@@ -157,8 +165,7 @@ def write_rows(out: Path, rows: list[dict]) -> None:
 
 def append_row(out: Path, row: dict) -> None:
     if rank() == 0:
-        with open(out / "log.jsonl", "a") as log:
-            log.write(json.dumps(row) + "\n")
+        storage.append(out / "log.jsonl", json.dumps(row) + "\n")
 
 
 def digest(run: dict) -> str:

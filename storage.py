@@ -37,12 +37,31 @@ def write(path: Path, fill: Callable) -> None:
             os.fsync(file.fileno())
         os.replace(part, path)
     except (OSError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+        cause = error if isinstance(error, OSError) else error.__context__  # what torch.save met
+        reason = getattr(cause, "strerror", None) or str(error)
         kept = f"; what was saved before is intact: {path}" if path.is_file() else ""
         raise Failed(f"could not write {path}: {reason}{kept}") from error
     finally:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
+
+
+def check_place(path: Path, flag: str) -> None:
+    """ValueError if no file can be written at a path: before the work that it is to keep."""
+    above = next(place for place in path.parents if place.exists())
+    if path.is_dir():
+        raise ValueError(f"{flag} {path} is a folder: name a file")
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ValueError(f"{flag}: {above} is no folder to write to: choose another place")
+
+
+def append(path: Path, text: str) -> None:
+    """Failed as of `write`."""
+    try:
+        with open(path, "a") as file:
+            file.write(text)
+    except OSError as error:
+        raise Failed(f"could not write {path}: {error.strerror}") from error
 
 
 def save(what: dict, path: Path) -> None:

@@ -139,7 +139,8 @@ def made(name: str, script, settings: Settings, images: data.Data, **changes) ->
     try:
         train.fit(script.task(own), own)
     except ValueError as error:
-        raise ValueError(f"the teacher in {out}: {error}; or remove that folder") from error
+        advice = "if no other process trains there, remove that folder"
+        raise ValueError(f"the teacher in {out}: {error}; {advice}") from error
     print0("The teacher is ready. Now the student:")
     return out / "model.pt"
 
@@ -149,7 +150,7 @@ def what_counts(run: dict) -> dict:
 
     Nor, if it had a teacher itself, which that was: --teacher says it.
     """
-    others = ("amp", "images_per_step", "one_tensor", "teacher_weights", "normalization")
+    others = "amp images_per_step one_tensor tested_on teacher_weights normalization".split()
     return {k: v for k, v in run.items() if k not in others}
 
 
@@ -175,11 +176,7 @@ def teacher_and_student(settings: Settings, images: data.Data | None = None):
         checkpoint = find(settings, images)
         teacher = checkpoints.load(checkpoint, image_size=images.image_size, classes=0)
         images.adopt(checkpoint)
-        if settings.components:
-            raise ValueError(
-                f"--components {settings.components}: this teacher has its own, and its student "
-                "the same, or none (--student plain)"
-            )
+        check_components(settings, teacher.config)
     torch.manual_seed(settings.seed)
     config = student_of(teacher.config if teacher else sizes, sizes, settings.student)
     student = vit.ViT(config, settings.drop_path)
@@ -194,6 +191,16 @@ def teacher_and_student(settings: Settings, images: data.Data | None = None):
     if settings.drop_path and settings.share_drops and teacher.config.depth != config.depth:
         print0("note: the student drops paths alone: its teacher has another depth")
     return whose, student.to(device), layers, images, checkpoint
+
+
+def check_components(settings: Settings, theirs: vit.Config) -> None:
+    """ValueError if --components asks for others than a teacher's, which are its student's too."""
+    asked = families.components(settings.components)
+    if any(getattr(theirs, name) != value for name, value in asked.items()):
+        raise ValueError(
+            f"--components {settings.components}: this teacher has its own, and its student "
+            "the same, or none (--student plain)"
+        )
 
 
 def student_of(teacher: vit.Config, sizes: vit.Config, kind: str = "") -> vit.Config:

@@ -77,6 +77,8 @@ def train(task: Task, settings: Settings, out: Path) -> dict:
         rows, seconds = take_up(learner, state, steps, per_epoch, out)
     check_agreement(learner)
     clock = Clock(learner.done, steps, images.batch, seconds)
+    if not state:  # only now, when nothing is refused any more
+        runs.clear(out)
     runs.describe(out, run, settings, next(task.net.parameters()).device)
     runs.write_rows(out, rows)
 

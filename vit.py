@@ -66,7 +66,8 @@ class Config:
                 raise ValueError(f"{field.name} {value!r} is no {field.type.__name__}")
             may_be_0 = field.name in ("classes", "registers", "layer_scale")
             if type(value) in (int, float) and not (0 < value <= 1e5 or (may_be_0 and value == 0)):
-                raise ValueError(f"{field.name} {value}")
+                least = "at least" if may_be_0 else "above"
+                raise ValueError(f"{field.name} {value}: must be {least} 0, and at most 100,000")
         for what in self.positions.split("+"):
             if what not in ("absolute", "relative", "rope"):
                 raise ValueError(f"positions '{what}': choose of absolute, relative, rope")

@@ -34,6 +34,7 @@ import runs
 import storage
 import vit
 from attention import attention_map, of_patches
+from augment import number
 from checkpoints import Model
 from experiments import figures
 from settings import OPENING, Setting, Settings, parse_settings
@@ -234,7 +235,7 @@ def open_pair(settings: Settings) -> tuple[Model, Model, data.Data, str]:
     elif not files[0].settings:
         sizes[0] = sizes[-1]
     a, *other = map(checkpoints.opened, files, [device] * 2, sizes)
-    torch.manual_seed(0)
+    torch.manual_seed(number("random net"))  # no training begins so
     b = other[0] if other else Model(vit.ViT(a.net.config).to(device).eval())
     for what in ("image_size", "patch", "channels", "heads", "tokens"):
         ours, theirs = (getattr(model.net.config, what) for model in (a, b))
@@ -278,6 +279,7 @@ def first_images(images: data.Data, settings: Settings) -> Iterator[Tensor]:
 
 def main(settings: Settings) -> dict:
     launch.one_process()
+    storage.check_place(Path(settings.out or "runs") / "analysis.json", "--out")
     a, b, images, name = open_pair(settings)
     out = Path(settings.out or f"runs/analysis-{name}")
     out.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,10 @@ from launch import Failed
 import json
 import multiprocessing
 import os
+import shlex
+import signal
 import sys
+import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -54,11 +57,18 @@ FORKED.set_forkserver_preload([__name__])
 
 def work(script: str, argv: list[str], output: Path) -> None:
     """In a process of its own: what the script does when it is called with these arguments."""
+    threading.Thread(target=leave_with_parent, daemon=True).start()
     with open(output, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.argv = [script, *argv]
     launch.run(SCRIPTS[script].main, SCRIPTS[script].parse)
+
+
+def leave_with_parent() -> None:
+    """Saves and leaves when the process that wants the result is gone, however it went."""
+    multiprocessing.parent_process().join()
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 @dataclass
@@ -192,13 +202,15 @@ class Runner:
             last = output.read_text().strip().splitlines()[-1:]
             raise Failed(f"{name} failed: {' '.join(last)} (see {output})")
 
-    def record(self, name: str, found: dict) -> dict:
+    def record(self, name: str, extra: str, found: dict) -> dict:
         """What every results file says of how it came about, and what was found."""
+        asked = f"{name} --seeds {len(found['seeds'])}"
+        asked += f" --extra {shlex.quote(extra)}" if extra else ""
         device = f"CPU, {os.cpu_count()} cores"
         if torch.cuda.is_available():
             device = torch.cuda.get_device_name()
         about = {
-            "command": f"python -m experiments.reproduce {name} --seeds {len(found['seeds'])}",
+            "command": f"python -m experiments.reproduce {asked}",
             "commits": sorted(self.commits),  # that the runs were made at
             "device": device,
             "torch": torch.__version__,

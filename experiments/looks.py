@@ -17,7 +17,7 @@ import checkpoints
 import digits
 import vit
 from attention import attention_map
-from augment import Normalise
+from augment import Normalise, number
 from checkpoints import Model
 from data import KINDS
 from experiments.analysis import compare, jensen_shannon
@@ -56,7 +56,7 @@ def of_seed(teacher_at: str, other_at: str, by_row: dict[str, Job]) -> dict:
     settings = by_row["attention copy"].settings()
     device = launch.device(settings.device)
     teacher = checkpoints.open_model(teacher_at, device)
-    torch.manual_seed(settings.seed)
+    torch.manual_seed(number("random net", settings.seed))  # no training begins so
     random = Model(vit.ViT(teacher.net.config).to(device).eval())
     models = {"teacher": teacher, "random net": random}
     models["another teacher"] = checkpoints.open_model(other_at, device)

@@ -26,11 +26,20 @@ PAGES = tuple(ROOT / folder / "README.md" for folder in (".", "experiments", "re
 MARKED = re.compile(r"<!-- ([\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
+def read(path: Path) -> dict:
+    """A record. ValueError that names it if it is damaged; OSError if there is none."""
+    try:
+        record = json.loads(path.read_text())
+        return record | {"points": dict(record["points"])}
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): restore it (git checkout)") from error
+
+
 def written(text: str, results: Path) -> str:
     """The text, with its marked tables made anew."""
 
     def table(match: re.Match) -> str:
-        record = json.loads((results / f"{match[1]}.json").read_text())
+        record = read(results / f"{match[1]}.json")
         return f"<!-- {match[1]} -->\n{markdown(record)}<!-- end -->"
 
     return MARKED.sub(table, text)

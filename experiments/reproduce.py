@@ -25,7 +25,7 @@ import storage
 from experiments import figures, related, rows, tables, tune
 from experiments.jobs import ROOT, Made, Runner
 from experiments.nearest import nearest
-from experiments.report import means, shown
+from experiments.report import means, read, shown
 from experiments.rows import Flags, Runs, Study
 from experiments.tables import AXES, BASE, CLUTTER, DIGITS, Table, accuracies
 from settings import Setting, Settings, parse_settings
@@ -45,9 +45,11 @@ SETTINGS = {
 def cost(name: str) -> str:
     """What a table took when it was recorded."""
     try:
-        record = json.loads((ROOT / "results" / f"{name}.json").read_text())
-    except OSError:
+        record = read(ROOT / "results" / f"{name}.json")
+    except FileNotFoundError:
         return "not recorded yet"
+    except ValueError as error:
+        return str(error)
     seeds = f"{len(record['seeds'])} seeds, " if "seeds" in record else ""
     return (
         f"{seeds}{record['runs']} runs, {record['training_minutes']:.0f} min on {record['device']}"
@@ -148,7 +150,7 @@ def tuning(study: Study, settings: Settings) -> tune.Tuned:
     for name, table in TABLES.items():
         path = Path(settings.results) / f"{name}.json"
         if table.tunes and table.study is study and path.exists():
-            for point, of_rows in json.loads(path.read_text())["points"].items():
+            for point, of_rows in read(path)["points"].items():
                 found[point] = found.get(point, {}) | of_rows
     return found
 
@@ -191,7 +193,8 @@ def main(settings: Settings) -> None:
             found = (table.find or accuracies)(table, made)
         found = {"seeds": seeds, "measure": measure} | found
         path = results / f"{name}.json"
-        storage.write_text(path, json.dumps(runner.record(name, found), indent=1) + "\n")
+        record = runner.record(name, settings.extra, found)
+        storage.write_text(path, json.dumps(record, indent=1) + "\n")
         show(name, found)
         draw(table, found["points"], results, path)
         print(f"\nwrote {path}")
@@ -213,11 +216,7 @@ def draw(table: Table, points: dict, results: Path, path: Path) -> None:
         return
     pictures.save(figures.accuracies(points), path.with_suffix(".png"))
     records = {title: results / f"{name}.json" for title, name in AXES.items()}
-    known = {
-        title: json.loads(record.read_text())["points"]
-        for title, record in records.items()
-        if record.exists()
-    }
+    known = {title: read(record)["points"] for title, record in records.items() if record.exists()}
     if path in records.values():
         pictures.save(figures.recovery(known), results / "recovery.png")
 

@@ -41,7 +41,8 @@ def ship(name: str, settings: Settings, folder: Path = SHIPPED) -> Path:
     ((job, made),) = runs.pretraining(0, point).items()
     found = Runner(1, 0, "").run({job: made})[job]
     asked, file = made.settings(), folder / f"{name}.pt"
-    ((_, plain),) = runs._replace(folder=Path("runs"), extra=()).pretraining(0, point).items()
+    public = runs._replace(folder=Path("runs"), extra=tuple(settings.extra.split()))
+    ((_, plain),) = public.pretraining(0, point).items()
     facts = {
         "for": {key: getattr(asked, key) for key in FOR if key != "scraps" or name == "digits"},
         "command": f"python pretrain.py {shlex.join(plain.argv)}",

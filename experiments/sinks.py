@@ -100,6 +100,7 @@ def show(name: str, found: dict, tokens: int) -> None:
 
 def main(settings: Settings) -> dict:
     launch.one_process()
+    storage.check_place(Path(settings.out), "--out")
     device, found = launch.device(settings.device), {}
     for path in settings.checkpoints:
         model = checkpoints.open_model(path, device, settings.heads)

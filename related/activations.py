@@ -128,19 +128,25 @@ def found(settings: Settings, images: data.Data) -> checkpoints.Checkpoint:
         raise FileNotFoundError(f"no teacher at {path}")
     state = storage.read(path)
     state = state if isinstance(state, dict) else {}
-    about = state.get("settings", {})
-    if (state.get("method"), about.get("model")) != ("activations", "teacher"):
+    try:
+        of_model = state["method"], state["settings"]["model"]
+        known = state["classes"], state["normalization"]
+        weights, channels = dict(state["model"]), len(known[1][0])
+    except (LookupError, TypeError, ValueError):
+        of_model = ()
+    if of_model != ("activations", "teacher"):
         raise ValueError(f"--teacher {path}: not what --model teacher leaves")
-    if state["classes"] != images.classes or len(state["normalization"][0]) != images.channels:
+    if (known[0], channels) != (images.classes, images.channels):
         raise ValueError(f"--teacher {path}: is for other images than --data {settings.data}")
-    return checkpoints.Checkpoint(
-        str(path), state["model"], {}, state["classes"], state["normalization"], "activations"
-    )
+    return checkpoints.Checkpoint(str(path), weights, {}, *known, "activations")
 
 
 def frozen(source: checkpoints.Checkpoint, net: WideResNet) -> WideResNet:
     """The net with these weights, as a teacher."""
-    net.load_state_dict(source.weights)
+    try:
+        net.load_state_dict(source.weights)
+    except RuntimeError as error:
+        raise ValueError(f"--teacher {source.source}: holds the weights of another net") from error
     return net.eval().requires_grad_(False)
 
 

@@ -38,7 +38,7 @@ from settings import Setting, Settings, change, parse_settings
 from vit import ViT
 
 OWN = {
-    "prototypes": Setting(256, "invented classes"),
+    "prototypes": Setting(256, "invented classes", low=2),
     "momentum": Setting(0.99, "of the teacher as an average of the student", high=1),
     "center_momentum": Setting(0.9, "of the mean output that is taken away", high=1),
     "student_temperature": Setting(0.1, "of the student's distribution", low=0.01),

@@ -23,7 +23,7 @@ raises the map to a random power between 1 and 2.
 """
 
 import launch
-from launch import counted
+from launch import Failed, counted, print0
 
 import os
 from collections.abc import Callable
@@ -137,27 +137,43 @@ def with_maps(
     images: data.Data, teacher: WideResNet, source: checkpoints.Checkpoint, settings: Settings
 ) -> data.Data:
     """The same data set, its training images those of the bank, each with its map."""
-    kept, device = Path(source.source).with_name("maps.pt"), images.train.device
+    kept, device = Path(source.source).with_name("integrated-gradients.pt"), images.train.device
     bank, labels = images.train.first(settings.bank * len(images.train))
     which = checkpoints.fingerprint({"images": bank.cpu(), "labels": labels.cpu()})
     which = {"of": which, "points": settings.path, "teacher": source.fingerprint}
-    found = storage.read(kept) if kept.exists() else {}
-    if found.get("which") != which:
+    maps = remembered(kept, which)
+    if maps is None:
         black = images.normalise(torch.zeros(1, images.channels, 1, 1, device=device))
         pieces = list(zip(bank.split(100), labels.split(100), strict=True))
-        maps = [
+        made = [
             hint(integrated_gradients(teacher, *piece, black, settings.path))
             for piece in counted(pieces, len(pieces), "batches of maps")
         ]
-        found = {"which": which, "maps": torch.cat(maps).cpu()}
-        own = kept.with_name(f"maps-{os.getpid()}.pt")  # others may do the same at this time
-        storage.save(found, own)
-        os.replace(own, kept)
-    both = torch.cat([bank, found["maps"].to(device)], dim=1)
+        maps = torch.cat(made).cpu()
+        remember(kept, {"which": which, "maps": maps})
+    both = torch.cat([bank, maps.to(device)], dim=1)
     augment = partial(lay_over, overlay=settings.overlay, normalise=images.normalise)
     source = data.Tensors(both, labels)
     view = data.Train(source, augment, settings, len(images.classes), device)
     return replace(images, train=view, channels=2 * images.channels)
+
+
+def remembered(path: Path, which: dict) -> Tensor | None:
+    """The maps of a run before, if they are of these images."""
+    try:
+        found = storage.read(path)
+        return found["maps"] if found["which"] == which else None
+    except (OSError, ValueError, LookupError, TypeError):  # none, damaged, or something else
+        return None
+
+
+def remember(path: Path, maps: dict) -> None:
+    own = path.with_name(f"{path.stem}-{os.getpid()}.pt")  # others may do the same at this time
+    try:
+        storage.save(maps, own)
+        os.replace(own, path)
+    except (Failed, OSError) as error:
+        print0(f"note: the maps cannot be kept for other runs ({error})")
 
 
 def main(settings: Settings) -> dict:

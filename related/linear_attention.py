@@ -171,9 +171,10 @@ def found(settings: Settings, images: data.Data) -> checkpoints.Checkpoint:
     elif path == "auto":
         path = teachers.made("finetune", finetune, settings, images, **net)
     source = checkpoints.read(path)
-    if source.architecture["classes"] != len(images.classes):
+    count = len(images.classes)
+    if source.architecture["classes"] != count or source.classes not in (None, images.classes):
         raise ValueError(
-            f"--teacher {path}: its head is not of these {len(images.classes)} classes"
+            f"--teacher {path}: its head is not of the {count} classes of --data {settings.data}"
         )
     images.adopt(source)
     return source

@@ -134,6 +134,15 @@ def test_a_teacher_that_was_made_otherwise_is_said_and_never_mixed(pretrainings,
     assert "of unknown origin" in capsys.readouterr().out and Path(usual, "model.pt").exists()
 
 
+def test_components_are_those_of_the_teacher_that_is_made_for_them(pretrainings):
+    task = attention_copy.task(attention_copy.parse(["--components", "registers=2"]))
+    assert task.net.config.registers == 2 and pretrainings[0].components == "registers=2"
+    other = ["--components", "registers=4", "--teacher", task.teacher.source]
+    for script in (attention_copy, finetune):
+        with pytest.raises(ValueError, match="this teacher has its own"):
+            script.task(script.parse(other))
+
+
 def test_a_teacher_of_some_images_is_not_taken_for_one_of_all(pretrainings, capsys):
     usual = "runs/pretrain-digits-micro-s0"
     pretrain_fit(["--num-labels", "500", "--out", usual])

@@ -98,6 +98,9 @@ def test_a_link_that_leads_back_is_refused(unsplit):
 
 
 def test_sixteen_bits_are_scaled_and_photographs_turned_upright(tmp_path):
+    Image.fromarray(np.ones((8, 8), np.float32)).save(tmp_path / "of floats.tiff")
+    with pytest.raises(ValueError, match="floating-point numbers: save it with 8 or 16 bits"):
+        image_files.read(str(tmp_path / "of floats.tiff"))
     ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
     Image.fromarray(ramp).save(tmp_path / "deep.png")
     expected = torch.from_numpy((ramp / 257).astype(np.uint8)).expand(3, 8, 8)
@@ -250,7 +253,14 @@ def test_other_images_of_the_same_names_are_another_run(unsplit, tmp_path, monke
     after = data.load(folder(moved), CPU)
     asked = folder(unsplit)
     runs_of = [runs.identity("scratch", images, None, asked) for images in (before, after)]
-    assert runs.differences(*runs_of)[0].startswith("images_fingerprint was")
+    odd = runs.differences(*runs_of)
+    assert [words.split()[0] for words in odd] == ["images_fingerprint", "tested_on"]
+
+
+def test_a_class_may_be_called_as_a_part_is(unsplit):
+    (unsplit / "cat").rename(unsplit / "train")
+    images = data.load(folder(unsplit), CPU)
+    assert images.classes == ["dog", "train"] and len(images.train) + len(images.test) == 30
 
 
 def test_a_class_of_which_nothing_can_be_read_is_an_error(unsplit, tmp_path, monkeypatch, failing):

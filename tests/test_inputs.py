@@ -20,6 +20,7 @@ import pretrain
 import storage
 import teachers
 import vit
+from experiments import sinks
 
 ROOT = Path(__file__).parent.parent
 
@@ -61,6 +62,7 @@ def test_flags(argv, words, failing, tmp_path, monkeypatch):
     (attention_distill, ["--layers", "99"], "4 layers (0 to 3)"),
     (attention_copy, ["--layers", "two"], "write a count"),
     (attention_copy, ["--teacher", "none"], "nothing to transfer"),
+    (attention_copy, ["--components", "registers=-1"], "registers -1: must be at least 0"),
     (finetune, ["--teacher", "random"], "--teacher none"),
     (attention_copy, ["--teacher", "missing.pt"], "no checkpoint at missing.pt"),
     (attention_copy, ["--teacher", "mae"], "MAE published no 'micro' teacher"),
@@ -69,6 +71,8 @@ def test_flags(argv, words, failing, tmp_path, monkeypatch):
     (pretrain, ["--decoder-dim", "10", "--decoder-heads", "2"], "divides by 4"),
     (pretrain, ["--decoder-heads", "7"], "no multiple of the number of heads"),
     (ensemble, ["missing.pt"], "no checkpoint at"),
+    (ensemble, ["missing.pt", "--json", "/dev/null/x"], "--json: /dev/null is no folder to write"),
+    (sinks, ["missing.pt", "--out", "/dev/null/x"], "--out: /dev/null is no folder to write"),
     (ensemble, [], "one or more model.pt"),
 ])  # fmt: skip
 def test_methods(script, argv, words, failing, tmp_path, monkeypatch, request):

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 import attention_copy
 import attention_distill
+import finetune
 import learner
 import pretrain
 import vit
@@ -52,6 +53,21 @@ def test_a_twin_of_the_teacher_has_no_divergence():
         student, images, torch.tensor([1, 2, 3]), teacher, [0, 3], settings
     )
     assert found["kl"].abs() < 1e-6 and not found["kl"].requires_grad
+
+
+def test_students_begin_alike_and_not_as_their_teacher_began():
+    """Of one seed: so that rows are paired, and nothing is shared that is not transferred."""
+    teacher = pretrain.task(pretrain.parse(["--seed", "3"])).net.encoder.state_dict()
+    scratch, copied, distilled = (
+        script.task(script.parse(["--seed", "3", *more])).net.state_dict()
+        for script, more in (
+            (finetune, ["--teacher", "none"]), (attention_copy, []), (attention_distill, [])
+        )
+    )  # fmt: skip
+    for name, value in scratch.items():
+        assert torch.equal(value, copied[name]) and torch.equal(value, distilled[name])
+        if value.ndim > 1 and not name.startswith("head"):
+            assert not torch.equal(value, teacher[name]), name
 
 
 def test_teacher_and_student_share_drop_path_masks_or_not():

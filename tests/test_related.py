@@ -127,8 +127,12 @@ def test_what_is_no_teacher_is_refused(failing, tmp_path):
     for path, words in (
         ("missing.pt", "no teacher at"),
         ("x.pt", "not what --model teacher leaves"),
+        ("y.pt", "holds the weights of another net"),
     ):
-        torch.save({"model": {}}, tmp_path / "x.pt")
+        torch.save({"model": {}, "settings": None}, tmp_path / "x.pt")
+        about = {"method": "activations", "settings": {"model": "teacher"}, "model": {}}
+        digits = {"classes": list("0123456789"), "normalization": ([0.0], [1.0])}
+        torch.save(about | digits, tmp_path / "y.pt")
         code, line = failing(activations, ["--teacher", tmp_path / path, "--out", tmp_path / "run"])
         assert code == 2 and words in line
 
@@ -234,7 +238,7 @@ def test_maps_are_made_once_and_known_by_what_they_are_of(short, tmp_path, monke
     argv = [*short, "--bank", "2", "--path", "3", "--at-weight", "1", "--kd-weight", "0.5"]
     script = integrated_gradients
     first = script.main(script.parse([*argv, "--out", "one"]))
-    kept = Path(short[-1]).with_name("maps.pt")
+    kept = Path(short[-1]).with_name("integrated-gradients.pt")
     before = kept.stat().st_mtime_ns
     second = script.main(script.parse([*argv, "--out", "two"]))
     assert kept.stat().st_mtime_ns == before
@@ -384,6 +388,10 @@ def test_linear_attention_is_taught_then_mended_and_resumed_to_the_same_bits(sto
             name
         )
     assert torch.equal(taught["features.0"], mended["features.0"])
+    state = storage.read(Path("softmax/model.pt"))
+    storage.save(state | {"classes": list("abcdefghij")}, Path("other.pt"))
+    code, line = failing(linear_attention, ["--teacher", "other.pt"])
+    assert code == 2 and "its head is not of the 10 classes of --data digits" in line
     code, line = failing(ensemble, ["taught/model.pt"])  # which would give it softmax attention
     assert code == 2 and "features.0 is not ours" in line
 

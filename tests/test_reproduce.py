@@ -4,6 +4,9 @@ from launch import Failed
 
 import hashlib
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +19,7 @@ import checkpoints
 import data
 import digits
 import ensemble
+import runs
 import storage
 import teachers
 from augment import Normalise
@@ -292,6 +296,40 @@ def test_a_teacher_that_is_shipped_is_found_and_checked(places, ran, tmp_path, m
     file.write_bytes(damaged)
     with pytest.raises(ValueError, match=r"is not the file that digits\.json describes"):
         teachers.find(asked, images)
+
+
+def test_runs_end_with_the_process_that_wants_them(tmp_path):
+    """Or they would hold their folder against the same command, called again."""
+    begin = (
+        "import sys; from pathlib import Path; from experiments import jobs\n"
+        "out = sys.argv[1]; argv = ['--teacher', 'none', '--device', 'cpu', '--out', out]\n"
+        "jobs.Runner(1, 0, '').run({'a': jobs.Job('finetune', argv, Path(out))})"
+    )
+    out = tmp_path / "run"
+    parent = subprocess.Popen([sys.executable, "-c", begin, str(out)], cwd=ROOT)
+    until(lambda: (out / "last.pt").exists())
+    parent.kill()
+    parent.wait()
+    until(lambda: "stopped by a signal" in (out / "output.txt").read_text())
+    with runs.locked(out):
+        assert not (out / "model.pt").exists()
+
+
+def until(true, seconds=60):
+    for _ in range(10 * seconds):
+        if true():
+            return
+        time.sleep(0.1)
+    raise AssertionError("it never came")
+
+
+def test_a_damaged_record_is_named(places, tmp_path):
+    path = tmp_path / "results" / "digits-tuning.json"
+    path.parent.mkdir()
+    for text in ('{"points": {', "{}", "[]"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"digits-tuning\.json is damaged"):
+            reproduce.main(reproduce.parse(["digits-clutter", *places]))
 
 
 def test_unknown_tables_and_no_seeds_are_said(places):

@@ -339,10 +339,25 @@ def test_starting_over_leaves_nothing_of_the_run_before(tmp_path, monkeypatch):
     def killed(*step, **bound):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(finetune, "loss", killed)
+    again = [*QUICK, "--lr", "0.5", "--overwrite", "--out", tmp_path]
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(learner.Learner, "find_micro_batch", killed)  # what can still be refused
+        run_here(finetune, *again)
+    assert left == {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")}
+    monkeypatch.setattr(learner.Learner, "learn", killed)
     with pytest.raises(KeyboardInterrupt):  # before its first checkpoint
-        run_here(finetune, *QUICK, "--lr", "0.5", "--overwrite", "--out", tmp_path)
-    assert not {"last.pt", "model.pt", "log.jsonl"} & {path.name for path in tmp_path.iterdir()}
+        run_here(finetune, *again)
+    assert not {"last.pt", "model.pt"} & {path.name for path in tmp_path.iterdir()}
+
+
+def test_what_is_not_a_runs_is_not_written_over(tmp_path, failing, teacher):
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    code, line = failing(finetune, [*QUICK, "--out", tmp_path])
+    assert code == 2 and "which are of none" in line
+    assert (tmp_path / "config.json").read_text() == '{"model_type": "vit"}'
+    mine = shutil.copy(teacher, tmp_path / "model.pt")
+    code, line = failing(attention_copy, ["--teacher", mine, "--overwrite", "--out", tmp_path])
+    assert code == 2 and "lies in --out" in line and mine.exists()
 
 
 def test_a_model_without_its_state_is_not_written_over(tmp_path, failing):
