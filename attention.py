@@ -8,7 +8,6 @@ Queries and keys decide *where* a ViT looks, its attention map:
 Everything this repository does with attention is built on this one seam (vit.py walks over it).
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -49,11 +48,6 @@ def attention_map(attended: Attended) -> Tensor:
     return attention_scores(attended).softmax(dim=-1)
 
 
-def of_patches(tokens: int) -> int:
-    """How many of the last of so many tokens are patches: a square, beside a few other tokens."""
-    return math.isqrt(tokens) ** 2
-
-
 def attend(attended: Attended) -> Tensor:
     """map @ v: what each query sees, (B, H, N, d of v). A fused kernel never stores the map."""
     q, k, v, bias = attended
@@ -84,7 +78,8 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
         self.relative = relative
-        # A bias of keys changes no map, but where rope turns it: there, as in DINOv3, is none.
+        # A bias of keys shifts all scores of a query alike, so no map depends on it, unless rope
+        # turns it; with rope there is none, as in DINOv3.
         biased = torch.tensor([1.0, 0.0, 1.0]).repeat_interleave(dim) if rope else None
         self.register_buffer("biased", biased, persistent=False)
 
@@ -107,12 +102,12 @@ class Attention(nn.Module):
         bias = given.bias if lent or self.relative is None else self.relative(places)
         return Attended(q, k, v, bias)
 
-    def project(self, x: Tensor, first: int, last: int, places: Places = ALL) -> tuple[Tensor, ...]:
-        """Parts `first` to `last` of (query, key, value), and no other: each (B, H, N, d)."""
-        rows = slice(first * x.shape[-1], last * x.shape[-1])
+    def project(self, x: Tensor, first: int, end: int, places: Places = ALL) -> tuple[Tensor, ...]:
+        """Parts first, ..., end - 1 of (query, key, value), and no other: each (B, H, N, d)."""
+        rows = slice(first * x.shape[-1], end * x.shape[-1])
         bias = self.qkv.bias if self.biased is None else self.qkv.bias * self.biased
         parts = F.linear(x, self.qkv.weight[rows], bias[rows])
-        parts = rearrange(parts, "b n (p h d) -> p b h n d", p=last - first, h=self.heads)
+        parts = rearrange(parts, "b n (p h d) -> p b h n d", p=end - first, h=self.heads)
         if places.angles is None:
             return parts.unbind()
         return tuple(

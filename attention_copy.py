@@ -16,7 +16,6 @@ teacher is needed at test time too.
 
 import launch
 
-from collections.abc import Sequence
 from functools import partial
 
 import torch.nn.functional as F
@@ -26,7 +25,6 @@ import checkpoints
 import data
 import runs
 import train
-from lending import Lender, described
 from settings import COMMON, TEACHER, TRANSFER, Settings, change, parse_settings
 from teachers import teacher_and_student
 from vit import ViT
@@ -70,16 +68,9 @@ def task(settings: Settings, images: data.Data | None = None) -> train.Task:
         images,
         loss=partial(loss, teacher=teacher, layers=layers, settings=settings),
         predict=partial(predict, teacher=teacher, layers=layers),
-        export=partial(export, teacher=teacher, layers=layers),
+        export=partial(checkpoints.export, teacher=teacher, layers=layers),
         teacher=source,
     )
-
-
-def export(student: ViT, teacher: ViT | Lender, layers: Sequence[int]) -> dict:
-    """The student and the teacher that it needs."""
-    net, lent = described(teacher)
-    needed = {"teacher": checkpoints.export(net), "layers": layers, "lent": lent}
-    return checkpoints.export(student) | needed
 
 
 def main(settings: Settings) -> dict:

@@ -59,8 +59,8 @@ def of_a_piece(q: Tensor, k: Tensor, q_t: Tensor, k_t: Tensor) -> tuple[Tensor, 
     """Sums of the cross-entropy and of the teacher's entropy, and gradients but for a factor."""
     # The difference of two maps would be too coarse in bf16.
     precise = torch.promote_types(q.dtype, torch.float32)
-    p_t = (q_t * q_t.shape[-1] ** -0.5 @ k_t.mT).softmax(dim=-1, dtype=precise)
-    log_p = (q * q.shape[-1] ** -0.5 @ k.mT).log_softmax(dim=-1, dtype=precise)
+    p_t = attention_scores(Attended(q_t, k_t)).softmax(dim=-1, dtype=precise)
+    log_p = attention_scores(Attended(q, k)).log_softmax(dim=-1, dtype=precise)
     loss = -torch.dot(p_t.flatten(), log_p.flatten())
     entropy = torch.special.entr(p_t).sum()
     gap = log_p.exp_().sub_(p_t)  # P_S - P_T

@@ -117,13 +117,13 @@ def crop_and_flip(images: Tensor, draws: Draws, area: float) -> Tensor:
     return F.grid_sample(images, grid, mode="bicubic" if area else "bilinear", align_corners=False)
 
 
-def crop_boxes(draws: Draws, area: float, size: int, tries: int = 10) -> tuple[Tensor, ...]:
+def crop_boxes(draws: Draws, area: float, size: int) -> tuple[Tensor, ...]:
     """Left, top, width and height (B,) of crops from squares, as torchvision draws them.
 
-    Of `tries` boxes of random share and aspect ratio the first that fits; if none, the whole.
+    Of ten boxes of random share and aspect ratio the first that fits; if none, the whole.
     """
-    u = draws.uniform(2 * tries)
-    share, ratio = area + (1 - area) * u[:, :tries], torch.exp((2 * u[:, tries:] - 1) * LOG_4_3)
+    u = draws.uniform(2 * 10)
+    share, ratio = area + (1 - area) * u[:, :10], torch.exp((2 * u[:, 10:] - 1) * LOG_4_3)
     w, h = ((x.sqrt() * size).round() for x in (share * ratio, share / ratio))
     fits = (torch.maximum(w, h) <= size) & (torch.minimum(w, h) > 0)
     first = fits.float().argmax(dim=1, keepdim=True)

@@ -6,7 +6,7 @@ for x, attended in model.run(images): ...       # block by block, as vit.ViT.run
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ import conversion
 import families
 import storage
 from attention import Attended
-from lending import Lender, lender
+from lending import Lender, described, lender
 from positions import PLAINLY, Resize, resized, resized_relative
 from settings import IMAGES, RUN, Settings, check
 from vit import Config, ViT
@@ -49,7 +49,7 @@ class Checkpoint:
         """`asked`, with the images that this was trained on where no others are asked for."""
         own, name = self.settings, asked.data or self.settings.get("data")
         if not name:
-            raise ValueError(f"{self.source} does not say which images it is for: say it by --data")
+            raise ValueError(f"{self.source} does not say which images it is for: name --data")
         which = {"data": name, "image_size": self.architecture["image_size"], "holdout": 0}
         if asked.scraps < 0:
             which["scraps"] = own.get("scraps", IMAGES["scraps"].default)
@@ -89,25 +89,20 @@ class Model:
         return self.net(images, self.given(images))
 
     def run(self, images: Tensor) -> Iterator[tuple[Tensor, Attended]]:
-        """Block by block: the tokens (B, 1 + N, D) that it made, and what it attended with."""
+        """Block by block: the tokens (B, N, D) that it made, and what it attended with."""
         return self.net.run(images, self.given(images))
 
     def given(self, images: Tensor):
         return self.teacher.queries_keys(images, self.layers) if self.teacher else ()
 
 
-def open_model(
-    source: str | Path, device="cpu", heads: int = 0, image_size: int | None = None
-) -> Model:
-    """The model that a name, file or URL holds, of any method; for another image size if asked.
-
-    Errors as those of `read`.
-    """
-    return opened(read(source, heads), device, image_size)
+def open_model(source: str | Path, device="cpu", heads: int = 0) -> Model:
+    """The model that a name, file or URL holds, of any method. Errors as those of `read`."""
+    return opened(read(source, heads), device)
 
 
 def opened(checkpoint: Checkpoint, device="cpu", image_size: int | None = None) -> Model:
-    """The model of a checkpoint, as `open_model`."""
+    """The model of a checkpoint; for another image size if asked."""
     net = load(checkpoint, image_size=image_size).to(device).eval().requires_grad_(False)
     if not checkpoint.teacher:
         return Model(net, checkpoint)
@@ -193,7 +188,7 @@ def what_is_wrong(name: object, value: object) -> str:
         return "is no tensor with a name"
     if value.layout is not torch.strided or value.is_meta or not value.is_floating_point():
         return f"is not made of ordinary numbers ({value.dtype}, {value.layout}, {value.device})"
-    return "" if value.isfinite().all() else "is not finite: it was trained to ruin"
+    return "" if value.isfinite().all() else "is not finite: its training diverged"
 
 
 def check_facts(
@@ -235,7 +230,7 @@ def load(
 ) -> ViT:
     """The ViT of a checkpoint, at its own or another image size (positions are interpolated).
 
-    With `classes`, the head is made anew for so many (0: no head); without, the file's own head
+    With `classes`, the head is made anew for that number (0: no head); without, the file's own head
     must fit. What does not fit is refused with a ValueError that names the keys and shapes.
     """
     arch, weights = checkpoint.architecture, dict(checkpoint.weights)
@@ -277,6 +272,13 @@ def load(
     return vit
 
 
-def export(net: ViT) -> dict:
-    """What model.pt holds of a ViT. (train.fit adds what it was trained on, and how.)"""
-    return {"model": net.state_dict(), "architecture": net.architecture}
+def export(net: ViT, teacher: ViT | Lender | None = None, layers: Sequence[int] = ()) -> dict:
+    """What model.pt holds of a ViT. (train.fit adds what it was trained on, and how.)
+
+    `teacher`: of a student of attention copy, which needs it, in `layers`.
+    """
+    found = {"model": net.state_dict(), "architecture": asdict(net.config)}
+    if teacher:
+        theirs, lent = described(teacher)
+        found |= {"teacher": export(theirs), "layers": layers, "lent": lent}
+    return found

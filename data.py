@@ -53,7 +53,7 @@ KINDS = {
     "cifar100": Kind(32, 3, ([0.5071, 0.4865, 0.4409], [0.2673, 0.2564, 0.2762]), 1.0, 1),
     "imagenet": Kind(
         224, 3, IMAGENET, 0.875, 2,
-        advice="ImageNet-1K is to be had, free for research, from image-net.org: unpack it (or "
+        advice="ImageNet-1K is available, free for research, from image-net.org: unpack it (or "
         "link it) so that images lie in train/CLASS/* and val/CLASS/* there, or point --data-dir "
         "at such a folder",
     ),
@@ -72,7 +72,7 @@ class Data:
     train: "Train | None" = None
     val: "Eval | None" = None
     test: "Eval | None" = None  # the same as `val` if there is no third part (ImageNet's custom)
-    held_out: int = 0  # so many of the training images are tested on, for want of others
+    held_out: int = 0  # of the training images, to test on for want of others
     available: int = 0  # images to train on, before --num-labels takes some: a teacher sees all
     fingerprint: str = ""  # of these, if they are files
     tested: str = ""  # of the others
@@ -104,11 +104,6 @@ class Data:
             self.normalise.adopt(teacher.normalization)
         else:
             print0(f"note: {teacher.source} names no normalisation: the data set's is used")
-
-    def vit_shape(self, patch: int) -> dict[str, int]:
-        """The arguments of a ViT that say what images and classes it is for."""
-        sizes = dict(image_size=self.image_size, patch=patch)
-        return sizes | dict(channels=self.channels, classes=len(self.classes))
 
 
 class Parts(NamedTuple):
@@ -155,14 +150,16 @@ def load(settings, device, train: bool = True) -> Data:
             source = subsets.labelled(source, settings)
         if missing := set(range(len(parts.classes))) - set(source.labels.tolist()):
             few = ", ".join(parts.classes[i] for i in sorted(missing)[:5])
-            print0(f"note: there is no image to train on of {few}")
+            print0(f"note: no training images of {few}")
         source = to_train(source, device)
         in_files = isinstance(source, image_files.Files)
         augment = parts.augment or Augment(settings, normalise, cropped=in_files)
         view = Train(source, augment, settings, len(parts.classes), device)
-    views, held = (view, val_view, test_view), 0 if parts.test else count
-    known = held, available, fingerprint, tested
-    return Data(parts.classes, kind.channels, size, normalise, *views, *known)
+    return Data(
+        parts.classes, kind.channels, size, normalise, train=view, val=val_view, test=test_view,
+        held_out=0 if parts.test else count, available=available, fingerprint=fingerprint,
+        tested=tested,
+    )  # fmt: skip
 
 
 # Two views of a source: shuffled and augmented, or in order and as it is --------------------------
@@ -174,7 +171,7 @@ class Train:
     def __init__(self, source, augment: Callable, settings, classes: int, device):
         self.source, self.augment, self.device = source, augment, device
         self.rank, self.world, self.seed = rank(), world(), settings.seed
-        self.batch = settings.batch or share_of(len(source), self.world)
+        self.batch = settings.batch or default_batch(len(source), self.world)
         if self.batch % self.world:
             raise ValueError(
                 f"--batch {self.batch} does not divide by the {self.world} processes: choose a "
@@ -222,7 +219,7 @@ class Train:
         return tuple(torch.cat(parts)[:count] for parts in zip(*found, strict=True))
 
 
-def share_of(images: int, ranks: int) -> int:
+def default_batch(images: int, ranks: int) -> int:
     """The batch of --batch 0: an eighth of the images, but at most 64 (for each process alike)."""
     return max(1, min(64, images // 8) // ranks) * ranks
 
@@ -279,7 +276,7 @@ def from_digits(settings, size: int, normalise: Normalise, device) -> Parts:
     for name in ("crop_area", "randaugment", "random_erase"):
         if getattr(settings, name, 0):
             flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{flag}: digits are placed anew at each step, and no more is done")
+            raise ValueError(f"{flag}: digits are augmented by placing them anew, and no other way")
     split = digits.Split(settings.scraps, normalise, device)
     train, *placed = split.whole("train"), split.placed("val"), split.placed("test")
     classes = [str(i) for i in range(10)]

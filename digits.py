@@ -1,4 +1,4 @@
-"""The built-in task: translated cluttered digits. It is meant as one of where to look.
+"""The built-in task: translated cluttered digits, meant to test *where* a net looks.
 
 On an empty canvas of 12x12 pixels lie scraps of other digits (3x3 pixels, `--scraps` of them) and
 somewhere the digit itself. Training places all of them anew at every step; validation and test hold

@@ -35,15 +35,15 @@ import image_files
 import pictures
 import storage
 from attention import attention_map
+from augment import Normalise
 from checkpoints import Model
 from learner import autocast
 from settings import AMP, OPENING, Setting, Settings, parse_settings
+from train import top1
 
 SETTINGS = OPENING | {
     "amp": Setting("", "mixed precision (empty: as in training)", choices=("", *AMP)),
-    "part": Setting(
-        "test", "the part that is reported, or the one to choose by", choices=("test", "val")
-    ),
+    "part": Setting("test", "test (to report) or val (to choose by)", choices=("test", "val")),
     "batch": Setting(256, "images at a time", low=1),
     "sets": Setting("", "more folders of test images, with commas between them"),
     "real": Setting("", "file of ImageNet-ReaL's labels (real.json): scores by these as well"),
@@ -80,11 +80,12 @@ def score(models: list[Model], settings: Settings) -> dict:
             before = members[0]["checkpoint"]
             raise ValueError(f"{path} was evaluated on other classes than {before}")
         first, total = images.classes, total + p
-        members.append({"checkpoint": path, "method": method, "top1": top1(p, labels)})
+        found = top1(p.argmax(dim=-1), labels)
+        members.append({"checkpoint": path, "method": method, "top1": found})
         if settings.real:
             members[-1]["real_top1"] = real_top1(p, images, settings.real)
     about = {"data": settings.data, "part": settings.part, "images": len(labels)}
-    about |= {"members": members, "ensemble_top1": top1(total, labels)}
+    about |= {"members": members, "ensemble_top1": top1(total.argmax(dim=-1), labels)}
     if settings.real:
         about["ensemble_real_top1"] = real_top1(total, images, settings.real)
     return about
@@ -105,22 +106,22 @@ def probabilities(model: Model, settings: Settings, device) -> tuple[Tensor, Ten
         labels.append(theirs.cpu())
         if not logits.isfinite().all():
             source = model.checkpoint.source
-            raise ValueError(f"{source} gives logits that are not finite: it was trained to ruin")
+            raise ValueError(f"{source} gives logits that are not finite: its training diverged")
     return torch.cat(parts), torch.cat(labels), images
 
 
 def images_for(model: Model, settings: Settings, device) -> data.Data:
     """The test images at the size and with the normalisation that the model was trained with."""
-    architecture, source = model.net.architecture, model.checkpoint.source
-    if not architecture["classes"]:
+    config, source = model.net.config, model.checkpoint.source
+    if not config.classes:
         raise ValueError(
             f"{source} has no head: fine-tune it, or transfer its attention, before evaluation"
         )
-    settings = settings.but(image_size=architecture["image_size"])
+    settings = settings.but(image_size=config.image_size)
     images = data.load(settings, device, train=False)
-    if images.channels != architecture["channels"]:
+    if images.channels != config.channels:
         raise ValueError(
-            f"{source} takes images of {architecture['channels']} channels, "
+            f"{source} takes images of {config.channels} channels, "
             f"--data {settings.data} has {images.channels}"
         )
     images.adopt(model.checkpoint)
@@ -129,7 +130,7 @@ def images_for(model: Model, settings: Settings, device) -> data.Data:
 
 def columns_of(classes: list[str], model: Model, settings: Settings) -> list[int]:
     """Which of the model's outputs are these classes."""
-    known, outputs = model.checkpoint.classes or classes, model.net.architecture["classes"]
+    known, outputs = model.checkpoint.classes or classes, model.net.config.classes
     source, by_number = model.checkpoint.source, all(name in BY_NUMBER for name in classes)
     if by_number and outputs == 1000 and not model.checkpoint.classes:
         return [int(name) for name in classes]
@@ -150,10 +151,6 @@ def columns_of(classes: list[str], model: Model, settings: Settings) -> list[int
 
 VALIDATION = re.compile(r"ILSVRC2012_val_(\d{8})")
 BY_NUMBER = {str(i) for i in range(1000)}  # as ImageNet-V2 calls ImageNet's classes
-
-
-def top1(p: Tensor, labels: Tensor) -> float:
-    return 100 * (p.argmax(dim=-1) == labels).float().mean().item()
 
 
 def real_top1(p: Tensor, images: data.Data, path: str) -> float:
@@ -194,23 +191,23 @@ def look(paths: list[str], settings: Settings) -> dict[str, dict[str, float]]:
         model = checkpoints.open_model(path, device, settings.heads)
         about = model.checkpoint
         kind = data.KINDS.get(settings.data or about.settings.get("data"), data.KINDS["imagenet"])
-        arch, normalization = about.architecture, about.normalization or kind.normalization
-        square = image_files.centre_crop(arch["image_size"], kind.crop_pct)(image)
-        if arch["channels"] == 1:
+        config, normalization = model.net.config, about.normalization or kind.normalization
+        square = image_files.centre_crop(config.image_size, kind.crop_pct)(image)
+        if config.channels == 1:
             square = v2.functional.rgb_to_grayscale(square)
-        x = data.Normalise(normalization, device)(square[None].to(device))
+        x = Normalise(normalization, device)(square[None].to(device))
         maps = []
         for tokens, attended in model.run(x):
             maps.append(attention_map(attended))
         some = sorted({round(i * (len(maps) - 1) / 3) for i in range(4)})
-        looks = {f"layer {i + 1}": pictures.mean_look(maps[i]) for i in some}
+        looks = {f"layer {i + 1}": pictures.mean_look(maps[i], config.prefix) for i in some}
         which = f"-{number}" if len(paths) > 1 else ""
         drawn = Path("runs") / f"{Path(settings.image).stem}-looks{which}.png"
         drawn.parent.mkdir(exist_ok=True)
-        pictures.save(pictures.overlays(x, looks, normalization), drawn)
+        pictures.save(pictures.overlays(x, looks, normalization, config.prefix), drawn)
         print(f"{settings.image} by {path} ({about.method})")
         seen[path] = (
-            likeliest(model.net.classify(tokens)[0], about.classes) if arch["classes"] else {}
+            likeliest(model.net.classify(tokens)[0], about.classes) if config.classes else {}
         )
         for name, percent in seen[path].items():
             print(f"{percent:7.2f} %  {name}")

@@ -237,10 +237,10 @@ def size(model: str) -> tuple[int, int, int]:
 def sizes(settings, images) -> Config:
     """The ViT that --model, --patch and --components ask for, for these images (data.Data)."""
     dim, depth, heads = size(settings.model)
-    shape = images.vit_shape(settings.patch)
-    return replace(
-        Config(**shape, dim=dim, depth=depth, heads=heads), **components(settings.components)
+    plain = Config(
+        images.image_size, settings.patch, images.channels, len(images.classes), dim, depth, heads
     )
+    return replace(plain, **components(settings.components))
 
 
 COMPONENTS = (  # fields of vit.Config that families change
@@ -258,12 +258,12 @@ def components(text: str) -> dict:
     for part in filter(None, text.split(",")):
         name, _, value = part.partition("=")
         if name not in COMPONENTS:
-            raise ValueError(f"--components {name}: choose of {', '.join(COMPONENTS)}")
+            raise ValueError(f"--components {name}: choose from {', '.join(COMPONENTS)}")
         try:
             found[name] = kinds[name](int(value) if kinds[name] is bool else value)
         except ValueError:
             raise ValueError(
-                f"--components {part}: is no {kinds[name].__name__}, as in {name}=1"
+                f"--components {part}: not of type {kinds[name].__name__} (write e.g. {name}=1)"
             ) from None
     return found
 

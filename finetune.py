@@ -25,12 +25,7 @@ import vit
 from settings import COMMON, TEACHER, TEACHERS, Setting, Settings, change, parse_settings
 
 SOURCE = {"teacher": Setting("auto", TEACHERS + "none, or a checkpoint's path or URL", free=True)}
-SCRATCH = change(  # with --teacher none. ImageNet: the recipe of distillation, less the teacher
-    COMMON | TEACHER | SOURCE,
-    #             digits cifar imagenet
-    lr=           (2e-3, 1e-3, 8e-4),
-    weight_decay= (1.5,  0.05, 0.3),
-)  # fmt: skip
+SCRATCH = COMMON | TEACHER | SOURCE  # with --teacher none: the recipe of training from scratch
 SETTINGS = change(  # ImageNet: MAE's FINETUNE.md, ViT-L
     COMMON | TEACHER | SOURCE,
     #             digits cifar imagenet
@@ -63,16 +58,23 @@ def task(settings: Settings, images: data.Data | None = None) -> train.Task:
         )
     teachers.check(settings)
     images = images or data.load(settings, device)
-    torch.manual_seed(settings.seed)
-    net = vit.ViT(families.sizes(settings, images), settings.drop_path)
+    sizes = families.sizes(settings, images)
+    sizes.check()  # before a teacher is made or fetched
     teacher = teachers.find(settings, images)
+    torch.manual_seed(settings.seed)
     if teacher:
         images.adopt(teacher)
-        torch.manual_seed(settings.seed)
         net = from_teacher(teacher, settings, images)
-    name = "finetune" if teacher else "scratch"
-    own_loss = partial(loss, settings=settings)
-    return train.Task(name, net.to(device), images, own_loss, predict, teacher=teacher)
+    else:
+        net = vit.ViT(sizes, settings.drop_path)
+    return train.Task(
+        "finetune" if teacher else "scratch",
+        net.to(device),
+        images,
+        loss=partial(loss, settings=settings),
+        predict=predict,
+        teacher=teacher,
+    )
 
 
 def from_teacher(teacher: checkpoints.Checkpoint, settings: Settings, images: data.Data) -> vit.ViT:
@@ -84,12 +86,11 @@ def from_teacher(teacher: checkpoints.Checkpoint, settings: Settings, images: da
         drop_path=settings.drop_path,
     )
     teachers.check_components(settings, net.config)
-    arch, size = net.architecture, families.size(settings.model)
-    named = (*size, settings.patch, images.channels)
-    if tuple(arch[k] for k in ("dim", "depth", "heads", "patch", "channels")) != named:
+    config, asked = net.config, (*families.size(settings.model), settings.patch, images.channels)
+    if (config.dim, config.depth, config.heads, config.patch, config.channels) != asked:
         raise ValueError(
-            f"{teacher.source} has width {arch['dim']}, depth {arch['depth']}, {arch['heads']} "
-            f"heads, patch {arch['patch']} and {arch['channels']} channels, unlike --model "
+            f"{teacher.source} has width {config.dim}, depth {config.depth}, {config.heads} "
+            f"heads, patch {config.patch} and {config.channels} channels, unlike --model "
             f"{settings.model} --patch {settings.patch} --data {settings.data}: change these"
         )
     nn.init.trunc_normal_(net.head.weight, std=2e-5)  # MAE: do not shake what is already good

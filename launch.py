@@ -127,7 +127,7 @@ def print0(*words) -> None:
 
 
 class Every:
-    """True once in so many seconds."""
+    """True once every few seconds."""
 
     def __init__(self, seconds: float):
         self.seconds, self.last = seconds, time.perf_counter()
@@ -177,7 +177,7 @@ def device(name: str) -> torch.device:
         torch.zeros(1, device=chosen).item()  # "meta" has no numbers
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).partition("\n")[0][:100]
-        raise ValueError(f"--device {name} is not to be had here ({reason})") from None
+        raise ValueError(f"--device {name} is not available here ({reason})") from None
     return chosen
 
 

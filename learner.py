@@ -129,7 +129,7 @@ class Learner:
             torch.cuda.empty_cache()  # NCCL and cuBLAS allocate beside PyTorch
 
     def all_fit(self, images: Tensor) -> bool:
-        """Whether every process can compute gradients of so many images at a time."""
+        """Whether every process can compute the gradients of these images at once."""
         fits, labels = torch.ones(1, device=images.device), images.new_zeros(len(images)).long()
         before = [buffer.clone() for buffer in self.net.buffers()]
         try:

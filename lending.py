@@ -23,7 +23,7 @@ class Lender:
     teacher: ViT
     layers: dict[int, int]  # of the student: of the teacher, both ascending
     heads: Sequence[int] = ()  # of the teacher, one for each of the student's (none: as they stand)
-    together: int = 0  # all heads as one map, for so many of the student's
+    together: int = 0  # heads of the student, that all take one map, of all heads (0: not so)
     registers: int = 0  # of the teacher, that the student lacks
 
     def queries_keys(

@@ -1,13 +1,12 @@
 """Pictures: the curves of a run, maps over images."""
 
-import math
+from math import isqrt
 from pathlib import Path
 
 from einops import rearrange
 from torch import Tensor
 
 import storage
-from attention import of_patches
 from augment import Normalization, to_pixels
 
 NO_TERMS = {  # what stands in a log beside the terms of the loss
@@ -52,25 +51,29 @@ def curves(rows: list[dict]):
     return fig
 
 
-def mean_look(p: Tensor, head: int = 0) -> Tensor:
-    """Where the patches of an image look, on average: (B, N), of one head (1 the first) or all."""
+def mean_look(p: Tensor, prefix: int, head: int = 0) -> Tensor:
+    """Where the patches of an image look, on average: (B, N), of one head (1 the first) or all.
+
+    `prefix`: tokens before the patches.
+    """
     p = p[:, head - 1 : head] if head else p
-    return p[:, :, -of_patches(p.shape[-1]) :].mean(dim=(1, 2))
+    return p[:, :, prefix:].mean(dim=(1, 2))
 
 
-def overlays(images: Tensor, looks: dict[str, Tensor], normalization: Normalization):
+def overlays(
+    images: Tensor, looks: dict[str, Tensor], normalization: Normalization, prefix: int = 1
+):
     """A row for each image, a column for each of `looks`: weights (B, N) drawn over it.
 
     The more orange, the more a ViT looks there: on one scale for all, in multiples of what all
-    tokens would get if it looked at all alike. Tokens that are no patches are left out.
+    tokens would get if it looked at all alike. The `prefix` tokens before the patches are left out.
     """
     from matplotlib.colors import LinearSegmentedColormap
 
     ink = LinearSegmentedColormap.from_list("ink", [(1, 0.5, 0, 0), (1, 0.5, 0, 0.9)])
     pixels = rearrange(to_pixels(images, normalization), "b c h w -> b h w c").cpu()
     whole = (0, pixels.shape[2], pixels.shape[1], 0)
-    shares = {name: p.detach().cpu() * p.shape[1] for name, p in looks.items()}
-    shares = {name: p[:, -of_patches(p.shape[1]) :] for name, p in shares.items()}
+    shares = {name: p[:, prefix:].detach().cpu() * p.shape[1] for name, p in looks.items()}
     most = max(p.max() for p in shares.values()).item()
     fig, axes = figure(
         len(images), 1 + len(looks), 1.6 + len(looks), len(images) + 0.4, squeeze=False
@@ -78,7 +81,7 @@ def overlays(images: Tensor, looks: dict[str, Tensor], normalization: Normalizat
     for i, line in enumerate(axes):
         line[0].imshow(pixels[i].expand(-1, -1, 3), extent=whole)
         for axis, p in zip(line[1:], shares.values(), strict=True):
-            side = math.isqrt(p.shape[1])
+            side = isqrt(p.shape[1])
             gray = dict(cmap="gray", vmin=-0.6, vmax=1)  # black would hide the orange
             axis.imshow(pixels[i].mean(-1), extent=whole, **gray)
             drawn = axis.imshow(p[i].view(side, side), cmap=ink, extent=whole, vmin=0, vmax=most)

@@ -39,7 +39,7 @@ class RelativePositions(nn.Module):
         """(1, H, N, N), or (B, H, N, N) where only some patches are there."""
         index = self.index[None]
         if places.patches is not None:
-            tokens = nn.functional.pad(1 + places.patches, (1, 0))  # the class token is always
+            tokens = F.pad(1 + places.patches, (1, 0))  # the class token is always
             index = self.index[tokens[:, :, None], tokens[:, None, :]]
         return rearrange(self.table[index], "b q k h -> b h q k")
 

@@ -38,7 +38,7 @@ from settings import COMMON, Setting, Settings, change, parse_settings
 
 SETTINGS = change(  # ImageNet: MAE's PRETRAIN.md, ViT-L (the published weights saw 1600 epochs)
     {k: v for k, v in COMMON.items() if k not in
-     ("drop_path", "eval_every", "mixup", "cutmix", "smoothing")},
+     ("drop_path", "eval_every", "mixup", "cutmix", "smoothing")},  # nothing that is about labels
     #             digits cifar imagenet folder
     num_labels=   0,
     epochs=       (300,  400,  800,  150),
@@ -78,7 +78,7 @@ class MAE(nn.Module):
     ):
         super().__init__()
         config = encoder.config
-        self.encoder, self.architecture = encoder, encoder.architecture
+        self.encoder, self.config = encoder, config
         self.patch, self.norm_pix_loss = config.patch, norm_pix_loss
         self.patches = config.side**2
         self.visible = int(self.patches * (1 - mask_ratio))
@@ -96,13 +96,14 @@ class MAE(nn.Module):
         for part in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
             part.apply(vit.initialise)
         nn.init.normal_(self.mask_token, std=0.02)
-        # Positions are fixed here, those of the encoder too.
-        fixed = (
-            sincos(config.side, width)[:, 1 - config.class_token :] for width in (dim, config.dim)
-        )
-        self.decoder_pos_embed, positions = (nn.Parameter(p, requires_grad=False) for p in fixed)
+
+        def fixed(width: int) -> nn.Parameter:
+            positions = sincos(config.side, width)[:, 1 - config.class_token :]
+            return nn.Parameter(positions, requires_grad=False)
+
+        self.decoder_pos_embed = fixed(dim)
         if encoder.pos_embed is not None:
-            encoder.pos_embed = positions
+            encoder.pos_embed = fixed(config.dim)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The reconstructed patches (B, N, p*p*c), and the mask (B, N): 1 where masked."""
@@ -181,7 +182,7 @@ def task(settings: Settings, images: data.Data | None = None) -> train.Task:
     device = launch.device(settings.device)
     images = images or data.load(settings, device)
     mae = build(settings, images).to(device)
-    return train.Task("pretrain", mae, images, loss, None, export)
+    return train.Task("pretrain", mae, images, loss=loss, export=export)
 
 
 def main(settings: Settings) -> dict | None:

@@ -103,15 +103,15 @@ def introduce(task, learner: Learner, out: Path, rate: float) -> None:
 
 
 def size_of(net) -> str:
-    arch = getattr(net, "architecture", None)
+    config = getattr(net, "config", None)
     trained = f"{sum(p.numel() for p in net.parameters() if p.requires_grad):,} parameters"
-    if not arch:  # no ViT
+    if not config:  # no ViT
         return trained
-    patches = (arch["image_size"] // arch["patch"]) ** 2
-    beyond = [f"{name} {arch[name]}" for name in COMPONENTS if arch[name] != getattr(Config, name)]
+    components = {name: getattr(config, name) for name in COMPONENTS}
+    beyond = [f"{k} {v}" for k, v in components.items() if v != getattr(Config, k)]
     return (
-        f"{arch['dim']} wide, {arch['depth']} deep, {arch['heads']} heads, "
-        f"{patches} patches of {arch['patch']} x {arch['patch']}; {trained}"
+        f"{config.dim} wide, {config.depth} deep, {config.heads} heads, "
+        f"{config.side**2} patches of {config.patch} x {config.patch}; {trained}"
         + (f"; {', '.join(beyond)}" if beyond else "")
     )
 

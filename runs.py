@@ -48,7 +48,7 @@ def differences(before: dict, now: dict) -> list[str]:
     def shown(value) -> str:
         return str(value) if len(str(value)) < 40 else f"{str(value)[:36]} ..."
 
-    # What is newer than the run before, and not asked for now, was not asked for then.
+    # A setting added since that run counts as unset in it.
     odd = [k for k in (*before, *now) if (before.get(k) or None) != (now.get(k) or None)]
     return [f"{k} was {shown(before.get(k))}, now {shown(now.get(k))}" for k in dict.fromkeys(odd)]
 
@@ -62,7 +62,7 @@ def what_is_in(out: Path) -> dict | None:
 
 
 def check(settings: Settings, name: str) -> None:
-    """ValueError if --out cannot be made, or holds what nobody said what to do about."""
+    """ValueError if --out cannot be made, or holds a run without --resume or --overwrite."""
     out, teacher = folder(settings, name), Path(getattr(settings, "teacher", ""))
     if settings.resume and settings.overwrite:
         raise ValueError("--resume goes on, --overwrite starts over: choose one")
@@ -83,8 +83,8 @@ def check(settings: Settings, name: str) -> None:
         )
     if not before and not (out / "last.pt").exists():
         raise ValueError(
-            f"{out} holds files of the names that a run leaves, which are of none: choose another "
-            "--out, or lose them with --overwrite"
+            f"{out} holds files that are named like a run's but are of none: choose another --out, "
+            "or discard them with --overwrite"
         )
 
 

@@ -42,11 +42,13 @@ IMAGES: Table = {
     "data": Setting("digits", "the data set", choices=data.KINDS),
     "data_dir": Setting("", "where the images are, or go (empty: data/DATA)", free=True),
     "image_size": Setting(0, "side of the images in pixels (0: the data set's own)", high=4096),
-    "num_labels": Setting((100, 0, 0), "use so many training images, class by class (0: all)"),
+    "num_labels": Setting(
+        (100, 0, 0), "labelled images to train on, as many of each class (0: all)"
+    ),
     "subset_seed": Setting(-1, "draws the --num-labels images (-1: --seed does)", low=-1),
     "holdout": Setting(
         -1,
-        "validate on so many training images, held out, not on the test images "
+        "training images to hold out and validate on, instead of on the test images "
         "(-1: a fifth of a folder that has no val/, else none)",
         low=-1,
     ),
@@ -57,7 +59,9 @@ IMAGES: Table = {
         8, "processes that decode images, per GPU (at most one per core)", free=True
     ),
     "memory": Setting(
-        2.0, "hold images of a folder in memory if they have at most so many GB decoded", free=True
+        2.0,
+        "GB for the decoded images of a folder: if they fit, they are decoded once",
+        free=True,
     ),
     "skip_unreadable": Setting(False, "try all images first, and leave out what cannot be read"),
 }
@@ -81,11 +85,11 @@ TRAINING: Table = {  # as training from scratch has them; the methods change som
     "warmup":       Setting((45,    5,     20), "epochs of linear warm-up (follows --epochs)"),
     "batch":        Setting((50,    512,   2048,  0), "images per step, over all GPUs (0: 1/8 of "
                             "the images, at most 64)"),
-    "lr":           Setting((4e-3,  1e-3,  8e-4), "peak learning rate, at --lr-batch"),
+    "lr":           Setting((2e-3,  1e-3,  8e-4), "peak learning rate, at --lr-batch"),
     "lr_batch":     Setting((50,    512,   2048,  64), "the batch that the rate is for: with "
                             "another it is scaled (0, also if --lr is given: it is not)"),
     "min_lr":       Setting((0.0,   1e-6,  1e-6), "rate at the end of the cosine, at --lr-batch"),
-    "weight_decay": Setting((0.05,  0.05,  0.3), "AdamW's, of matrices only"),
+    "weight_decay": Setting((1.5,   0.05,  0.3), "AdamW's, of matrices only"),
     "beta2":        Setting((0.999, 0.999, 0.95), "AdamW's second beta (first: 0.9)", high=0.9999),
     "layer_decay":  Setting(1.0, "factor on the rate per layer below the head", low=0.01, high=1),
     "clip":         Setting((1.0,   1.0,   0.0), "largest gradient norm (0: no limit)"),

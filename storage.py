@@ -52,7 +52,7 @@ def check_place(path: Path, flag: str) -> None:
     if path.is_dir():
         raise ValueError(f"{flag} {path} is a folder: name a file")
     if not above.is_dir() or not os.access(above, os.W_OK):
-        raise ValueError(f"{flag}: {above} is no folder to write to: choose another place")
+        raise ValueError(f"{flag}: {above} is not a writable folder: choose another place")
 
 
 def append(path: Path, text: str) -> None:

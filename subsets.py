@@ -12,7 +12,7 @@ from image_folders import folder_of
 
 
 def needs_labels(settings) -> bool:
-    """Pre-training does not, and so it smooths none."""
+    """Pre-training does not: it has no setting that is about labels, as --smoothing is."""
     return hasattr(settings, "smoothing")
 
 

@@ -109,10 +109,10 @@ def check(settings: Settings) -> None:
 def pretrained(settings: Settings, images: data.Data) -> Path:
     """The model.pt of a teacher for these settings and images, pre-trained now if need be."""
     net = {name: getattr(settings, name) for name in ("model", "patch", "components")}
-    return made("pretrain", pretrain, settings, images, num_labels=0, subset_seed=-1, **net)
+    return make("pretrain", pretrain, settings, images, num_labels=0, subset_seed=-1, **net)
 
 
-def made(name: str, script, settings: Settings, images: data.Data, **changes) -> Path:
+def make(name: str, script, settings: Settings, images: data.Data, **changes) -> Path:
     """The model.pt of a script's own recipe on these images, trained now if need be.
 
     One that was made otherwise is left alone: the new one goes to a folder beside it.

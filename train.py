@@ -42,10 +42,10 @@ class Task:
     net: nn.Module
     data: Data
     loss: Callable[[nn.Module, Tensor, Tensor], tuple[dict[str, Tensor], dict[str, Tensor]]]
-    predict: Callable[[nn.Module, Tensor], Tensor] | None
+    predict: Callable[[nn.Module, Tensor], Tensor] | None = None
     export: Callable[[nn.Module], dict] = checkpoints.export
     teacher: checkpoints.Checkpoint | None = None  # it learns from: part of what the run is
-    later: tuple[int, Callable] | None = None  # after so many epochs, another loss
+    later: tuple[int, Callable] | None = None  # after these epochs, another loss
     # Without predict: test(net) -> {"predicted", "labels", ...}, each (images,), at the end.
     test: Callable[[nn.Module], dict[str, Tensor]] | None = None
 
@@ -56,7 +56,7 @@ def fit(task: Task, settings: Settings) -> dict:
     With --ema, model.pt gets the average of the weights, and the accuracy reported is the
     average's. Failed if the loss stops being finite.
     """
-    runs.check(settings, task.name)
+    runs.check(settings, task.name)  # again: not all who call this did
     with runs.locked(runs.folder(settings, task.name)) as out:
         return train(task, settings, out)
 
@@ -162,7 +162,7 @@ def finish(task: Task, learner: Learner, rows: list, seen, settings: Settings, o
     if rank() == 0:
         about = {"classes": task.data.classes, "normalization": task.data.normalization}
         about |= {"method": task.name, "settings": vars(settings)}
-        if task.data.held_out:  # as many, if there are more images one day
+        if task.data.held_out:  # a number: the same ones, if the folder grows
             about["settings"] = about["settings"] | {"holdout": task.data.held_out}
         storage.save(task.export(shared) | about, out / "model.pt")
     draw(out, rows)

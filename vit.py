@@ -1,15 +1,15 @@
-"""A Vision Transformer whose blocks say what they attended with, and can be told with what.
+"""A Vision Transformer whose blocks return their queries, keys and values, and accept another's.
 
     for x, attended in vit.run(images): ...     # of each block: its tokens, and its q, k, v
     logits = vit(images, given=theirs)          # each block attends with what is given to it
 
 Pre-norm blocks, a class token, and a head that reads the mean of the patch tokens (Dosovitskiy et
 al. 2021; He et al. 2022, section 4). Parameter names are timm's and MAE's, so their files load here
-and ours load there.
+and ours load there. (`places` serves rope and relative positions only: skip it at first.)
 """
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from itertools import zip_longest
 
 import torch
@@ -70,11 +70,12 @@ class Config:
                 raise ValueError(f"{field.name} {value}: must be {least} 0, and at most 100,000")
         for what in self.positions.split("+"):
             if what not in ("absolute", "relative", "rope"):
-                raise ValueError(f"positions '{what}': choose of absolute, relative, rope")
+                raise ValueError(f"positions '{what}': choose from absolute, relative, rope")
         if "relative" in self.positions and self.prefix != 1:
             raise ValueError("relative positions are of patches and one class token, no more")
         if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation '{self.activation}': choose of {', '.join(ACTIVATIONS)}")
+            known = ", ".join(ACTIVATIONS)
+            raise ValueError(f"activation '{self.activation}': choose from {known}")
         if self.image_size % self.patch:
             raise ValueError(
                 f"image size {self.image_size} is no multiple of the patch size {self.patch}: "
@@ -174,7 +175,7 @@ class ViT(nn.Module):
     def __init__(self, config: Config, drop_path: float = 0.0):
         super().__init__()
         config.check()
-        self.config, self.heads, self.drop_path = config, config.heads, drop_path
+        self.config, self.drop_path = config, drop_path
         dim = config.dim
         self.patch_embed = PatchEmbed(config.patch, config.channels, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if config.class_token else None
@@ -198,15 +199,6 @@ class ViT(nn.Module):
             if token is not None:
                 nn.init.trunc_normal_(token, std=0.02)
 
-    @property
-    def tokens(self) -> int:
-        return self.config.tokens
-
-    @property
-    def architecture(self) -> dict:
-        """The arguments of its Config."""
-        return asdict(self.config)
-
     def forward(
         self,
         images: Tensor,
@@ -224,8 +216,10 @@ class ViT(nn.Module):
             x = made
         return x
 
-    def run(self, images: Tensor, given: Iterable[Attended | None] = (), drop_path_mask=None):
-        """Block by block: the tokens (B, 1 + N, D) that it made, and what it attended with."""
+    def run(
+        self, images: Tensor, given: Iterable[Attended | None] = (), drop_path_mask=None
+    ) -> Iterator[tuple[Tensor, Attended]]:
+        """Block by block: the tokens (B, N, D) that it made, and what it attended with."""
         return self.through(self.embed(images), given, drop_path_mask)
 
     def through(
@@ -323,13 +317,3 @@ def initialise(module: nn.Module) -> None:
     elif isinstance(module, nn.Conv2d):  # a patch embedding is a Linear over the pixels of a patch
         nn.init.xavier_uniform_(module.weight.flatten(1))
         nn.init.zeros_(module.bias)
-
-
-def build(
-    size: str, *, image_size: int, patch: int, channels: int, classes: int, drop_path: float = 0.0
-) -> ViT:
-    """A randomly initialised ViT of one of SIZES."""
-    if size not in SIZES:
-        raise ValueError(f"no ViT is called '{size}': choose one of {', '.join(SIZES)}")
-    dim, depth, heads = SIZES[size]
-    return ViT(Config(image_size, patch, channels, classes, dim, depth, heads), drop_path)

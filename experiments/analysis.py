@@ -18,7 +18,6 @@ with its teacher's maps), or "random" for B.
 import launch
 
 import json
-import math
 from collections.abc import Iterable, Iterator
 from functools import cache, partial
 from pathlib import Path
@@ -33,7 +32,7 @@ import pictures
 import runs
 import storage
 import vit
-from attention import attention_map, of_patches
+from attention import attention_map
 from augment import number
 from checkpoints import Model
 from experiments import figures
@@ -63,17 +62,15 @@ def jensen_shannon(p: Tensor, q: Tensor) -> Tensor:
     return entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2
 
 
-def attention_distance(p: Tensor, patch: int) -> Tensor:
+def attention_distance(p: Tensor, config: vit.Config) -> Tensor:
     """The mean distance in pixels from a query's patch to where it looks: (B, H).
 
-    `p`: maps (B, H, N, N) over a square grid of patches, and a few other tokens before them, which
-    are left out here (Dosovitskiy et al. 2021, D.7).
+    `p`: maps (B, H, N, N) of a ViT; tokens that are no patches are left out (Dosovitskiy et al.
+    2021, D.7).
     """
-    patches = of_patches(p.shape[-1])
-    p = p[:, :, -patches:, -patches:]
+    p = p[:, :, config.prefix :, config.prefix :]
     p = p / p.sum(dim=-1, keepdim=True).clamp_min(1e-9)
-    side = math.isqrt(p.shape[-1])
-    axis = torch.arange(side, device=p.device) * float(patch)
+    axis = torch.arange(config.side, device=p.device) * float(config.patch)
     spots = torch.cartesian_prod(axis, axis)
     return (p * torch.cdist(spots, spots)).sum(dim=-1).mean(dim=-1)
 
@@ -152,7 +149,7 @@ def hsic(a: Tensor, b: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def compare(a: Model, b: Model, batches: Iterable[Tensor], patch: int) -> dict:
+def compare(a: Model, b: Model, batches: Iterable[Tensor]) -> dict:
     """All figures of a comparison of two models on the same images: means over images and queries.
 
     layers: of each, `divergence` of the maps, head by head (as they stand) and `matched` (each of
@@ -161,17 +158,17 @@ def compare(a: Model, b: Model, batches: Iterable[Tensor], patch: int) -> dict:
     patches, which is what the head of a ViT reads.
     """
     sums, features, count = {}, ([], []), 0
-    patches = a.net.config.side**2
+    config = a.net.config
     for images in batches:
         count += len(images)
         traces = [list(model.run(images)) for model in (a, b)]
         for side, trace in zip(features, traces, strict=True):
             side.append(
-                torch.stack([x[:, -patches:].mean(dim=1) for x, _ in trace]).cpu()
+                torch.stack([x[:, config.prefix :].mean(dim=1) for x, _ in trace]).cpu()
             )  # (layers, B, D)
         for i, pair in enumerate(zip(*traces, strict=False)):
             for what, value in compare_maps(
-                *(attention_map(used) for _, used in pair), patch
+                *(attention_map(used) for _, used in pair), config
             ).items():
                 sums[i, what] = sums.get((i, what), 0) + value.cpu()
     if count < 4:
@@ -180,7 +177,7 @@ def compare(a: Model, b: Model, batches: Iterable[Tensor], patch: int) -> dict:
     alike = [[cka(one, other) for other in y] for one in x]
     if not np.isfinite(alike).all():
         raise ValueError(
-            "features are not finite, or the same for all images: was a ViT trained to ruin?"
+            "features are not finite, or the same for all images: did the training of one diverge?"
         )
     depth = 1 + max(i for i, _ in sums)
     layers = [
@@ -190,13 +187,13 @@ def compare(a: Model, b: Model, batches: Iterable[Tensor], patch: int) -> dict:
     return {"images": count, "layers": layers, "cka": alike}
 
 
-def compare_maps(p: Tensor, q: Tensor, patch: int) -> dict[str, Tensor]:
+def compare_maps(p: Tensor, q: Tensor, config: vit.Config) -> dict[str, Tensor]:
     """Sums over images: divergence of each pair of heads (H, H); entropy, distance (2, H)."""
     pairs = [jensen_shannon(head[:, None], q).mean(-1).sum(0) for head in p.unbind(1)]
     return {
         "pairs": torch.stack(pairs),
         "entropy": torch.stack([entropy(side).mean(-1).sum(0) for side in (p, q)]),
-        "distance": torch.stack([attention_distance(side, patch).sum(0) for side in (p, q)]),
+        "distance": torch.stack([attention_distance(side, config).sum(0) for side in (p, q)]),
     }
 
 
@@ -252,15 +249,14 @@ def open_pair(settings: Settings) -> tuple[Model, Model, data.Data, str]:
     depth = min(len(a.net.blocks), len(b.net.blocks))
     for name, value, count in (
         ("layer", settings.layer, depth),
-        ("head", settings.head, a.net.heads),
+        ("head", settings.head, a.net.config.heads),
     ):
         if value > count:
             raise ValueError(f"--{name} {value}: there are {count}")
     whose = b if b.checkpoint and not a.checkpoint.settings else a
     asked = whose.checkpoint.images(settings).but(image_size=a.net.config.image_size)
     images = data.load(asked, device, train=False)
-    if images.channels != a.net.architecture["channels"]:
-        channels = a.net.architecture["channels"]
+    if images.channels != (channels := a.net.config.channels):
         raise ValueError(f"the ViTs take {channels} channels, the images have {images.channels}")
     if normalised:
         images.adopt(normalised[0])
@@ -283,7 +279,7 @@ def main(settings: Settings) -> dict:
     a, b, images, name = open_pair(settings)
     out = Path(settings.out or f"runs/analysis-{name}")
     out.mkdir(parents=True, exist_ok=True)
-    found = compare(a, b, first_images(images, settings), a.net.architecture["patch"])
+    found = compare(a, b, first_images(images, settings))
     show(found, settings.checkpoints)
     about = {"models": settings.checkpoints, "data": name, "commit": runs.commit()}
     storage.write_text(out / "analysis.json", json.dumps(about | found, indent=1) + "\n")
@@ -316,14 +312,14 @@ def draw(found: dict, a: Model, b: Model, images: data.Data, settings: Settings,
         name: [attention_map(used) for _, used in model.run(some)]
         for name, model in (("A", a), ("B", b))
     }
+    prefix = a.net.config.prefix
     one_layer = {
-        k: pictures.mean_look(p[settings.layer - 1], settings.head) for k, p in maps.items()
+        k: pictures.mean_look(p[settings.layer - 1], prefix, settings.head) for k, p in maps.items()
     }
-    patches = a.net.config.side**2
-    all_layers = {k: rollout(p)[:, -patches:].mean(1) for k, p in maps.items()}
+    all_layers = {k: rollout(p)[:, prefix:].mean(1) for k, p in maps.items()}
     drawn = {
-        "maps": pictures.overlays(some, one_layer, images.normalization),
-        "rollout": pictures.overlays(some, all_layers, images.normalization),
+        "maps": pictures.overlays(some, one_layer, images.normalization, prefix),
+        "rollout": pictures.overlays(some, all_layers, images.normalization, prefix),
         "divergence": figures.divergences(found["layers"]),
         "heads": figures.heads(found["layers"]),
         "cka": figures.likeness(found["cka"]),

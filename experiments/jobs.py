@@ -137,7 +137,7 @@ Made = dict[str, dict[str, list[Job]]]  # point: row: its runs, one for each see
 
 
 class Runner:
-    """Runs jobs, `workers` at a time, for at most so many minutes (0: no limit)."""
+    """Runs jobs, `workers` at a time, until `limit` minutes have passed (0: no limit)."""
 
     def __init__(self, workers: int, limit: float, score: str):
         on_gpu = torch.accelerator.is_available()

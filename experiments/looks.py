@@ -63,16 +63,15 @@ def of_seed(teacher_at: str, other_at: str, by_row: dict[str, Job]) -> dict:
     for row, job in by_row.items():
         models[row] = checkpoints.open_model(job.out / "model.pt", device)
 
-    patch = teacher.net.architecture["patch"]
     normalise = Normalise(KINDS["digits"].normalization, device)
     split = digits.Split(settings.scraps, normalise, device)
     canvases = [canvas[:IMAGES] for canvas in split.layers("test")]
-    kinds = kinds_of_patches(*canvases, patch)
+    kinds = kinds_of_patches(*canvases, teacher.net.config.patch)
     images = normalise(torch.maximum(*canvases)).split(AT_A_TIME)
     shares = F.one_hot(kinds, len(KINDS_OF_PATCH)).float().mean(dim=(0, 1))
     found = {"patches": dict(zip(KINDS_OF_PATCH, shares[:, None].tolist(), strict=True))}
     for name, model in models.items():
-        alike = compare(teacher, model, images, patch)
+        alike = compare(teacher, model, images)
         found[name] = where(model, images, kinds.split(AT_A_TIME))
         for what in ("divergence", "matched"):
             found[name][what] = [layer[what] for layer in alike["layers"]]

@@ -22,7 +22,7 @@ import numpy as np
 
 import pictures
 import storage
-from experiments import figures, related, rows, tables, tune
+from experiments import figures, related_tables, rows, tables, tune
 from experiments.jobs import ROOT, Made, Runner
 from experiments.nearest import nearest
 from experiments.report import means, read, shown
@@ -30,7 +30,7 @@ from experiments.rows import Flags, Runs, Study
 from experiments.tables import AXES, BASE, CLUTTER, DIGITS, Table, accuracies
 from settings import Setting, Settings, parse_settings
 
-TABLES = tables.TABLES | related.TABLES
+TABLES = tables.TABLES | related_tables.TABLES
 SETTINGS = {
     "seeds": Setting(0, "runs of each row, each with a seed of its own (0: the table's)", low=1),
     "jobs": Setting(0, "runs at a time (0: one per CPU core, or one on a GPU)"),
@@ -206,7 +206,7 @@ def named(name: str) -> list[str]:
         [name] if name in TABLES else [other for other in TABLES if other.startswith(name + "-")]
     )
     if not found:
-        raise ValueError(f"no table '{name}': choose of {', '.join(TABLES)}")
+        raise ValueError(f"no table '{name}': choose from {', '.join(TABLES)}")
     return found
 
 

@@ -63,7 +63,7 @@ def main(settings: Settings) -> None:
     launch.one_process()
     for name in settings.teachers:
         if name not in TEACHERS:
-            raise ValueError(f"no teacher '{name}': choose of {', '.join(TEACHERS)}")
+            raise ValueError(f"no teacher '{name}': choose from {', '.join(TEACHERS)}")
         print(f"wrote {ship(name, settings)}")
 
 

@@ -110,7 +110,7 @@ def main(settings: Settings) -> dict:
             "image_size": images.image_size,
             "layers": sinks(model, first_images(images, settings)),
         }
-        show(path, found[path], model.net.tokens)
+        show(path, found[path], model.net.config.tokens)
     result = {"commit": runs.commit(), "models": found}
     out = Path(settings.out)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -55,8 +55,8 @@ def classified(of_rows: dict[str, list[Job]]) -> dict[str, np.ndarray]:
 
 def seen(job: Job) -> tuple[np.ndarray, np.ndarray]:
     """What a run's model makes of the test images: probabilities (images, classes), and labels."""
-    model, images = opened(job)
-    p, labels, _ = ensemble.probabilities(model, images, launch.device(images.device))
+    model, asked = opened(job)
+    p, labels, _ = ensemble.probabilities(model, asked, launch.device(asked.device))
     return p.numpy(), labels.numpy()
 
 

@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import attention_copy
 import attention_distill
 import checkpoints
 import data
@@ -62,11 +61,12 @@ parse = partial(parse_settings, __doc__, SETTINGS)
 # Whose maps -----------------------------------------------------------------------------------
 
 
-class Lender:
+class Loans:
     """What is lent for images: for each block q and k, a bias, or None where nothing is."""
 
     def __init__(self, teacher: ViT, layers: Sequence[int], images: data.Data, settings: Settings):
         self.teacher, self.layers, self.parts = teacher, layers, settings.lend
+        self.share_drops = settings.share_drops
         self.maps, self.bank, self.fixed = settings.maps, None, []
         if self.maps in ("other", "mean"):
             self.bank, _ = images.train.first(settings.bank)
@@ -79,15 +79,18 @@ class Lender:
             self.fixed = [impulse_map(teacher) for _ in teacher.blocks]
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, training: bool) -> list[Attended | None]:
+    def __call__(self, images: Tensor, mask: Tensor | None, training: bool) -> list:
+        """`mask`: of drop path, the student's."""
         if self.maps == "other":
             images = self.others(len(images), training)
         if self.fixed:
             loans = [lend_map(p.expand(len(images), -1, -1, -1)) for p in self.fixed]
         else:
-            attended = [used._asdict() for _, used in self.teacher.run(images)]
+            mask = mask if self.share_drops else None
+            attended = [used._asdict() for _, used in self.teacher.run(images, (), mask)]
             loans = [Attended(**{part: used[part] for part in self.parts}) for used in attended]
-        return [loan if i in self.layers else None for i, loan in enumerate(loans)]
+        end = max(self.layers) + 1
+        return [loan if i in self.layers else None for i, loan in enumerate(loans[:end])]
 
     def others(self, count: int, training: bool) -> Tensor:
         """Images of the bank: any while training, in evaluation always the same."""
@@ -109,7 +112,8 @@ def mean_maps(teacher: ViT, images: Tensor) -> list[Tensor]:
 def uniform_map(teacher: ViT) -> Tensor:
     """Every query looks at all tokens alike: (1, H, N, N)."""
     device = next(teacher.parameters()).device
-    return torch.full((1, teacher.heads, *[teacher.tokens] * 2), 1 / teacher.tokens, device=device)
+    heads, tokens = teacher.config.heads, teacher.config.tokens
+    return torch.full((1, heads, tokens, tokens), 1 / tokens, device=device)
 
 
 def impulse_map(teacher: ViT) -> Tensor:
@@ -119,8 +123,8 @@ def impulse_map(teacher: ViT) -> Tensor:
     """
     p, side, first = 0.1 * uniform_map(teacher), teacher.config.side, teacher.config.prefix
     p[:, :, :first] *= 10  # what is no patch has no neighbours
-    line, patches = torch.arange(side), torch.arange(first, teacher.tokens)
-    for head in range(teacher.heads):
+    line, patches = torch.arange(side), torch.arange(first, teacher.config.tokens)
+    for head in range(teacher.config.heads):
         down, right = torch.randint(-1, 2, (2,)).tolist()
         rows, columns = ((line + step).clamp(0, side - 1) for step in (down, right))
         p[:, head, patches, first + (rows[:, None] * side + columns).flatten()] += 0.9
@@ -130,23 +134,26 @@ def impulse_map(teacher: ViT) -> Tensor:
 # What is done with them -------------------------------------------------------------------------
 
 
-def predict_copy(student: ViT, images: Tensor, lender: Lender) -> Tensor:
-    return student(images, given=lender(images, student.training))
+def predict_copy(student: ViT, images: Tensor, loans: Loans) -> Tensor:
+    mask = student.draw_drop_path_mask(len(images), images.device)
+    given = loans(images, mask, student.training)
+    return student(images, given=given, drop_path_mask=mask)
 
 
-def loss_copy(student: ViT, images, labels, lender: Lender, settings: Settings):
-    return of_class(predict_copy(student, images, lender), labels, settings), {}
+def loss_copy(student: ViT, images, labels, loans: Loans, settings: Settings):
+    return of_class(predict_copy(student, images, loans), labels, settings), {}
 
 
-def loss_distill(student: ViT, images, labels, lender: Lender, settings: Settings):
+def loss_distill(student: ViT, images, labels, loans: Loans, settings: Settings):
+    mask = student.draw_drop_path_mask(len(images), images.device)
     x, attention = student.embed(images), 0.0
-    for block, target in zip_longest(student.blocks, lender(images, training=True)):
-        before = x
-        x, ours = block(x)
+    blocks = zip(student.blocks, student.through(x, drop_path_mask=mask), strict=True)
+    for (block, (made, ours)), target in zip_longest(blocks, loans(images, mask, training=True)):
         if target is not None:
             if settings.detach:
-                ours = Attended(*block.attn.project(block.norm1(before.detach()), 0, 2))
+                ours = Attended(*block.attn.project(block.norm1(x.detach()), 0, 2))
             attention = attention + attention_loss(ours, target)[0]
+        x = made
     terms = of_class(student.classify(x), labels, settings)
     return terms | {"attention": settings.attention_weight * attention}, {}
 
@@ -214,11 +221,11 @@ def task(settings: Settings, images: data.Data | None = None) -> train.Task:
     elif settings.how == "features":
         loss = partial(loss_features, teacher=teacher, layers=layers)
     else:
-        lender = Lender(teacher, layers, images, settings)
-        loss = partial(loss_distill, lender=lender)
+        loans = Loans(teacher, layers, images, settings)
+        loss = partial(loss_distill, loans=loans)
         if settings.how == "copy":
-            predict, loss = partial(predict_copy, lender=lender), partial(loss_copy, lender=lender)
-            export = partial(export_copy, lender=lender)
+            predict, loss = partial(predict_copy, loans=loans), partial(loss_copy, loans=loans)
+            export = partial(export_copy, loans=loans)
     loss = partial(loss, settings=settings)
     return train.Task(settings.how, student, images, loss, predict, export, teacher=source)
 
@@ -233,10 +240,10 @@ def probe(settings: Settings, images: data.Data | None) -> train.Task:
     return made
 
 
-def export_copy(student: ViT, lender: Lender) -> dict:
+def export_copy(student: ViT, loans: Loans) -> dict:
     """As of attention copy; where other things were lent, weights that no one takes for a ViT."""
-    if lender.maps == "teacher" and lender.parts == "qk":
-        return attention_copy.export(student, lender.teacher, lender.layers)
+    if loans.maps == "teacher" and loans.parts == "qk":
+        return checkpoints.export(student, loans.teacher, loans.layers)
     return {"student": student.state_dict()}
 
 

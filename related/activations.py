@@ -24,7 +24,7 @@ several GPUs the norms are over each one's share of a batch.
 import launch
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -84,18 +84,30 @@ def kd_loss(logits: Tensor, theirs: Tensor, settings: Settings) -> Tensor:
     return F.kl_div(log_p, p_t, reduction="none").mean() * t**2 * 2
 
 
-def loss(student: WideResNet, images, labels, teacher: WideResNet, settings: Settings):
-    """Student and teacher walk side by side, group by group."""
-    transferred = 0.0
+def loss(
+    student: WideResNet,
+    images,
+    labels,
+    teacher: WideResNet,
+    settings: Settings,
+    shown: Tensor | None = None,
+    groups: Sequence[int] = (0, 1, 2),
+):
+    """Classes, the teacher's softened ones, and where its groups are active.
+
+    `shown`: what the student sees of the images, if not all.
+    """
     with torch.no_grad():
-        targets = list(teacher.run(images))
-    for ours, theirs in zip(student.run(images), targets, strict=True):
-        transferred = transferred + at_loss(ours, theirs)
-    logits, share = student.classify(ours), settings.kd_weight
+        theirs = list(teacher.run(images))
+        targets = teacher.classify(theirs[-1])
+    ours = list(student.run(images if shown is None else shown))
+    logits, share = student.classify(ours[-1]), settings.kd_weight
     own = F.cross_entropy(logits, labels, label_smoothing=settings.smoothing)
-    terms = {"class": (1 - share) * own, "at": settings.at_weight * transferred}
+    terms = {"class": (1 - share) * own}
+    if settings.at_weight:
+        terms["at"] = settings.at_weight * sum(at_loss(ours[i], theirs[i]) for i in groups)
     if share:
-        terms["kd"] = share * kd_loss(logits, teacher.classify(theirs).detach(), settings)
+        terms["kd"] = share * kd_loss(logits, targets, settings)
     return terms, {}
 
 
@@ -104,24 +116,30 @@ def task(settings: Settings, images: data.Data | None = None) -> train.Task:
     device = launch.device(settings.device)
     images = images or data.load(settings, device)
     alone = settings.model == "teacher" or not (settings.at_weight or settings.kd_weight)
-    source = None if alone else found(settings, images)
+    source = None if alone else find_teacher(settings, images)
     torch.manual_seed(settings.seed)
     build: Callable = partial(WideResNet, channels=images.channels, classes=len(images.classes))
     student = build(settings.model).to(device)
-    made_of = partial(finetune.loss, settings=settings)
+    own_loss = partial(finetune.loss, settings=settings)
     if source:
         teacher = frozen(source, build("teacher")).to(device)
-        made_of = partial(loss, teacher=teacher, settings=settings)
+        own_loss = partial(loss, teacher=teacher, settings=settings)
     return train.Task(
-        "activations", student, images, made_of, finetune.predict, export, teacher=source
+        "activations",
+        student,
+        images,
+        loss=own_loss,
+        predict=finetune.predict,
+        export=export,
+        teacher=source,
     )
 
 
-def found(settings: Settings, images: data.Data) -> checkpoints.Checkpoint:
+def find_teacher(settings: Settings, images: data.Data) -> checkpoints.Checkpoint:
     """The teacher that is named, or made here first. ValueError if it is not of these images."""
     path = settings.teacher
     if path == "auto":
-        path = teachers.made(
+        path = teachers.make(
             "activations", sys.modules[__name__], settings, images, model="teacher"
         )
     if not Path(path).is_file():

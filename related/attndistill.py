@@ -39,7 +39,7 @@ from attention import Attended, attention_map
 from lending import aggregated
 from related import dino
 from settings import Setting, Settings, change, parse_settings
-from vit import ViT
+from vit import Config, ViT
 
 SETTINGS = change(
     {k: v for k, v in dino.SETTINGS.items() if k not in dino.OWN},
@@ -65,8 +65,8 @@ class Student(nn.Module):
         self.project = nn.Sequential(*layers, nn.Linear(widths[-1], dim), nn.LayerNorm(dim))
 
     @property
-    def architecture(self) -> dict:
-        return self.vit.architecture
+    def config(self) -> Config:
+        return self.vit.config
 
 
 def last(vit: ViT, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,7 +113,7 @@ def task(settings: Settings, images: data.Data | None = None) -> train.Task:
     """Everything that train.fit needs. `images`: others than those that the settings name."""
     device = launch.device(settings.device)
     images = images or data.load(settings, device)
-    source = found(settings, images)
+    source = find_teacher(settings, images)
     teacher = checkpoints.load(source, image_size=images.image_size, classes=0)
     if not teacher.config.class_token:
         raise ValueError(f"--teacher {source.source}: has no class token")
@@ -122,19 +122,25 @@ def task(settings: Settings, images: data.Data | None = None) -> train.Task:
     torch.manual_seed(settings.seed)
     other = {"heads": settings.heads} if settings.heads else {}
     net = Student(dino.encoder(settings, images, **other), teacher.config.dim).to(device)
-    own_loss = partial(loss, teacher=teacher, weight=settings.attention_weight)
-    test = partial(tested, images=images)
-    return train.Task("attndistill", net, images, own_loss, None, export, source, test=test)
+    return train.Task(
+        "attndistill",
+        net,
+        images,
+        loss=partial(loss, teacher=teacher, weight=settings.attention_weight),
+        test=partial(tested, images=images),
+        export=export,
+        teacher=source,
+    )
 
 
 def tested(net: Student, images: data.Data) -> dict[str, Tensor]:
     return dino.nearest(net.vit, images)
 
 
-def found(settings: Settings, images: data.Data) -> checkpoints.Checkpoint:
+def find_teacher(settings: Settings, images: data.Data) -> checkpoints.Checkpoint:
     """The teacher that is named, or one made by DINO here first."""
     if settings.teacher == "auto":
-        return checkpoints.read(teachers.made("dino", dino, settings, images))
+        return checkpoints.read(teachers.make("dino", dino, settings, images))
     return teachers.by_name(settings.teacher)
 
 

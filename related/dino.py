@@ -35,7 +35,7 @@ import pretrain
 import runs
 import train
 from settings import Setting, Settings, change, parse_settings
-from vit import ViT
+from vit import Config, ViT
 
 OWN = {
     "prototypes": Setting(256, "invented classes", low=2),
@@ -58,14 +58,14 @@ parse = partial(parse_settings, __doc__, SETTINGS)
 class Net(nn.Module):
     """A ViT, and a head that names invented classes of its class token."""
 
-    def __init__(self, vit: ViT, prototypes: int, hidden: int = 128, bottleneck: int = 64):
+    def __init__(self, vit: ViT, prototypes: int):
         super().__init__()
         self.vit, dim = vit, vit.config.dim
         self.mlp = nn.Sequential(
-            nn.Linear(dim, hidden), nn.BatchNorm1d(hidden, affine=False), nn.GELU(),
-            nn.Linear(hidden, bottleneck), nn.BatchNorm1d(bottleneck, affine=False),
+            nn.Linear(dim, 128), nn.BatchNorm1d(128, affine=False), nn.GELU(),
+            nn.Linear(128, 64), nn.BatchNorm1d(64, affine=False),
         )  # fmt: skip
-        self.prototypes = nn.Parameter(torch.randn(prototypes, bottleneck))
+        self.prototypes = nn.Parameter(torch.randn(prototypes, 64))
 
     def forward(self, images: Tensor) -> Tensor:
         y = F.normalize(self.mlp(class_token(self.vit, images)))
@@ -87,8 +87,8 @@ class Dino(nn.Module):
         self.register_buffer("center", torch.zeros(settings.prototypes))
 
     @property
-    def architecture(self) -> dict:
-        return self.student.vit.architecture
+    def config(self) -> Config:
+        return self.student.vit.config
 
     @torch.no_grad()
     def follow(self) -> None:
@@ -138,9 +138,13 @@ def task(settings: Settings, images: data.Data | None = None) -> train.Task:
         )
     torch.manual_seed(settings.seed)
     net = Dino(encoder(settings, images), settings).to(device)
-    own_loss = partial(loss, batch=images.train.batch // world())
     return train.Task(
-        "dino", net, two_views(images), own_loss, None, export, test=partial(tested, images=images)
+        "dino",
+        net,
+        two_views(images),
+        loss=partial(loss, batch=images.train.batch // world()),
+        test=partial(tested, images=images),
+        export=export,
     )
 
 
@@ -161,22 +165,20 @@ def tested(net: Dino, images: data.Data) -> dict[str, Tensor]:
     return nearest(net.teacher.vit, images)
 
 
-def nearest(
-    vit: ViT, images: data.Data, count: int = 4000, k: int = 20, t: float = 0.07
-) -> dict[str, Tensor]:
-    """Classes of the test images by the k nearest neighbours of class tokens, and the true ones.
+def nearest(vit: ViT, images: data.Data) -> dict[str, Tensor]:
+    """Classes of the test images by the 20 nearest neighbours of class tokens, and the true ones.
 
-    The neighbours are `count` training images as the first epochs show them; each votes with
-    exp(cosine similarity / t).
+    The neighbours are 4,000 training images as the first epochs show them; each votes with
+    exp(cosine similarity / 0.07), as in DINO's evaluation.
     """
-    bank, labels = images.train.first(count)
+    bank, labels = images.train.first(4000)
     known = torch.cat([F.normalize(class_token(vit, some)) for some in bank.split(256)])
     found, test = [], copy.copy(images.test)
     test.rank, test.world = 0, 1  # all of them, also as one of many processes
     for x, truth in test.in_order(256):
-        near, which = (F.normalize(class_token(vit, x)) @ known.T).topk(min(k, len(known)))
+        near, which = (F.normalize(class_token(vit, x)) @ known.T).topk(min(20, len(known)))
         votes = torch.zeros(len(x), len(images.classes), device=x.device)
-        votes.scatter_add_(1, labels[which], (near / t).exp())
+        votes.scatter_add_(1, labels[which], (near / 0.07).exp())
         found.append(torch.stack([votes.argmax(dim=1), truth]))
     return dict(zip(("predicted", "labels"), torch.cat(found, dim=1), strict=True))
 

@@ -32,7 +32,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import checkpoints
@@ -43,7 +42,6 @@ import storage
 import train
 from augment import Draws, Normalise
 from related import activations
-from related.activations import at_loss, kd_loss
 from related.wide_resnet import WideResNet
 from settings import Setting, Settings, change, parse_settings
 
@@ -100,36 +98,29 @@ def lay_over(images: Tensor, draws: Draws, overlay: float, normalise: Normalise)
 
 
 def loss(student: WideResNet, images, labels, teacher: WideResNet, settings: Settings):
-    """Classes, the teacher's softened ones, and where its middle group is active."""
-    mixed, images = images.chunk(2, dim=1)
-    with torch.no_grad():
-        targets = list(teacher.run(images))
-        theirs = teacher.classify(targets[-1])
-    ours = list(student.run(mixed))
-    logits, share = student.classify(ours[-1]), settings.kd_weight
-    own = F.cross_entropy(logits, labels, label_smoothing=settings.smoothing)
-    terms = {"class": (1 - share) * own}
-    if share:
-        terms["kd"] = share * kd_loss(logits, theirs, settings)
-    if settings.at_weight:
-        terms["at"] = settings.at_weight * at_loss(ours[1], targets[1])
-    return terms, {}
+    """As of activation transfer, of the middle group; the student sees the maps laid over."""
+    shown, images = images.chunk(2, dim=1)
+    return activations.loss(student, images, labels, teacher, settings, shown, groups=(1,))
 
 
 def task(settings: Settings, images: data.Data | None = None) -> train.Task:
     """Everything that train.fit needs. `images`: others than those that the settings name."""
     device = launch.device(settings.device)
     images = images or data.load(settings, device)
-    source = activations.found(settings, images)
+    source = activations.find_teacher(settings, images)
     build = partial(WideResNet, channels=images.channels, classes=len(images.classes))
     teacher = activations.frozen(source, build("teacher")).to(device)
     torch.manual_seed(settings.seed)
     student = build(settings.model).to(device)
     images = with_maps(images, teacher, source, settings)
-    own_loss = partial(loss, teacher=teacher, settings=settings)
-    export = activations.export
     return train.Task(
-        "integrated_gradients", student, images, own_loss, finetune.predict, export, source
+        "integrated_gradients",
+        student,
+        images,
+        loss=partial(loss, teacher=teacher, settings=settings),
+        predict=finetune.predict,
+        export=activations.export,
+        teacher=source,
     )
 
 

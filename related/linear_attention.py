@@ -22,7 +22,7 @@ import launch
 
 import copy
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 
 import torch
@@ -90,17 +90,17 @@ def hedgehog(x: Tensor, w: Tensor) -> Tensor:
 
 
 class LoRA(nn.Module):
-    """A matrix of so many parts, each changed by one of low rank that begins as 0.
+    """A matrix of several parts, each changed by one of low rank that begins as 0.
 
-    Hu et al. 2022; alpha as in LoLCATs.
+    Hu et al. 2022; alpha, 16, as in LoLCATs.
     """
 
-    def __init__(self, weight: Tensor, parts: int, rank: int, alpha: float = 16.0):
+    def __init__(self, weight: Tensor, parts: int, rank: int):
         super().__init__()
         out, into = weight.shape
         self.down = nn.Parameter(torch.randn(parts, rank, into) * into**-0.5)
         self.up = nn.Parameter(torch.zeros(parts, out // parts, rank))
-        self.scale = alpha / rank
+        self.scale = 16 / rank
 
     def forward(self, weight: Tensor) -> Tensor:
         return weight + self.scale * (self.up @ self.down).flatten(0, 1)
@@ -126,7 +126,10 @@ def low_rank(net: ViT, rank: int) -> None:
 
 
 def transfer_loss(student: ViT, images, labels, teacher: ViT):
-    """Mean squared error of each layer's output, on what the softmax made of the layers before."""
+    """Squared error of each layer's output, on what the softmax made of the layers before.
+
+    Summed over tokens; a mean over images, heads, channels and layers.
+    """
     with torch.no_grad():
         attended = [used for _, used in teacher.run(images)]
     losses = []
@@ -140,10 +143,10 @@ def task(settings: Settings, images: data.Data | None = None) -> train.Task:
     """Everything that train.fit needs. `images`: others than those that the settings name."""
     device = launch.device(settings.device)
     images = images or data.load(settings, device)
-    source = found(settings, images)
+    source = find_teacher(settings, images)
     taught = [value for name, value in source.weights.items() if name.startswith(FEATURES)]
     load = partial(checkpoints.load, plain(source), image_size=images.image_size)
-    teacher, student = load().to(device), load().to(device)
+    teacher, student = load().to(device), load()
     if source.teacher or "relative" in teacher.config.positions:
         raise ValueError(
             f"{source.source}: only a ViT with maps of its own queries and keys, and no biases of "
@@ -151,7 +154,7 @@ def task(settings: Settings, images: data.Data | None = None) -> train.Task:
         )
     teacher.eval().requires_grad_(False)
     torch.manual_seed(settings.seed)
-    student = linearised(student).to(device)
+    student = linearised(student).to(device)  # and the feature maps that it got
     loss = partial(transfer_loss, teacher=teacher)
     if settings.lora:
         for block, features in zip(student.blocks, taught, strict=False):  # none: as they begin
@@ -159,17 +162,25 @@ def task(settings: Settings, images: data.Data | None = None) -> train.Task:
         low_rank(student, settings.rank)
         loss = partial(finetune.loss, settings=settings)
     name = "lora" if settings.lora else "linear"
-    return train.Task(name, student, images, loss, finetune.predict, export, teacher=source)
+    return train.Task(
+        name,
+        student,
+        images,
+        loss=loss,
+        predict=finetune.predict,
+        export=export,
+        teacher=source,
+    )
 
 
-def found(settings: Settings, images: data.Data) -> checkpoints.Checkpoint:
+def find_teacher(settings: Settings, images: data.Data) -> checkpoints.Checkpoint:
     """The ViT that is named, or made here first; with its feature maps, if it was taught any."""
     path = settings.teacher
     net = {name: getattr(settings, name) for name in ("model", "patch", "components")}
     if path == "auto" and settings.lora:
-        path = teachers.made("linear", sys.modules[__name__], settings, images, **net)
+        path = teachers.make("linear", sys.modules[__name__], settings, images, **net)
     elif path == "auto":
-        path = teachers.made("finetune", finetune, settings, images, **net)
+        path = teachers.make("finetune", finetune, settings, images, **net)
     source = checkpoints.read(path)
     count = len(images.classes)
     if source.architecture["classes"] != count or source.classes not in (None, images.classes):
@@ -194,7 +205,7 @@ def export(net: ViT) -> dict:
         for layer in (block.attn.qkv, block.attn.proj):
             if parametrize.is_parametrized(layer):
                 parametrize.remove_parametrizations(layer, "weight")
-    return {"model": whole.state_dict() | features, "architecture": whole.architecture}
+    return {"model": whole.state_dict() | features, "architecture": asdict(whole.config)}
 
 
 def main(settings: Settings) -> dict:

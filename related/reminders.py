@@ -51,7 +51,7 @@ SETTINGS = change(
     "reminder": Setting("attention", "what it is for", choices=("attention", "words", "none")),
     "attention_weight": Setting(5.0, "of the loss of the map"),
     "subset_seed": Setting(-1, "draws digits and scenes to train on (-1: --seed does)", low=-1),
-    "digits": Setting(100, "so many of which the scenes of training are made", 50, 997),
+    "digits": Setting(100, "from which the scenes of training are made", 50, 997),
     "scenes": Setting(4000, "to train on, each with one reminder", low=100),
 }  # fmt: skip
 parse = partial(parse_settings, __doc__, SETTINGS)
@@ -144,9 +144,14 @@ def task(settings: Settings) -> train.Task:
         raise ValueError(f"--patch {settings.patch}: does not divide a place, of {scenes.PLACE}")
     torch.manual_seed(settings.seed)
     net = Robot(dino.encoder(settings, images), settings.reminder).to(device)
-    own_loss = partial(loss, known=known, weight=settings.attention_weight)
-    test = partial(tested, settings=settings, images=images)
-    return train.Task("reminders", net, images, own_loss, None, export, test=test)
+    return train.Task(
+        "reminders",
+        net,
+        images,
+        loss=partial(loss, known=known, weight=settings.attention_weight),
+        test=partial(tested, settings=settings, images=images),
+        export=export,
+    )
 
 
 def trial_of(name: str, settings: Settings, device) -> scenes.Scenes:

@@ -29,7 +29,7 @@ parse = partial(parse_settings, __doc__, SETTINGS)
 
 
 def rate(view: data.Train, device: torch.device, least: float = 5.0) -> float:
-    """images/s over at least so many seconds, once the first batch, with its workers, is there."""
+    """images/s over at least `least` seconds, once the first batch, with its workers, is there."""
     if len(view) < view.batch:
         raise ValueError(f"--batch {view.batch} is more than the {len(view)} training images")
     begun, count = None, 0

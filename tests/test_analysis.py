@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -40,17 +41,23 @@ def test_entropy_is_0_at_one_token_and_ln_n_at_all_alike():
     assert analysis.entropy(torch.full((6,), 1 / 6)).item() == pytest.approx(math.log(6))
 
 
+def grid(side, patch):
+    return vit.Config(side * patch, patch, 1, 0, 8, 1, 1)
+
+
 def test_distance_is_that_between_patches_in_pixels():
     step = torch.zeros(1, 1, 10, 10)
     for i in range(10):  # each of 3x3 patches looks at the one to its right, and a bit at the class
         step[0, 0, i, 0] = 0.5
         if i:
             step[0, 0, i, i + 1 if i % 3 else i - 2] = 0.5
-    assert analysis.attention_distance(step, patch=4).item() == pytest.approx((1 + 1 + 2) / 3 * 4)
+    assert analysis.attention_distance(step, grid(3, 4)).item() == pytest.approx(
+        (1 + 1 + 2) / 3 * 4
+    )
     everywhere = torch.full(
         (1, 1, 5, 5), 0.2
     )  # 2x2 patches: itself, two neighbours and the diagonal
-    assert analysis.attention_distance(everywhere, patch=1).item() == pytest.approx(
+    assert analysis.attention_distance(everywhere, grid(2, 1)).item() == pytest.approx(
         (0 + 1 + 1 + 2**0.5) / 4
     )
 
@@ -117,7 +124,7 @@ def test_a_twin_with_its_heads_shuffled_is_found_out():
                 block.attn.qkv.weight[span] = 3 * block.attn.qkv.weight[span][rows] / 3
             block.attn.proj.weight[:] = block.attn.proj.weight[:, rows]
     images = 2 * torch.randn(40, 1, 12, 12)
-    found = analysis.compare(Model(net), Model(twin), images.split(16), patch=3)
+    found = analysis.compare(Model(net), Model(twin), images.split(16))
     assert found["images"] == 40
     for i, layer in enumerate(found["layers"]):
         assert layer["pairs"] == [order.index(h) for h in range(4)]
@@ -135,7 +142,7 @@ def test_a_twin_with_its_heads_shuffled_is_found_out():
 def test_batches_do_not_change_the_result():
     nets, images = (make(0), make(1)), torch.randn(30, 1, 12, 12)
     models = [Model(net) for net in nets]
-    whole, parts = (analysis.compare(*models, images.split(size), patch=3) for size in (30, 7))
+    whole, parts = (analysis.compare(*models, images.split(size)) for size in (30, 7))
     assert np.allclose(whole["cka"], parts["cka"], atol=1e-6)
     for a, b in zip(whole["layers"], parts["layers"], strict=True):
         assert a["by_head"] == pytest.approx(b["by_head"], rel=1e-4)
@@ -205,10 +212,13 @@ def test_bad_input_is_one_line(argv, words, failing, tmp_path):
     }
     nets["NAN"].blocks[1].mlp.fc2.weight.data[0, 0] = math.nan
     for name, net in nets.items():
-        torch.save({"model": net.state_dict(), "architecture": net.architecture}, tmp_path / name)
+        torch.save({"model": net.state_dict(), "architecture": asdict(net.config)}, tmp_path / name)
     (tmp_path / "CUT").write_bytes((tmp_path / "A").read_bytes()[:9000])
     torch.save(
-        {"model": nets["A"].state_dict(), "architecture": {**nets["A"].architecture, "heads": "4"}},
+        {
+            "model": nets["A"].state_dict(),
+            "architecture": {**asdict(nets["A"].config), "heads": "4"},
+        },
         tmp_path / "ODD",
     )
     argv = [str(tmp_path / word) if (tmp_path / word).exists() else word for word in argv]

@@ -28,6 +28,7 @@ import pretrain
 import storage
 import vit
 from attention import attention_map
+from augment import Normalise
 from checkpoints import load, read
 from experiments import analysis, sinks
 
@@ -265,7 +266,7 @@ def test_torchvisions(small, tmp_path):
 
 
 def images_of(size: int) -> data.Data:
-    return data.Data([str(i) for i in range(5)], 3, size, data.Normalise(families.HALF, "cpu"))
+    return data.Data([str(i) for i in range(5)], 3, size, Normalise(families.HALF, "cpu"))
 
 
 def asked(script, name: str, tmp_path, *more: str):
@@ -527,7 +528,7 @@ def test_components_are_those_that_are_named(failing, tmp_path):
     config = pretrain.task(asked).net.encoder.config
     assert (config.registers, config.norm_pre, config.positions) == (2, True, "absolute+rope")
     for odd, words in (
-        ("register=2", "choose of class_token"), ("registers=x", "is no int"),
+        ("register=2", "choose from class_token"), ("registers=x", "not of type int"),
         ("positions=near", "positions 'near'"), ("registers=-1", "registers -1"),
         ("positions=relative,registers=1", "no more"),
     ):  # fmt: skip

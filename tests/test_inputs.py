@@ -6,6 +6,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,7 @@ ROOT = Path(__file__).parent.parent
     (["--amp", "fp8"], "choose one of auto, off, bf16"),
     (["--device", "tpu"], "--device tpu"),
     (["--device", "cuda:99"], "--device cuda:99"),
-    (["--out", "/dev/null/run"], "no folder to write to"),
+    (["--out", "/dev/null/run"], "not a writable folder"),
     (["--no-such-flag", "1"], "unrecognized arguments"),
     (["--lay", "1"], "unrecognized arguments"),
 ])  # fmt: skip
@@ -71,8 +72,8 @@ def test_flags(argv, words, failing, tmp_path, monkeypatch):
     (pretrain, ["--decoder-dim", "10", "--decoder-heads", "2"], "divides by 4"),
     (pretrain, ["--decoder-heads", "7"], "no multiple of the number of heads"),
     (ensemble, ["missing.pt"], "no checkpoint at"),
-    (ensemble, ["missing.pt", "--json", "/dev/null/x"], "--json: /dev/null is no folder to write"),
-    (sinks, ["missing.pt", "--out", "/dev/null/x"], "--out: /dev/null is no folder to write"),
+    (ensemble, ["missing.pt", "--json", "/dev/null/x"], "--json: /dev/null is not a writable"),
+    (sinks, ["missing.pt", "--out", "/dev/null/x"], "--out: /dev/null is not a writable"),
     (ensemble, [], "one or more model.pt"),
 ])  # fmt: skip
 def test_methods(script, argv, words, failing, tmp_path, monkeypatch, request):
@@ -93,7 +94,7 @@ def test_a_teacher_whose_maps_do_not_fit(changes, words, failing, tmp_path):
     shape = dict(image_size=12, patch=3, channels=1, classes=0, dim=32, depth=4, heads=4)
     net = vit.ViT(vit.Config(**shape | changes))
     torch.save(
-        {"model": net.state_dict(), "architecture": net.architecture}, tmp_path / "teacher.pt"
+        {"model": net.state_dict(), "architecture": asdict(net.config)}, tmp_path / "teacher.pt"
     )
     argv = ["--teacher", tmp_path / "teacher.pt", "--out", tmp_path / "run"]
     code, line = failing(attention_copy, argv)
@@ -253,11 +254,11 @@ def test_a_batch_that_does_not_divide_by_the_ranks(tmp_path):
     (finetune, ["--patch", "5"], "no multiple of the patch size 5"),
     (attention_distill, ["--patch", "7"], "no multiple of the patch size 7"),
     (attention_copy, ["--warmup", "450"], "less than --epochs"),
-    (attention_distill, ["--out", "/dev/null"], "/dev/null is no folder"),
-    (attention_distill, ["--out", "/dev/null/x"], "/dev/null is no folder"),
-    (finetune, ["--device", "meta"], "not to be had"),
+    (attention_distill, ["--out", "/dev/null"], "/dev/null is not a writable folder"),
+    (attention_distill, ["--out", "/dev/null/x"], "/dev/null is not a writable folder"),
+    (finetune, ["--device", "meta"], "is not available here"),
     (finetune, ["--resume", "--overwrite"], "choose one"),
-    (finetune, ["--randaugment", "9"], "--randaugment: digits are placed anew"),
+    (finetune, ["--randaugment", "9"], "--randaugment: digits are augmented by"),
     (attention_copy, ["--data", "imagenet"], "train/CLASS/* and val/CLASS/*"),
     (attention_distill, ["--data", "imagenet", "--data-dir", "here"], "no folder here"),
     (attention_distill, ["--data", "folder"], "no folder data/folder"),

@@ -22,7 +22,7 @@ import lending
 import storage
 import vit
 from attention import attention_map
-from experiments import related
+from experiments import related_tables
 from experiments.rows import Runs
 from related import (
     activations,
@@ -439,7 +439,9 @@ def test_two_ranks_train_to_the_weights_of_one(tmp_path):
         "reminders": [*short, "--scenes", "200"],
     }
     driver = tmp_path / "driver.py"
-    driver.write_text(TOGETHER.format(root=str(Path(related.__file__).parent.parent), argv=argv))
+    driver.write_text(
+        TOGETHER.format(root=str(Path(related_tables.__file__).parent.parent), argv=argv)
+    )
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     for name, launcher in {"one": [], "two": torchrun}.items():
         run = [sys.executable, *launcher, str(driver), str(tmp_path / name)]
@@ -455,9 +457,9 @@ def test_two_ranks_train_to_the_weights_of_one(tmp_path):
 # The rows -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", related.TABLES)
+@pytest.mark.parametrize("name", related_tables.TABLES)
 def test_each_row_is_a_run_of_its_own_that_can_be_asked_for(name, tmp_path):
-    table, runs, folders = related.TABLES[name], Runs(related.STUDY, tmp_path), set()
+    table, runs, folders = related_tables.TABLES[name], Runs(related_tables.STUDY, tmp_path), set()
     ((_, point),) = table.points.items()
     for row in table.rows:
         needed = runs.jobs(row, 3, point, {})

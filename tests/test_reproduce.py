@@ -333,7 +333,7 @@ def test_a_damaged_record_is_named(places, tmp_path):
 
 
 def test_unknown_tables_and_no_seeds_are_said(places):
-    with pytest.raises(ValueError, match=r"no table .mine.: choose of digits-tuning"):
+    with pytest.raises(ValueError, match=r"no table .mine.: choose from digits-tuning"):
         reproduce.main(reproduce.parse(["mine"]))
     with pytest.raises(ValueError, match="--seeds 0: must be at least 1"):
         reproduce.parse(["digits-main", "--seeds", "0"])

@@ -353,7 +353,7 @@ def test_starting_over_leaves_nothing_of_the_run_before(tmp_path, monkeypatch):
 def test_what_is_not_a_runs_is_not_written_over(tmp_path, failing, teacher):
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
     code, line = failing(finetune, [*QUICK, "--out", tmp_path])
-    assert code == 2 and "which are of none" in line
+    assert code == 2 and "but are of none" in line
     assert (tmp_path / "config.json").read_text() == '{"model_type": "vit"}'
     mine = shutil.copy(teacher, tmp_path / "model.pt")
     code, line = failing(attention_copy, ["--teacher", mine, "--overwrite", "--out", tmp_path])

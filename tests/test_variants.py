@@ -35,17 +35,19 @@ def made(script, teacher, *argv):
 
 
 def losses_and_gradients(task, batch):
+    torch.manual_seed(0)  # the same branches are dropped
     task.net.train().zero_grad()
     terms, _ = task.loss(task.net, *batch)
     sum(terms.values()).backward()
     return terms, {name: p.grad for name, p in task.net.named_parameters()}
 
 
+@pytest.mark.parametrize("more", ["--share-drops", "--no-share-drops"])
 @pytest.mark.parametrize("how", ["copy", "distill"])
-def test_without_a_change_it_is_the_method(how, teacher, batch):
+def test_without_a_change_it_is_the_method(how, more, teacher, batch):
     script = {"copy": attention_copy, "distill": attention_distill}[how]
-    method = made(script, teacher, "--layers", "3")
-    variant = made(variants, teacher, "--layers", "3", "--how", how)
+    argv = ["--layers", "3", "--drop-path", "0.5", more]
+    method, variant = made(script, teacher, *argv), made(variants, teacher, *argv, "--how", how)
     for one, other in zip(
         losses_and_gradients(method, batch), losses_and_gradients(variant, batch), strict=True
     ):
@@ -74,25 +76,24 @@ def test_of_what_is_lent_the_rest_is_the_students(part, teacher, batch):
         expected = attend(
             Attended(**{p: getattr(lent if p in part else Attended(**own), p) for p in "qkv"})
         )
-        loans = task.predict.keywords["lender"](batch[0], training=False)
+        loans = task.predict.keywords["loans"](batch[0], None, training=False)
         _, used = next(task.net.run(batch[0], given=loans))
     assert_close(attend(used), expected)
 
 
 def test_mean_maps_are_the_mean_of_maps_and_other_maps_those_of_other_images(teacher, batch):
     task = made(variants, teacher, "--maps", "mean", "--bank", "70")
-    lender, net = task.predict.keywords["lender"], checkpoints.open_model(teacher).net
+    loans, net = task.predict.keywords["loans"], checkpoints.open_model(teacher).net
     with torch.no_grad():
-        maps = [attention_map(used) for _, used in net.run(lender.bank)]
-    for loan, p in zip(lender(batch[0], training=False), maps, strict=True):
+        maps = [attention_map(used) for _, used in net.run(loans.bank)]
+    for loan, p in zip(loans(batch[0], None, training=False), maps, strict=True):
         assert_close(attention_map(loan), p.mean(dim=0).expand(6, -1, -1, -1), rtol=1e-4, atol=1e-6)
-    other = made(variants, teacher, "--maps", "other", "--bank", "6").predict.keywords["lender"]
-    loans, usual = other(batch[0], training=False), [used for _, used in net.run(other.bank)]
+    other = made(variants, teacher, "--maps", "other", "--bank", "6").predict.keywords["loans"]
+    loans, usual = other(batch[0], None, training=False), [used for _, used in net.run(other.bank)]
     assert_close([loan.q for loan in loans], [used.q for used in usual])
     torch.manual_seed(0)
-    drawn = {
-        tuple(other(batch[0], training=True)[0].q.sum(dim=(1, 2, 3)).tolist()) for _ in range(5)
-    }
+    drawn = [other(batch[0], None, training=True)[0].q.sum(dim=(1, 2, 3)) for _ in range(5)]
+    drawn = {tuple(sums.tolist()) for sums in drawn}
     assert len(drawn) > 1
 
 
@@ -109,7 +110,7 @@ def test_fixed_maps_are_what_they_are_called(teacher, batch):
             steps.append(((key - 1) // 4 - (query - 1) // 4, (key - 1) % 4 - (query - 1) % 4))
         assert len(set(steps)) == 1 and max(map(abs, steps[0])) <= 1
     task = made(variants, teacher, "--maps", "impulse", "--how", "distill")
-    target = task.loss.keywords["lender"](batch[0], training=True)[0]
+    target = task.loss.keywords["loans"](batch[0], None, training=True)[0]
     ours = lend_map(attention_map(target))
     assert_close(attention_map(ours), attention_map(target))
 

@@ -49,7 +49,7 @@ def explicit(student, images, maps):
     x = student.embed(images)
     for i, block in enumerate(student.blocks):
         qkv = block.attn.qkv(block.norm1(x))
-        q, k, v = rearrange(qkv, "b n (p h d) -> p b h n d", p=3, h=student.heads)
+        q, k, v = rearrange(qkv, "b n (p h d) -> p b h n d", p=3, h=student.config.heads)
         scores = torch.einsum("bhid,bhjd->bhij", q, k) / math.sqrt(q.shape[-1])
         p = maps.get(i, torch.softmax(scores, dim=-1))
         y = torch.einsum("bhij,bhjd->bhid", p, v)
