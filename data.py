@@ -75,7 +75,7 @@ class Data:
     held_out: int = 0  # of the training images, to test on for want of others
     available: int = 0  # images to train on, before --num-labels takes some: a teacher sees all
     fingerprint: str = ""  # of these, if they are files
-    tested: str = ""  # of the others
+    test_fingerprint: str = ""  # of the others
 
     def described(self, labels: bool) -> str:
         """How many images there are, and of how many classes if `labels` matter."""
@@ -137,7 +137,7 @@ def load(settings, device, train: bool = True) -> Data:
         order = subsets.stratified(source.labels.cpu(), source.names)
         val, source = source.subset(order[:count]), source.subset(order[count:])
     test = test or val or source  # without any parts, all there is
-    tested = "".join(part.fingerprint for part in (val, test) if part)
+    test_fingerprint = "".join(part.fingerprint for part in (val, test) if part)
     test_view = Eval(to_evaluate(test, device), normalise, device)
     val_view = test_view
     if val and val is not test:
@@ -158,7 +158,7 @@ def load(settings, device, train: bool = True) -> Data:
     return Data(
         parts.classes, kind.channels, size, normalise, train=view, val=val_view, test=test_view,
         held_out=0 if parts.test else count, available=available, fingerprint=fingerprint,
-        tested=tested,
+        test_fingerprint=test_fingerprint,
     )  # fmt: skip
 
 

@@ -36,7 +36,7 @@ def identity(name: str, images: Data, teacher: Checkpoint | None, settings: Sett
     """What a run is: with anything of it changed it would be another run."""
     shaping = {k: v for k, v in vars(settings).items() if k not in FREE}
     about = {"method": name, "classes": images.classes, "images": images.available}
-    about["images_fingerprint"], about["tested_on"] = images.fingerprint, images.tested
+    about["images_fingerprint"], about["tested_on"] = images.fingerprint, images.test_fingerprint
     about["images_per_step"] = images.train.batch  # of --batch 0: it follows the processes
     about["one_tensor"] = isinstance(images.train.source, Tensors)  # of files: it follows --memory
     if images.normalization != KINDS[settings.data].normalization:  # but the teacher's
