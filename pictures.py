@@ -60,6 +60,16 @@ def mean_look(p: Tensor, prefix: int, head: int = 0) -> Tensor:
     return p[:, :, prefix:].mean(dim=(1, 2))
 
 
+def overlay(axis, pixels: Tensor, weights: Tensor, most: float):
+    """Weights (h, w) in orange over a gray image (H, W); none of them is above `most`."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    ink = LinearSegmentedColormap.from_list("ink", [(1, 0.5, 0, 0), (1, 0.5, 0, 0.9)])
+    whole = (0, pixels.shape[1], pixels.shape[0], 0)
+    axis.imshow(pixels, extent=whole, cmap="gray", vmin=-0.6, vmax=1)  # black would hide the orange
+    return axis.imshow(weights, extent=whole, cmap=ink, vmin=0, vmax=most)
+
+
 def overlays(
     images: Tensor, looks: dict[str, Tensor], normalization: Normalization, prefix: int = 1
 ):
@@ -68,9 +78,6 @@ def overlays(
     The more orange, the more a ViT looks there: on one scale for all, in multiples of what all
     tokens would get if it looked at all alike. The `prefix` tokens before the patches are left out.
     """
-    from matplotlib.colors import LinearSegmentedColormap
-
-    ink = LinearSegmentedColormap.from_list("ink", [(1, 0.5, 0, 0), (1, 0.5, 0, 0.9)])
     pixels = rearrange(to_pixels(images, normalization), "b c h w -> b h w c").cpu()
     whole = (0, pixels.shape[2], pixels.shape[1], 0)
     shares = {name: p[:, prefix:].detach().cpu() * p.shape[1] for name, p in looks.items()}
@@ -82,9 +89,7 @@ def overlays(
         line[0].imshow(pixels[i].expand(-1, -1, 3), extent=whole)
         for axis, p in zip(line[1:], shares.values(), strict=True):
             side = isqrt(p.shape[1])
-            gray = dict(cmap="gray", vmin=-0.6, vmax=1)  # black would hide the orange
-            axis.imshow(pixels[i].mean(-1), extent=whole, **gray)
-            drawn = axis.imshow(p[i].view(side, side), cmap=ink, extent=whole, vmin=0, vmax=most)
+            drawn = overlay(axis, pixels[i].mean(-1), p[i].view(side, side), most)
         for axis in line:
             axis.set(xticks=[], yticks=[])
     for axis, name in zip(axes[0], ("image", *looks), strict=True):

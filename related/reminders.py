@@ -178,20 +178,19 @@ def tested(net: Robot, settings: Settings, images: data.Data) -> dict[str, Tenso
         lands = train.top1(found["looked"], trial.targets)
         print0(f"attention lands where it should for {lands:.1f} % of the reminders")
         if launch.rank() == 0:
-            drawn = draw(trial, log_map, images.image_size)
+            drawn = draw(trial, log_map)
             pictures.save(drawn, runs.folder(settings, "reminders") / "reminders.png")
     return found
 
 
-def draw(trial: scenes.Scenes, log_map: Tensor, size: int):
+def draw(trial: scenes.Scenes, log_map: Tensor):
     """Some scenes, what was said, and where that made the robot look."""
-    whole, side = (0, size, size, 0), round(log_map.shape[1] ** 0.5)
-    fig, axes = pictures.figure(2, 4, 10, 5.4)
-    for axis, p, scene, said in zip(axes.flat, log_map.exp(), *trial[::3], strict=False):
-        axis.imshow(scene[0].cpu(), cmap="gray", extent=whole)
-        look = dict(cmap="Oranges", alpha=0.5, extent=whole, vmin=0)
-        axis.imshow(p.view(side, side).cpu(), **look)
-        axis.set(title=said, xticks=[], yticks=[])
+    side = math.isqrt(log_map.shape[1])
+    fig, axes = pictures.figure(2, 4, 8, 4.3)
+    for axis, p, scene, said in zip(axes.flat, log_map.exp().cpu(), *trial[::3], strict=False):
+        pictures.overlay(axis, scene[0].cpu(), p.view(side, side), p.max().item())
+        axis.set(xticks=[], yticks=[])
+        axis.set_title(said, fontsize=9)
     return fig
 
 
