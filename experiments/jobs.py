@@ -99,8 +99,9 @@ class Job:
         except (OSError, ValueError):
             return False
         asked, weights = vars(self.settings()), None
-        teacher = Path(asked.get("teacher", ""))
-        if teacher.is_file():  # which may be another by now
+        counts, teacher = asked.keys() - (FREE - {"teacher"}), Path(asked.get("teacher", ""))
+        if teacher.is_file():  # wherever it is, and whichever it is by now
+            counts = counts - {"teacher"}
             try:
                 weights = checkpoints.read(teacher).fingerprint
             except ValueError:  # it is no ViT
@@ -109,7 +110,6 @@ class Job:
             return False
         # A setting that is newer than a run was then as it is by default.
         usual = vars(SCRIPTS[self.script].parse(["--data", asked["data"]]))
-        counts = asked.keys() - (FREE - {"teacher"})
         return all(settings.get(k, usual[k]) == asked[k] for k in counts)
 
     def settings(self) -> Settings:

@@ -298,6 +298,23 @@ def test_a_teacher_that_is_shipped_is_found_and_checked(places, ran, tmp_path, m
         teachers.find(asked, images)
 
 
+def test_a_run_is_known_by_its_teachers_weights_wherever_they_are(tmp_path):
+    teacher = ROOT / "weights" / "digits.pt"
+    moved, other = (tmp_path / f"{name}.pt" for name in ("moved", "other"))
+    moved.write_bytes(teacher.read_bytes())
+    state = storage.read(teacher)
+    state["model"]["cls_token"] += 1
+    storage.save(state, other)
+    argv = ["--epochs", "1", "--warmup", "0", "--device", "cpu", "--out", str(tmp_path / "run")]
+    jobs.finetune.main(jobs.finetune.parse([*argv, "--teacher", str(teacher)]))
+
+    def done(source) -> bool:
+        job = jobs.Job("finetune", [*argv, "--teacher", str(source)], tmp_path / "run")
+        return job.result() is not None
+
+    assert done(teacher) and done(moved) and not done(other) and not done("pretrain")
+
+
 def test_runs_end_with_the_process_that_wants_them(tmp_path):
     """Or they would hold their folder against the same command, called again."""
     begin = (
