@@ -122,7 +122,7 @@ def crop_boxes(draws: Draws, area: float, size: int) -> tuple[Tensor, ...]:
 
     Of ten boxes of random share and aspect ratio the first that fits; if none, the whole.
     """
-    u = draws.uniform(2 * 10)
+    u = draws.uniform(20)
     share, ratio = area + (1 - area) * u[:, :10], torch.exp((2 * u[:, 10:] - 1) * LOG_4_3)
     w, h = ((x.sqrt() * size).round() for x in (share * ratio, share / ratio))
     fits = (torch.maximum(w, h) <= size) & (torch.minimum(w, h) > 0)

@@ -57,7 +57,8 @@ class Checkpoint:
             folder = own.get("data_dir") or f"data/{name}"
             if not asked.data_dir or Path(asked.data_dir).resolve() == Path(folder).resolve():
                 which |= {k: own[k] for k in ("data_dir", "holdout") if k in own}
-                which["skip_unreadable"] = asked.skip_unreadable or own.get("skip_unreadable")
+                skipped = own.get("skip_unreadable", False)
+                which["skip_unreadable"] = asked.skip_unreadable or skipped
         return asked.but(**which)
 
     def __str__(self) -> str:

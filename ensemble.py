@@ -68,13 +68,12 @@ def opened(paths: list[str], settings: Settings) -> list[Model]:
 def score(models: list[Model], settings: Settings) -> dict:
     """As `evaluate`, of models that are open."""
     device = launch.device(settings.device)
-    asked, settings = settings, models[0].checkpoint.images(settings)
+    settings = models[0].checkpoint.images(settings)
     members, total, first = [], 0, None
     for model in models:
         p, labels, images = probabilities(model, settings, device)
         path, method = model.checkpoint.source, model.checkpoint.method
-        own = model.checkpoint.settings and model.checkpoint.images(asked).holdout
-        if own and own != settings.holdout:
+        if model.checkpoint.images(settings).holdout not in (0, settings.holdout):
             print(f"note: {path} held out other images: some that it is scored on it learned from")
         if first not in (None, images.classes):
             before = members[0]["checkpoint"]

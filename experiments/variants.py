@@ -79,7 +79,9 @@ class Loans:
             self.fixed = [impulse_map(teacher) for _ in teacher.blocks]
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, mask: Tensor | None, training: bool) -> list:
+    def __call__(
+        self, images: Tensor, mask: Tensor | None, training: bool
+    ) -> list[Attended | None]:
         """`mask`: of drop path, the student's."""
         if self.maps == "other":
             images = self.others(len(images), training)

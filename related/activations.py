@@ -95,7 +95,7 @@ def loss(
 ):
     """Classes, the teacher's softened ones, and where its groups are active.
 
-    `shown`: what the student sees of the images, if not all.
+    `shown`: what the student sees, if not the images themselves.
     """
     with torch.no_grad():
         theirs = list(teacher.run(images))
@@ -145,7 +145,6 @@ def find_teacher(settings: Settings, images: data.Data) -> checkpoints.Checkpoin
     if not Path(path).is_file():
         raise FileNotFoundError(f"no teacher at {path}")
     state = storage.read(path)
-    state = state if isinstance(state, dict) else {}
     try:
         of_model = state["method"], state["settings"]["model"]
         known = state["classes"], state["normalization"]
