@@ -152,7 +152,7 @@ def describe(weights: dict[str, Tensor], member: Member | None, heads: int = 0) 
         if not heads:
             raise ValueError(
                 "it does not say how many attention heads it has, and sizes do not tell (width "
-                "384 may have 6 or 12): say it with --teacher-heads (or --heads)"
+                "384 may have 6 or 12): say it with --teacher-heads (or --num-heads)"
             )
         return Config(image_size=image_size(weights), heads=heads, **found)
     if (dim, found["depth"]) != (member.dim, member.depth):

@@ -62,7 +62,7 @@ def evaluate(paths: list[str], settings: Settings) -> dict:
 
 def opened(paths: list[str], settings: Settings) -> list[Model]:
     device = launch.device(settings.device)
-    return [checkpoints.open_model(path, device, settings.heads) for path in paths]
+    return [checkpoints.open_model(path, device, settings.num_heads) for path in paths]
 
 
 def score(models: list[Model], settings: Settings) -> dict:
@@ -187,7 +187,7 @@ def look(paths: list[str], settings: Settings) -> dict[str, dict[str, float]]:
     device, image = launch.device(settings.device), image_files.read(settings.image)
     seen = {}
     for number, path in enumerate(paths, 1):
-        model = checkpoints.open_model(path, device, settings.heads)
+        model = checkpoints.open_model(path, device, settings.num_heads)
         about = model.checkpoint
         kind = data.KINDS.get(settings.data or about.settings.get("data"), data.KINDS["imagenet"])
         config, normalization = model.net.config, about.normalization or kind.normalization

@@ -168,7 +168,7 @@ OPENING: Table = {  # of scripts that open checkpoints, which say what they were
     "scraps": Setting(-1, "scraps on the canvas of --data digits (-1: as in training)", -1, 20),
     **{name: IMAGES[name] for name in ("workers", "memory", "skip_unreadable")},
     "device": RUN["device"],
-    "heads": Setting(0, "attention heads, for files of others that do not say how many"),
+    "num_heads": Setting(0, "attention heads, for files of others that do not say how many"),
 }
 GROUPS = {
     "images": IMAGES,

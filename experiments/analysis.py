@@ -225,7 +225,7 @@ def open_pair(settings: Settings) -> tuple[Model, Model, data.Data, str]:
     device = launch.device(settings.device)
     first, second = settings.checkpoints
     named = [first] if second == "random" else [first, second]
-    files = [checkpoints.read(name, settings.heads) for name in named]
+    files = [checkpoints.read(name, settings.num_heads) for name in named]
     sizes = [file.architecture["image_size"] for file in files]
     if not files[-1].settings:
         sizes[-1] = sizes[0]

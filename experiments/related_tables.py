@@ -51,10 +51,10 @@ ATTNDISTILL = {
     "random, student": Row("dino", "", {"model": "nano", "epochs": 1, "warmup": 0, "lr": 0.0}),
     "token": Row("attndistill", DINO, {"attention_weight": 0.0}),
     "token and map": Row("attndistill", DINO),
-    "token, 2 heads": Row("attndistill", DINO, {"heads": 2, "attention_weight": 0.0}),
-    "token and map, 2 heads": Row("attndistill", DINO, {"heads": 2}),
+    "token, 2 heads": Row("attndistill", DINO, {"num_heads": 2, "attention_weight": 0.0}),
+    "token and map, 2 heads": Row("attndistill", DINO, {"num_heads": 2}),
     "token and map, 2 heads, weight 10": Row(  # one map of all heads differs by less
-        "attndistill", DINO, {"heads": 2, "attention_weight": 10.0}
+        "attndistill", DINO, {"num_heads": 2, "attention_weight": 10.0}
     ),
     "token, patch 4": Row("attndistill", DINO, {"patch": 4, "attention_weight": 0.0}),
     "token and map, patch 4": Row("attndistill", DINO, {"patch": 4}),

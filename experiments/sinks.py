@@ -103,7 +103,7 @@ def main(settings: Settings) -> dict:
     storage.check_place(Path(settings.out), "--out")
     device, found = launch.device(settings.device), {}
     for path in settings.checkpoints:
-        model = checkpoints.open_model(path, device, settings.heads)
+        model = checkpoints.open_model(path, device, settings.num_heads)
         images = images_for(model, settings, device)
         found[path] = {
             "images": min(settings.images, len(images.test)),

@@ -63,6 +63,7 @@ CIFAR = Study(  # small enough for a CPU: shifts and flips, a tenth of the label
         "fine-tuning": ("layer_decay", (0.75,)),
     },
 )  # fmt: skip
+RECIPE = CIFAR._replace(base={"data": "cifar10"}, teacher={}, images=("data", "model"), own={})
 
 
 class Table(NamedTuple):
@@ -265,5 +266,9 @@ TABLES = {
     "cifar10-labels": photos(
         "the main rows with 1,000 to 41,600 labels, at equal steps", rows=tuple(MAIN), seeds=1,
         points=PHOTO_LABELS, tuned_at="5,000 labels", contrasts=along(PHOTO_LABELS),
+    ),
+    "cifar10-recipe": Table(
+        "the main rows as --data cifar10 has them: 50,000 labels, 100 epochs (takes a GPU)",
+        RECIPE, tuple(MAIN), {"50,000 labels": {"model": "tiny"}}, seeds=3,
     ),
 }  # fmt: skip

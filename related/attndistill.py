@@ -12,7 +12,7 @@ taken together: softmax(sum over heads of log a / 10).
 
     python -m related.attndistill                  makes a teacher by DINO first
     python -m related.attndistill --attention-weight 0 --out runs/token  control
-    python -m related.attndistill --heads 2 --out runs/heads       other heads
+    python -m related.attndistill --num-heads 2 --out runs/heads   other heads
     python -m related.attndistill --patch 4 --out runs/patches     other patches
 
 A public teacher's class token is taken as its last block leaves it, normalised
@@ -47,7 +47,7 @@ SETTINGS = change(
     model=        ("nano", "mini"),
 ) | {
     "teacher": Setting("auto", "a ViT whose class token means something (auto: DINO's)", free=True),
-    "heads": Setting(0, "of the student (0: as --model has them)"),
+    "num_heads": Setting(0, "of the student (0: as --model has them)"),
     "attention_weight": Setting(0.1, "of the row of the class token (0: none)"),
 }  # fmt: skip
 parse = partial(parse_settings, __doc__, SETTINGS)
@@ -120,7 +120,7 @@ def task(settings: Settings, images: data.Data | None = None) -> train.Task:
     images.adopt(source)
     teacher.to(device).eval().requires_grad_(False)
     torch.manual_seed(settings.seed)
-    other = {"heads": settings.heads} if settings.heads else {}
+    other = {"heads": settings.num_heads} if settings.num_heads else {}
     net = Student(dino.encoder(settings, images, **other), teacher.config.dim).to(device)
     return train.Task(
         "attndistill",

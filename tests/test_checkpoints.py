@@ -178,7 +178,7 @@ def test_heads_are_never_guessed(net, tmp_path, failing):
     torch.save(checkpoints.export(net), tmp_path / "ours.pt")  # ours say it, whatever is asked
     assert checkpoints.load(checkpoints.read(tmp_path / "ours.pt", heads=6)).config.heads == 3
     code, line = failing(ensemble, [path])
-    assert code == 2 and "--heads" in line
+    assert code == 2 and "--num-heads" in line
     code, line = failing(attention_copy, ["--teacher", path])
     assert code == 2 and "--teacher-heads" in line
     asked = attention_copy.parse(["--teacher", str(path), "--teacher-heads", "6"])

@@ -399,7 +399,7 @@ def test_linear_attention_is_taught_then_mended_and_resumed_to_the_same_bits(sto
 def test_attndistill_is_resumed_to_the_same_bits_and_dino_is_its_teacher(stopped, capsys):
     argv = ["--epochs", "2", "--warmup", "0"]
     dino.main(dino.parse([*argv, "--model", "nano", "--out", "teacher"]))
-    argv += ["--teacher", "teacher/model.pt", "--heads", "2"]
+    argv += ["--teacher", "teacher/model.pt", "--num-heads", "2"]
     found = stopped(attndistill, attndistill.parse(argv))
     assert found["attention"] > 0 and found["token"] > 0
 
@@ -434,7 +434,7 @@ def test_two_ranks_train_to_the_weights_of_one(tmp_path):
     finetune.main(finetune.parse([*short, "--teacher", "none", "--out", str(tmp_path / "vit")]))
     taught = [*short, "--teacher", str(tmp_path / "vit" / "model.pt")]
     argv = {
-        "attndistill": [*taught, "--heads", "2"],
+        "attndistill": [*taught, "--num-heads", "2"],
         "linear_attention": [*taught, "--lora"],
         "reminders": [*short, "--scenes", "200"],
     }

@@ -257,6 +257,19 @@ def test_a_study_of_one_teacher_takes_it_from_the_shipped_ones(tmp_path, monkeyp
     assert len(Runs(tables.DIGITS, tmp_path).jobs("attention copy", 3, {}, tuned)) == 2
 
 
+def test_studies_of_the_same_images_share_no_run(tmp_path):
+    made = {"cifar10-main": set(), "cifar10-recipe": set()}
+    for name, outs in made.items():
+        table = tables.TABLES[name]
+        (flags,) = table.points.values()
+        tuned = {row: {"lr": 1e-3} for row in table.rows}
+        for row in table.rows:
+            needed = Runs(table.study, tmp_path).jobs(row, 0, flags, tuned).values()
+            outs |= {job.out for job in needed}
+    assert all(len(outs) >= 4 for outs in made.values())
+    assert made["cifar10-main"].isdisjoint(made["cifar10-recipe"])
+
+
 def test_a_run_in_a_process_of_its_own_is_the_run_of_its_script(tmp_path):
     argv = ["--teacher", "none", "--epochs", "1", "--warmup", "0", "--num-labels", "50"]
     job = jobs.Job(
