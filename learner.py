@@ -107,11 +107,19 @@ class Learner:
     def find_micro_batch(self, share: int, shape: tuple[int, int, int]) -> None:
         """Without --micro-batch: as many images of this process' share as fit, by halves.
 
-        Tried on blank images of a shape, beside as much memory as AdamW will take; the same on all
-        processes.
+        Tried on blank images of a shape; the same on all processes.
         """
-        if self.micro_batch:
-            return
+        if not self.micro_batch:
+            self.micro_batch = self.largest(share, shape)
+        if self.settings.compile == "graphs" and self.micro_batch < share:
+            raise ValueError(
+                f"--compile graphs: a step has several pieces ({self.micro_batch} of {share} images"
+                "), whose gradients PyTorch does not add up rightly under CUDA graphs "
+                "(pytorch#169545): use --compile on, or a smaller --batch"
+            )
+
+    def largest(self, share: int, shape: tuple[int, int, int]) -> int:
+        """How many images fit, beside as much memory as AdamW will take."""
         where, size = next(self.net.parameters()).device, share
         trained = [p for p in self.net.parameters() if p.requires_grad]
         moments = [torch.empty_like(p) for p in trained for _ in range(2)]
@@ -123,10 +131,10 @@ class Learner:
                     "--image-size"
                 )
             size = (size + 1) // 2
-        self.micro_batch = size
         del images, moments
         if where.type == "cuda":
             torch.cuda.empty_cache()  # NCCL and cuBLAS allocate beside PyTorch
+        return size
 
     def all_fit(self, images: Tensor) -> bool:
         """Whether every process can compute the gradients of these images at once."""

@@ -65,6 +65,7 @@ def test_flags(argv, words, failing, tmp_path, monkeypatch):
     (attention_copy, ["--teacher", "none"], "nothing to transfer"),
     (attention_copy, ["--components", "registers=-1"], "registers -1: must be at least 0"),
     (finetune, ["--teacher", "random"], "--teacher none"),
+    (finetune, ["--compile", "graphs", "--micro-batch", "5"], "(5 of 50 images)"),
     (attention_copy, ["--teacher", "missing.pt"], "no checkpoint at missing.pt"),
     (attention_copy, ["--teacher", "mae"], "MAE published no 'micro' teacher"),
     (pretrain, ["--mask-ratio", "0.999"], "between 0.05 and 0.95"),
