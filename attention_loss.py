@@ -39,8 +39,10 @@ class AttentionLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *qk: Tensor) -> tuple[Tensor, Tensor]:  # student's q, k, teacher's q, k
         images, heads, tokens, _ = qk[0].shape
-        on_cpu = max(1, 2**18 // (heads * tokens**2))  # images whose maps, 1 MiB, fit its cache
-        pieces = zip(*(x.split(images if x.is_cuda else on_cpu) for x in qk), strict=True)
+        # Maps of 1 MiB fit the cache of a CPU; cuBLAS takes dot products of less than 2^31 numbers.
+        most = 2**18 if qk[0].is_cpu else 2**31 - 1
+        piece = max(1, most // (heads * tokens**2))
+        pieces = zip(*(x.split(piece) for x in qk), strict=True)
         losses, entropies, dq, dk = zip(*(of_a_piece(*piece) for piece in pieces), strict=True)
         ctx.save_for_backward(torch.cat(dq), torch.cat(dk))
         ctx.rows = images * heads * tokens  # over which the mean is taken

@@ -95,7 +95,8 @@ def first_to_fail() -> bool:
 def start_ranks() -> None:
     """Joins the other processes if `torchrun` started this one."""
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        # With GPUs both, so that --device cpu works there too.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
 
 
 def rank() -> int:

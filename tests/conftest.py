@@ -14,12 +14,27 @@ import train
 
 torch.set_num_threads(1)
 
-LONGEST = "test_tutorial test_runs test_reproduce test_families test_inputs test_related".split()
+LONGEST = (
+    "test_gpu test_tutorial test_runs test_reproduce test_families test_inputs test_related".split()
+)
 
 
 def pytest_collection_modifyitems(items):
-    """The longest files first: each goes to one process, and both shall end together."""
+    """The longest files first: each goes to one process, and both shall end together.
+
+    That for a GPU before all: a process to which it was hidden does not see it again.
+    """
     items.sort(key=lambda item: [item.path.stem != name for name in LONGEST])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def on_the_cpu(request):
+    """All but test_gpu: there runs are the same to the bit."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.stem != "test_gpu":
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")  # in processes that are started
+            patch.setattr(torch.accelerator, "is_available", lambda: False)  # in this one
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -33,7 +33,7 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 def weights(out, name="last.pt"):
-    return torch.load(Path(out) / name, weights_only=True)
+    return torch.load(Path(out) / name, weights_only=True, map_location="cpu")
 
 
 def start(script, *argv, launcher=(sys.executable,)):
