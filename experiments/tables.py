@@ -254,12 +254,10 @@ TABLES = {
     "cifar10-controls": photos(
         "random teachers, the mean map, another image's, the teacher's weights as well",
         rows=(*MAIN, "copy, random teacher", "distillation, random teacher", "copy, mean maps",
-              "copy, other maps", "distillation, mean maps", "teacher's maps and weights"),
+              "copy, other maps", "teacher's maps and weights"),
         against={"copy, mean maps": "attention copy", "copy, other maps": "attention copy",
-                 "distillation, mean maps": "attention distillation",
                  "teacher's maps and weights": "fine-tuning"}, seeds=3,
-        contrasts=INTERACTION | share_of_gain("copy, mean maps", COPY)
-        | share_of_gain("distillation, mean maps", DISTILLATION),
+        contrasts=INTERACTION | share_of_gain("copy, mean maps", COPY),
     ),
     "cifar10-length": photos(
         "the main rows, three times as long", rows=tuple(MAIN), seeds=1,
