@@ -173,6 +173,7 @@ SHORT = {"5,000 labels": {"epochs": 12}}  # for tuning
 at_base = partial(Table, study=DIGITS, points=AT_BASE)
 photos = partial(Table, study=CIFAR, points=AT_PHOTOS)
 LOOKS = "of each layer: shares of attention; divergence, nats; CKA"
+looked = {"find": lambda _, made: {"points": looks(made), "measure": LOOKS}}
 AXES = {"clutter": "digits-clutter", "labels": "digits-labels", "length": "digits-length"}
 TABLES = {
     "digits-tuning": Table(
@@ -225,7 +226,7 @@ TABLES = {
     ),
     "digits-looks": at_base(
         "where rows and teachers look; how like the teacher's are maps and features",
-        rows=tuple(MAIN), find=lambda _, made: {"points": looks(made), "measure": LOOKS},
+        rows=tuple(MAIN), **looked,
     ),
     "digits-ensembles": at_base(
         "pairs of nets and their controls; do they err together?", rows=(*MAIN, *rows.AGAIN),
@@ -258,6 +259,10 @@ TABLES = {
         against={"copy, mean maps": "attention copy", "copy, other maps": "attention copy",
                  "teacher's maps and weights": "fine-tuning"}, seeds=3,
         contrasts=INTERACTION | share_of_gain("copy, mean maps", COPY),
+    ),
+    "cifar10-looks": photos(
+        "how like the teacher's are maps and features; do maps depend on the image?",
+        rows=tuple(MAIN), seeds=5, **looked,
     ),
     "cifar10-length": photos(
         "the main rows, three times as long", rows=tuple(MAIN), seeds=1,

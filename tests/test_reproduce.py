@@ -48,6 +48,7 @@ TABLES = {
     "tuned": tables.Table("", STUDY, (*MAIN, rows.NEAREST), AT, tunes=True),
     "tested": tables.Table("", STUDY, (*MAIN, rows.NEAREST), AT),
     "looks": tables.TABLES["digits-looks"],
+    "looks of photographs": tables.TABLES["cifar10-looks"]._replace(study=STUDY, points=AT),
     "ensembles": tables.TABLES["digits-ensembles"],
     "shift": tables.TABLES["digits-shift"]._replace(points=tables.AT_BASE),
     "digits-tuning": tables.TABLES["digits-tuning"],
@@ -127,6 +128,12 @@ def test_settings_are_chosen_by_validation_and_a_table_is_what_its_runs_found(
         assert table["points"]["24 labels"][row]["interval"] == pytest.approx(cells["interval"])
     assert len(table["commits"][0]) >= 7 and table["seeds"] == [0, 1]
     assert rows.NEAREST in table["points"]["24 labels"]
+
+    (seen,) = reproduced(places, "looks of photographs")
+    seen = seen["points"]["24 labels"]
+    names = {"teacher", "another teacher", "random net", *MAIN}
+    assert seen.keys() == names and not seen["teacher"].keys() & set(looks.KINDS_OF_PATCH)
+    assert_close(seen["attention copy"]["from_mean"], seen["teacher"]["from_mean"])
 
 
 def test_what_is_read_off_runs_is_bounded_by_what_it_must_be(places, ran, tmp_path, monkeypatch):
