@@ -23,6 +23,7 @@ import attention_distill
 import checkpoints
 import finetune
 import pretrain
+import runs
 import storage
 from experiments import variants
 from progress import minutes
@@ -211,6 +212,7 @@ class Runner:
             device = torch.cuda.get_device_name()
         about = {
             "command": f"python -m experiments.reproduce {asked}",
+            "commit": runs.commit(),  # that they were read at
             "commits": sorted(self.commits),  # that the runs were made at
             "device": device,
             "torch": torch.__version__,

@@ -20,6 +20,7 @@ import data
 import digits
 import ensemble
 import runs
+import runs
 import storage
 import teachers
 from augment import Normalise
@@ -127,6 +128,7 @@ def test_settings_are_chosen_by_validation_and_a_table_is_what_its_runs_found(
         assert table["points"]["24 labels"][row]["values"] == cells["values"]
         assert table["points"]["24 labels"][row]["interval"] == pytest.approx(cells["interval"])
     assert len(table["commits"][0]) >= 7 and table["seeds"] == [0, 1]
+    assert table["commit"] == runs.commit()
     assert rows.NEAREST in table["points"]["24 labels"]
 
     (seen,) = reproduced(places, "looks of photographs")
