@@ -20,7 +20,6 @@ import data
 import digits
 import ensemble
 import runs
-import runs
 import storage
 import teachers
 from augment import Normalise
