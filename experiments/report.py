@@ -86,14 +86,18 @@ def difference(cell: dict | None, usual: str) -> str:
 
 
 def along(points: dict[str, dict]) -> str:
+    """Means of the rows, and what they recover; or if none does, their differences."""
     rows = next(iter(points.values()))
-    recovered = [row for row in rows if row != CEILING and "recovery" in rows[row]]
+    what, form, trivial = "recovery", ".2f", CEILING
+    if not any(what in cells for cells in rows.values()):
+        what, form, trivial = "difference", "+.1f", BASELINE
+    asked = [row for row in rows if row != trivial and what in rows[row]]
     lines = [
         [point, *(f"{of_rows[row]['mean']:.1f}" for row in rows),
-         *(shown(of_rows[row]["recovery"], ".2f") for row in recovered)]
+         *(shown(of_rows[row][what], form) for row in asked)]
         for point, of_rows in points.items()
     ]  # fmt: skip
-    return lined(["", *rows, *(f"recovery: {row}" for row in recovered)], lines)
+    return lined(["", *rows, *(f"{what}: {row}" for row in asked)], lines)
 
 
 def of_layers(rows: dict[str, dict[str, dict[str, list]]]) -> str:

@@ -409,6 +409,10 @@ def test_a_table_shows_means_and_intervals():
     assert lines[-1] == "| last − first | +74.46 [+72.55, +76.41] |" and lines[-4] == ""
     assert lines[0] == "|  | from scratch | copy | recovery: copy |"
     assert lines[2] == "| 1 scrap | 74.5 | 74.5 | 2.20 |"
+    rows["copy"].pop("recovery")
+    lines = report.markdown({"points": points}).splitlines()
+    assert lines[0] == "|  | from scratch | copy | difference: copy |"
+    assert lines[2] == "| 1 scrap | 74.5 | 74.5 | +2.2 |"
     one, two = ({"mean": mean, "interval": None} for mean in ([0.5], [0.5, 1]))
     points = {"2 scraps": {"patches": {"digit": one}, "copy": {"digit": two}}}
     lines = report.markdown({"points": points})
