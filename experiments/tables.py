@@ -55,7 +55,7 @@ CIFAR = Study(  # small enough for a CPU: shifts and flips, a tenth of the label
     own_teachers=False,
     seeds=(100,),
     rates=(5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
-    decays=(0.05, 0.3),
+    decays=(0.05, 0.3, 1.0),
     own={
         "from scratch": ("drop_path", (0.0,)),
         "attention copy": ("layers", ("all",)),
