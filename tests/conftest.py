@@ -1,9 +1,8 @@
 import os
 import sys
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # the nets of the tests are tiny: more threads would only wait for each other
+# The nets of the tests are tiny: more threads would only wait for each other.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
 import pytest
