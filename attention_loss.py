@@ -41,8 +41,8 @@ class AttentionLoss(torch.autograd.Function):
         images, heads, tokens, _ = qk[0].shape
         # Maps of 1 MiB fit the cache of a CPU; cuBLAS takes dot products of less than 2^31 numbers.
         most = 2**18 if qk[0].is_cpu else 2**31 - 1
-        piece = max(1, most // (heads * tokens**2))
-        pieces = zip(*(x.split(piece) for x in qk), strict=True)
+        at_a_time = max(1, most // (heads * tokens**2))  # images
+        pieces = zip(*(x.split(at_a_time) for x in qk), strict=True)
         losses, entropies, dq, dk = zip(*(of_a_piece(*piece) for piece in pieces), strict=True)
         ctx.save_for_backward(torch.cat(dq), torch.cat(dk))
         ctx.rows = images * heads * tokens  # over which the mean is taken

@@ -26,7 +26,7 @@ from experiments.jobs import Made
 from settings import Settings
 
 KINDS_OF_PATCH = ("digit", "scrap", "blank")
-AT_A_TIME, IMAGES = 100, 500  # of the test images, those of one place
+AT_A_TIME, IMAGES = 100, 500  # of the test images; of the digits those of one place
 
 
 def looks(made: Made) -> dict:

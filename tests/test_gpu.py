@@ -2,11 +2,9 @@
 
 import launch
 
-import sys
-
 import pytest
 import torch
-from test_runs import ROOT, TORCHRUN, assert_same, log_of, run_here, start, weights
+from test_runs import ROOT, TORCHRUN, assert_same, log_of, run_here, start, stopped, weights
 
 import attention_copy
 import attention_distill
@@ -20,7 +18,8 @@ from learner import Learner
 from related import linear_attention, reminders
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
-SHORT = "--epochs 2 --warmup 1 --batch 50 --amp off --num-labels 300 --eval-every 2".split()
+BRIEF = "--epochs 2 --warmup 1 --batch 50 --amp off".split()
+SHORT = [*BRIEF, "--num-labels", "300", "--eval-every", "2"]
 PHOTOS = "--teacher none --amp off --compile off --drop-path 0 --random-erase 0".split()
 LIMITED = """
 import sys
@@ -55,7 +54,7 @@ def assert_close(out, other):
 def test_a_run_is_what_it_is_on_a_cpu(script, argv, tmp_path):
     if "taught/model.pt" in argv:
         run_here(finetune, *SHORT, "--device", "cpu", "--out", "taught")
-    same = SHORT[:-4] if script is reminders else SHORT
+    same = BRIEF if script is reminders else SHORT  # scenes have no labels to count
     for device in ("cpu", "cuda"):
         run_here(script, *same, *argv, "--device", device, "--out", tmp_path / device)
     assert_close(tmp_path / "cuda", tmp_path / "cpu")
@@ -97,18 +96,12 @@ def test_attention_and_its_loss_are_those_in_double_precision(tokens, width, dty
             assert (ours - expected).norm() <= close * expected.norm(), name
 
 
-def test_on_a_machine_with_a_gpu_processes_can_train_on_its_cpu(tmp_path):
-    argv = [*SHORT, "--teacher", "none", "--device", "cpu", "--out"]
-    run = start("finetune.py", *argv, tmp_path / "two", launcher=TORCHRUN)
-    _, errors = run.communicate(timeout=120)
-    assert run.returncode == 0, errors
-    run_here(finetune, *argv, tmp_path / "one")
-    assert_close(tmp_path / "two", tmp_path / "one")
-
-
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU here")
-def test_two_gpus_train_to_the_weights_of_one(tmp_path):
-    argv = [*SHORT, "--out"]
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
+    torch.cuda.device_count() < 2, reason="there is one GPU here"
+))])  # fmt: skip
+def test_two_processes_train_to_the_weights_of_one(device, tmp_path):
+    """On the CPU of a machine with GPUs as well."""
+    argv = [*SHORT, "--device", device, "--out"]
     run = start("attention_distill.py", *argv, tmp_path / "two", launcher=TORCHRUN)
     _, errors = run.communicate(timeout=120)
     assert run.returncode == 0, errors
@@ -158,15 +151,10 @@ def test_killed_and_resumed(tmp_path, monkeypatch):
     run_here(attention_distill, *argv, tmp_path / "whole")
     save = train.save_state
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "save_state", lambda *of: (save(*of), stop(of[1].done == 6)))
+        patch.setattr(train, "save_state", lambda *of: (save(*of), stopped(of[1].done == 6)))
         run_here(attention_distill, *argv, tmp_path / "cut")
     run_here(attention_distill, *argv, tmp_path / "cut", "--resume")
     assert_close(tmp_path / "cut", tmp_path / "whole")
-
-
-def stop(now: bool) -> None:
-    if now:
-        raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("gib, micro_batch, words", [
@@ -181,7 +169,7 @@ def test_a_memory_that_is_too_small(gib, micro_batch, words, small, tmp_path):
     argv = [*small, *PHOTOS, "--batch", "24", "--image-size", "224", "--patch", "16"]
     argv += ["--model", "small", "--out"]
     more = ["--micro-batch", micro_batch]
-    run = start(driver, *argv, tmp_path / "little", *more, launcher=(sys.executable,))
+    run = start(driver, *argv, tmp_path / "little", *more)
     text, errors = run.communicate(timeout=120)
     if micro_batch or gib < 0.5:
         lines = errors.strip().splitlines()
