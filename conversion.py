@@ -44,6 +44,7 @@ RENAMED = [
         (r"\.mlp\.w2\.", ".mlp.fc1_x."),
         (r"^heads\.head\.", "head."),
         # families
+        (r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),  # DINOv2's code may keep them in chunks
         (r"^ln_pre\.", "norm_pre."),
         (r"^(register_tokens|storage_tokens)$", "reg_token"),
         (r"\.gamma_([12])$", r".ls\1.gamma"),

@@ -24,6 +24,8 @@ SIZES = SIZES | {
     "medium": (512, 12, 8),
     "huge+": (1280, 32, 20),
     "giant": (1536, 40, 24),
+    "2b": (2688, 24, 21),  # Web-DINO's and Web-MAE's
+    "3b": (3072, 26, 24),
     "so400m": (1152, 27, 16),
 }
 
@@ -62,8 +64,16 @@ FAMILIES = (
     Family("Web-MAE", "nothing", NO_COMMERCE, "github.com/facebookresearch/webssl", """
         webssl_mae300m_full2b_224 large 16 224 webssl_mae300m_full2b_224.pth
         webssl_mae700m_full2b_224 huge 14 224 webssl_mae700m_full2b_224.pth
-        webssl_mae1b_full2b_224 giant 14 224 webssl_mae1b_full2b_224.pth""",
+        webssl_mae1b_full2b_224 giant 14 224 webssl_mae1b_full2b_224.pth
+        webssl_mae2b_full2b_224 2b 14 224 webssl_mae2b_full2b_224.pth
+        webssl_mae3b_full2b_224 3b 14 224 webssl_mae3b_full2b_224.pth""",
         files=FAIR + "webssl/"),
+    Family("Web-DINO", "LayerScale, SwiGLU", NO_COMMERCE, "github.com/facebookresearch/webssl", """
+        webssl_dino300m_full2b_224 large 14 224 webssl_dino300m_full2b_224.pth
+        webssl_dino1b_full2b_224 giant 14 224 webssl_dino1b_full2b_224.pth
+        webssl_dino2b_full2b_224 2b 14 224 webssl_dino2b_full2b_224.pth
+        webssl_dino3b_full2b_224 3b 14 224 webssl_dino3b_full2b_224.pth""",
+        dict(layer_scale=1e-5), resize=Resize(offset=0.1), files=FAIR + "webssl/"),
     Family("DINO", "nothing", FREE, "github.com/facebookresearch/dino", """
         vit_small_patch16_224.dino small 16 224
         vit_small_patch8_224.dino small 8 224

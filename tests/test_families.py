@@ -208,6 +208,17 @@ def test_moco_v3_is_found_within_the_state_of_its_training(small, tmp_path):
     assert_alike(ours, net, 224)
 
 
+def test_web_dino_in_its_authors_names(small, tmp_path):
+    net, theirs = timms("vit_giant_patch14_dinov2.lvd142m", img_size=224), {}
+    for key, value in net.state_dict().items():
+        for i in range(SMALL["depth"]):
+            key = key.replace(f"blocks.{i}.", f"blocks.{i}.{i}.")  # each in a chunk of its own
+        theirs[key.replace("fc1", "w12").replace("fc2", "w3")] = value
+    path = tmp_path / "webssl_dino300m_full2b_224.pth"
+    torch.save(theirs | {"mask_token": torch.zeros(1, 48)}, path)
+    assert_alike(load(read(path), classes=0).eval(), net, 224)
+
+
 def test_clip_in_its_authors_names(small, tmp_path):
     name = "vit_base_patch32_clip_quickgelu_224.openai"
     net, theirs = timms(name), {}
