@@ -1,11 +1,11 @@
-"""Attention whose queries and keys go out, and into which another ViT's may come.
+"""Attention that returns its queries and keys, and can use another ViT's instead.
 
 Queries and keys decide *where* a ViT looks, its attention map:
 
-    map = softmax(q k' / sqrt(d) + bias)      (B, H, N, N): for each query a distribution over keys
+    map = softmax(q @ k.mT / sqrt(d) + bias)  (B, H, N, N): for each query a distribution over keys
     out = map @ v                             what is there
 
-Everything this repository does with attention is built on this one seam (vit.py walks over it).
+All methods here are built on this: take a block's q and k, or give it another net's (see vit.py).
 """
 
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from positions import ALL, Places, RelativePositions, rotate
 
 
 class Attended(NamedTuple):
-    """What a block attended with. In a loan, q, k or v that is None stays the block's own."""
+    """What a block attended with, or is lent; lent None: the block computes its own."""
 
     q: Tensor | None = None  # (B, H, N, d)
     k: Tensor | None = None  # (B, H, N, d)
@@ -37,7 +37,7 @@ def lend_map(p: Tensor) -> Attended:
 
 
 def attention_scores(attended: Attended) -> Tensor:
-    """q k' / sqrt(d) + bias: (B, H, N, N)."""
+    """q @ k.mT / sqrt(d) + bias: (B, H, N, N)."""
     q, k, _, bias = attended
     scores = q * q.shape[-1] ** -0.5 @ k.mT
     return scores if bias is None else scores + bias
@@ -91,7 +91,7 @@ class Attention(nn.Module):
         return self.proj(rearrange(y, "b h n d -> b n (h d)")), attended
 
     def complete(self, x: Tensor, given: Attended, places: Places = ALL) -> Attended:
-        """`given`, with what it lacks computed from the tokens (a bias for its own map)."""
+        """`given`, with missing q, k, v computed from x. A lent map brings its own bias."""
         lacking = [part for part in range(3) if given[part] is None]
         if not lacking:
             return given

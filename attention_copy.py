@@ -3,7 +3,7 @@
 Li et al., NeurIPS 2024, section 3. The frozen teacher runs beside the student,
 which uses the teacher's attention maps instead of its own:
 
-    student:  y = softmax(q_T k_T' / sqrt(d)) v_S      map of T, values of S
+    student:  y = softmax(q_T @ k_T.mT / sqrt(d)) @ v_S   T: teacher, S: student
 
 All else (values, MLPs, embeddings, head) the student learns from scratch. The
 teacher is needed at test time too.
@@ -56,16 +56,16 @@ def loss(student: ViT, images, labels, teacher, layers, settings: Settings):
     return {"class": F.cross_entropy(logits, labels, label_smoothing=settings.smoothing)}, {}
 
 
-def task(settings: Settings, images: data.Data | None = None) -> train.Task:
-    """Everything that train.fit needs. `images`: others than those that the settings name."""
-    teacher, student, layers, images, source = teacher_and_student(settings, images)
+def task(settings: Settings, dataset: data.Data | None = None) -> train.Task:
+    """Everything that train.fit needs. `dataset`: used instead of what the settings name."""
+    teacher, student, layers, dataset, source = teacher_and_student(settings, dataset)
     for i in layers:
-        if student.blocks[i].attn.relative:  # positions of maps that it never makes
+        if student.blocks[i].attn.relative:  # its own maps are unused: no gradient
             student.blocks[i].attn.relative.requires_grad_(False)
     return train.Task(
         "copy",
         student,
-        images,
+        dataset,
         loss=partial(loss, teacher=teacher, layers=layers, settings=settings),
         predict=partial(predict, teacher=teacher, layers=layers),
         export=partial(checkpoints.export, teacher=teacher, layers=layers),

@@ -61,15 +61,15 @@ def loss(student: ViT, images, labels, teacher, layers, settings: Settings):
     return terms, {"kl": divergence / len(layers)}  # in nats: 0 where the maps agree
 
 
-def task(settings: Settings, images: data.Data | None = None) -> train.Task:
-    """Everything that train.fit needs. `images`: others than those that the settings name."""
-    teacher, student, layers, images, source = teacher_and_student(settings, images)
+def task(settings: Settings, dataset: data.Data | None = None) -> train.Task:
+    """Everything that train.fit needs. `dataset`: used instead of what the settings name."""
+    teacher, student, layers, dataset, source = teacher_and_student(settings, dataset)
     # As HASTE does, which found that it helps diffusion transformers (Wang et al., NeurIPS 2025).
     later = (settings.until, partial(finetune.loss, settings=settings)) if settings.until else None
     return train.Task(
         "distill",
         student,
-        images,
+        dataset,
         loss=partial(loss, teacher=teacher, layers=layers, settings=settings),
         predict=finetune.predict,
         teacher=source,

@@ -6,7 +6,7 @@ from torch import Tensor
 from attention import Attended, attention_map, attention_scores
 
 
-def attention_loss_defined(student: Attended, teacher: Attended) -> Tensor:
+def attention_loss_plain(student: Attended, teacher: Attended) -> Tensor:
     """Cross-entropy of the student's attention maps relative to the teacher's.
 
     Mean over images, heads and queries, in nats (Li et al., NeurIPS 2024, section 3). Not the KL
@@ -17,23 +17,24 @@ def attention_loss_defined(student: Attended, teacher: Attended) -> Tensor:
 
 
 def attention_loss(student: Attended, teacher: Attended) -> tuple[Tensor, Tensor]:
-    """The same, and the entropy of the teacher's maps, which is its floor: what training calls.
+    """For training: the same loss, and its floor, the entropy of the teacher's maps.
 
     Their difference is the KL divergence, 0 where the maps agree. The entropy has no gradient.
     """
     if student.bias is None and teacher.bias is None:
         return AttentionLoss.apply(student.q, student.k, teacher.q, teacher.k)
     entropy = torch.special.entr(attention_map(teacher)).sum(dim=-1).mean()
-    return attention_loss_defined(student, teacher), entropy.detach()
+    return attention_loss_plain(student, teacher), entropy.detach()
 
 
 class AttentionLoss(torch.autograd.Function):
     """The loss and its gradient in one go, so that no (N, N) map is kept until the backward pass.
 
-    Behind softmax, its gradient needs nothing but the two maps: with scores s = q k' / sqrt(d),
+    The gradient needs only the two maps (S: student, T: teacher). With the student's scores
+    s = q @ k.mT / sqrt(d), and before the mean is taken,
 
-        d loss / d s = P_S - P_T, so   d loss / d q = (P_S - P_T) k  / sqrt(d)
-                                       d loss / d k = (P_S - P_T)' q / sqrt(d)
+        d loss / d s = P_S - P_T, so   d loss / d q = (P_S - P_T) @ k    / sqrt(d)
+                                       d loss / d k = (P_S - P_T).mT @ q / sqrt(d)
     """
 
     @staticmethod
@@ -58,7 +59,7 @@ class AttentionLoss(torch.autograd.Function):
 
 
 def of_a_piece(q: Tensor, k: Tensor, q_t: Tensor, k_t: Tensor) -> tuple[Tensor, ...]:
-    """Sums of the cross-entropy and of the teacher's entropy, and gradients but for a factor."""
+    """Sums of the cross-entropy and of the teacher's entropy; unscaled d loss / dq, d loss / dk."""
     # The difference of two maps would be too coarse in bf16.
     precise = torch.promote_types(q.dtype, torch.float32)
     p_t = attention_scores(Attended(q_t, k_t)).softmax(dim=-1, dtype=precise)

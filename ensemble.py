@@ -71,34 +71,34 @@ def score(models: list[Model], settings: Settings) -> dict:
     settings = models[0].checkpoint.images(settings)
     members, total, first = [], 0, None
     for model in models:
-        p, labels, images = probabilities(model, settings, device)
+        p, labels, dataset = probabilities(model, settings, device)
         path, method = model.checkpoint.source, model.checkpoint.method
         if model.checkpoint.images(settings).holdout not in (0, settings.holdout):
             print(f"note: {path} held out other images: some that it is scored on it learned from")
-        if first not in (None, images.classes):
+        if first not in (None, dataset.classes):
             before = members[0]["checkpoint"]
             raise ValueError(f"{path} was evaluated on other classes than {before}")
-        first, total = images.classes, total + p
+        first, total = dataset.classes, total + p
         found = top1(p.argmax(dim=-1), labels)
         members.append({"checkpoint": path, "method": method, "top1": found})
         if settings.real:
-            members[-1]["real_top1"] = real_top1(p, images, settings.real)
+            members[-1]["real_top1"] = real_top1(p, dataset, settings.real)
     about = {"data": settings.data, "part": settings.part, "images": len(labels)}
     about |= {"members": members, "ensemble_top1": top1(total.argmax(dim=-1), labels)}
     if settings.real:
-        about["ensemble_real_top1"] = real_top1(total, images, settings.real)
+        about["ensemble_real_top1"] = real_top1(total, dataset, settings.real)
     return about
 
 
 @torch.no_grad()
 def probabilities(model: Model, settings: Settings, device) -> tuple[Tensor, Tensor, data.Data]:
-    """Class probabilities (images, classes) of a model, labels (images,), and the images."""
-    images = images_for(model, settings, device)
-    columns = torch.tensor(columns_of(images.classes, model, settings), device=device)
+    """Class probabilities (images, classes) of a model, labels (images,), and the dataset."""
+    dataset = dataset_for(model, settings, device)
+    columns = torch.tensor(columns_of(dataset.classes, model, settings), device=device)
     parts, labels = [], []
     amp = settings.amp or model.checkpoint.settings.get("amp", "auto")
     mixed = autocast(amp, model.net)
-    for batch, theirs in getattr(images, settings.part).in_order(settings.batch):
+    for batch, theirs in getattr(dataset, settings.part).in_order(settings.batch):
         with mixed:
             logits = model(batch)
         parts.append(logits.float()[:, columns].softmax(dim=-1).cpu())
@@ -106,10 +106,10 @@ def probabilities(model: Model, settings: Settings, device) -> tuple[Tensor, Ten
         if not logits.isfinite().all():
             source = model.checkpoint.source
             raise ValueError(f"{source} gives logits that are not finite: its training diverged")
-    return torch.cat(parts), torch.cat(labels), images
+    return torch.cat(parts), torch.cat(labels), dataset
 
 
-def images_for(model: Model, settings: Settings, device) -> data.Data:
+def dataset_for(model: Model, settings: Settings, device) -> data.Data:
     """The test images at the size and with the normalisation that the model was trained with."""
     config, source = model.net.config, model.checkpoint.source
     if not config.classes:
@@ -117,14 +117,14 @@ def images_for(model: Model, settings: Settings, device) -> data.Data:
             f"{source} has no head: fine-tune it, or transfer its attention, before evaluation"
         )
     settings = settings.but(image_size=config.image_size)
-    images = data.load(settings, device, train=False)
-    if images.channels != config.channels:
+    dataset = data.load(settings, device, train=False)
+    if dataset.channels != config.channels:
         raise ValueError(
             f"{source} takes images of {config.channels} channels, "
-            f"--data {settings.data} has {images.channels}"
+            f"--data {settings.data} has {dataset.channels}"
         )
-    images.adopt(model.checkpoint)
-    return images
+    dataset.adopt(model.checkpoint)
+    return dataset
 
 
 def columns_of(classes: list[str], model: Model, settings: Settings) -> list[int]:
@@ -152,7 +152,7 @@ VALIDATION = re.compile(r"ILSVRC2012_val_(\d{8})")
 BY_NUMBER = {str(i) for i in range(1000)}  # as ImageNet-V2 calls ImageNet's classes
 
 
-def real_top1(p: Tensor, images: data.Data, path: str) -> float:
+def real_top1(p: Tensor, dataset: data.Data, path: str) -> float:
     """How often the likeliest class is one of those that are to be seen (Beyer et al. 2020).
 
     `path`: a list of lists of classes, in the order of the numbers of the validation images; those
@@ -160,12 +160,12 @@ def real_top1(p: Tensor, images: data.Data, path: str) -> float:
     """
     if p.shape[1] != 1000:
         raise ValueError(f"--real {path}: these images are of {p.shape[1]} classes, not of 1000")
-    order = images.classes  # of the columns; by WordNet id it is ImageNet's
+    order = dataset.classes  # of the columns; by WordNet id it is ImageNet's
     numbers = [int(name) for name in order] if set(order) == BY_NUMBER else range(1000)
     found = [numbers[i] for i in p.argmax(dim=-1).tolist()]
     try:
         labels = json.loads(Path(path).read_text())
-        files = [VALIDATION.fullmatch(Path(name).stem) for name in images.test.source.names]
+        files = [VALIDATION.fullmatch(Path(name).stem) for name in dataset.test.source.names]
         seen = [labels[int(file[1]) - 1] for file in files]
         right = [best in many for best, many in zip(found, seen, strict=True) if many]
         return 100 * sum(right) / len(right)

@@ -244,11 +244,17 @@ def size(model: str) -> tuple[int, int, int]:
     )
 
 
-def sizes(settings, images) -> Config:
-    """The ViT that --model, --patch and --components ask for, for these images (data.Data)."""
+def sizes(settings, dataset) -> Config:
+    """The ViT that --model, --patch and --components ask for, for a data.Data."""
     dim, depth, heads = size(settings.model)
     plain = Config(
-        images.image_size, settings.patch, images.channels, len(images.classes), dim, depth, heads
+        image_size=dataset.image_size,
+        patch=settings.patch,
+        channels=dataset.channels,
+        classes=len(dataset.classes),
+        dim=dim,
+        depth=depth,
+        heads=heads,
     )
     return replace(plain, **components(settings.components))
 

@@ -49,51 +49,53 @@ def loss(net: vit.ViT, images, labels, settings: Settings):
     return {"class": F.cross_entropy(net(images), labels, label_smoothing=settings.smoothing)}, {}
 
 
-def task(settings: Settings, images: data.Data | None = None) -> train.Task:
-    """Everything that train.fit needs. `images`: others than those that the settings name."""
+def task(settings: Settings, dataset: data.Data | None = None) -> train.Task:
+    """Everything that train.fit needs. `dataset`: used instead of what the settings name."""
     device = launch.device(settings.device)
     if settings.teacher == "random":
         raise ValueError(
             "--teacher random: fine-tuning random weights is training from scratch, --teacher none"
         )
     teachers.check(settings)
-    images = images or data.load(settings, device)
-    sizes = families.sizes(settings, images)
+    dataset = dataset or data.load(settings, device)
+    sizes = families.sizes(settings, dataset)
     sizes.check()  # before a teacher is made or fetched
-    teacher = teachers.find(settings, images)
+    teacher = teachers.find(settings, dataset)
     torch.manual_seed(settings.seed)
     if teacher:
-        images.adopt(teacher)
-        net = from_teacher(teacher, settings, images)
+        dataset.adopt(teacher)
+        net = from_teacher(teacher, settings, dataset)
     else:
         net = vit.ViT(sizes, settings.drop_path)
     return train.Task(
         "finetune" if teacher else "scratch",
         net.to(device),
-        images,
+        dataset,
         loss=partial(loss, settings=settings),
         predict=predict,
         teacher=teacher,
     )
 
 
-def from_teacher(teacher: checkpoints.Checkpoint, settings: Settings, images: data.Data) -> vit.ViT:
+def from_teacher(
+    teacher: checkpoints.Checkpoint, settings: Settings, dataset: data.Data
+) -> vit.ViT:
     """The teacher with a new head; --model and --patch must not say another architecture."""
     net = checkpoints.load(
         teacher,
-        image_size=images.image_size,
-        classes=len(images.classes),
+        image_size=dataset.image_size,
+        classes=len(dataset.classes),
         drop_path=settings.drop_path,
     )
     teachers.check_components(settings, net.config)
-    config, asked = net.config, (*families.size(settings.model), settings.patch, images.channels)
+    config, asked = net.config, (*families.size(settings.model), settings.patch, dataset.channels)
     if (config.dim, config.depth, config.heads, config.patch, config.channels) != asked:
         raise ValueError(
             f"{teacher.source} has width {config.dim}, depth {config.depth}, {config.heads} "
             f"heads, patch {config.patch} and {config.channels} channels, unlike --model "
             f"{settings.model} --patch {settings.patch} --data {settings.data}: change these"
         )
-    nn.init.trunc_normal_(net.head.weight, std=2e-5)  # MAE: do not shake what is already good
+    nn.init.trunc_normal_(net.head.weight, std=2e-5)  # as MAE: small, to spare the rest at first
     return net
 
 

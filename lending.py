@@ -1,7 +1,7 @@
 """A teacher for a student that is not quite like it: other layers, heads or tokens are matched.
 
-Where both are alike a teacher lends by itself (vit.ViT.queries_keys). A Lender answers the same
-question, so that no method knows which of the two it has.
+Where both are alike a teacher lends by itself (vit.ViT.queries_keys). A Lender has the same method,
+so callers need not know which of the two they have.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -21,10 +21,10 @@ class Lender:
     """What `teacher` attends with, as a student can take it."""
 
     teacher: ViT
-    layers: dict[int, int]  # of the student: of the teacher, both ascending
-    heads: Sequence[int] = ()  # of the teacher, one for each of the student's (none: as they stand)
-    together: int = 0  # heads of the student, that all take one map, of all heads (0: not so)
-    registers: int = 0  # of the teacher, that the student lacks
+    layers: dict[int, int]  # student layer -> teacher layer, both ascending
+    heads: Sequence[int] = ()  # teacher head for each student head (empty: same order)
+    together: int = 0  # number of student heads that share one merged map (0: no merging)
+    registers: int = 0  # of the teacher, which the student lacks
 
     def queries_keys(
         self, images: Tensor, layers: Collection[int], drop_path_mask: Tensor | None = None

@@ -164,25 +164,25 @@ def sincos(side: int, dim: int) -> Tensor:
     return torch.cat([torch.zeros(1, dim), grid])[None].float()
 
 
-def build(settings: Settings, images: data.Data) -> MAE:
+def build(settings: Settings, dataset: data.Data) -> MAE:
     torch.manual_seed(settings.seed)
-    encoder = vit.ViT(replace(families.sizes(settings, images), classes=0))
+    encoder = vit.ViT(replace(families.sizes(settings, dataset), classes=0))
     decoder = settings.decoder_dim, settings.decoder_depth, settings.decoder_heads
     return MAE(encoder, settings.mask_ratio, *decoder, settings.norm_pix_loss)
 
 
 def export(mae: MAE) -> dict:
-    """The encoder alone, under MAE's names: its last norm is not the one before a head."""
+    """The encoder alone. MAE calls its last norm `norm`; `fc_norm` precedes a head."""
     weights = {k.replace("fc_norm", "norm"): v for k, v in mae.encoder.state_dict().items()}
     return checkpoints.export(mae.encoder) | {"model": weights}
 
 
-def task(settings: Settings, images: data.Data | None = None) -> train.Task:
-    """Everything that train.fit needs. `images`: others than those that the settings name."""
+def task(settings: Settings, dataset: data.Data | None = None) -> train.Task:
+    """Everything that train.fit needs. `dataset`: used instead of what the settings name."""
     device = launch.device(settings.device)
-    images = images or data.load(settings, device)
-    mae = build(settings, images).to(device)
-    return train.Task("pretrain", mae, images, loss=loss, export=export)
+    dataset = dataset or data.load(settings, device)
+    mae = build(settings, dataset).to(device)
+    return train.Task("pretrain", mae, dataset, loss=loss, export=export)
 
 
 def main(settings: Settings) -> dict | None:
@@ -195,12 +195,12 @@ def main(settings: Settings) -> dict | None:
 # Pictures of what it learned ----------------------------------------------------------------------
 
 
-def trained(settings: Settings, images: data.Data) -> MAE:
+def trained(settings: Settings, dataset: data.Data) -> MAE:
     """The masked autoencoder of a run, with its decoder. FileNotFoundError if there is no run."""
     last = runs.folder(settings, "pretrain") / "last.pt"
     if not last.is_file():
         raise FileNotFoundError(f"no run at {last}: pre-train first, or say where with --out")
-    mae = build(settings, images)
+    mae = build(settings, dataset)
     try:
         state = storage.read(last)
         mae.load_state_dict(state["net"])
@@ -215,9 +215,9 @@ def trained(settings: Settings, images: data.Data) -> MAE:
 def show(settings: Settings) -> None:
     launch.one_process()
     device = launch.device(settings.device)
-    images = data.load(settings, device)
-    mae = trained(settings, images).to(device)
-    figure = reconstruct(mae, next(images.val.in_order(8))[0], images.normalization)
+    dataset = data.load(settings, device)
+    mae = trained(settings, dataset).to(device)
+    figure = reconstruct(mae, next(dataset.val.in_order(8))[0], dataset.normalization)
     pictures.save(figure, Path(settings.reconstruct))
     launch.print0(f"wrote {settings.reconstruct}")
 

@@ -32,15 +32,15 @@ def folder(settings: Settings, name: str) -> Path:
     return Path(settings.out or f"runs/{name}-{settings.data}-{model}-s{settings.seed}")
 
 
-def identity(name: str, images: Data, teacher: Checkpoint | None, settings: Settings) -> dict:
+def identity(name: str, dataset: Data, teacher: Checkpoint | None, settings: Settings) -> dict:
     """What a run is: with anything of it changed it would be another run."""
     shaping = {k: v for k, v in vars(settings).items() if k not in FREE}
-    about = {"method": name, "classes": images.classes, "images": images.available}
-    about["images_fingerprint"], about["tested_on"] = images.fingerprint, images.test_fingerprint
-    about["images_per_step"] = images.train.batch  # of --batch 0: it follows the processes
-    about["one_tensor"] = isinstance(images.train.source, Tensors)  # of files: it follows --memory
-    if images.normalization != KINDS[settings.data].normalization:  # but the teacher's
-        about["normalization"] = images.normalization
+    about = {"method": name, "classes": dataset.classes, "images": dataset.available}
+    about["images_fingerprint"], about["tested_on"] = dataset.fingerprint, dataset.test_fingerprint
+    about["images_per_step"] = dataset.train.batch  # of --batch 0: it follows the processes
+    about["one_tensor"] = isinstance(dataset.train.source, Tensors)  # of files: it follows --memory
+    if dataset.normalization != KINDS[settings.data].normalization:  # but the teacher's
+        about["normalization"] = dataset.normalization
     return about | {"teacher_weights": teacher and teacher.fingerprint} | shaping
 
 

@@ -33,10 +33,10 @@ NAMED = ("auto", "pretrain", "mae", "random", "none")
 SHIPPED = Path(__file__).parent / "weights"  # made by experiments/ship.py
 
 
-def find(settings: Settings, images: data.Data) -> Checkpoint | None:
+def find(settings: Settings, dataset: data.Data) -> Checkpoint | None:
     """The checkpoint that --teacher names, a word or a path or URL; None for random and none.
 
-    pretrain is a ViT pre-trained here on `images`, made first if it is not there yet. auto is one
+    pretrain is a ViT pre-trained here on `dataset`, made first if it is not there yet. auto is one
     that comes with this repository, if there is one for these images and this net; for ImageNet,
     where pre-training takes days, MAE's published one; else pretrain.
     """
@@ -47,7 +47,7 @@ def find(settings: Settings, images: data.Data) -> Checkpoint | None:
     if settings.teacher == "auto" and (file := shipped(settings)):
         return checkpoints.read(file)
     if settings.teacher in ("auto", "pretrain"):
-        model = pretrained(settings, images)
+        model = pretrained(settings, dataset)
         try:
             return checkpoints.read(model)
         except ValueError as error:
@@ -106,13 +106,13 @@ def check(settings: Settings) -> None:
         )
 
 
-def pretrained(settings: Settings, images: data.Data) -> Path:
+def pretrained(settings: Settings, dataset: data.Data) -> Path:
     """The model.pt of a teacher for these settings and images, pre-trained now if need be."""
     net = {name: getattr(settings, name) for name in ("model", "patch", "components")}
-    return make("pretrain", pretrain, settings, images, num_labels=0, subset_seed=-1, **net)
+    return make("pretrain", pretrain, settings, dataset, num_labels=0, subset_seed=-1, **net)
 
 
-def make(name: str, script, settings: Settings, images: data.Data, **changes) -> Path:
+def make(name: str, script, settings: Settings, dataset: data.Data, **changes) -> Path:
     """The model.pt of a script's own recipe on these images, trained now if need be.
 
     One that was made otherwise is left alone: the new one goes to a folder beside it.
@@ -120,7 +120,7 @@ def make(name: str, script, settings: Settings, images: data.Data, **changes) ->
     shared = (*IMAGES, "seed", "device", "amp", "compile", "save_every")
     own = script.parse(["--data", settings.data])
     own = own.but(**{k: v for k, v in vars(settings).items() if k in shared}).but(**changes)
-    wanted = what_counts(runs.identity(name, images, None, own))
+    wanted = what_counts(runs.identity(name, dataset, None, own))
     out = runs.folder(own, name)
     found = runs.what_is_in(out)
     if found is not None and (odd := runs.differences(what_counts(found), wanted)):
@@ -154,10 +154,10 @@ def what_counts(run: dict) -> dict:
     return {k: v for k, v in run.items() if k not in others}
 
 
-def teacher_and_student(settings: Settings, images: data.Data | None = None):
+def teacher_and_student(settings: Settings, dataset: data.Data | None = None):
     """A frozen lender of maps, a random student, layers to transfer, images normalised for both.
 
-    And the checkpoint of the teacher (None for a random one). `images`: others than those that the
+    And the checkpoint of the teacher (None for a random one). `dataset`: used instead of what the
     settings name. All that can be wrong is found before a teacher is made or fetched.
     """
     if settings.teacher == "none":
@@ -168,14 +168,14 @@ def teacher_and_student(settings: Settings, images: data.Data | None = None):
     device = launch.device(settings.device)
     check(settings)
     layers = parse_layers(settings.layers, families.size(settings.model)[1])
-    images = images or data.load(settings, device)
-    sizes = families.sizes(settings, images)
+    dataset = dataset or data.load(settings, device)
+    sizes = families.sizes(settings, dataset)
     sizes.check()
     checkpoint, teacher = None, None
     if settings.teacher != "random":
-        checkpoint = find(settings, images)
-        teacher = checkpoints.load(checkpoint, image_size=images.image_size, classes=0)
-        images.adopt(checkpoint)
+        checkpoint = find(settings, dataset)
+        teacher = checkpoints.load(checkpoint, image_size=dataset.image_size, classes=0)
+        dataset.adopt(checkpoint)
         check_components(settings, teacher.config)
     torch.manual_seed(settings.seed)
     config = student_of(teacher.config if teacher else sizes, sizes, settings.student)
@@ -190,7 +190,7 @@ def teacher_and_student(settings: Settings, images: data.Data | None = None):
         print0("note: the maps are cut to the tokens of both, less the teacher's registers")
     if settings.drop_path and settings.share_drops and teacher.config.depth != config.depth:
         print0("note: the student drops paths alone: its teacher has another depth")
-    return whose, student.to(device), layers, images, checkpoint
+    return whose, student.to(device), layers, dataset, checkpoint
 
 
 def check_components(settings: Settings, theirs: vit.Config) -> None:

@@ -62,21 +62,21 @@ def fit(task: Task, settings: Settings) -> dict:
 
 
 def train(task: Task, settings: Settings, out: Path) -> dict:
-    images, size = task.data.train, task.data.image_size
-    per_epoch = len(images) // images.batch
+    train_set, size = task.data.train, task.data.image_size
+    per_epoch = len(train_set) // train_set.batch
     steps, warmup = settings.epochs * per_epoch, round(settings.warmup * per_epoch)
-    peak, floor = scaled_rates(settings, images.batch)
+    peak, floor = scaled_rates(settings, train_set.batch)
     run = runs.identity(task.name, task.data, task.teacher, settings)
     state = runs.begin(out, settings, run)
     learner, rows, seconds = Learner(task.net, task.loss, settings, steps), [], 0.0
-    seen = None  # the latest predictions of the validation images
+    predicted = None  # classes of the validation images, latest, and their labels
     task.net.train()
-    learner.find_micro_batch(images.batch // world(), (task.data.channels, size, size))
+    learner.find_micro_batch(train_set.batch // world(), (task.data.channels, size, size))
     introduce(task, learner, out, peak)
     if state:
         rows, seconds = take_up(learner, state, steps, per_epoch, out)
     check_agreement(learner)
-    clock = Clock(learner.done, steps, images.batch, seconds)
+    clock = Clock(learner.done, steps, train_set.batch, seconds)
     if not state:  # only now, when nothing is refused any more
         runs.clear(out)
     runs.describe(out, run, settings, next(task.net.parameters()).device)
@@ -86,7 +86,7 @@ def train(task: Task, settings: Settings, out: Path) -> dict:
         for epoch in range(learner.done // per_epoch, settings.epochs):
             if task.later and epoch >= task.later[0]:
                 learner.turn_to(task.later[1])
-            for batch in images.epoch(epoch, start=learner.done % per_epoch):
+            for batch in train_set.epoch(epoch, start=learner.done % per_epoch):
                 rate = learning_rate(learner.done, steps, warmup, peak, floor)
                 learner.learn(*batch, rate)
                 if clock.a_second_passed():
@@ -102,7 +102,7 @@ def train(task: Task, settings: Settings, out: Path) -> dict:
             row |= clock.row(learner.done)
             if task.predict and validation_due(epoch, settings):
                 with clock.evaluating():
-                    scores, seen = validate(task, learner, settings)
+                    scores, predicted = validate(task, learner, settings)
                 row |= scores
             rows.append(row)
             learner.terms, learner.diagnostics = {}, {}
@@ -112,7 +112,7 @@ def train(task: Task, settings: Settings, out: Path) -> dict:
             if clock.a_minute_passed():
                 draw(out, rows)
 
-    return finish(task, learner, rows, seen, settings, out)
+    return finish(task, learner, rows, predicted, settings, out)
 
 
 def take_up(learner: Learner, state: dict, steps: int, per_epoch: int, out: Path):
@@ -144,16 +144,19 @@ def check_agreement(learner: Learner) -> None:
         )
 
 
-def finish(task: Task, learner: Learner, rows: list, seen, settings: Settings, out: Path) -> dict:
-    """Tests what was trained, and writes model.pt. `seen`: the predictions of the validation."""
-    shared, result, found = learner.average or task.net, dict(rows[-1]), {}
+def finish(
+    task: Task, learner: Learner, rows: list, predicted, settings: Settings, out: Path
+) -> dict:
+    """Tests what was trained, and writes model.pt. `predicted`: what `validate` returned of it."""
+    final, result, found = learner.average or task.net, dict(rows[-1]), {}
     if task.predict:
-        if task.data.test is not task.data.val or not seen:
-            seen = predictions(task.predict, shared, task.data.test, settings, learner.micro_batch)
-        found = dict(zip(("predicted", "labels"), seen, strict=True))
+        test = task.data.test
+        if test is not task.data.val or not predicted:
+            predicted = predictions(task.predict, final, test, settings, learner.micro_batch)
+        found = dict(zip(("predicted", "labels"), predicted, strict=True))
     elif task.test:
         with torch.no_grad():
-            found = {name: value.cpu() for name, value in task.test(shared.eval()).items()}
+            found = {name: value.cpu() for name, value in task.test(final.eval()).items()}
     if found:
         result["test_top1"] = top1(found["predicted"], found["labels"])
         if rank() == 0:
@@ -164,7 +167,7 @@ def finish(task: Task, learner: Learner, rows: list, seen, settings: Settings, o
         about |= {"method": task.name, "settings": vars(settings)}
         if task.data.held_out:  # a number: the same ones, if the folder grows
             about["settings"] = about["settings"] | {"holdout": task.data.held_out}
-        storage.save(task.export(shared) | about, out / "model.pt")
+        storage.save(task.export(final) | about, out / "model.pt")
     draw(out, rows)
     if dist.is_initialized():
         dist.barrier()
@@ -227,11 +230,11 @@ def validate(task: Task, learner: Learner, settings: Settings) -> tuple[dict[str
     nets = {"val_top1": task.net}
     if learner.average:
         nets["val_top1_ema"] = learner.average
-    seen = {
+    predicted = {
         name: predictions(task.predict, net, task.data.val, settings, learner.micro_batch)
         for name, net in nets.items()
     }
-    return {name: top1(*found) for name, found in seen.items()}, list(seen.values())[-1]
+    return {name: top1(*found) for name, found in predicted.items()}, [*predicted.values()][-1]
 
 
 # What a run says and saves ------------------------------------------------------------------------

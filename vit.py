@@ -1,4 +1,4 @@
-"""A Vision Transformer whose blocks return their queries, keys and values, and accept another's.
+"""A Vision Transformer whose blocks return their queries, keys and values, and can use another's.
 
     for x, attended in vit.run(images): ...     # of each block: its tokens, and its q, k, v
     logits = vit(images, given=theirs)          # each block attends with what is given to it
@@ -250,7 +250,7 @@ class ViT(nn.Module):
     ) -> Iterator[Attended | None]:
         """Block by block, ready to be lent: q and k of `layers`, without gradient; else None.
 
-        Ends with the last of `layers`, of which no value, no MLP and no later block is computed.
+        Stops at the last of `layers`: there only q and k are computed, and nothing after it.
         """
         last, places = max(layers), self.places()
         x = self.embed(images)

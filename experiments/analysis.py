@@ -255,18 +255,18 @@ def open_pair(settings: Settings) -> tuple[Model, Model, data.Data, str]:
             raise ValueError(f"--{name} {value}: there are {count}")
     whose = b if b.checkpoint and not a.checkpoint.settings else a
     asked = whose.checkpoint.images(settings).but(image_size=a.net.config.image_size)
-    images = data.load(asked, device, train=False)
-    if images.channels != (channels := a.net.config.channels):
-        raise ValueError(f"the ViTs take {channels} channels, the images have {images.channels}")
+    dataset = data.load(asked, device, train=False)
+    if dataset.channels != (channels := a.net.config.channels):
+        raise ValueError(f"the ViTs take {channels} channels, the images have {dataset.channels}")
     if normalised:
-        images.adopt(normalised[0])
-    return a, b, images, asked.data
+        dataset.adopt(normalised[0])
+    return a, b, dataset, asked.data
 
 
-def first_images(images: data.Data, settings: Settings) -> Iterator[Tensor]:
+def first_images(dataset: data.Data, settings: Settings) -> Iterator[Tensor]:
     """The first --images of the test images, in batches, without their labels."""
     left = settings.images
-    for some, _ in images.test.in_order(min(settings.batch, left)):
+    for some, _ in dataset.test.in_order(min(settings.batch, left)):
         yield some[:left]
         left -= len(some)
         if left <= 0:
@@ -306,8 +306,10 @@ def show(found: dict, names: list[str]) -> None:
 
 
 @torch.no_grad()
-def draw(found: dict, a: Model, b: Model, images: data.Data, settings: Settings, out: Path) -> None:
-    some = next(first_images(images, settings))[:6]
+def draw(
+    found: dict, a: Model, b: Model, dataset: data.Data, settings: Settings, out: Path
+) -> None:
+    some = next(first_images(dataset, settings))[:6]
     maps = {
         name: [attention_map(used) for _, used in model.run(some)]
         for name, model in (("A", a), ("B", b))
@@ -318,8 +320,8 @@ def draw(found: dict, a: Model, b: Model, images: data.Data, settings: Settings,
     }
     all_layers = {k: rollout(p)[:, prefix:].mean(1) for k, p in maps.items()}
     drawn = {
-        "maps": pictures.overlays(some, one_layer, images.normalization, prefix),
-        "rollout": pictures.overlays(some, all_layers, images.normalization, prefix),
+        "maps": pictures.overlays(some, one_layer, dataset.normalization, prefix),
+        "rollout": pictures.overlays(some, all_layers, dataset.normalization, prefix),
         "divergence": figures.divergences(found["layers"]),
         "heads": figures.heads(found["layers"]),
         "cka": figures.likeness(found["cka"]),

@@ -18,11 +18,11 @@ def nearest(settings: Settings, part: str = "test") -> np.ndarray:
     `settings`: those of a run with these images and labels.
     """
     unmixed = settings.but(mixup=0.0, cutmix=0.0)
-    images = data.load(unmixed, launch.device(settings.device))
-    batches = [batch for epoch in range(PLACEMENTS) for batch in images.train.epoch(epoch)]
+    dataset = data.load(unmixed, launch.device(settings.device))
+    batches = [batch for epoch in range(PLACEMENTS) for batch in dataset.train.epoch(epoch)]
     known, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
     correct = [
         labels[torch.cdist(x.flatten(1), known.flatten(1)).argmin(dim=1)] == y
-        for x, y in getattr(images, part).in_order(256)
+        for x, y in getattr(dataset, part).in_order(256)
     ]
     return torch.cat(correct).cpu().numpy()

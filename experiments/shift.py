@@ -91,15 +91,15 @@ def accuracies(job: Job) -> dict[str, float]:
     """Test accuracy of a run, in per cent: usual, and under each shift."""
     model, asked = opened(job)
     device = launch.device(asked.device)
-    images = ensemble.images_for(model, asked, device)
+    dataset = ensemble.dataset_for(model, asked, device)
 
     def predict(_, x: Tensor, change: Callable) -> Tensor:
-        return model(images.normalise(change(to_pixels(x, images.normalization))))
+        return model(dataset.normalise(change(to_pixels(x, dataset.normalization))))
 
     found = {USUAL: 100 * job.correct().mean()}
     for shift, change in SHIFTS.items():
         moved = partial(predict, change=change)
-        found[shift] = train.accuracy(moved, model.net, images.test, job.settings())
+        found[shift] = train.accuracy(moved, model.net, dataset.test, job.settings())
     if asked.data == "digits":
         p, labels, _ = ensemble.probabilities(model, asked.but(scraps=asked.scraps + 2), device)
         found[MORE_SCRAPS] = train.top1(p.argmax(dim=-1), labels)

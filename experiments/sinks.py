@@ -79,11 +79,11 @@ def of_layer(attended: Attended, config: Config) -> dict[str, Tensor]:
     }
 
 
-def images_for(model: Model, settings: Settings, device) -> data.Data:
+def dataset_for(model: Model, settings: Settings, device) -> data.Data:
     asked = model.checkpoint.images(settings)
-    images = data.load(asked, device, train=False)
-    images.adopt(model.checkpoint)
-    return images
+    dataset = data.load(asked, device, train=False)
+    dataset.adopt(model.checkpoint)
+    return dataset
 
 
 def show(name: str, found: dict, tokens: int) -> None:
@@ -104,11 +104,11 @@ def main(settings: Settings) -> dict:
     device, found = launch.device(settings.device), {}
     for path in settings.checkpoints:
         model = checkpoints.open_model(path, device, settings.num_heads)
-        images = images_for(model, settings, device)
+        dataset = dataset_for(model, settings, device)
         found[path] = {
-            "images": min(settings.images, len(images.test)),
-            "image_size": images.image_size,
-            "layers": sinks(model, first_images(images, settings)),
+            "images": min(settings.images, len(dataset.test)),
+            "image_size": dataset.image_size,
+            "layers": sinks(model, first_images(dataset, settings)),
         }
         show(path, found[path], model.net.config.tokens)
     result = {"commit": runs.commit(), "models": found}

@@ -64,12 +64,12 @@ parse = partial(parse_settings, __doc__, SETTINGS)
 class Loans:
     """What is lent for images: for each block q and k, a bias, or None where nothing is."""
 
-    def __init__(self, teacher: ViT, layers: Sequence[int], images: data.Data, settings: Settings):
+    def __init__(self, teacher: ViT, layers: Sequence[int], dataset: data.Data, settings: Settings):
         self.teacher, self.layers, self.parts = teacher, layers, settings.lend
         self.share_drops = settings.share_drops
         self.maps, self.bank, self.fixed = settings.maps, None, []
         if self.maps in ("other", "mean"):
-            self.bank, _ = images.train.first(settings.bank)
+            self.bank, _ = dataset.train.first(settings.bank)
         if self.maps == "mean":
             self.fixed = mean_maps(teacher, self.bank)
         elif self.maps == "uniform":
@@ -199,11 +199,11 @@ def of_class(logits: Tensor, labels: Tensor, settings: Settings) -> dict[str, Te
 # Tasks --------------------------------------------------------------------------------------------
 
 
-def task(settings: Settings, images: data.Data | None = None) -> train.Task:
-    """Everything that train.fit needs. `images`: others than those that the settings name."""
+def task(settings: Settings, dataset: data.Data | None = None) -> train.Task:
+    """Everything that train.fit needs. `dataset`: used instead of what the settings name."""
     if settings.how == "probe":
-        return probe(settings, images)
-    teacher, student, layers, images, source = teacher_and_student(settings, images)
+        return probe(settings, dataset)
+    teacher, student, layers, dataset, source = teacher_and_student(settings, dataset)
     if not isinstance(teacher, ViT) or teacher.config.positions != "absolute":
         raise ValueError(
             "variants are of teachers with absolute positions, whose maps a student takes as they "
@@ -213,28 +213,30 @@ def task(settings: Settings, images: data.Data | None = None) -> train.Task:
         if not source:
             raise ValueError("--start teacher: name a --teacher with weights of its own")
         torch.manual_seed(settings.seed)
-        student = finetune.from_teacher(source, settings, images).to(launch.device(settings.device))
+        student = finetune.from_teacher(source, settings, dataset).to(
+            launch.device(settings.device)
+        )
     export, predict = checkpoints.export, finetune.predict
     if settings.how == "logits":
-        if not source or source.architecture["classes"] != len(images.classes):
+        if not source or source.architecture["classes"] != len(dataset.classes):
             raise ValueError("--how logits: name a --teacher that was fine-tuned on these classes")
         device = launch.device(settings.device)
         loss = partial(loss_logits, teacher=checkpoints.open_model(source.source, device))
     elif settings.how == "features":
         loss = partial(loss_features, teacher=teacher, layers=layers)
     else:
-        loans = Loans(teacher, layers, images, settings)
+        loans = Loans(teacher, layers, dataset, settings)
         loss = partial(loss_distill, loans=loans)
         if settings.how == "copy":
             predict, loss = partial(predict_copy, loans=loans), partial(loss_copy, loans=loans)
             export = partial(export_copy, loans=loans)
     loss = partial(loss, settings=settings)
-    return train.Task(settings.how, student, images, loss, predict, export, teacher=source)
+    return train.Task(settings.how, student, dataset, loss, predict, export, teacher=source)
 
 
-def probe(settings: Settings, images: data.Data | None) -> train.Task:
+def probe(settings: Settings, dataset: data.Data | None) -> train.Task:
     """The teacher as it is: only a head, and the norm before it, are trained."""
-    made = finetune.task(settings, images)
+    made = finetune.task(settings, dataset)
     made.net.requires_grad_(False)
     for part in (made.net.fc_norm, made.net.head):
         part.requires_grad_(True)

@@ -111,14 +111,14 @@ def loss(
     return terms, {}
 
 
-def task(settings: Settings, images: data.Data | None = None) -> train.Task:
-    """Everything that train.fit needs. `images`: others than those that the settings name."""
+def task(settings: Settings, dataset: data.Data | None = None) -> train.Task:
+    """Everything that train.fit needs. `dataset`: used instead of what the settings name."""
     device = launch.device(settings.device)
-    images = images or data.load(settings, device)
+    dataset = dataset or data.load(settings, device)
     alone = settings.model == "teacher" or not (settings.at_weight or settings.kd_weight)
-    source = None if alone else find_teacher(settings, images)
+    source = None if alone else find_teacher(settings, dataset)
     torch.manual_seed(settings.seed)
-    build: Callable = partial(WideResNet, channels=images.channels, classes=len(images.classes))
+    build: Callable = partial(WideResNet, channels=dataset.channels, classes=len(dataset.classes))
     student = build(settings.model).to(device)
     own_loss = partial(finetune.loss, settings=settings)
     if source:
@@ -127,7 +127,7 @@ def task(settings: Settings, images: data.Data | None = None) -> train.Task:
     return train.Task(
         "activations",
         student,
-        images,
+        dataset,
         loss=own_loss,
         predict=finetune.predict,
         export=export,
@@ -135,12 +135,12 @@ def task(settings: Settings, images: data.Data | None = None) -> train.Task:
     )
 
 
-def find_teacher(settings: Settings, images: data.Data) -> checkpoints.Checkpoint:
+def find_teacher(settings: Settings, dataset: data.Data) -> checkpoints.Checkpoint:
     """The teacher that is named, or made here first. ValueError if it is not of these images."""
     path = settings.teacher
     if path == "auto":
         path = teachers.make(
-            "activations", sys.modules[__name__], settings, images, model="teacher"
+            "activations", sys.modules[__name__], settings, dataset, model="teacher"
         )
     if not Path(path).is_file():
         raise FileNotFoundError(f"no teacher at {path}")
@@ -153,7 +153,7 @@ def find_teacher(settings: Settings, images: data.Data) -> checkpoints.Checkpoin
         of_model = ()
     if of_model != ("activations", "teacher"):
         raise ValueError(f"--teacher {path}: not what --model teacher leaves")
-    if (known[0], channels) != (images.classes, images.channels):
+    if (known[0], channels) != (dataset.classes, dataset.channels):
         raise ValueError(f"--teacher {path}: is for other images than --data {settings.data}")
     return checkpoints.Checkpoint(str(path), weights, {}, *known, "activations")
 

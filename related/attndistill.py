@@ -109,38 +109,38 @@ def loss(net: Student, images: Tensor, labels, teacher: ViT, weight: float):
     return terms, {}
 
 
-def task(settings: Settings, images: data.Data | None = None) -> train.Task:
-    """Everything that train.fit needs. `images`: others than those that the settings name."""
+def task(settings: Settings, dataset: data.Data | None = None) -> train.Task:
+    """Everything that train.fit needs. `dataset`: used instead of what the settings name."""
     device = launch.device(settings.device)
-    images = images or data.load(settings, device)
-    source = find_teacher(settings, images)
-    teacher = checkpoints.load(source, image_size=images.image_size, classes=0)
+    dataset = dataset or data.load(settings, device)
+    source = find_teacher(settings, dataset)
+    teacher = checkpoints.load(source, image_size=dataset.image_size, classes=0)
     if not teacher.config.class_token:
         raise ValueError(f"--teacher {source.source}: has no class token")
-    images.adopt(source)
+    dataset.adopt(source)
     teacher.to(device).eval().requires_grad_(False)
     torch.manual_seed(settings.seed)
     other = {"heads": settings.num_heads} if settings.num_heads else {}
-    net = Student(dino.encoder(settings, images, **other), teacher.config.dim).to(device)
+    net = Student(dino.encoder(settings, dataset, **other), teacher.config.dim).to(device)
     return train.Task(
         "attndistill",
         net,
-        images,
+        dataset,
         loss=partial(loss, teacher=teacher, weight=settings.attention_weight),
-        test=partial(tested, images=images),
+        test=partial(tested, dataset=dataset),
         export=export,
         teacher=source,
     )
 
 
-def tested(net: Student, images: data.Data) -> dict[str, Tensor]:
-    return dino.nearest(net.vit, images)
+def tested(net: Student, dataset: data.Data) -> dict[str, Tensor]:
+    return dino.nearest(net.vit, dataset)
 
 
-def find_teacher(settings: Settings, images: data.Data) -> checkpoints.Checkpoint:
+def find_teacher(settings: Settings, dataset: data.Data) -> checkpoints.Checkpoint:
     """The teacher that is named, or one made by DINO here first."""
     if settings.teacher == "auto":
-        return checkpoints.read(teachers.make("dino", dino, settings, images))
+        return checkpoints.read(teachers.make("dino", dino, settings, dataset))
     return teachers.by_name(settings.teacher)
 
 

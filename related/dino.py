@@ -120,37 +120,37 @@ def loss(net: Dino, images: Tensor, labels, batch: int):
     return {"views": -(p * log_p).sum(dim=-1).mean()}, {"teacher_entropy": entropy}
 
 
-def two_views(images: data.Data) -> data.Data:
+def two_views(dataset: data.Data) -> data.Data:
     """The same data set; a training image is two views of it, one behind the other in channels."""
-    view = copy.copy(images.train)
+    view = copy.copy(dataset.train)
     once = view.augment
     view.augment = lambda x, draws: torch.cat([once(x, draws), once(x, draws)], dim=1)
-    return replace(images, train=view, channels=2 * images.channels)
+    return replace(dataset, train=view, channels=2 * dataset.channels)
 
 
-def task(settings: Settings, images: data.Data | None = None) -> train.Task:
-    """Everything that train.fit needs. `images`: others than those that the settings name."""
+def task(settings: Settings, dataset: data.Data | None = None) -> train.Task:
+    """Everything that train.fit needs. `dataset`: used instead of what the settings name."""
     device = launch.device(settings.device)
-    images = images or data.load(settings, device)
-    if isinstance(images.train.source, image_files.Files):
+    dataset = dataset or data.load(settings, device)
+    if isinstance(dataset.train.source, image_files.Files):
         raise ValueError(
             f"--data {settings.data}: files are cropped once, and this needs two views"
         )
     torch.manual_seed(settings.seed)
-    net = Dino(encoder(settings, images), settings).to(device)
+    net = Dino(encoder(settings, dataset), settings).to(device)
     return train.Task(
         "dino",
         net,
-        two_views(images),
-        loss=partial(loss, batch=images.train.batch // world()),
-        test=partial(tested, images=images),
+        two_views(dataset),
+        loss=partial(loss, batch=dataset.train.batch // world()),
+        test=partial(tested, dataset=dataset),
         export=export,
     )
 
 
-def encoder(settings: Settings, images: data.Data, **changes) -> ViT:
+def encoder(settings: Settings, dataset: data.Data, **changes) -> ViT:
     """A random ViT without a head; ValueError if it has no class token."""
-    config = replace(families.sizes(settings, images), classes=0, **changes)
+    config = replace(families.sizes(settings, dataset), classes=0, **changes)
     if not config.class_token:
         raise ValueError("--components class_token=0: it is the class token that learns here")
     return ViT(config)
@@ -161,23 +161,23 @@ def export(net: Dino) -> dict:
     return checkpoints.export(net.teacher.vit)
 
 
-def tested(net: Dino, images: data.Data) -> dict[str, Tensor]:
-    return nearest(net.teacher.vit, images)
+def tested(net: Dino, dataset: data.Data) -> dict[str, Tensor]:
+    return nearest(net.teacher.vit, dataset)
 
 
-def nearest(vit: ViT, images: data.Data) -> dict[str, Tensor]:
+def nearest(vit: ViT, dataset: data.Data) -> dict[str, Tensor]:
     """Classes of the test images by the 20 nearest neighbours of class tokens, and the true ones.
 
     The neighbours are 4,000 training images as the first epochs show them; each votes with
     exp(cosine similarity / 0.07), as in DINO's evaluation.
     """
-    bank, labels = images.train.first(4000)
+    bank, labels = dataset.train.first(4000)
     known = torch.cat([F.normalize(class_token(vit, some)) for some in bank.split(256)])
-    found, test = [], copy.copy(images.test)
+    found, test = [], copy.copy(dataset.test)
     test.rank, test.world = 0, 1  # all of them, also as one of many processes
     for x, truth in test.in_order(256):
         near, which = (F.normalize(class_token(vit, x)) @ known.T).topk(min(20, len(known)))
-        votes = torch.zeros(len(x), len(images.classes), device=x.device)
+        votes = torch.zeros(len(x), len(dataset.classes), device=x.device)
         votes.scatter_add_(1, labels[which], (near / 0.07).exp())
         found.append(torch.stack([votes.argmax(dim=1), truth]))
     return dict(zip(("predicted", "labels"), torch.cat(found, dim=1), strict=True))

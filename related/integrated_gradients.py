@@ -103,20 +103,20 @@ def loss(student: WideResNet, images, labels, teacher: WideResNet, settings: Set
     return activations.loss(student, images, labels, teacher, settings, shown, groups=(1,))
 
 
-def task(settings: Settings, images: data.Data | None = None) -> train.Task:
-    """Everything that train.fit needs. `images`: others than those that the settings name."""
+def task(settings: Settings, dataset: data.Data | None = None) -> train.Task:
+    """Everything that train.fit needs. `dataset`: used instead of what the settings name."""
     device = launch.device(settings.device)
-    images = images or data.load(settings, device)
-    source = activations.find_teacher(settings, images)
-    build = partial(WideResNet, channels=images.channels, classes=len(images.classes))
+    dataset = dataset or data.load(settings, device)
+    source = activations.find_teacher(settings, dataset)
+    build = partial(WideResNet, channels=dataset.channels, classes=len(dataset.classes))
     teacher = activations.frozen(source, build("teacher")).to(device)
     torch.manual_seed(settings.seed)
     student = build(settings.model).to(device)
-    images = with_maps(images, teacher, source, settings)
+    dataset = with_maps(dataset, teacher, source, settings)
     return train.Task(
         "integrated_gradients",
         student,
-        images,
+        dataset,
         loss=partial(loss, teacher=teacher, settings=settings),
         predict=finetune.predict,
         export=activations.export,
@@ -125,16 +125,16 @@ def task(settings: Settings, images: data.Data | None = None) -> train.Task:
 
 
 def with_maps(
-    images: data.Data, teacher: WideResNet, source: checkpoints.Checkpoint, settings: Settings
+    dataset: data.Data, teacher: WideResNet, source: checkpoints.Checkpoint, settings: Settings
 ) -> data.Data:
     """The same data set, its training images those of the bank, each with its map."""
-    kept, device = Path(source.source).with_name("integrated-gradients.pt"), images.train.device
-    bank, labels = images.train.first(settings.bank * len(images.train))
+    kept, device = Path(source.source).with_name("integrated-gradients.pt"), dataset.train.device
+    bank, labels = dataset.train.first(settings.bank * len(dataset.train))
     which = checkpoints.fingerprint({"images": bank.cpu(), "labels": labels.cpu()})
     which = {"of": which, "points": settings.path, "teacher": source.fingerprint}
     maps = remembered(kept, which)
     if maps is None:
-        black = images.normalise(torch.zeros(1, images.channels, 1, 1, device=device))
+        black = dataset.normalise(torch.zeros(1, dataset.channels, 1, 1, device=device))
         pieces = list(zip(bank.split(100), labels.split(100), strict=True))
         made = [
             hint(integrated_gradients(teacher, *piece, black, settings.path))
@@ -143,10 +143,10 @@ def with_maps(
         maps = torch.cat(made).cpu()
         remember(kept, {"which": which, "maps": maps})
     both = torch.cat([bank, maps.to(device)], dim=1)
-    augment = partial(lay_over, overlay=settings.overlay, normalise=images.normalise)
+    augment = partial(lay_over, overlay=settings.overlay, normalise=dataset.normalise)
     source = data.Tensors(both, labels)
-    view = data.Train(source, augment, settings, len(images.classes), device)
-    return replace(images, train=view, channels=2 * images.channels)
+    view = data.Train(source, augment, settings, len(dataset.classes), device)
+    return replace(dataset, train=view, channels=2 * dataset.channels)
 
 
 def remembered(path: Path, which: dict) -> Tensor | None:

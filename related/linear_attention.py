@@ -139,13 +139,13 @@ def transfer_loss(student: ViT, images, labels, teacher: ViT):
     return {"transfer": sum(losses) / len(losses)}, {}
 
 
-def task(settings: Settings, images: data.Data | None = None) -> train.Task:
-    """Everything that train.fit needs. `images`: others than those that the settings name."""
+def task(settings: Settings, dataset: data.Data | None = None) -> train.Task:
+    """Everything that train.fit needs. `dataset`: used instead of what the settings name."""
     device = launch.device(settings.device)
-    images = images or data.load(settings, device)
-    source = find_teacher(settings, images)
+    dataset = dataset or data.load(settings, device)
+    source = find_teacher(settings, dataset)
     taught = [value for name, value in source.weights.items() if name.startswith(FEATURES)]
-    load = partial(checkpoints.load, plain(source), image_size=images.image_size)
+    load = partial(checkpoints.load, plain(source), image_size=dataset.image_size)
     teacher, student = load().to(device), load()
     if source.teacher or "relative" in teacher.config.positions:
         raise ValueError(
@@ -165,7 +165,7 @@ def task(settings: Settings, images: data.Data | None = None) -> train.Task:
     return train.Task(
         name,
         student,
-        images,
+        dataset,
         loss=loss,
         predict=finetune.predict,
         export=export,
@@ -173,21 +173,21 @@ def task(settings: Settings, images: data.Data | None = None) -> train.Task:
     )
 
 
-def find_teacher(settings: Settings, images: data.Data) -> checkpoints.Checkpoint:
+def find_teacher(settings: Settings, dataset: data.Data) -> checkpoints.Checkpoint:
     """The ViT that is named, or made here first; with its feature maps, if it was taught any."""
     path = settings.teacher
     net = {name: getattr(settings, name) for name in ("model", "patch", "components")}
     if path == "auto" and settings.lora:
-        path = teachers.make("linear", sys.modules[__name__], settings, images, **net)
+        path = teachers.make("linear", sys.modules[__name__], settings, dataset, **net)
     elif path == "auto":
-        path = teachers.make("finetune", finetune, settings, images, **net)
+        path = teachers.make("finetune", finetune, settings, dataset, **net)
     source = checkpoints.read(path)
-    count = len(images.classes)
-    if source.architecture["classes"] != count or source.classes not in (None, images.classes):
+    count = len(dataset.classes)
+    if source.architecture["classes"] != count or source.classes not in (None, dataset.classes):
         raise ValueError(
             f"--teacher {path}: its head is not of the {count} classes of --data {settings.data}"
         )
-    images.adopt(source)
+    dataset.adopt(source)
     return source
 
 

@@ -139,17 +139,17 @@ def task(settings: Settings) -> train.Task:
     source = data.Tensors(known.pictures, labels)  # their numbers stand in for labels
     view = data.Train(source, lambda x, _: normalise(x), settings, 9, device)
     names = [f"{row} {column}" for row in scenes.ROWS for column in scenes.COLUMNS]
-    images = data.Data(names, 1, known.pictures.shape[-1], normalise, view)
-    if images.image_size % (3 * settings.patch):
+    dataset = data.Data(names, 1, known.pictures.shape[-1], normalise, view)
+    if dataset.image_size % (3 * settings.patch):
         raise ValueError(f"--patch {settings.patch}: does not divide a place, of {scenes.PLACE}")
     torch.manual_seed(settings.seed)
-    net = Robot(dino.encoder(settings, images), settings.reminder).to(device)
+    net = Robot(dino.encoder(settings, dataset), settings.reminder).to(device)
     return train.Task(
         "reminders",
         net,
-        images,
+        dataset,
         loss=partial(loss, known=known, weight=settings.attention_weight),
-        test=partial(tested, settings=settings, images=images),
+        test=partial(tested, settings=settings, dataset=dataset),
         export=export,
     )
 
@@ -168,10 +168,10 @@ def trial_of(name: str, settings: Settings, device) -> scenes.Scenes:
     return scenes.Scenes(*(x.to(device) for x in made[:3]), made.said)
 
 
-def tested(net: Robot, settings: Settings, images: data.Data) -> dict[str, Tensor]:
+def tested(net: Robot, settings: Settings, dataset: data.Data) -> dict[str, Tensor]:
     """Of each scene of the test the right place, and the one that is gone to, and looked at."""
-    trial = trial_of("test", settings, images.train.device)
-    logits, log_map = net(images.normalise(trial.pictures), trial.words)
+    trial = trial_of("test", settings, dataset.train.device)
+    logits, log_map = net(dataset.normalise(trial.pictures), trial.words)
     found = {"predicted": logits.argmax(dim=1), "labels": trial.targets}
     if log_map is not None:
         found["looked"] = places(log_map.shape[1]).to(log_map.device)[log_map.argmax(dim=1)]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import vit
 from attention import Attended
-from attention_loss import attention_loss, attention_loss_defined
+from attention_loss import attention_loss, attention_loss_plain
 from settings import Setting, Settings, parse_settings, pick
 from speed.measure import RECORD, Records, seconds
 
@@ -59,7 +59,7 @@ def flexible(student: Attended, teacher: Attended) -> Tensor:
 
 
 FORMS = {
-    "plain": attention_loss_defined,
+    "plain": attention_loss_plain,
     "at once": at_once,
     "two fused calls": two_fused_calls,
     "log-sum-exp": log_sum_exp,

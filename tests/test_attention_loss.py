@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from attention import Attended, attention_map, lend_map
-from attention_loss import attention_loss, attention_loss_defined
+from attention_loss import attention_loss, attention_loss_plain
 
 
 def draw(*widths, dtype=torch.float64, tokens=5):
@@ -32,15 +32,15 @@ def test_the_definition_is_the_cross_entropy_between_maps():
                 )
                 pairs = zip(ours, theirs, strict=True)
                 total -= sum(t / sum(theirs) * math.log(o / sum(ours)) for o, t in pairs)
-    found = attention_loss_defined(student, teacher).item()
+    found = attention_loss_plain(student, teacher).item()
     assert found == pytest.approx(total / (2 * 3 * 5), rel=1e-12)
 
 
 def test_the_gradient_is_the_difference_of_the_maps():
-    """d/dq = (P_S - P_T) k / sqrt(d), d/dk = (P_S - P_T)' q / sqrt(d), over the rows averaged."""
+    """d/dq = (P_S - P_T) k / sqrt(d), d/dk = (P_S - P_T).mT q / sqrt(d), over the rows averaged."""
     student, teacher = draw(8, 16)  # a wider teacher
     gap = (attention_map(student) - attention_map(teacher)) / math.sqrt(8) / (2 * 3 * 5)
-    for loss in (attention_loss_defined(student, teacher), attention_loss(student, teacher)[0]):
+    for loss in (attention_loss_plain(student, teacher), attention_loss(student, teacher)[0]):
         dq, dk = gradients(loss, student)
         torch.testing.assert_close(dq, 3 * gap @ student.k)
         torch.testing.assert_close(dk, 3 * gap.mT @ student.q)
@@ -50,13 +50,11 @@ def test_the_gradient_is_the_difference_of_the_maps():
 def test_the_fast_form_is_the_definition(dtype, close):
     student, teacher = draw(8, 16, dtype=dtype, tokens=50)
     plain, (fast, entropy) = (
-        attention_loss_defined(student, teacher),
+        attention_loss_plain(student, teacher),
         attention_loss(student, teacher),
     )
     assert fast.dtype == plain.dtype and abs(fast / plain - 1) < close
-    assert entropy.item() == pytest.approx(
-        attention_loss_defined(teacher, teacher).item(), rel=1e-5
-    )
+    assert entropy.item() == pytest.approx(attention_loss_plain(teacher, teacher).item(), rel=1e-5)
     assert not entropy.requires_grad
     for ours, theirs in zip(gradients(fast, student), gradients(plain, student), strict=True):
         assert (ours - theirs).norm() < close * theirs.norm()
@@ -65,7 +63,7 @@ def test_the_fast_form_is_the_definition(dtype, close):
 def test_the_fast_form_in_bf16_as_training_meets_it_is_close_to_float32():
     student, teacher = draw(8, 16, dtype=torch.bfloat16, tokens=50)
     exact = Attended(*(x.detach().float().requires_grad_() for x in student[:2]))
-    plain = attention_loss_defined(exact, Attended(*(x.float() for x in teacher[:2])))
+    plain = attention_loss_plain(exact, Attended(*(x.float() for x in teacher[:2])))
     with torch.autocast("cpu", torch.bfloat16):
         fast, _ = attention_loss(student, teacher)
     assert fast.dtype == torch.float32 and abs(fast / plain - 1) < 2e-2
@@ -81,7 +79,7 @@ def test_the_fast_form_keeps_no_map():
         kept.append(x.numel())
         return x
 
-    for loss, stores in ((attention_loss_defined, True), (lambda *x: attention_loss(*x)[0], False)):
+    for loss, stores in ((attention_loss_plain, True), (lambda *x: attention_loss(*x)[0], False)):
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             loss(student, teacher).backward()
         assert (max(kept) >= 2 * 3 * 50 * 50) == stores

@@ -26,10 +26,10 @@ def first(part, epoch=0, start=0):
 
 def test_digits_are_placed_whole_and_anew_each_step_and_fixed_for_validation_and_test():
     settings = finetune.parse(["--num-labels", "0"])
-    images = data.load(settings, CPU)
-    assert [len(p) for p in (images.train, images.val, images.test)] == [997, 1200, 2000]
+    dataset = data.load(settings, CPU)
+    assert [len(p) for p in (dataset.train, dataset.val, dataset.test)] == [997, 1200, 2000]
     pixels = torch.from_numpy(np.load(digits.FILE)["images"]) / 16
-    for batch, labels in (first(images.train), next(images.test.in_order(50))):
+    for batch, labels in (first(dataset.train), next(dataset.test.in_order(50))):
         canvas = (batch * 0.35 + 0.25)[:, 0]
         assert batch.shape == (50, 1, 12, 12) and labels.shape == (50,)
         windows = canvas.unfold(1, 8, 1).unfold(
@@ -41,9 +41,9 @@ def test_digits_are_placed_whole_and_anew_each_step_and_fixed_for_validation_and
             inside = (one[:, :, None] >= pixels - 1e-5).all(-1).all(-1)
             assert inside.any()
     again = data.load(settings, CPU)
-    assert torch.equal(first(images.train)[0], first(again.train)[0])
-    assert torch.equal(images.test.source.images, again.test.source.images)
-    assert not torch.equal(first(images.train)[0], first(images.train, epoch=1)[0])
+    assert torch.equal(first(dataset.train)[0], first(again.train)[0])
+    assert torch.equal(dataset.test.source.images, again.test.source.images)
+    assert not torch.equal(first(dataset.train)[0], first(dataset.train, epoch=1)[0])
 
 
 def test_parts_of_the_digits_do_not_overlap_and_the_subset_follows_the_seed():
@@ -94,8 +94,8 @@ def test_scraps_clutter_the_canvas_as_many_as_asked():
     """With none, the digit alone; each more covers pixels that were empty, in all three parts."""
     inked = []
     for scraps in ("0", "1", "3"):
-        images = data.load(finetune.parse(["--scraps", scraps, "--num-labels", "0"]), CPU)
-        batches = first(images.train)[0], next(images.val.in_order(300))[0]
+        dataset = data.load(finetune.parse(["--scraps", scraps, "--num-labels", "0"]), CPU)
+        batches = first(dataset.train)[0], next(dataset.val.in_order(300))[0]
         inked.append([(batch * 0.35 + 0.25 > 1e-3).float().mean().item() for batch in batches])
     assert all(none < one < three for none, one, three in zip(*inked, strict=True))
     pixels = torch.from_numpy(np.load(digits.FILE)["images"]) / 16
@@ -183,10 +183,10 @@ def test_normalisation_is_the_teachers(small):
     own = ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5])
     for memory in ("2", "0"):
         settings = finetune.parse([*small, "--memory", memory])
-        images = data.load(settings, CPU)
-        usual, _ = next(images.test.in_order(4))
-        images.normalise.adopt(own)
-        other, _ = next(images.test.in_order(4))
+        dataset = data.load(settings, CPU)
+        usual, _ = next(dataset.test.in_order(4))
+        dataset.normalise.adopt(own)
+        other, _ = next(dataset.test.in_order(4))
         mean, std = (torch.tensor(x)[:, None, None] for x in data.IMAGENET)
         torch.testing.assert_close((usual * std + mean - 0.5) / 0.5, other, atol=1e-5, rtol=1e-5)
 
@@ -196,10 +196,10 @@ def test_held_out_images_are_not_trained_on(small):
         settings = finetune.parse(
             [*small, "--num-labels", "0", "--holdout", "6", "--memory", memory]
         )
-        images = data.load(settings, CPU)
-        assert (len(images.train), len(images.val), len(images.test)) == (24, 6, 15)
+        dataset = data.load(settings, CPU)
+        assert (len(dataset.train), len(dataset.val), len(dataset.test)) == (24, 6, 15)
         if memory == "0":
-            assert not set(images.train.source.samples) & set(images.val.source.samples)
+            assert not set(dataset.train.source.samples) & set(dataset.val.source.samples)
 
 
 def test_cifar_as_torchvision_stores_it(tmp_path, monkeypatch):
@@ -219,15 +219,15 @@ def test_cifar_as_torchvision_stores_it(tmp_path, monkeypatch):
     monkeypatch.setattr(kind, "test_list", [["test_batch", None]])
     monkeypatch.setattr(kind, "meta", kind.meta | {"md5": None})
     settings = finetune.parse(["--data", "cifar10", "--data-dir", str(tmp_path), "--batch", "10"])
-    images = data.load(settings, CPU)
-    assert images.classes == list("abcdefghij") and len(images.train) == 20
-    batch, labels = next(images.test.in_order(20))
-    mean, std = (torch.tensor(x)[:, None, None] for x in images.normalization)
+    dataset = data.load(settings, CPU)
+    assert dataset.classes == list("abcdefghij") and len(dataset.train) == 20
+    batch, labels = next(dataset.test.in_order(20))
+    mean, std = (torch.tensor(x)[:, None, None] for x in dataset.normalization)
     expected = torch.from_numpy(pixels["test_batch"]).view(20, 3, 32, 32)
     assert torch.equal(((batch * std + mean) * 255).round().to(torch.uint8), expected)
     assert labels.tolist() == [i % 10 for i in range(20)]
-    assert first(images.train)[0].shape == (10, 3, 32, 32)
+    assert first(dataset.train)[0].shape == (10, 3, 32, 32)
     for script in (ensemble, analysis):  # which evaluate, and know no augmentation
         settings = script.parse(["A", "--data", "cifar10", "--data-dir", str(tmp_path)])
-        images = data.load(settings.but(image_size=32, holdout=-1), CPU, train=False)
-        assert torch.equal(next(images.test.in_order(20))[0], batch)
+        dataset = data.load(settings.but(image_size=32, holdout=-1), CPU, train=False)
+        assert torch.equal(next(dataset.test.in_order(20))[0], batch)

@@ -49,19 +49,19 @@ def test_an_ensemble_averages_probabilities_over_the_classes_at_hand(small, phot
         ]
     )
     result = ensemble.main(settings)
-    images = next(
+    dataset = next(
         data.load(settings.but(image_size=16, holdout=0), CPU, train=False).test.in_order(100)
     )
     total = 0
     for path, member in zip(paths, result["members"], strict=True):
-        p = checkpoints.open_model(path)(images[0]).softmax(-1)[:, [0, 2]]
+        p = checkpoints.open_model(path)(dataset[0]).softmax(-1)[:, [0, 2]]
         p = p / p.sum(-1, keepdim=True)
         assert member["top1"] == pytest.approx(
-            100 * (p.argmax(-1) == images[1]).float().mean().item()
+            100 * (p.argmax(-1) == dataset[1]).float().mean().item()
         )
         total = total + p
     assert result["ensemble_top1"] == pytest.approx(
-        100 * (total.argmax(-1) == images[1]).float().mean().item()
+        100 * (total.argmax(-1) == dataset[1]).float().mean().item()
     )
     assert result["images"] == 10 and Path(tmp_path / "out.json").exists()
 
@@ -114,14 +114,14 @@ def test_one_image_is_named_and_where_it_is_looked_at_is_drawn(
     capsys.readouterr()
     seen = ensemble.main(ensemble.parse(["one/model.pt", "--image", str(photo)]))["one/model.pt"]
     out = capsys.readouterr().out
-    images = data.load(finetune.parse(small), CPU)
+    dataset = data.load(finetune.parse(small), CPU)
     number = [path for path, _ in image_folders.listing(photos / "val").samples].index(str(photo))
-    batch = torch.cat([x for x, _ in images.test.in_order(5)])[number : number + 1]
+    batch = torch.cat([x for x, _ in dataset.test.in_order(5)])[number : number + 1]
     p = checkpoints.open_model("one/model.pt")(batch)[0].softmax(-1)
-    expected = {name: 100 * p[i].item() for i, name in enumerate(images.classes)}
+    expected = {name: 100 * p[i].item() for i, name in enumerate(dataset.classes)}
     assert seen == pytest.approx(expected, abs=1e-3) and sum(seen.values()) == pytest.approx(100)
     assert list(seen.values()) == sorted(seen.values(), reverse=True)
-    assert all(f"%  {name}" in out for name in images.classes)
+    assert all(f"%  {name}" in out for name in dataset.classes)
     assert Path("runs/1-looks.png").stat().st_size > 5000 and "runs/1-looks.png" in out
     code, line = failing(ensemble, ["one/model.pt", "--image", "one/log.jsonl"])
     assert code == 2 and "cannot read image" in line

@@ -12,7 +12,7 @@ import augment
 import finetune
 import train
 from attention import Attended, attend, lend_map
-from attention_loss import attention_loss, attention_loss_defined
+from attention_loss import attention_loss, attention_loss_plain
 from experiments import variants
 from learner import Learner
 from related import linear_attention, reminders
@@ -88,7 +88,7 @@ def test_attention_and_its_loss_are_those_in_double_precision(tokens, width, dty
             with torch.autocast("cuda", torch.bfloat16, enabled=x.dtype is torch.bfloat16):
                 y = form(*parts)
             if name == "loss":
-                theirs = attention_loss_defined(Attended(*parts[:2]), Attended(*parts[3:]))
+                theirs = attention_loss_plain(Attended(*parts[:2]), Attended(*parts[3:]))
                 torch.testing.assert_close(y.double(), theirs.double(), rtol=close, atol=close)
             grads = torch.autograd.grad(y.float().square().sum(), parts[:3], allow_unused=True)
             found.append([y, *(g for g in grads if g is not None)])

@@ -48,12 +48,12 @@ def folder(root, *argv, script=finetune):
 
 
 def test_without_val_a_fifth_of_each_class_is_held_out(unsplit):
-    images = data.load(folder(unsplit), CPU)
-    assert "24 to train on, 6 held out to validate and test on; 2 cl" in images.described(True)
-    assert (len(images.train), len(images.test), images.val) == (24, 6, images.test)
-    assert torch.bincount(images.test.source.labels).tolist() == [4, 2]
+    dataset = data.load(folder(unsplit), CPU)
+    assert "24 to train on, 6 held out to validate and test on; 2 cl" in dataset.described(True)
+    assert (len(dataset.train), len(dataset.test), dataset.val) == (24, 6, dataset.test)
+    assert torch.bincount(dataset.test.source.labels).tolist() == [4, 2]
     seen = [data.load(folder(unsplit, *argv), CPU) for argv in ([], ["--memory", "0"])]
-    batches = [next(images.test.in_order(6))[0] for images in seen]
+    batches = [next(dataset.test.in_order(6))[0] for dataset in seen]
     torch.testing.assert_close(*batches)  # the same ones, cropped alike
     whole = data.load(folder(unsplit).but(holdout=0), CPU, train=False)
     assert len(whole.test) == 30  # to evaluate another's model on all of them
@@ -74,8 +74,8 @@ def test_what_is_held_out_has_each_class_by_its_share():
 def test_a_flat_folder_without_labels_is_enough_to_pretrain_on(tmp_path, failing):
     for i in range(20):
         picture(tmp_path / "flat" / f"{i}.png", 10 * i)
-    images = data.load(folder(tmp_path / "flat", script=pretrain), CPU)
-    assert len(images.train) == 16 and next(images.train.epoch(0))[0].shape == (2, 3, 96, 96)
+    dataset = data.load(folder(tmp_path / "flat", script=pretrain), CPU)
+    assert len(dataset.train) == 16 and next(dataset.train.epoch(0))[0].shape == (2, 3, 96, 96)
     argv = ["--teacher", "none", "--data", "folder", "--data-dir", tmp_path / "flat"]
     code, line = failing(finetune, argv)
     assert code == 2 and "one class" in line
@@ -133,10 +133,10 @@ def test_memory_changes_nothing_that_is_seen_of_photographs(small, tmp_path):
         seen = {}
         for memory in ("2", "0"):
             asked = folder(tmp_path / "photos", *argv, "--crop-area", area, "--memory", memory)
-            images = data.load(asked, CPU)
-            assert bool(images.train.source.held) == (memory == "2")
-            seen[memory] = [x for x, _ in images.train.epoch(3)]
-            seen[memory] += [x for x, _ in images.val.in_order(2)]
+            dataset = data.load(asked, CPU)
+            assert bool(dataset.train.source.held) == (memory == "2")
+            seen[memory] = [x for x, _ in dataset.train.epoch(3)]
+            seen[memory] += [x for x, _ in dataset.val.in_order(2)]
         for held, streamed in zip(*seen.values(), strict=True):
             assert torch.equal(held, streamed)
 
@@ -179,13 +179,13 @@ def test_unreadable_files_are_found_before_training_and_remembered(
         open(path, "w").close()
     for memory in ("2", "0"):
         asked = folder(unsplit, "--skip-unreadable", "--memory", memory, "--batch", "4")
-        images = data.load(asked, CPU)
+        dataset = data.load(asked, CPU)
         assert "unreadable image(s) left out" in capsys.readouterr().out
-        assert len(images.train) == 24 - len(bad - held_out)
-        assert len(images.test) == 6 - len(bad & held_out)
-        batches = list(images.train.epoch(0))
-        assert {len(x) for x, _ in batches} == {4} and len(batches) == len(images.train) // 4
-    kept = {path for path, _ in images.test.source.samples}
+        assert len(dataset.train) == 24 - len(bad - held_out)
+        assert len(dataset.test) == 6 - len(bad & held_out)
+        batches = list(dataset.train.epoch(0))
+        assert {len(x) for x, _ in batches} == {4} and len(batches) == len(dataset.train) // 4
+    kept = {path for path, _ in dataset.test.source.samples}
     assert kept == held_out - bad  # what is held out does not depend on what can be read
     found = [json.loads(path.read_text()) for path in (tmp_path / "runs").glob("unreadable-*.json")]
     assert {path for part in found for path in part} == bad
@@ -238,8 +238,8 @@ def test_other_names_of_the_parts_are_known(unsplit, capsys):
         (unsplit / name).rename(unsplit / "Training" / name)
     shutil.copytree(unsplit / "Training", unsplit / "test")
     (unsplit / "test" / "cat" / "notes.txt").write_text("no picture")
-    images = data.load(folder(unsplit), CPU)
-    assert (images.classes, len(images.train), len(images.test)) == (["cat", "dog"], 30, 30)
+    dataset = data.load(folder(unsplit), CPU)
+    assert (dataset.classes, len(dataset.train), len(dataset.test)) == (["cat", "dog"], 30, 30)
     assert "1 files are no images of a known kind" in capsys.readouterr().out
 
 
@@ -259,8 +259,8 @@ def test_other_images_of_the_same_names_are_another_run(unsplit, tmp_path, monke
 
 def test_a_class_may_be_called_as_a_part_is(unsplit):
     (unsplit / "cat").rename(unsplit / "train")
-    images = data.load(folder(unsplit), CPU)
-    assert images.classes == ["dog", "train"] and len(images.train) + len(images.test) == 30
+    dataset = data.load(folder(unsplit), CPU)
+    assert dataset.classes == ["dog", "train"] and len(dataset.train) + len(dataset.test) == 30
 
 
 def test_a_class_of_which_nothing_can_be_read_is_an_error(unsplit, tmp_path, monkeypatch, failing):

@@ -11,7 +11,7 @@ import finetune
 import learner
 import pretrain
 import vit
-from attention_loss import attention_loss_defined
+from attention_loss import attention_loss_plain
 from settings import Settings
 
 
@@ -34,8 +34,8 @@ def test_distillation_sums_named_terms_and_reaches_only_the_layers_asked_for():
     expected = F.cross_entropy(student(images), labels, label_smoothing=0.1)
     torch.testing.assert_close(terms["class"], expected)
     ours, theirs = traces(student, images), traces(teacher, images)
-    losses = [attention_loss_defined(ours[i], theirs[i]) for i in (0, 2)]
-    floors = [attention_loss_defined(theirs[i], theirs[i]) for i in (0, 2)]
+    losses = [attention_loss_plain(ours[i], theirs[i]) for i in (0, 2)]
+    floors = [attention_loss_plain(theirs[i], theirs[i]) for i in (0, 2)]
     torch.testing.assert_close(terms["attention"], 2.5 * sum(losses))
     torch.testing.assert_close(diagnostics["kl"], (sum(losses) - sum(floors)).detach() / 2)
     terms["attention"].backward()

@@ -307,8 +307,8 @@ def test_a_teacher_that_is_shipped_is_found_and_checked(places, ran, tmp_path, m
     assert str(places[1]) not in facts["command"]
     monkeypatch.setattr(teachers, "SHIPPED", file.parent)
     asked = attention_copy.parse(["--device", "cpu"])
-    images = data.load(asked, torch.device("cpu"))
-    found = teachers.find(asked, images)
+    dataset = data.load(asked, torch.device("cpu"))
+    found = teachers.find(asked, dataset)
     assert found.source == str(file) and found.method == "pretrain"
     assert teachers.shipped(asked.but(model="tiny")) is None
     assert teachers.shipped(asked.but(scraps=9)) is None
@@ -316,7 +316,7 @@ def test_a_teacher_that_is_shipped_is_found_and_checked(places, ran, tmp_path, m
     damaged[len(damaged) // 2] ^= 1
     file.write_bytes(damaged)
     with pytest.raises(ValueError, match=r"is not the file that digits\.json describes"):
-        teachers.find(asked, images)
+        teachers.find(asked, dataset)
 
 
 def test_a_run_is_known_by_its_teachers_weights_wherever_they_are(tmp_path):

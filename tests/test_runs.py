@@ -174,15 +174,15 @@ def test_a_lost_rank_is_restarted_and_the_run_goes_on(two_ranks, tmp_path):
 
 def test_accuracy_counts_each_image_once():
     settings = finetune.parse(["--batch", "7"])
-    images = data.load(settings, torch.device("cpu"))
+    dataset = data.load(settings, torch.device("cpu"))
     asked = []
 
     def predict(net, batch):  # right on the images whose brightest pixel is in the upper half
         asked.append(len(batch))
         return torch.nn.functional.one_hot(((batch.flatten(1).argmax(1) < 72) * 3).long(), 10)
 
-    measured = train.accuracy(predict, torch.nn.Linear(1, 1), images.test, settings)
-    inputs, labels = (torch.cat(x) for x in zip(*images.test.in_order(1), strict=True))
+    measured = train.accuracy(predict, torch.nn.Linear(1, 1), dataset.test, settings)
+    inputs, labels = (torch.cat(x) for x in zip(*dataset.test.in_order(1), strict=True))
     guesses = [3 if x.flatten().argmax() < 72 else 0 for x in inputs]
     expected = sum(guess == y for guess, y in zip(guesses, labels.tolist(), strict=True))
     assert sum(asked) == len(labels) == 2000

@@ -12,7 +12,7 @@ import attention
 import attention_distill
 import vit
 from attention import Attended
-from attention_loss import attention_loss_defined
+from attention_loss import attention_loss_plain
 from speed import benchmark, linear, loader, loss_forms, measure
 
 ROOT = Path(__file__).parent.parent
@@ -49,7 +49,7 @@ def test_plain_and_ours_have_the_same_losses_and_gradients(method):
 def test_operations_are_counted_as_pytorch_counts_them(method, monkeypatch):
     # Fused attention has formulas of its own, and a custom gradient is not seen as such.
     monkeypatch.setattr(attention, "fused_is_slower", lambda q, v: True)
-    definition = lambda *maps: (attention_loss_defined(*maps), torch.zeros(()))  # noqa: E731
+    definition = lambda *maps: (attention_loss_plain(*maps), torch.zeros(()))  # noqa: E731
     monkeypatch.setattr(attention_distill, "attention_loss", definition)
     asked = recipe(method, "--layers", "0,2")
     learner, images, labels = benchmark.build(method, "ours", asked)
