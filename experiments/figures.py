@@ -110,7 +110,7 @@ def recovery(tables: dict[str, dict[str, dict]]):
         cells = {row: [of_rows[row]["recovery"] for of_rows in points.values()] for row in TRANSFER}
         along(axis, cells, points)
         axis.set(title=title, ylim=(-0.2, 1.5))
-    axes[0, 0].set_ylabel("recovered of what fine-tuning gains")
+    axes[0, 0].set_ylabel("recovery")
     axes[0, 0].legend(frameon=False, fontsize=8, ncols=2, loc="upper center")
     return fig
 

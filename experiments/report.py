@@ -52,8 +52,16 @@ def markdown(record: dict) -> str:
     if "mean" not in next(iter(first.values())):
         return of_layers(first)
     table = along(points) if others else at_one_point(first)
-    contrasts = [[name, shown(cell, "+.2f")] for name, cell in asked.items()]
-    return table + ("\n" + lined(["difference", "95 % interval"], contrasts) if contrasts else "")
+    return table + ("\n" + contrasts(asked) if asked else "")
+
+
+def contrasts(asked: dict[str, dict]) -> str:
+    """What is asked of several rows; of several points, with the first and the last in the head."""
+    head, ends = "difference", {name.partition(": ")[2] for name in asked}
+    if len(ends) == 1 and " → " in (end := ends.pop()):
+        head = f"change from {end.replace(' → ', ' to ')}"
+        asked = {name.removesuffix(f": {end}"): cell for name, cell in asked.items()}
+    return lined([head, "95 % interval"], [[name, shown(c, "+.2f")] for name, c in asked.items()])
 
 
 def at_one_point(rows: dict[str, dict]) -> str:
@@ -65,7 +73,7 @@ def at_one_point(rows: dict[str, dict]) -> str:
     heads = [
         "",
         "test top-1, %",
-        f"− {usual}",
+        f"− {usual}" if len(set(sources)) < 2 else f"difference (− {usual}, if not said)",
         "recovery",
         *(name.replace("_", " ") for name in own),
     ]

@@ -404,9 +404,16 @@ def test_a_table_shows_means_and_intervals():
     lines = report.markdown({"points": {"2 scraps": rows}}).splitlines()
     assert lines[2] == "| from scratch | 74.5 [72.5, 76.4] |  |  |"
     assert lines[3] == "| copy | 74.5 [72.5, 76.4] | +2.2 | 2.20 |"
+    pair = {"mean": 75.0, "interval": None, "difference": other | {"from": "copy"}}
+    lines = report.markdown({"points": {"2 scraps": rows | {"both": pair}}}).splitlines()
+    assert "difference (− from scratch, if not said)" in lines[0]
+    assert lines[4] == "| both | 75.0 | +2.2 (− copy) |  |"
     points = {"1 scrap": rows, "2 scraps": rows}
     lines = report.markdown({"points": points, "contrasts": {"last − first": cell}}).splitlines()
     assert lines[-1] == "| last − first | +74.46 [+72.55, +76.41] |" and lines[-4] == ""
+    changes = {f"recovery of {row}: 1 scrap → 2 scraps": cell for row in ("copy", "distillation")}
+    text = report.markdown({"points": points, "contrasts": changes})
+    assert "| change from 1 scrap to 2 scraps |" in text and "\n| recovery of copy | +74.46" in text
     assert lines[0] == "|  | from scratch | copy | recovery: copy |"
     assert lines[2] == "| 1 scrap | 74.5 | 74.5 | 2.20 |"
     rows["copy"].pop("recovery")
