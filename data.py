@@ -337,5 +337,5 @@ def to_evaluate(source: "Tensors | image_files.Files", device) -> "Tensors | ima
         return source
     numbers = torch.arange(len(source)).split(256)
     batches = counted(source.batches(numbers), len(numbers), "batches decoded")
-    images, labels = zip(*batches, strict=True)
-    return Tensors(torch.cat(images).to(device), torch.cat(labels).to(device), source.names)
+    images, labels = zip(*((x.to(device), y.to(device)) for x, y in batches), strict=True)
+    return Tensors(torch.cat(images), torch.cat(labels), source.names)

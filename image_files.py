@@ -7,6 +7,8 @@ import hashlib
 import json
 import math
 import os
+import signal
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,7 +23,7 @@ from torchvision import io
 from torchvision.transforms import InterpolationMode, v2
 
 import storage
-from augment import reseed
+from augment import rand_augment, reseed
 
 BICUBIC = InterpolationMode.BICUBIC
 ADVICE = "mend or remove it, or pass --skip-unreadable"
@@ -67,15 +69,16 @@ def random_crop(size: int, settings, mean: Sequence[float]) -> v2.Transform:
 
     With --crop-area 0 the central square, shifted by up to 1/8 of its side.
     """
+    fill = [round(255 * x) for x in mean]
     if settings.crop_area:
         steps = [v2.RandomResizedCrop(size, (settings.crop_area, 1.0), interpolation=BICUBIC)]
     else:
-        fill = [round(255 * x) for x in mean]
         shift = v2.RandomCrop(size, padding=size // 8, fill=fill)
         steps = [v2.Resize(size, interpolation=BICUBIC), v2.CenterCrop(size), shift]
     steps.append(v2.RandomHorizontalFlip())
     if settings.randaugment:  # which is faster on PIL images than on tensors
-        steps += [v2.ToPILImage(), v2.RandAugment(2, settings.randaugment), v2.PILToTensor()]
+        augment = rand_augment(settings.randaugment, fill, BICUBIC)
+        steps += [v2.ToPILImage(), augment, v2.PILToTensor()]
     return v2.Compose(steps)
 
 
@@ -239,6 +242,8 @@ class Files(Dataset):
             num_workers=workers,
             collate_fn=collate,
             pin_memory=self.pin,
+            worker_init_fn=outlive_signals,
+            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         )
         for images, labels, bad in loader:
             if bad:
@@ -261,6 +266,12 @@ class Files(Dataset):
         """What training crops are cut from: large enough for the smallest of them, no larger."""
         side = self.size / math.sqrt(self.area) if self.area else self.size
         return shrink(read(self.samples[index][0], ADVICE), math.ceil(side))
+
+
+def outlive_signals(_: int) -> None:
+    """torchrun and Ctrl-C stop workers as well: but the run that they serve has yet to save."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def collate(samples: list) -> tuple[Tensor, Tensor, str]:

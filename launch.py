@@ -19,6 +19,7 @@ def leave(*_) -> None:
 SCRIPTS = (HERE, *(os.path.join(HERE, name) for name in ("experiments", "related", "speed")))
 if os.path.dirname(getattr(sys.modules["__main__"], "__file__", "") or "") in SCRIPTS:
     signal.signal(signal.SIGINT, leave)  # until `run` begins
+    os.environ.setdefault("MPLBACKEND", "Agg")  # pictures are files: a display may go away
 
 import shutil  # noqa: E402
 import time  # noqa: E402

@@ -124,6 +124,8 @@ class Learner:
         trained = [p for p in self.net.parameters() if p.requires_grad]
         moments = [torch.empty_like(p) for p in trained for _ in range(2)]
         images = torch.zeros(share, *shape, device=where)
+        if dist.is_initialized():
+            dist.all_reduce(images.new_zeros(1))  # NCCL takes its memory when it is first used
         while not self.all_fit(images[:size]):
             if size == 1:
                 raise Failed(
@@ -131,9 +133,7 @@ class Learner:
                     "--image-size"
                 )
             size = (size + 1) // 2
-        del images, moments
-        if where.type == "cuda":
-            torch.cuda.empty_cache()  # NCCL and cuBLAS allocate beside PyTorch
+        del moments
         return size
 
     def all_fit(self, images: Tensor) -> bool:
@@ -141,9 +141,7 @@ class Learner:
         fits, labels = torch.ones(1, device=images.device), images.new_zeros(len(images)).long()
         before = [buffer.clone() for buffer in self.net.buffers()]
         try:
-            with self.autocast:
-                terms, _ = self.loss(self.net, images, labels)
-            sum(terms.values()).backward()
+            self.differentiate(images, labels)
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
@@ -151,9 +149,16 @@ class Learner:
         self.optimizer.zero_grad()
         for buffer, value in zip(self.net.buffers(), before, strict=True):
             buffer.copy_(value)
+        if images.is_cuda:
+            torch.cuda.empty_cache()  # NCCL and cuBLAS allocate beside PyTorch
         if dist.is_initialized():
             dist.all_reduce(fits, dist.ReduceOp.MIN)
         return fits.item() == 1
+
+    def differentiate(self, images: Tensor, labels: Tensor) -> None:
+        with self.autocast:
+            terms, _ = self.loss(self.net, images, labels)
+        sum(terms.values()).backward()
 
     def parts(self) -> dict:
         """What has a state of its own."""

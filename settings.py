@@ -101,7 +101,8 @@ AUGMENTATION: Table = {
     # name                   digits cifar imagenet folder
     "crop_area":    Setting((0.0,   0.0,   0.08,  0.3), "least share of an image that a crop "
                             "keeps (0: shifts)", 0, 1),
-    "randaugment":  Setting((0,     0,     9), "magnitude of RandAugment (0: none)", high=30),
+    "randaugment":  Setting((0,     0,     9), "magnitude of RandAugment, as timm counts it "
+                            "(0: none)", high=10),
     "random_erase": Setting((0.0,   0.25,  0.25), "probability of random erasing", high=1),
     "mixup":        Setting((0.0,   0.8,   0.8), "alpha of MixUp (0: none)"),
     "cutmix":       Setting((0.0,   1.0,   1.0), "alpha of CutMix (0: none)"),

@@ -73,11 +73,12 @@ def train(task: Task, settings: Settings, out: Path) -> dict:
     task.net.train()
     learner.find_micro_batch(train_set.batch // world(), (task.data.channels, size, size))
     introduce(task, learner, out, peak)
-    if state:
+    if resumed := bool(state):
         rows, seconds = take_up(learner, state, steps, per_epoch, out)
+    del state  # gigabytes, of a large net
     check_agreement(learner)
     clock = Clock(learner.done, steps, train_set.batch, seconds)
-    if not state:  # only now, when nothing is refused any more
+    if not resumed:  # only now, when nothing is refused any more
         runs.clear(out)
     runs.describe(out, run, settings, next(task.net.parameters()).device)
     runs.write_rows(out, rows)

@@ -109,12 +109,15 @@ def work(pipe, method: str, variant: str, recipe: Settings, steps: int) -> None:
         step = partial(learner.learn, *batch, recipe.lr * 1e-3)
         for _ in range(3):  # the warm-up, and compilation
             step()
-        pipe.send(peak(device) - before)
-        while pipe.recv():
-            step()  # not timed: others have used the device in between
-            pipe.send([seconds(step, device) for _ in range(steps)])
+        answer = peak(device) - before
+        while True:
             if device.type == "cuda":
                 torch.cuda.empty_cache()  # to the others
+            pipe.send(answer)
+            if not pipe.recv():
+                break
+            step()  # not timed: others have used the device in between
+            answer = [seconds(step, device) for _ in range(steps)]
     except (torch.OutOfMemoryError, ValueError) as error:
         pipe.send(error)
 

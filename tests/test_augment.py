@@ -1,11 +1,13 @@
-"""Augmentation against plain computations and torchvision."""
+"""Augmentation against plain computations, torchvision and timm."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torchvision.transforms import v2
+from PIL import Image
+from timm.data import auto_augment
+from torchvision.transforms import InterpolationMode, v2
 
-from augment import Draws, crop_and_flip, number, random_erase
+from augment import Draws, crop_and_flip, number, rand_augment, random_erase
 
 CPU = torch.device("cpu")
 
@@ -68,6 +70,40 @@ def test_erasing_fills_boxes_of_the_stated_size_as_often_as_asked():
         :50, 0
     ]:  # a box: the product of its rows and columns
         assert torch.equal(box, box.any(1)[:, None] & box.any(0)[None])
+
+
+@pytest.mark.parametrize("ours, timms", [
+    ("Rotate", "Rotate"), ("ShearX", "ShearX"), ("TranslateX", "TranslateXRel"),
+    ("Brightness", "BrightnessIncreasing"), ("Solarize", "SolarizeIncreasing"),
+])  # fmt: skip
+def test_randaugment_is_as_strong_as_timms(ours, timms):
+    """On a ramp of grey, each operation by itself, at magnitude 9; it may go either way."""
+    ramp = torch.arange(224, dtype=torch.uint8).expand(3, 224, 224)
+    both = rand_augment(9, [0, 0, 0], InterpolationMode.NEAREST)
+    operation = both.transforms[0].transforms[0]
+    operation._AUGMENTATION_SPACE = {ours: operation._AUGMENTATION_SPACE[ours]}
+    seen = [operation(v2.functional.to_pil_image(ramp)) for _ in range(20)]
+    how = {"img_mean": (0, 0, 0), "interpolation": Image.NEAREST}
+    theirs = auto_augment.AugmentOp(timms, prob=1.0, magnitude=9, hparams=how)
+    expected = [theirs(v2.functional.to_pil_image(ramp)) for _ in range(20)]
+    for image in seen:
+        assert min(difference(image, other) for other in expected) < 2
+    assert difference(v2.functional.to_pil_image(ramp), seen[0]) > 20
+
+
+def test_each_operation_of_randaugment_is_done_half_the_time(monkeypatch):
+    calls = []
+    augment = rand_augment(9, [0, 0, 0], InterpolationMode.BILINEAR)
+    monkeypatch.setattr(v2.RandAugment, "forward", lambda _, x: (calls.append(0), x)[1])
+    for _ in range(1000):
+        augment(torch.zeros(3, 8, 8, dtype=torch.uint8))
+    assert 900 < len(calls) < 1100
+
+
+def difference(a, b) -> float:
+    """Mean difference of two PIL images, in levels of 0..255."""
+    a, b = (v2.functional.pil_to_tensor(x).float() for x in (a, b))
+    return (a - b).abs().mean().item()
 
 
 def test_seeds_are_a_function_of_all_their_parts():

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -36,11 +37,11 @@ def weights(out, name="last.pt"):
     return torch.load(Path(out) / name, weights_only=True, map_location="cpu")
 
 
-def start(script, *argv, launcher=(sys.executable,)):
+def start(script, *argv, launcher=(sys.executable,), **how):
     # A restarted gloo group hangs now and then on its old rendezvous if that is shared: #135712.
     env = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     command, pipe = [*launcher, str(ROOT / script), *map(str, argv)], subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env)
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=env, **how)
 
 
 def run_here(script, *argv):
@@ -106,6 +107,20 @@ def test_killed_and_resumed_gives_the_same_bits(uninterrupted, tmp_path):
             row.pop("seconds"), row.pop("images_per_s")
         assert a == pytest.approx(b)
     assert result["test_top1"] == logs[1][-1]["test_top1"]
+
+
+def test_a_signal_to_the_workers_too_does_not_keep_a_run_from_saving(small, tmp_path):
+    """As torchrun sends it: to all processes of a run."""
+    streamed = ["--memory", "0", "--workers", "2", "--epochs", "10000", "--eval-every", "10000"]
+    argv = [*small, *streamed, "--teacher", "none", "--out", tmp_path]
+    run = start("finetune.py", *argv, start_new_session=True)
+    while run.poll() is None and not (tmp_path / "log.jsonl").exists():
+        time.sleep(0.1)
+    time.sleep(1)  # somewhere among its steps
+    os.killpg(run.pid, signal.SIGTERM)
+    text, errors = run.communicate(timeout=60)
+    assert run.returncode == 128 + signal.SIGTERM and not errors, errors
+    assert "--resume goes on" in text
 
 
 def test_a_teacher_is_dismissed_in_time(uninterrupted, tmp_path):
