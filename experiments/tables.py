@@ -198,7 +198,8 @@ TABLES = {
         "main rows, baselines and controls",
         rows=(*MAIN, *rows.PROBE, *rows.BASELINES, *rows.CONTROLS, rows.NEAREST),
         contrasts=INTERACTION | less("feature distillation", DISTILLATION)
-        | less("copy, fine-tuned teacher", COPY),
+        | less("copy, fine-tuned teacher", COPY) | less("copy, fine-tuned teacher", TUNED)
+        | less("teacher's maps and weights", TUNED),
     ),
     "digits-maps": at_base(
         "other maps, copied and distilled: uniform to fine-tuned", rows=(*MAIN, *rows.LADDER),
