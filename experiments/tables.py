@@ -204,6 +204,7 @@ TABLES = {
     "digits-maps": at_base(
         "other maps, copied and distilled: uniform to fine-tuned", rows=(*MAIN, *rows.LADDER),
         contrasts=share_of_gain("copy, mean maps", COPY) | less("copy, mean maps", COPY)
+        | less("copy, impulse maps", TUNED) | share_of_gain("distillation, mean maps", DISTILLATION)
         | less("distillation, fine-tuned teacher", DISTILLATION),
     ),
     "digits-parts": at_base(
