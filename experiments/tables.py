@@ -224,7 +224,8 @@ TABLES = {
         rows=(*MAIN, *rows.PROBE, *rows.EXPLAINED),
         against={"distillation, detached": "attention distillation",
                  "linear probe of that": "linear probe of the teacher"},
-        contrasts=share_of_gain("distillation, detached", DISTILLATION),
+        contrasts=share_of_gain("distillation, detached", DISTILLATION)
+        | less("distillation, detached", COPY),
     ),
     "digits-looks": at_base(
         "where rows and teachers look; how like the teacher's are maps and features",
