@@ -221,15 +221,17 @@ TABLES = {
     ),
     "digits-explained": at_base(
         "distillation detached; without labels, then a probe",
-        rows=(*MAIN, *rows.PROBE, *rows.EXPLAINED),
+        rows=(*MAIN, *rows.PROBE, *rows.EXPLAINED, "copy, layers 2", "distillation, layers 2"),
         against={"distillation, detached": "attention distillation",
                  "linear probe of that": "linear probe of the teacher"},
         contrasts=share_of_gain("distillation, detached", DISTILLATION)
-        | less("distillation, detached", COPY),
+        | less("distillation, detached", COPY)  # tuning gave it two layers:
+        | less("distillation, detached", "copy, layers 2")
+        | less("distillation, detached", "distillation, layers 2"),
     ),
     "digits-looks": at_base(
         "where rows and teachers look; how like the teacher's are maps and features",
-        rows=tuple(MAIN), **looked,
+        rows=(*MAIN, "distillation, detached"), **looked,
     ),
     "digits-ensembles": at_base(
         "pairs of nets and their controls; do they err together?", rows=(*MAIN, *rows.AGAIN),
