@@ -47,7 +47,7 @@ AT = {"24 labels": {}}
 TABLES = {
     "tuned": tables.Table("", STUDY, (*MAIN, rows.NEAREST), AT, tunes=True),
     "tested": tables.Table("", STUDY, (*MAIN, rows.NEAREST), AT),
-    "looks": tables.TABLES["digits-looks"],
+    "looks": tables.TABLES["digits-looks"]._replace(rows=tuple(MAIN)),
     "looks of photographs": tables.TABLES["cifar10-looks"]._replace(study=STUDY, points=AT),
     "ensembles": tables.TABLES["digits-ensembles"],
     "shift": tables.TABLES["digits-shift"]._replace(points=tables.AT_BASE),
