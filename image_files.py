@@ -242,10 +242,11 @@ class Files(Dataset):
             num_workers=workers,
             collate_fn=collate,
             pin_memory=self.pin,
-            worker_init_fn=outlive_signals,
             multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         )
-        for images, labels, bad in loader:
+        with signals_held():
+            loaded = iter(loader)
+        for images, labels, bad in loaded:
             if bad:
                 raise ValueError(bad)
             yield images, labels
@@ -268,10 +269,17 @@ class Files(Dataset):
         return shrink(read(self.samples[index][0], ADVICE), math.ceil(side))
 
 
-def outlive_signals(_: int) -> None:
-    """torchrun and Ctrl-C stop workers as well: but the run that they serve has yet to save."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+@contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+    """Processes started in it never get SIGTERM and Ctrl-C, which are sent to a run's workers too.
+
+    The run that they serve has yet to save.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def collate(samples: list) -> tuple[Tensor, Tensor, str]:
