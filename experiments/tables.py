@@ -260,10 +260,14 @@ TABLES = {
     "cifar10-controls": photos(
         "random teachers, the mean map, another image's, the teacher's weights as well",
         rows=(*MAIN, "copy, random teacher", "distillation, random teacher", "copy, mean maps",
-              "copy, other maps", "teacher's maps and weights"),
+              "copy, other maps", "copy, impulse maps", "distillation, mean maps",
+              "teacher's maps and weights"),
         against={"copy, mean maps": "attention copy", "copy, other maps": "attention copy",
+                 "copy, impulse maps": "attention copy",
+                 "distillation, mean maps": "attention distillation",
                  "teacher's maps and weights": "fine-tuning"}, seeds=3,
-        contrasts=INTERACTION | share_of_gain("copy, mean maps", COPY),
+        contrasts=INTERACTION | share_of_gain("copy, mean maps", COPY)
+        | share_of_gain("distillation, mean maps", DISTILLATION),
     ),
     "cifar10-looks": photos(
         "how like the teacher's are maps and features; do maps depend on the image?",
