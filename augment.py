@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -86,8 +87,8 @@ class Augment:
         self.settings, self.normalise, self.cropped = settings, normalise, cropped
         self.randaugment = None
         if settings.randaugment and not cropped:
-            fill = [255 * x for x in normalise.normalization[0]]
-            self.randaugment = rand_augment(settings.randaugment, fill, InterpolationMode.BILINEAR)
+            mean, _ = normalise.normalization
+            self.randaugment = rand_augment(settings.randaugment, mean, InterpolationMode.BILINEAR)
 
     def __call__(self, images: Tensor, draws: Draws) -> Tensor:
         images = self.normalise(images)
@@ -100,11 +101,12 @@ class Augment:
         return random_erase(images, draws, self.settings.random_erase)
 
 
-def rand_augment(magnitude: int, fill: list[float], interpolation) -> v2.Transform:
+def rand_augment(magnitude: int, mean: Sequence[float], interpolation) -> v2.Transform:
     """RandAugment (Cubuk et al. 2020) by timm's measures: two operations, each half the time.
 
-    timm counts magnitudes up to 10, torchvision up to 30. `fill`: the colour of what is uncovered.
+    timm counts magnitudes up to 10, torchvision up to 30. `mean`: the colour of what is uncovered.
     """
+    fill = [round(255 * x) for x in mean]
     operation = v2.RandAugment(1, 3 * magnitude, interpolation=interpolation, fill=fill)
     half = v2.RandomApply([operation], p=0.5)
     return v2.Compose([half, half])

@@ -69,15 +69,15 @@ def random_crop(size: int, settings, mean: Sequence[float]) -> v2.Transform:
 
     With --crop-area 0 the central square, shifted by up to 1/8 of its side.
     """
-    fill = [round(255 * x) for x in mean]
     if settings.crop_area:
         steps = [v2.RandomResizedCrop(size, (settings.crop_area, 1.0), interpolation=BICUBIC)]
     else:
+        fill = [round(255 * x) for x in mean]
         shift = v2.RandomCrop(size, padding=size // 8, fill=fill)
         steps = [v2.Resize(size, interpolation=BICUBIC), v2.CenterCrop(size), shift]
     steps.append(v2.RandomHorizontalFlip())
     if settings.randaugment:  # which is faster on PIL images than on tensors
-        augment = rand_augment(settings.randaugment, fill, BICUBIC)
+        augment = rand_augment(settings.randaugment, mean, BICUBIC)
         steps += [v2.ToPILImage(), augment, v2.PILToTensor()]
     return v2.Compose(steps)
 
@@ -275,6 +275,9 @@ def signals_held() -> Iterator[None]:
 
     The run that they serve has yet to save.
     """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows, where none is sent to a group
+        yield
+        return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
     try:
         yield
