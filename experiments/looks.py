@@ -5,6 +5,7 @@ All of it is read off finished runs; nothing is trained.
 
 import launch
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ import vit
 from attention import attention_map
 from augment import Normalise, number
 from checkpoints import Model
-from experiments.analysis import compare, jensen_shannon
+from experiments.analysis import compare, entropy, jensen_shannon
 from experiments.estimates import over_seeds
 from experiments.jobs import Made
 from settings import Settings
@@ -35,10 +36,11 @@ def looks(made: Made) -> dict:
     Of the digits: digit, scrap, blank: shares of the attention of patches, mean over images, heads
     and patches, that go to patches with ink of the digit, of scraps only, or none; `patches` has
     the shares of the patches. from_mean: how far a map is from the mean over images of these maps,
-    in nats (Jensen-Shannon): 0 if it does not depend on the image. divergence, matched: of the maps
-    from the teacher's, heads as they stand and heads matched; cka: of the features. All are lists
-    over layers: means over seeds, and their intervals. What bounds the likeness: a random net, and
-    a teacher of another seed, where each seed has its own.
+    in nats (Jensen-Shannon): 0 if it does not depend on the image; of_image: the share of what
+    maps say that does. divergence, matched: of the maps from the teacher's, heads as they stand and
+    heads matched; cka: of the features. All are lists over layers: means over seeds, and their
+    intervals. What bounds the likeness: a random net, and a teacher of another seed, where each
+    seed has its own.
     """
     points = {}
     for point, of_rows in made.items():
@@ -106,14 +108,13 @@ def kinds_of_patches(digit: Tensor, scraps: Tensor, patch: int) -> Tensor:
 
 
 def where(model: Model, images: Tensor, kinds: Tensor | None) -> dict:
-    """Of each layer how far maps are from their mean, and shares of attention. As in `looks`."""
+    """Of each layer how far maps change with the image, and shares of attention, as in `looks`."""
     maps = [
         torch.stack([attention_map(used) for _, used in model.run(some)])
         for some in images.split(AT_A_TIME)
     ]
     p = torch.cat(maps, dim=1)  # (layers, images, H, N, N)
-    away = jensen_shannon(p, p.mean(dim=1, keepdim=True)).mean(dim=(1, 2, 3))
-    found = {"from_mean": away.tolist()}
+    found = changing(p)
     if kinds is None:
         return found
     patches = kinds.shape[1]
@@ -121,6 +122,20 @@ def where(model: Model, images: Tensor, kinds: Tensor | None) -> dict:
     among = among / among.sum(dim=-1, keepdim=True)
     shares = einsum(among, one_hot(kinds), "l b h q k, b k c -> c l b h q").mean(dim=(2, 3, 4))
     return dict(zip(KINDS_OF_PATCH, shares.tolist(), strict=True)) | found
+
+
+def changing(p: Tensor) -> dict[str, list[float]]:
+    """How far maps (layers, images, H, N, N) are from their mean over images, of each layer.
+
+    of_image: what a map says is its divergence (Kullback-Leibler) from looking everywhere alike.
+    Over images the mean of these is the divergence of the mean map, what position alone says, and
+    the mean divergence from that map, what the image adds: this, as a share of both.
+    """
+    position = p.mean(dim=1, keepdim=True)
+    from_mean = jensen_shannon(p, position).mean(dim=(1, 2, 3))
+    least, most = (entropy(maps).mean(dim=(1, 2, 3)) for maps in (p, position))
+    of_image = (most - least) / (math.log(p.shape[-1]) - least)
+    return {"from_mean": from_mean.tolist(), "of_image": of_image.tolist()}
 
 
 def one_hot(kinds: Tensor) -> Tensor:

@@ -71,6 +71,9 @@ EXPLAINED = {
         "variants", "distillation without labels", flags={"how": "probe"},
         tuned_as="linear probe of the teacher",
     ),
+    "linear probe of a random net": Row(
+        "variants", "none", flags={"how": "probe"}, tuned_as="linear probe of the teacher"
+    ),
 }  # fmt: skip
 AGAIN = {  # in another order, from another start, on the same labels: for ensembles
     f"{row} again": MAIN[row]._replace(tuned_as=row)

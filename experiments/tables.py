@@ -223,7 +223,8 @@ TABLES = {
         "distillation detached; without labels, then a probe",
         rows=(*MAIN, *rows.PROBE, *rows.EXPLAINED, "copy, layers 2", "distillation, layers 2"),
         against={"distillation, detached": "attention distillation",
-                 "linear probe of that": "linear probe of the teacher"},
+                 "linear probe of that": "linear probe of the teacher",
+                 "linear probe of a random net": "linear probe of that"},
         contrasts=share_of_gain("distillation, detached", DISTILLATION)
         | less("distillation, detached", COPY)  # tuning gave it two layers:
         | less("distillation, detached", "copy, layers 2")

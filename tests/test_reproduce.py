@@ -167,6 +167,16 @@ def test_what_is_read_off_runs_is_bounded_by_what_it_must_be(places, ran, tmp_pa
     assert shifts["inverted"].keys() == MAIN.keys()
 
 
+def test_what_the_image_adds_to_a_map_is_what_position_alone_does_not_say():
+    p = torch.randn(2, 5, 3, 4, 4, dtype=torch.float64).softmax(dim=-1)
+    p[1] = p[1, :1]  # the second layer looks the same way at all images
+    mean, alike = p.mean(dim=1, keepdim=True), torch.full_like(p, 1 / 4)
+    added, said = ((p * (p / q).log()).sum(-1).mean(dim=(1, 2, 3)) for q in (mean, alike))
+    found = looks.changing(p)
+    assert_close(found["of_image"], (added / said).tolist(), atol=1e-9, rtol=0)
+    assert found["of_image"][0] > 0.1
+
+
 def test_patches_are_of_the_kind_whose_ink_they_hold():
     split = digits.Split(2, Normalise(KINDS["digits"].normalization, "cpu"), torch.device("cpu"))
     digit, scraps = (canvas[:30] for canvas in split.layers("test"))
