@@ -26,7 +26,7 @@ from vit import Config, ViT
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a file says of a ViT. `architecture` are the arguments of vit.ViT."""
+    """What a file says of a ViT. `architecture`: the fields of vit.Config."""
 
     source: str
     weights: dict[str, Tensor]
@@ -167,15 +167,16 @@ def understand(
             raise ValueError(f"{source} holds no ViT that can be used: {name} {wrong}")
     if member:
         known |= {"normalization": member.family.normalization, "method": member.family.title}
+    check_facts(source, architecture, **known)
+    if member:
         known["resize"] = member.family.resize
-    check_facts(source, architecture, **{k: known[k] for k in names if k in known})
     if "normalization" in known:  # a tuple of lists, as ours are: to compare
         known["normalization"] = tuple([float(x) for x in xs] for xs in known["normalization"])
     if ours and about.get("teacher"):
         known["teacher"] = understand(about["teacher"], source)
         known["layers"] = layers = tuple(about["layers"])
-        theirs, heads = about.get("lent") or ((), "")
-        known["lent"] = tuple(theirs), str(heads)
+        theirs, lent_heads = about.get("lent") or ((), "")
+        known["lent"] = tuple(theirs), str(lent_heads)
         lends = known["teacher"].architecture
         for which, net in ((layers, architecture), (theirs or layers, lends)):
             if not which or not all(i in range(net["depth"]) for i in which):

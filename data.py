@@ -72,10 +72,10 @@ class Data:
     train: "Train | None" = None
     val: "Eval | None" = None
     test: "Eval | None" = None  # the same as `val` if there is no third part (ImageNet's custom)
-    held_out: int = 0  # of the training images, to test on for want of others
+    held_out: int = 0  # how many training images stand in for test images, where there are none
     available: int = 0  # images to train on, before --num-labels takes some: a teacher sees all
     fingerprint: str = ""  # of these, if they are files
-    test_fingerprint: str = ""  # of the others
+    test_fingerprint: str = ""  # of those to validate and to test on
 
     def described(self, labels: bool) -> str:
         """How many images there are, and of how many classes if `labels` matter."""
@@ -230,6 +230,10 @@ class Eval:
     def __init__(self, source, normalise: Normalise, device):
         self.source, self.normalise, self.device = source, normalise, device
         self.rank, self.world = rank(), world()
+        if len(source) < self.world:
+            raise ValueError(
+                f"{len(source)} image(s) to evaluate on, for {self.world} process(es): start fewer"
+            )
 
     def __len__(self) -> int:
         return len(self.source)

@@ -1,6 +1,6 @@
 """Image files: decoded by worker processes or held in memory, cropped, in batches."""
 
-from launch import counted, print0, rank, world
+from launch import counted, from_all, print0, rank, world
 
 import contextlib
 import hashlib
@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -101,12 +100,10 @@ def readable(samples: list[tuple[str, int]]) -> list[tuple[str, int]]:
     facts = [(path, *size_and_time(path)) for path, _ in samples]
     key = hashlib.blake2b(repr(facts).encode(), digest_size=8).hexdigest()
     remembered = Path("runs") / f"unreadable-{key}.json"
-    known = [remembered_in(remembered) if rank() == 0 else None]
-    if dist.is_initialized():
-        dist.broadcast_object_list(known)
-    (bad,) = known
+    bad = from_all(remembered_in(remembered) if rank() == 0 else None)[0]
     if bad is None:
-        bad = gathered(tried([path for path, _ in samples[rank() :: world()]]))
+        shares = from_all(tried([path for path, _ in samples[rank() :: world()]]))
+        bad = {path: why for share in shares for path, why in share.items()}
         if rank() == 0:
             remembered.parent.mkdir(exist_ok=True)
             storage.write_text(remembered, json.dumps(bad, indent=1))
@@ -138,14 +135,6 @@ def tried(paths: list[str]) -> dict[str, str]:
     with ThreadPoolExecutor(cores()) as pool:
         reasons = list(counted(pool.map(why_unreadable, paths), len(paths), "images tried"))
     return {path: why for path, why in zip(paths, reasons, strict=True) if why}
-
-
-def gathered(mine: dict[str, str]) -> dict[str, str]:
-    """Those of all processes."""
-    shares = [mine] * world()
-    if dist.is_initialized():
-        dist.all_gather_object(shares, mine)
-    return {path: why for share in shares for path, why in share.items()}
 
 
 def why_unreadable(path: str) -> str:
@@ -236,9 +225,10 @@ class Files(Dataset):
         workers = min(self.settings.workers, len(order), cores())
         if self.held and not self.pin:
             workers = 0  # to crop alone is less work than to start them
+        keys = ([(*key, i) for i in indices.tolist()] for indices in order)
         loader = DataLoader(
             self,
-            batch_sampler=Keys(order, key),
+            batch_sampler=keys,
             num_workers=workers,
             collate_fn=collate,
             pin_memory=self.pin,
@@ -292,19 +282,6 @@ def collate(samples: list) -> tuple[Tensor, Tensor, str]:
             return torch.empty(0), torch.empty(0), why
     images, labels = zip(*samples, strict=True)
     return torch.stack(images), torch.tensor(labels), ""
-
-
-class Keys:
-    """What a DataLoader asks of a data set, batch by batch: (seed, epoch, number of an image)."""
-
-    def __init__(self, order: Sequence[Tensor], key: tuple):
-        self.order, self.key = order, key
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __iter__(self) -> Iterator[list[tuple]]:
-        return ([(*self.key, i) for i in indices.tolist()] for indices in self.order)
 
 
 def cores() -> int:

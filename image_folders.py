@@ -34,6 +34,8 @@ def find(root: Path, train: bool, advice: str) -> dict[str, Listing]:
     parts = parts_of(root)
     if "val" in parts and not train:
         return {"test": listing(parts["val"])}
+    if "val" in parts and "train" not in parts:
+        raise FileNotFoundError(f"{root} holds images to test on, and none to train on: {advice}")
     found = {"train": listing(parts.get("train") or root)}
     if "val" in parts:
         found["test"] = listing(parts["val"])
@@ -88,6 +90,9 @@ def parts_of(root: Path) -> dict[str, Path]:
         holds = {name: any(e.is_dir() for e in visible(path)) for name, path in there.items()}
         there = {name: path for name, path in there.items() if holds[name]}
     found = {part: [there[n] for n in names if n in there] for part, names in known.items()}
+    for used, *unused in filter(None, found.values()):
+        if unused:
+            print0(f"note: {used} is used, and {', '.join(map(str, unused))} is not")
     return {part: folders[0] for part, folders in found.items() if folders}
 
 

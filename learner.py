@@ -51,7 +51,7 @@ class Learner:
     """
 
     def __init__(self, net: nn.Module, loss: Callable, settings, steps: int):
-        where = next(net.parameters()).device
+        self.device = next(net.parameters()).device
         self.net, self.loss, self.settings, self.done = net, loss, settings, 0
         self.micro_batch = settings.micro_batch  # images at a time; 0: all at once
         # Sums over the steps of an epoch: of the terms of the loss, and of what is only watched.
@@ -61,15 +61,15 @@ class Learner:
             parameter_groups(net, settings.weight_decay, settings.layer_decay),
             lr=settings.lr,
             betas=(0.9, settings.beta2),
-            fused=where.type in ("cuda", "cpu"),
+            fused=self.device.type in ("cuda", "cpu"),
         )
         fp16 = precision(settings.amp, net) is torch.float16
-        self.scaler = torch.amp.GradScaler(where.type, enabled=fp16)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
         self.autocast = autocast(settings.amp, net)
         self.step = Step(net, loss)
         if dist.is_initialized():
             self.step = DistributedDataParallel(self.step, gradient_as_bucket_view=True)
-        if (mode := compilation(settings.compile, where, steps)) != "off":
+        if (mode := compilation(settings.compile, self.device, steps)) != "off":
             self.step.compile(mode="reduce-overhead" if mode == "graphs" else None)
 
     def turn_to(self, loss: Callable) -> None:
@@ -120,10 +120,10 @@ class Learner:
 
     def largest(self, share: int, shape: tuple[int, int, int]) -> int:
         """How many images fit, beside as much memory as AdamW will take."""
-        where, size = next(self.net.parameters()).device, share
+        size = share
         trained = [p for p in self.net.parameters() if p.requires_grad]
         moments = [torch.empty_like(p) for p in trained for _ in range(2)]
-        images = torch.zeros(share, *shape, device=where)
+        images = torch.zeros(share, *shape, device=self.device)
         if dist.is_initialized():
             dist.all_reduce(images.new_zeros(1))  # NCCL takes its memory when it is first used
         while not self.all_fit(images[:size]):
@@ -173,13 +173,11 @@ class Learner:
         for name, part in self.parts().items():
             if state[name] or part is not self.scaler:  # that of other hardware is empty
                 part.load_state_dict(state[name])
-        where = next(self.net.parameters()).device
         self.done = state["step"]
         for sums in ("terms", "diagnostics"):
-            setattr(self, sums, {k: v.to(where) for k, v in state[sums].items()})
+            setattr(self, sums, {k: v.to(self.device) for k, v in state[sums].items()})
 
 
-@torch.no_grad()
 def add(sums: dict[str, Tensor], values: dict[str, Tensor], share: float) -> None:
     for name, value in values.items():
         sums[name] = sums.get(name, 0) + value.detach() * share
@@ -187,13 +185,12 @@ def add(sums: dict[str, Tensor], values: dict[str, Tensor], share: float) -> Non
 
 def parameter_groups(net: nn.Module, weight_decay: float, layer_decay: float) -> list[dict]:
     """Weight decay for matrices only; layer decay: a factor per layer below the head."""
-    groups = {}
-    if layer_decay < 1 and not hasattr(net, "layer_of"):
+    groups, layer_of = {}, getattr(net, "layer_of", None)
+    if layer_decay < 1 and not layer_of:
         raise ValueError(f"--layer-decay {layer_decay}: only a ViT has layers that are counted")
-    top = net.layer_of("head") if layer_decay < 1 else 0
     for name, p in net.named_parameters():
         if p.requires_grad:
-            scale = layer_decay ** (top - net.layer_of(name)) if layer_decay < 1 else 1.0
+            scale = layer_decay ** (layer_of("head") - layer_of(name)) if layer_of else 1.0
             bare = p.ndim <= 1 or name.endswith(("pos_embed", "_token", "relative.table"))
             groups.setdefault((scale, 0.0 if bare else weight_decay), []).append(p)
     return [

@@ -54,11 +54,11 @@ def minutes(seconds: float) -> str:
 
 def progress_line(learner: Learner, per_epoch: int, clock: Clock) -> None:
     """The line that rewrites itself on a terminal; elsewhere, once, how long it will take."""
+    epoch, step = divmod(learner.done - 1, per_epoch)
     pace = f"{clock.speed(learner.done):,.0f} images/s  {clock.left(learner.done)} left"
     if not on_terminal() and clock.elapsed() > 5 and not clock.announced:
         clock.announced = True
-        print0(f"epoch {learner.done // per_epoch}  {pace}")
-    epoch, step = divmod(learner.done - 1, per_epoch)
+        print0(f"epoch {epoch + 1}  {pace}")
     terms = "  ".join(f"{k} {v.item() / (step + 1):.3f}" for k, v in learner.terms.items())
     rewrite(f"epoch {epoch + 1}  step {step + 1}/{per_epoch}  {terms}  {pace}")
 
@@ -82,7 +82,6 @@ def report(row: dict, epochs: int, left: str) -> None:
 def introduce(task, learner: Learner, out: Path, rate: float) -> None:
     """What is about to be trained, on what, how, and where it goes."""
     settings, images = learner.settings, task.data
-    where = next(task.net.parameters()).device
     teacher = task.teacher or (
         "random weights" if getattr(settings, "teacher", "") == "random" else ""
     )
@@ -92,7 +91,7 @@ def introduce(task, learner: Learner, out: Path, rate: float) -> None:
         "net": f"{settings.model}: {size_of(task.net)}",
         "teacher": teacher,
         "images": f"{settings.data}, {images.described(labels=bool(task.predict))}",
-        "device": f"{device_name(where)}, {precision_name(settings.amp, task.net)}",
+        "device": f"{device_name(learner.device)}, {precision_name(settings.amp, task.net)}",
         "steps": f"{settings.epochs} epochs of {plan(learner, images.train, rate)}",
     }
     print0(f"{task.name} -> {out}")

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+import families
 import storage
 from checkpoints import Checkpoint
 from data import KINDS, Data, Tensors
@@ -34,14 +35,19 @@ def folder(settings: Settings, name: str) -> Path:
 
 def identity(name: str, dataset: Data, teacher: Checkpoint | None, settings: Settings) -> dict:
     """What a run is: with anything of it changed it would be another run."""
-    shaping = {k: v for k, v in vars(settings).items() if k not in FREE}
-    about = {"method": name, "classes": dataset.classes, "images": dataset.available}
-    about["images_fingerprint"], about["tested_on"] = dataset.fingerprint, dataset.test_fingerprint
-    about["images_per_step"] = dataset.train.batch  # of --batch 0: it follows the processes
-    about["one_tensor"] = isinstance(dataset.train.source, Tensors)  # of files: it follows --memory
-    if dataset.normalization != KINDS[settings.data].normalization:  # but the teacher's
+    about = {
+        "method": name,
+        "classes": dataset.classes,
+        "images": dataset.available,
+        "images_fingerprint": dataset.fingerprint,
+        "tested_on": dataset.test_fingerprint,
+        "images_per_step": dataset.train.batch,  # --batch 0 depends on the number of processes
+        "one_tensor": isinstance(dataset.train.source, Tensors),  # of files: depends on --memory
+        "teacher_weights": teacher.fingerprint if teacher else None,
+    }
+    if dataset.normalization != KINDS[settings.data].normalization:  # a teacher's was adopted
         about["normalization"] = dataset.normalization
-    return about | {"teacher_weights": teacher and teacher.fingerprint} | shaping
+    return about | {k: v for k, v in vars(settings).items() if k not in FREE}
 
 
 def differences(before: dict, now: dict) -> list[str]:
@@ -49,8 +55,8 @@ def differences(before: dict, now: dict) -> list[str]:
         return str(value) if len(str(value)) < 40 else f"{str(value)[:36]} ..."
 
     # A setting added since that run counts as unset in it.
-    odd = [k for k in (*before, *now) if (before.get(k) or None) != (now.get(k) or None)]
-    return [f"{k} was {shown(before.get(k))}, now {shown(now.get(k))}" for k in dict.fromkeys(odd)]
+    odd = [k for k in before | now if (before.get(k) or None) != (now.get(k) or None)]
+    return [f"{k} was {shown(before.get(k))}, now {shown(now.get(k))}" for k in odd]
 
 
 def what_is_in(out: Path) -> dict | None:
@@ -63,7 +69,8 @@ def what_is_in(out: Path) -> dict | None:
 
 def check(settings: Settings, name: str) -> None:
     """ValueError if --out cannot be made, or holds a run without --resume or --overwrite."""
-    out, teacher = folder(settings, name), Path(getattr(settings, "teacher", ""))
+    out, (_, place) = folder(settings, name), families.locate(getattr(settings, "teacher", ""))
+    teacher = Path(place)
     if settings.resume and settings.overwrite:
         raise ValueError("--resume goes on, --overwrite starts over: choose one")
     storage.check_place(out / "config.json", f"--out {out}")
@@ -71,17 +78,18 @@ def check(settings: Settings, name: str) -> None:
         raise ValueError(f"--teacher {teacher} lies in --out: choose another --out")
     if settings.overwrite or (before := what_is_in(out)) is None:
         return
-    if not settings.resume and (out / "last.pt").exists():
-        raise ValueError(
-            f"{out} already holds a run: go on with --resume, start over with --overwrite, or "
-            "choose another --out"
-        )
-    if (out / "model.pt").exists() and not (out / "last.pt").exists():
+    if (out / "last.pt").exists():
+        if not settings.resume:
+            raise ValueError(
+                f"{out} already holds a run: go on with --resume, start over with --overwrite, or "
+                "choose another --out"
+            )
+    elif (out / "model.pt").exists():
         raise ValueError(
             f"{out} holds a model.pt and no last.pt to go on from: start over with --overwrite, or "
             "choose another --out"
         )
-    if not before and not (out / "last.pt").exists():
+    elif not before:
         raise ValueError(
             f"{out} holds files that are named like a run's but are of none: choose another --out, "
             "or discard them with --overwrite"

@@ -11,6 +11,7 @@ import argparse
 import math
 import sys
 from collections.abc import Collection, Sequence
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import data
@@ -215,17 +216,11 @@ def to_argv(values: dict[str, Any]) -> list[str]:
     return words
 
 
-class Settings:
+class Settings(SimpleNamespace):
     """What a run was asked for, as attributes. They do not change: `but` makes others."""
-
-    def __init__(self, **values):
-        self.__dict__.update(values)
 
     def __setattr__(self, name: str, value):
         raise AttributeError(f"settings are frozen: settings.but({name}=...) makes others")
-
-    def __repr__(self) -> str:
-        return "Settings(" + ", ".join(f"{k}={v!r}" for k, v in vars(self).items()) + ")"
 
     def but(self, **changes) -> "Settings":
         return Settings(**vars(self) | changes)
@@ -297,23 +292,15 @@ def parser(doc: str, positional: tuple[str, str] | None, table: Table, recipe: i
     made.add_argument("--help", "-h", action="store_true", help=argparse.SUPPRESS)
     if positional:
         made.add_argument(positional[0], nargs="*", help=positional[1])
-    titles = {name: group_of(name) for name in table}
-    groups = {
-        title: made.add_argument_group(title)
-        for title in (OWN, *GROUPS)
-        if title in titles.values()
-    }
+    groups = {title: made.add_argument_group(title) for title in (OWN, *GROUPS)}  # empty: not shown
     for name, row in table.items():
+        title = next((title for title, rows in GROUPS.items() if name in rows), OWN)
         kind = type(row.of(0))
         how = {"type": kind, "metavar": "X"}
         if kind is bool:
             how = {"action": argparse.BooleanOptionalAction}
-        groups[titles[name]].add_argument(flag(name), help=described(row, recipe), **how)
+        groups[title].add_argument(flag(name), help=described(row, recipe), **how)
     return made
-
-
-def group_of(name: str) -> str:
-    return next((title for title, rows in GROUPS.items() if name in rows), OWN)
 
 
 def described(row: Setting, recipe: int) -> str:

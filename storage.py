@@ -18,8 +18,8 @@ import torch
 
 import safetensors_file
 
-DISK = (errno.EIO, errno.ESTALE, errno.EACCES)
-HASHED = ("download.pytorch.org/", "dl.fbaipublicfiles.com/")  # who put it there
+DISK = (errno.EIO, errno.ESTALE, errno.EACCES)  # no fault of the file
+HASHED = ("download.pytorch.org/", "dl.fbaipublicfiles.com/")  # whose names hold a file's hash
 
 
 def write(path: Path, fill: Callable) -> None:
@@ -119,8 +119,14 @@ def fetch(url: str, wanted: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     named = re.search(r"-([0-9a-f]{8,})\.", path.name)
     named = named if url.split("://")[1].startswith(HASHED) else None
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        torch.hub.download_url_to_file(url, str(path), named and named[1])
+        torch.hub.download_url_to_file(url, str(part), named and named[1])
+        with open(part, "rb") as file:
+            md5 = hashlib.file_digest(file, "md5").hexdigest()
+        if not md5.startswith(wanted):
+            raise ValueError(f"{url} is not the file that its authors published: its md5 differs")
+        os.replace(part, path)
     except urllib.error.HTTPError as error:
         advice = "fetch it elsewhere and name the file"
         if error.code in (401, 403):
@@ -134,9 +140,8 @@ def fetch(url: str, wanted: str, path: Path) -> None:
         raise ValueError(
             f"cannot download {url} ({reason}): fetch it elsewhere and name the file"
         ) from error
-    if wanted and not hashlib.md5(path.read_bytes()).hexdigest().startswith(wanted):
-        path.unlink()
-        raise ValueError(f"{url} is not the file that its authors published: its md5 is another")
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def check(path: Path) -> None:

@@ -146,9 +146,9 @@ def make(name: str, script, settings: Settings, dataset: data.Data, **changes) -
 
 
 def what_counts(run: dict) -> dict:
-    """Of what a run is, what makes its teacher another one: not how its sums are rounded.
+    """Of a run's identity, what decides whether its net is the teacher wanted.
 
-    Nor, if it had a teacher itself, which that was: --teacher says it.
+    Not how sums are rounded, what it was tested on, or its own teacher, which --teacher names.
     """
     others = "amp images_per_step one_tensor tested_on teacher_weights normalization".split()
     return {k: v for k, v in run.items() if k not in others}

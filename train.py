@@ -5,7 +5,7 @@ code. One process or many (`torchrun`), CPU, CUDA or MPS, float32 or mixed preci
 at any moment goes on with --resume. What it leaves in --out: runs.py.
 """
 
-from launch import Failed, first_to_fail, print0, rank, world
+from launch import Failed, first_to_fail, from_all, print0, rank, world
 
 import contextlib
 import signal
@@ -80,7 +80,7 @@ def train(task: Task, settings: Settings, out: Path) -> dict:
     clock = Clock(learner.done, steps, train_set.batch, seconds)
     if not resumed:  # only now, when nothing is refused any more
         runs.clear(out)
-    runs.describe(out, run, settings, next(task.net.parameters()).device)
+    runs.describe(out, run, settings, learner.device)
     runs.write_rows(out, rows)
 
     with interrupted() as signals:
@@ -135,9 +135,7 @@ def take_up(learner: Learner, state: dict, steps: int, per_epoch: int, out: Path
 
 def check_agreement(learner: Learner) -> None:
     """Failed unless all processes go on from the same step."""
-    steps = [learner.done] * world()
-    if dist.is_initialized():
-        dist.all_gather_object(steps, learner.done)
+    steps = from_all(learner.done)
     if len(set(steps)) > 1:
         raise Failed(
             f"the processes go on from different steps ({steps}): --out must be on a disk that all "
@@ -199,17 +197,11 @@ def predictions(
         predicted = torch.where(logits.isfinite().all(dim=-1), logits.argmax(dim=-1), -1)
         mine.append(torch.stack([predicted, labels]))
     net.train(was_training)
-    shares = [torch.cat(mine, dim=1).cpu()]
-    if dist.is_initialized():
-        shares *= world()
-        dist.all_gather_object(shares, shares[0])
     found = torch.zeros(2, len(images), dtype=torch.long)
-    for i, share in enumerate(shares):
+    for i, share in enumerate(from_all(torch.cat(mine, dim=1).cpu())):
         found[:, i :: world()] = share
     if (found < 0).any():
         raise Failed("logits are no longer finite: try a lower --lr or a longer --warmup")
-    if not len(images):
-        raise Failed("there is no image to evaluate on")
     return found[0], found[1]
 
 
@@ -228,14 +220,12 @@ def validation_due(epoch: int, settings: Settings) -> bool:
 
 def validate(task: Task, learner: Learner, settings: Settings) -> tuple[dict[str, float], tuple]:
     """Accuracies for the log, and predictions: of the average of the weights, if there is one."""
-    nets = {"val_top1": task.net}
-    if learner.average:
-        nets["val_top1_ema"] = learner.average
-    predicted = {
-        name: predictions(task.predict, net, task.data.val, settings, learner.micro_batch)
-        for name, net in nets.items()
-    }
-    return {name: top1(*found) for name, found in predicted.items()}, [*predicted.values()][-1]
+    scores = {}
+    for name, net in {"val_top1": task.net, "val_top1_ema": learner.average}.items():
+        if net:
+            predicted = predictions(task.predict, net, task.data.val, settings, learner.micro_batch)
+            scores[name] = top1(*predicted)
+    return scores, predicted
 
 
 # What a run says and saves ------------------------------------------------------------------------
@@ -269,12 +259,14 @@ def check_finite(learner: Learner, out: Path) -> None:
 def save_state(
     out: Path, learner: Learner, rows: list, run: dict, clock: Clock, signals: list
 ) -> None:
-    """Writes last.pt, and leaves if a signal asked for it."""
+    """Writes last.pt, and leaves if a signal asked for it.
+
+    Within an epoch its sums are those of the first process, which a resumed run logs as if of all.
+    """
     check_finite(learner, out)
     if rank() == 0:
         about = dict(run=run, rows=rows, seconds=clock.before + clock.elapsed())
-        where = next(learner.net.parameters()).device
-        about |= dict(threads=torch.get_num_threads(), device=where.type)
+        about |= dict(threads=torch.get_num_threads(), device=learner.device.type)
         storage.save(learner.state() | about, out / "last.pt")
     clock.saved = time.perf_counter()
     if signals:

@@ -1,7 +1,5 @@
 """Folders of images as people have them, and that --memory changes no distribution."""
 
-import launch
-
 import json
 import os
 import shutil
@@ -20,7 +18,6 @@ import image_folders
 import pretrain
 import runs
 import subsets
-import train
 
 CPU = torch.device("cpu")
 
@@ -202,9 +199,8 @@ def test_no_image_that_can_be_read_is_an_error_and_no_accuracy(
     argv = ["--teacher", "none", "--data", "folder", "--data-dir", unsplit, "--skip-unreadable"]
     code, line = failing(finetune, argv)
     assert code == 2 and "none of 6 images can be read" in line
-    empty = data.Eval(data.Tensors(torch.zeros(0, 1), torch.zeros(0)), lambda x: x, CPU)
-    with pytest.raises(launch.Failed, match="no image to evaluate on"):
-        train.accuracy(lambda net, x: x, torch.nn.Linear(1, 1), empty, finetune.parse([]))
+    with pytest.raises(ValueError, match="to evaluate on, for 1 process"):
+        data.Eval(data.Tensors(torch.zeros(0, 1), torch.zeros(0)), lambda x: x, CPU)
 
 
 def test_what_breaks_after_the_trial_ends_the_run(unsplit, tmp_path, monkeypatch, failing):
@@ -241,6 +237,9 @@ def test_other_names_of_the_parts_are_known(unsplit, capsys):
     dataset = data.load(folder(unsplit), CPU)
     assert (dataset.classes, len(dataset.train), len(dataset.test)) == (["cat", "dog"], 30, 30)
     assert "1 files are no images of a known kind" in capsys.readouterr().out
+    shutil.copytree(unsplit / "test", unsplit / "valid")
+    data.load(folder(unsplit), CPU)
+    assert f"{unsplit / 'valid'} is used, and {unsplit / 'test'} is not" in capsys.readouterr().out
 
 
 def test_other_images_of_the_same_names_are_another_run(unsplit, tmp_path, monkeypatch):

@@ -190,6 +190,9 @@ def test_folders(failing, broken, small):
     shutil.rmtree(broken / "train" / "red")
     code, line = failing(finetune, argv)
     assert code == 2 and "different classes: red" in line
+    shutil.rmtree(broken / "train")
+    code, line = failing(finetune, argv)
+    assert code == 2 and "none to train on: point --data-dir" in line
 
 
 def test_ensemble_refuses_what_cannot_be_averaged(failing, teacher, small, tmp_path, photos):
