@@ -61,7 +61,8 @@ def contrasts(asked: dict[str, dict]) -> str:
     if len(ends) == 1 and " → " in (end := ends.pop()):
         head = f"change from {end.replace(' → ', ' to ')}"
         asked = {name.removesuffix(f": {end}"): cell for name, cell in asked.items()}
-    return lined([head, "95 % interval"], [[name, shown(c, "+.2f")] for name, c in asked.items()])
+    sure = "95 % interval" if all(cell.get("interval") for cell in asked.values()) else "one seed"
+    return lined([head, sure], [[name, shown(cell, "+.2f")] for name, cell in asked.items()])
 
 
 def at_one_point(rows: dict[str, dict]) -> str:
