@@ -226,7 +226,7 @@ def main(settings: Settings) -> dict:
     launch.one_process()
     if settings.image:
         return look(paths, settings)
-    storage.check_place(Path(settings.json or "runs/ensemble.json"), "--json")
+    storage.check_place(Path(settings.json or "runs/ensemble.json"), "--json", ".json")
     models = opened(paths, settings)
     result, others = score(models, settings), {}
     for folder in filter(None, settings.sets.split(",")):
@@ -239,6 +239,7 @@ def main(settings: Settings) -> dict:
     out = Path(settings.json or f"runs/ensemble-{result['data']}.json")
     out.parent.mkdir(parents=True, exist_ok=True)
     storage.write_text(out, json.dumps(result, indent=1) + "\n")
+    print(f"wrote {out}")
     return result
 
 

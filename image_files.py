@@ -9,6 +9,7 @@ import math
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -232,6 +233,7 @@ class Files(Dataset):
             num_workers=workers,
             collate_fn=collate,
             pin_memory=self.pin,
+            worker_init_fn=obey_the_run_alone,
             multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         )
         with signals_held():
@@ -261,7 +263,7 @@ class Files(Dataset):
 
 @contextlib.contextmanager
 def signals_held() -> Iterator[None]:
-    """Processes started in it never get SIGTERM and Ctrl-C, which are sent to a run's workers too.
+    """Processes started in it are not ended by SIGTERM and Ctrl-C, which are sent to workers too.
 
     The run that they serve has yet to save.
     """
@@ -273,6 +275,23 @@ def signals_held() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def obey_the_run_alone(_: int) -> None:
+    """In a worker, for which signals are held: a SIGTERM of the run that it serves ends it.
+
+    With this Python ends what it has started, when it leaves.
+    """
+
+    def listen() -> None:
+        while signal.sigwaitinfo((signal.SIGTERM,)).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    if hasattr(signal, "sigwaitinfo"):  # on Linux
+        threading.Thread(target=listen, daemon=True).start()
+    elif hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM,))
 
 
 def collate(samples: list) -> tuple[Tensor, Tensor, str]:

@@ -85,21 +85,28 @@ def parts_of(root: Path) -> dict[str, Path]:
     One of such a name that lies among others, and holds no folders, is a class.
     """
     known = {"train": ("train", "training"), "val": ("val", "valid", "validation", "test")}
-    there = {entry.name.lower(): root / entry.name for entry in visible(root) if entry.is_dir()}
-    if there.keys() - {name for names in known.values() for name in names}:
-        holds = {name: any(e.is_dir() for e in visible(path)) for name, path in there.items()}
-        there = {name: path for name, path in there.items() if holds[name]}
-    found = {part: [there[n] for n in names if n in there] for part, names in known.items()}
-    for used, *unused in filter(None, found.values()):
-        if unused:
-            print0(f"note: {used} is used, and {', '.join(map(str, unused))} is not")
-    return {part: folders[0] for part, folders in found.items() if folders}
+    folders = [root / entry.name for entry in visible(root) if entry.is_dir()]
+    if any(path.name.lower() not in sum(known.values(), ()) for path in folders):
+        folders = [path for path in folders if any(entry.is_dir() for entry in visible(path))]
+    found = {}
+    for part, names in known.items():
+        fit = [path for name in names for path in folders if path.name.lower() == name]
+        if fit:
+            found[part] = fit[0]
+        if fit[1:]:
+            print0(f"note: {fit[0]} is used, and {', '.join(map(str, fit[1:]))} is not")
+    return found
 
 
 def listing(folder: Path) -> Listing:
     """FileNotFoundError if the folder, or one of its classes, holds no image."""
     classes, others = [entry.name for entry in visible(folder) if entry.is_dir()], []
-    paths = {name: images_below(folder / name, others) for name in classes or [""]}
+    if classes:
+        beside = [entry.path for entry in visible(folder) if not entry.is_dir()]
+        if left := [p for p in beside if p.lower().endswith(IMG_EXTENSIONS) or os.path.islink(p)]:
+            print0(f"note: {len(left)} files beside the classes are left out, such as {left[0]}")
+    above = (os.path.realpath(folder),) if classes else ()
+    paths = {name: images_below(folder / name, others, above) for name in classes or [""]}
     if others:
         print0(f"note: {len(others)} files are no images of a known kind, such as {others[0]}")
     empty = [name for name, found in paths.items() if not found]
@@ -121,7 +128,8 @@ def images_below(folder: str | Path, others: list[str], above: tuple[str, ...] =
     """
     here, found = os.path.realpath(folder), []
     if here in above:
-        raise ValueError(f"{folder} is a link to a folder that it lies in: remove it")
+        link = next(path for path in (Path(folder), *Path(folder).parents) if path.is_symlink())
+        raise ValueError(f"{link} is a link that leads back to {here}: remove the link")
     for entry in visible(folder):
         if entry.is_dir():
             found += images_below(entry.path, others, (*above, here))

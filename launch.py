@@ -67,6 +67,11 @@ def describe(error: BaseException) -> tuple[str, int]:
         return "interrupted", 130
     if out_of_memory(error):
         return "the memory is full: try a smaller --micro-batch (--batch stays the same)", 1
+    if "DataLoader worker" in str(error):
+        return (
+            "a process that decodes images was killed (is the memory full?): try fewer --workers; "
+            "--resume goes on"
+        ), 1
     if isinstance(error, OSError) and error.strerror:
         return error.strerror + (f": {error.filename}" if error.filename else ""), 2
     if isinstance(error, Failed):

@@ -1,5 +1,6 @@
 """Pictures: the curves of a run, maps over images."""
 
+import textwrap
 from math import isqrt
 from pathlib import Path
 
@@ -44,6 +45,7 @@ def curves(rows: list[dict]):
             epochs, values = [row["epoch"] for row in known], [row[name] for row in known]
             axis.plot(epochs, values, label=name.replace("_", " "), marker=marker)
         axis.set(xlabel="epoch", ylabel=label)
+        axis.xaxis.get_major_locator().set_params(integer=True)
         if label == "loss" and len(names) > 1:  # of different sizes
             axis.set_yscale("log")
         axis.spines[["top", "right"]].set_visible(False)
@@ -93,7 +95,8 @@ def overlays(
         for axis in line:
             axis.set(xticks=[], yticks=[])
     for axis, name in zip(axes[0], ("image", *looks), strict=True):
-        axis.set_title(name.replace(" ", "\n"), fontsize=8)
+        how = dict(break_long_words=False, break_on_hyphens=False)
+        axis.set_title(textwrap.fill(name, 9, **how), fontsize=8)
     bar = fig.colorbar(drawn, ax=axes, shrink=0.8, aspect=30)
-    bar.set_label("attention (1: to all tokens alike)", fontsize=8)
+    bar.set_label("attention\n(1: all alike)", fontsize=8)
     return fig

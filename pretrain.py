@@ -203,6 +203,8 @@ def trained(settings: Settings, dataset: data.Data) -> MAE:
     mae = build(settings, dataset)
     try:
         state = storage.read(last)
+        if state["run"]["method"] != "pretrain":
+            raise ValueError(f"it is of a run of {state['run']['method']}")
         mae.load_state_dict(state["net"])
         if state["run"]["norm_pix_loss"] != settings.norm_pix_loss:
             raise ValueError("it was trained with another --norm-pix-loss")
@@ -214,12 +216,15 @@ def trained(settings: Settings, dataset: data.Data) -> MAE:
 
 def show(settings: Settings) -> None:
     launch.one_process()
+    picture = Path(settings.reconstruct)
+    storage.check_place(picture, "--reconstruct", ".png", ".pdf", ".svg")
     device = launch.device(settings.device)
     dataset = data.load(settings, device)
     mae = trained(settings, dataset).to(device)
     figure = reconstruct(mae, next(dataset.val.in_order(8))[0], dataset.normalization)
-    pictures.save(figure, Path(settings.reconstruct))
-    launch.print0(f"wrote {settings.reconstruct}")
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    pictures.save(figure, picture)
+    launch.print0(f"{runs.folder(settings, 'pretrain')}: wrote {picture}")
 
 
 @torch.no_grad()

@@ -52,7 +52,8 @@ def identity(name: str, dataset: Data, teacher: Checkpoint | None, settings: Set
 
 def differences(before: dict, now: dict) -> list[str]:
     def shown(value) -> str:
-        return str(value) if len(str(value)) < 40 else f"{str(value)[:36]} ..."
+        text = str(value) or "empty"
+        return text if len(text) < 40 else f"{text[:36]} ..."
 
     # A setting added since that run counts as unset in it.
     odd = [k for k in before | now if (before.get(k) or None) != (now.get(k) or None)]
@@ -74,7 +75,7 @@ def check(settings: Settings, name: str) -> None:
     if settings.resume and settings.overwrite:
         raise ValueError("--resume goes on, --overwrite starts over: choose one")
     storage.check_place(out / "config.json", f"--out {out}")
-    if teacher.is_file() and teacher.resolve().parent == out.resolve():
+    if teacher.is_file() and out.resolve() in (teacher.resolve().parent, teacher.parent.resolve()):
         raise ValueError(f"--teacher {teacher} lies in --out: choose another --out")
     if settings.overwrite or (before := what_is_in(out)) is None:
         return

@@ -317,7 +317,7 @@ def check(name: str, value: Any, row: Setting) -> None:
     if not isinstance(value, int | float):
         return
     if not value < 2**63:  # nor is nan
-        raise ValueError(f"{asked}: must be a finite number")
+        raise ValueError(f"{asked}: must be a finite number, below 2^63")
     if not row.low <= value <= row.high:
         bounds = f"between {row.low} and {row.high}"
         if row.high == math.inf:

@@ -46,13 +46,18 @@ def write(path: Path, fill: Callable) -> None:
             part.unlink(missing_ok=True)
 
 
-def check_place(path: Path, flag: str) -> None:
-    """ValueError if no file can be written at a path: before the work that it is to keep."""
+def check_place(path: Path, flag: str, *kinds: str) -> None:
+    """ValueError if no file can be written at a path: before the work that it is to keep.
+
+    `kinds`: what its name must end in, lest it be a file of something else.
+    """
     above = next(place for place in path.parents if place.exists())
     if path.is_dir():
         raise ValueError(f"{flag} {path} is a folder: name a file")
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise ValueError(f"{flag}: {above} is not a writable folder: choose another place")
+    if kinds and path.suffix not in kinds:
+        raise ValueError(f"{flag} {path}: its name must end in {' or '.join(kinds)}")
 
 
 def append(path: Path, text: str) -> None:
@@ -103,13 +108,21 @@ def fetched(url: str) -> Path:
 
     A hash behind it (#md5=1a2b3c) is checked; one in its name (name-1a2b3c4d.pth) of HASHED.
     """
-    url, _, wanted = url.partition("#md5=")
-    place = PurePosixPath(url.partition("?")[0].split("://")[1])
+    url, _, wanted = url.partition("#")
+    if wanted and not re.fullmatch(r"md5=[0-9a-fA-F]{8,32}", wanted):
+        raise ValueError(
+            f"{url}#{wanted}: behind # may stand md5= and 8 to 32 digits, to be checked"
+        )
+    plain, _, query = url.partition("?")
+    place = PurePosixPath(plain.split("://")[1])
     if ".." in place.parts or not place.suffix:
         raise ValueError(f"{url} names no file that could be downloaded")
+    if query:  # another file, perhaps, of the same name
+        place = place.parent / hashlib.md5(query.encode()).hexdigest() / place.name
     path = Path(torch.hub.get_dir()) / "checkpoints" / place
-    first_alone(partial(fetch, url, wanted, path))
-    fetch(url, wanted, path)  # on other machines
+    get = partial(fetch, url, wanted.removeprefix("md5=").lower(), path)
+    first_alone(get)
+    get()  # on other machines
     return path
 
 
@@ -135,7 +148,7 @@ def fetch(url: str, wanted: str, path: Path) -> None:
                 "download it with your account, and write NAME=FILE"
             )
         raise ValueError(f"cannot download {url} ({error}): {advice}") from error
-    except (OSError, RuntimeError, HTTPException) as error:  # RuntimeError: another hash
+    except (OSError, RuntimeError, HTTPException, UnicodeError) as error:  # RuntimeError: a hash
         reason = getattr(error, "reason", error)
         raise ValueError(
             f"cannot download {url} ({reason}): fetch it elsewhere and name the file"

@@ -315,8 +315,11 @@ def draw(
         for name, model in (("A", a), ("B", b))
     }
     prefix = a.net.config.prefix
+    which = f"layer {settings.layer}" if settings.layer else "last layer"
+    which += f" head {settings.head}" if settings.head else ""
     one_layer = {
-        k: pictures.mean_look(p[settings.layer - 1], prefix, settings.head) for k, p in maps.items()
+        f"{name} {which}": pictures.mean_look(p[settings.layer - 1], prefix, settings.head)
+        for name, p in maps.items()
     }
     all_layers = {k: rollout(p)[:, prefix:].mean(1) for k, p in maps.items()}
     drawn = {

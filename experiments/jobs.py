@@ -85,7 +85,7 @@ class Job:
             if not (self.out / "model.pt").exists() or not self.begun():
                 return None
             return json.loads((self.out / "log.jsonl").read_text().splitlines()[-1])
-        except (OSError, IndexError):
+        except (OSError, IndexError, ValueError):
             return None
 
     def correct(self) -> np.ndarray:
@@ -96,8 +96,9 @@ class Job:
     def begun(self) -> bool:
         """Whether its folder holds a run, finished or not, with these very settings."""
         try:
-            settings = json.loads((self.out / "config.json").read_text())
-        except (OSError, ValueError):
+            settings = dict(json.loads((self.out / "config.json").read_text()))
+            before = dict(settings["run"])
+        except (OSError, ValueError, TypeError, LookupError):
             return False
         asked, weights = vars(self.settings()), None
         counts, teacher = asked.keys() - (FREE - {"teacher"}), Path(asked.get("teacher", ""))
@@ -107,7 +108,7 @@ class Job:
                 weights = checkpoints.read(teacher).fingerprint
             except ValueError:  # it is no ViT
                 weights = checkpoints.fingerprint(storage.read(teacher)["model"])
-        if settings.get("run", {}).get("teacher_weights") != weights:
+        if before.get("teacher_weights") != weights:
             return False
         # A setting that is newer than a run was then as it is by default.
         usual = vars(SCRIPTS[self.script].parse(["--data", asked["data"]]))
@@ -153,6 +154,8 @@ class Runner:
 
     def run(self, jobs: dict[str, Job]) -> dict[str, dict]:
         """The results of all jobs by name. Failed if one of them fails, or if time is up."""
+        for job in jobs.values():
+            job.settings()  # what cannot be asked for is found before anything is trained
         self.done, self.total = 0, len(jobs)
         print(f"{self.total} runs, {self.workers} at a time", flush=True)
         with ThreadPoolExecutor(self.workers) as pool:

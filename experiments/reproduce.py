@@ -50,9 +50,9 @@ def cost(name: str) -> str:
         return "not recorded yet"
     except ValueError as error:
         return str(error)
-    seeds = f"{len(record['seeds'])} seeds, " if "seeds" in record else ""
+    seeds = f"seeds: {len(record['seeds'])}; " if "seeds" in record else ""
     return (
-        f"{seeds}{record['runs']} runs, {record['training_minutes']:.0f} min on {record['device']}"
+        f"{seeds}runs: {record['runs']}, {record['training_minutes']:.0f} min on {record['device']}"
     )
 
 
@@ -224,7 +224,7 @@ def draw(table: Table, points: dict, results: Path, path: Path) -> None:
 def show(name: str, found: dict) -> None:
     """The figures of a record, a line for each row."""
     for point, of_rows in found["points"].items():
-        print(f"\n{name}, {point}: {found['measure']}, {len(found['seeds'])} seeds")
+        print(f"\n{name}, {point}: {found['measure']}, seeds: {len(found['seeds'])}")
         for row, cells in of_rows.items():
             print(f"  {row:<32} {summary(cells)}")
     for name, cell in found.get("contrasts", {}).items():

@@ -38,7 +38,7 @@ SETTINGS = OPENING | {
     "out": Setting("runs/sinks.json", "where the figures of each head go"),
 }
 parse = partial(parse_settings, __doc__, SETTINGS, positional=("checkpoints", "one or more ViTs"))
-PLACES = ("class token", "registers", "one patch")
+PLACES = ("class token", "registers", "top patch")
 
 
 @torch.no_grad()
@@ -72,8 +72,8 @@ def of_layer(attended: Attended, config: Config) -> dict[str, Tensor]:
     if config.registers:
         shares["registers"] = looked_at[:, :, first:prefix].sum(-1)
         values["registers"] = norms[:, :, first:prefix].mean(-1)
-    shares["one patch"] = most
-    values["one patch"] = norms[:, :, prefix:].gather(-1, where[..., None])[..., 0]
+    shares["top patch"] = most
+    values["top patch"] = norms[:, :, prefix:].gather(-1, where[..., None])[..., 0]
     return {f"share: {place}": share for place, share in shares.items()} | {
         f"values: {place}": value for place, value in values.items()
     }
@@ -100,7 +100,7 @@ def show(name: str, found: dict, tokens: int) -> None:
 
 def main(settings: Settings) -> dict:
     launch.one_process()
-    storage.check_place(Path(settings.out), "--out")
+    storage.check_place(Path(settings.out), "--out", ".json")
     device, found = launch.device(settings.device), {}
     for path in settings.checkpoints:
         model = checkpoints.open_model(path, device, settings.num_heads)

@@ -55,6 +55,7 @@ SETTINGS = change(INHERITED, layers="all") | {
     "temperature": Setting(1.0, "of the softmax of the logits", low=0.01),
     "bank": Setting(512, "training images whose maps are taken for another's, or the mean", low=2),
 }  # fmt: skip
+USES = {"copy": ("maps", "lend"), "distill": ("maps", "detach")}  # of what one can change
 parse = partial(parse_settings, __doc__, SETTINGS)
 
 
@@ -201,6 +202,17 @@ def of_class(logits: Tensor, labels: Tensor, settings: Settings) -> dict[str, Te
 
 def task(settings: Settings, dataset: data.Data | None = None) -> train.Task:
     """Everything that train.fit needs. `dataset`: used instead of what the settings name."""
+    for name in ("maps", "lend", "detach"):
+        if name not in USES.get(settings.how, ()) and getattr(settings, name) != SETTINGS[name].of(
+            0
+        ):
+            raise ValueError(
+                f"--{name} changes nothing of --how {settings.how}: leave one of them out"
+            )
+    if settings.lend != "qk" and settings.maps in ("mean", "uniform", "impulse"):
+        raise ValueError(
+            f"--lend {settings.lend}: --maps {settings.maps} are made of no q, k and v"
+        )
     if settings.how == "probe":
         return probe(settings, dataset)
     teacher, student, layers, dataset, source = teacher_and_student(settings, dataset)

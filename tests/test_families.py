@@ -464,7 +464,7 @@ def server(monkeypatch, tmp_path):
     ("403/model.safetensors", "those who accept their licence"), ("401/x.pth", "write NAME=FILE"),
     ("404/x.pth", "fetch it elsewhere"), ("cut/model.safetensors", "its header would be"),
     ("whole/model.safetensors", "its header would be"), ("whole/x.pth", "cut short or damaged"),
-    ("whole/x-0123456789.pth", "hash"), ("whole/x.pth#md5=12ab", "its md5 differs"),
+    ("whole/x-0123456789.pth", "hash"), ("whole/x.pth#md5=12ab34cd", "its md5 differs"),
 ])  # fmt: skip
 def test_what_cannot_be_had_leaves_nothing_behind(
     file, words, server, failing, photos, tmp_path, monkeypatch

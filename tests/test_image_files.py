@@ -89,8 +89,8 @@ def test_hidden_folders_and_files_are_ignored(unsplit):
 def test_a_link_that_leads_back_is_refused(unsplit):
     (unsplit / "cat" / "more").symlink_to(unsplit / "dog")  # this one leads elsewhere
     assert len(listed(unsplit)) == 40
-    (unsplit / "cat" / "again").symlink_to(unsplit / "cat")
-    with pytest.raises(ValueError, match="again is a link to a folder that it lies in"):
+    (unsplit / "cat" / "again").symlink_to(unsplit)  # found out in again/cat, which is no link
+    with pytest.raises(ValueError, match="cat/again is a link that leads back"):
         listed(unsplit)
 
 
@@ -238,8 +238,11 @@ def test_other_names_of_the_parts_are_known(unsplit, capsys):
     assert (dataset.classes, len(dataset.train), len(dataset.test)) == (["cat", "dog"], 30, 30)
     assert "1 files are no images of a known kind" in capsys.readouterr().out
     shutil.copytree(unsplit / "test", unsplit / "valid")
+    picture(unsplit / "Training" / "stray.png")
     data.load(folder(unsplit), CPU)
-    assert f"{unsplit / 'valid'} is used, and {unsplit / 'test'} is not" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "1 files beside the classes are left out" in said and "stray.png" in said
+    assert f"{unsplit / 'valid'} is used, and {unsplit / 'test'} is not" in said
 
 
 def test_other_images_of_the_same_names_are_another_run(unsplit, tmp_path, monkeypatch):

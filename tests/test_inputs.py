@@ -21,7 +21,7 @@ import pretrain
 import storage
 import teachers
 import vit
-from experiments import sinks
+from experiments import sinks, variants
 
 ROOT = Path(__file__).parent.parent
 
@@ -66,6 +66,7 @@ def test_flags(argv, words, failing, tmp_path, monkeypatch):
     (attention_copy, ["--components", "registers=-1"], "registers -1: must be at least 0"),
     (finetune, ["--teacher", "random"], "--teacher none"),
     (finetune, ["--compile", "graphs", "--micro-batch", "5"], "(5 of 50 images)"),
+    (finetune, ["--model", "nano", "--out", "runs/pretrain-digits-nano-s0"], "the teacher lies"),
     (attention_copy, ["--teacher", "missing.pt"], "no checkpoint at missing.pt"),
     (attention_copy, ["--teacher", "mae"], "MAE published no 'micro' teacher"),
     (pretrain, ["--mask-ratio", "0.999"], "between 0.05 and 0.95"),
@@ -75,7 +76,12 @@ def test_flags(argv, words, failing, tmp_path, monkeypatch):
     (ensemble, ["missing.pt"], "no checkpoint at"),
     (ensemble, ["missing.pt", "--json", "/dev/null/x"], "--json: /dev/null is not a writable"),
     (sinks, ["missing.pt", "--out", "/dev/null/x"], "--out: /dev/null is not a writable"),
+    (ensemble, ["missing.pt", "--json", "model.pt"], "--json model.pt: its name must end in .json"),
     (ensemble, [], "one or more model.pt"),
+    (pretrain, ["--reconstruct", "x.txt"], "must end in .png or"),
+    (variants, ["--how", "distill", "--lend", "v"], "--lend changes nothing of --how distill"),
+    (variants, ["--detach"], "--detach changes nothing of --how copy"),
+    (variants, ["--maps", "mean", "--lend", "v"], "--maps mean are made of no q, k and v"),
 ])  # fmt: skip
 def test_methods(script, argv, words, failing, tmp_path, monkeypatch, request):
     monkeypatch.chdir(tmp_path)

@@ -294,7 +294,7 @@ def test_a_run_in_a_process_of_its_own_is_the_run_of_its_script(tmp_path):
         "finetune", [*argv, "--device", "cpu", "--out", str(tmp_path / "a")], tmp_path / "a"
     )
     broken = jobs.Job(
-        "finetune", [*job.argv[:-2], "--lr", "-1", "--out", str(tmp_path / "b")], tmp_path / "b"
+        "finetune", [*job.argv[:-2], "--batch", "900", "--out", str(tmp_path / "b")], tmp_path / "b"
     )
     runner = jobs.Runner(1, 0, "test_top1")
     found = runner.run({"a": job})["a"]
@@ -303,8 +303,14 @@ def test_a_run_in_a_process_of_its_own_is_the_run_of_its_script(tmp_path):
     assert found["test_top1"] == result["test_top1"]
     ours, theirs = (checkpoints.read(tmp_path / name / "model.pt").weights for name in "ac")
     assert_close(ours, theirs, rtol=0, atol=0)
-    with pytest.raises(Failed, match=r"b failed: error: --lr -1\.0: must be at least 0"):
+    with pytest.raises(Failed, match="b failed: error: --batch 900 is more than"):
         runner.run({"b": broken})
+    (tmp_path / "a" / "config.json").write_text("[]")
+    assert job.result() is None and not job.begun()
+    unasked = jobs.Job("finetune", ["--lr", "-1"], tmp_path / "d")
+    with pytest.raises(ValueError, match="must be at least 0"):  # before anything is trained
+        runner.run({"a": job, "d": unasked})
+    assert not (tmp_path / "d").exists()
 
 
 def test_a_teacher_that_is_shipped_is_found_and_checked(places, ran, tmp_path, monkeypatch, capsys):

@@ -123,6 +123,22 @@ def test_a_signal_to_the_workers_too_does_not_keep_a_run_from_saving(small, tmp_
     assert "--resume goes on" in text
 
 
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds processes as Linux lists them")
+def test_a_run_whose_worker_is_killed_says_so_and_ends(small, tmp_path):
+    """And the other worker with it, though to others' SIGTERM it does not listen."""
+    streamed = ["--memory", "0", "--workers", "2", "--epochs", "10000", "--eval-every", "10000"]
+    run = start("finetune.py", *small, *streamed, "--teacher", "none", "--out", tmp_path)
+    while run.poll() is None and not (tmp_path / "log.jsonl").exists():
+        time.sleep(0.1)
+    workers = []
+    while run.poll() is None and len(workers) < 2:
+        workers = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    os.kill(int(workers[0]), signal.SIGKILL)
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 1 and "error: a process that decodes images was killed" in errors
+    assert "DataLoader" not in errors  # (the other may say that it was cut off)
+
+
 def test_a_teacher_is_dismissed_in_time(uninterrupted, tmp_path):
     """Until then all is as without --until; after it there is no attention loss; resumed too."""
     run_here(attention_distill, *DIGITS, "--until", "3", "--out", tmp_path / "whole")
