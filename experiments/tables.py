@@ -163,7 +163,7 @@ COMPONENTS = {
     }.items()
 }
 AT_PHOTOS = {"5,000 labels": {}}
-PHOTO_LENGTHS = AT_PHOTOS | {"75 epochs": {"epochs": 75}}
+PHOTO_LENGTHS = {"25 epochs": {}, "75 epochs": {"epochs": 75}}
 PHOTO_LABELS = {  # at about 1,250 steps
     "1,000 labels": {"num_labels": 1000, "epochs": 125},
     "5,000 labels": {},
