@@ -100,11 +100,12 @@ def parts_of(root: Path) -> dict[str, Path]:
 
 def listing(folder: Path) -> Listing:
     """FileNotFoundError if the folder, or one of its classes, holds no image."""
-    classes, others = [entry.name for entry in visible(folder) if entry.is_dir()], []
-    if classes:
-        beside = [entry.path for entry in visible(folder) if not entry.is_dir()]
-        if left := [p for p in beside if p.lower().endswith(IMG_EXTENSIONS) or os.path.islink(p)]:
-            print0(f"note: {len(left)} files beside the classes are left out, such as {left[0]}")
+    entries, others = visible(folder), []
+    classes = [entry.name for entry in entries if entry.is_dir()]
+    beside = [e.path for e in entries if e.name.lower().endswith(IMG_EXTENSIONS) or e.is_symlink()]
+    beside = [path for path in beside if not os.path.isdir(path)]
+    if classes and beside:
+        print0(f"note: {len(beside)} files beside the classes are left out, such as {beside[0]}")
     above = (os.path.realpath(folder),) if classes else ()
     paths = {name: images_below(folder / name, others, above) for name in classes or [""]}
     if others:

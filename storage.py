@@ -109,9 +109,9 @@ def fetched(url: str) -> Path:
     A hash behind it (#md5=1a2b3c) is checked; one in its name (name-1a2b3c4d.pth) of HASHED.
     """
     url, _, wanted = url.partition("#")
-    if wanted and not re.fullmatch(r"md5=[0-9a-fA-F]{8,32}", wanted):
+    if wanted and not re.fullmatch(r"md5=[0-9a-fA-F]{6,32}", wanted):
         raise ValueError(
-            f"{url}#{wanted}: behind # may stand md5= and 8 to 32 digits, to be checked"
+            f"{url}#{wanted}: behind # may stand md5= and 6 to 32 digits, to be checked"
         )
     plain, _, query = url.partition("?")
     place = PurePosixPath(plain.split("://")[1])

@@ -464,7 +464,7 @@ def server(monkeypatch, tmp_path):
     ("403/model.safetensors", "those who accept their licence"), ("401/x.pth", "write NAME=FILE"),
     ("404/x.pth", "fetch it elsewhere"), ("cut/model.safetensors", "its header would be"),
     ("whole/model.safetensors", "its header would be"), ("whole/x.pth", "cut short or damaged"),
-    ("whole/x-0123456789.pth", "hash"), ("whole/x.pth#md5=12ab34cd", "its md5 differs"),
+    ("whole/x-0123456789.pth", "hash"), ("whole/x.pth#md5=12ab34", "its md5 differs"),
 ])  # fmt: skip
 def test_what_cannot_be_had_leaves_nothing_behind(
     file, words, server, failing, photos, tmp_path, monkeypatch
@@ -476,6 +476,20 @@ def test_what_cannot_be_had_leaves_nothing_behind(
     code, line = failing(attention_copy, [*on(photos), "--teacher", name])
     assert code == 2 and words in line
     assert not [path for path in (tmp_path / "hub").rglob("*") if path.is_file()]
+
+
+def test_every_members_file_is_asked_for_and_a_query_is_part_of_what_is_asked(monkeypatch):
+    asked = {}
+    monkeypatch.setattr(storage, "fetch", lambda url, md5, path: asked.update({url: (md5, path)}))
+    urls = [member.url for member in families.MEMBERS.values() if member.url]
+    for url in (*urls, "https://a.org/x.pth?v=1", "https://a.org/x.pth?v=2"):
+        storage.fetched(url)
+    assert len(set(asked.values())) == len(set(urls)) + 2
+    for url in urls:
+        plain, _, md5 = url.partition("#md5=")
+        assert asked[plain][0] == md5 and asked[plain][1].name == plain.rpartition("/")[2]
+    with pytest.raises(ValueError, match="behind # may stand md5="):
+        storage.fetched("https://a.org/x.pth#sha256=12ab34cd")
 
 
 def test_a_file_is_downloaded_once_for_all_processes(server, tmp_path):
