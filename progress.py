@@ -58,7 +58,7 @@ def progress_line(learner: Learner, per_epoch: int, clock: Clock) -> None:
     pace = f"{clock.speed(learner.done):,.0f} images/s  {clock.left(learner.done)} left"
     if not on_terminal() and clock.elapsed() > 5 and not clock.announced:
         clock.announced = True
-        print0(f"epoch {epoch + 1}  {pace}")
+        print0(f"epoch {epoch + 1}/{learner.settings.epochs}  {pace}")
     terms = "  ".join(f"{k} {v.item() / (step + 1):.3f}" for k, v in learner.terms.items())
     rewrite(f"epoch {epoch + 1}  step {step + 1}/{per_epoch}  {terms}  {pace}")
 

@@ -77,7 +77,10 @@ def published(settings: Settings) -> bool:
 def shipped(settings: Settings) -> Path | None:
     """The teacher of weights/ that was made for these images and this net. None if none was."""
     for about in SHIPPED.glob("*.json"):
-        facts = json.loads(about.read_text())
+        try:
+            facts = json.loads(about.read_text())
+        except ValueError as error:
+            raise ValueError(f"{about} is damaged ({error}): fetch it anew") from error
         if all(getattr(settings, name) == value for name, value in facts["for"].items()):
             file = about.with_suffix(".pt")
             if hashlib.sha256(file.read_bytes()).hexdigest() != facts["sha256"]:

@@ -333,6 +333,9 @@ def test_a_teacher_that_is_shipped_is_found_and_checked(places, ran, tmp_path, m
     file.write_bytes(damaged)
     with pytest.raises(ValueError, match=r"is not the file that digits\.json describes"):
         teachers.find(asked, dataset)
+    file.with_suffix(".json").write_text("{")
+    with pytest.raises(ValueError, match=r"digits\.json is damaged"):
+        teachers.find(asked, dataset)
 
 
 def test_a_run_is_known_by_its_teachers_weights_wherever_they_are(tmp_path):
