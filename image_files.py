@@ -278,9 +278,9 @@ def signals_held() -> Iterator[None]:
 
 
 def obey_the_run_alone(_: int) -> None:
-    """In a worker, for which signals are held: a SIGTERM of the run that it serves ends it.
+    """In a worker, for which signals are held: only a SIGTERM of the run that it serves ends it.
 
-    With this Python ends what it has started, when it leaves.
+    When that leaves, Python ends by SIGTERM what it has started, and waits for it.
     """
 
     def listen() -> None:

@@ -217,7 +217,7 @@ def trained(settings: Settings, dataset: data.Data) -> MAE:
 def show(settings: Settings) -> None:
     launch.one_process()
     picture = Path(settings.reconstruct)
-    storage.check_place(picture, "--reconstruct", ".png", ".pdf", ".svg")
+    storage.check_place(picture, "--reconstruct", ".png", ".jpg", ".jpeg", ".pdf", ".svg")
     device = launch.device(settings.device)
     dataset = data.load(settings, device)
     mae = trained(settings, dataset).to(device)
