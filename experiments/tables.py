@@ -262,10 +262,13 @@ TABLES = {
         "random teachers, the mean map, another image's, the teacher's weights as well",
         rows=(*MAIN, "copy, random teacher", "distillation, random teacher", "copy, mean maps",
               "copy, other maps", "copy, impulse maps", "distillation, mean maps",
+              "copy, fine-tuned teacher", "distillation, fine-tuned teacher",
               "teacher's maps and weights"),
         against={"copy, mean maps": "attention copy", "copy, other maps": "attention copy",
                  "copy, impulse maps": "attention copy",
                  "distillation, mean maps": "attention distillation",
+                 "copy, fine-tuned teacher": "attention copy",
+                 "distillation, fine-tuned teacher": "attention distillation",
                  "teacher's maps and weights": "fine-tuning"}, seeds=3,
         contrasts=INTERACTION | share_of_gain("copy, mean maps", COPY)
         | share_of_gain("distillation, mean maps", DISTILLATION),
@@ -275,7 +278,7 @@ TABLES = {
         rows=tuple(MAIN), seeds=5, **looked,
     ),
     "cifar10-length": photos(
-        "the main rows, three times as long", rows=tuple(MAIN), seeds=1,
+        "the main rows, three times as long", rows=tuple(MAIN), seeds=3,
         points=PHOTO_LENGTHS, tuned_at="5,000 labels", contrasts=along(PHOTO_LENGTHS),
     ),
     "cifar10-labels": photos(
