@@ -1,6 +1,8 @@
 """Pictures of comparisons: curves over layers, likeness of features, and what the study found."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+
+import numpy as np
 
 from pictures import figure
 
@@ -10,6 +12,7 @@ COLOURS = {  # of Okabe and Ito, which colour-blind eyes can tell apart
     "attention distillation": "#0072B2",
     "fine-tuning": "#D55E00",
 }
+SPARE = ("#CC79A7", "#E69F00", "#009E73", "#F0E442")
 
 
 # Over layers ------------------------------------------------------------------------------------
@@ -17,12 +20,15 @@ COLOURS = {  # of Okabe and Ito, which colour-blind eyes can tell apart
 
 def lines(axis, series: dict[str, list[float]], label: str, title: str) -> None:
     """Curves over layers, one for each name."""
-    spare = iter(("#CC79A7", "#E69F00", "#009E73", "#F0E442"))
-    for name, values in series.items():
-        colour = COLOURS.get(name) or next(spare)
+    for (name, values), colour in zip(series.items(), colours(series), strict=True):
         axis.plot(range(1, len(values) + 1), values, marker="o", label=name, color=colour)
     axis.set_ylim(bottom=-0.03 * axis.get_ylim()[1])  # a line at 0 is seen too
     over_layers(axis, len(values), label, title)
+
+
+def colours(names: Iterable[str]) -> Iterator[str]:
+    spare = iter(SPARE)
+    return (COLOURS.get(name) or next(spare) for name in names)
 
 
 def over_layers(axis, layers: int, label: str, title: str) -> None:
@@ -84,10 +90,10 @@ TRANSFER = ("attention copy", "attention distillation")
 
 def along(axis, cells: dict[str, list[dict]], points: Iterable[str]) -> None:
     """Of each row its figures along the points of a table, with intervals."""
-    for row, of_row in cells.items():
-        shift = 0.06 * (list(COLOURS).index(row) - 1.5)  # so that intervals do not hide each other
-        spots, means = [i + shift for i in range(len(of_row))], [cell["mean"] for cell in of_row]
-        how = dict(marker="o", color=COLOURS[row], capsize=2, label=row)
+    for i, ((row, of_row), colour) in enumerate(zip(cells.items(), colours(cells), strict=True)):
+        shift = 0.06 * (i - (len(cells) - 1) / 2)  # so that intervals do not hide each other
+        spots, means = np.arange(len(of_row)) + shift, [cell["mean"] for cell in of_row]
+        how = dict(marker="o", color=colour, capsize=2, label=row)
         axis.errorbar(spots, means, yerr=ends(of_row), **how)
     axis.set_xticks(range(len(spots)), [point.replace(" ", "\n") for point in points])
     axis.spines[["top", "right"]].set_visible(False)

@@ -95,18 +95,25 @@ def difference(cell: dict | None, usual: str) -> str:
 
 
 def along(points: dict[str, dict]) -> str:
-    """Means of the rows, and what they recover; or if none does, their differences."""
+    """Means of the rows; of those compared with other rows than BASELINE the differences.
+
+    If none is, what they recover; or if none does, all differences.
+    """
     rows = next(iter(points.values()))
-    what, form, trivial = "recovery", ".2f", CEILING
-    if not any(what in cells for cells in rows.values()):
-        what, form, trivial = "difference", "+.1f", BASELINE
-    asked = [row for row in rows if row != trivial and what in rows[row]]
+    gains = {row: cells["difference"] for row, cells in rows.items() if "difference" in cells}
+    others = {row: cell.get("from", BASELINE) for row, cell in gains.items()}
+    compared = {f"{row} − {other}": row for row, other in others.items() if other != BASELINE}
+    recovered = {f"recovery: {row}": row for row in rows if "recovery" in rows[row]}
+    recovered.pop(f"recovery: {CEILING}", None)
+    gained = {f"difference: {row}": row for row in gains if row != BASELINE}
+    asked = compared or recovered or gained
+    what, form = ("recovery", ".2f") if asked is recovered else ("difference", "+.1f")
     lines = [
         [point, *(f"{of_rows[row]['mean']:.1f}" for row in rows),
-         *(shown(of_rows[row][what], form) for row in asked)]
+         *(shown(of_rows[row][what], form) for row in asked.values())]
         for point, of_rows in points.items()
     ]  # fmt: skip
-    return lined(["", *rows, *(f"{what}: {row}" for row in asked)], lines)
+    return lined(["", *rows, *asked], lines)
 
 
 def of_layers(rows: dict[str, dict[str, dict[str, list]]]) -> str:

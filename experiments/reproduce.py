@@ -90,9 +90,10 @@ def train(table: Table, settings: Settings, runner: Runner, seeds: list[int]) ->
         for row in made[point]:
             for seed in seeds:
                 needed = runs.jobs(row, seed, flags, own)
-                *_, job = needed.values()
-                made[point][row].append(job)
-                jobs |= needed
+                made[point][row].append(list(needed.values())[-1])
+                for name, job in needed.items():
+                    if jobs.setdefault(name, job) != job:  # one would be taken for the other
+                        raise ValueError(f"two different runs are called '{name}'")
     runner.run(jobs)
     return made
 

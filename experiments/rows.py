@@ -79,7 +79,7 @@ AGAIN = {  # in another order, from another start, on the same labels: for ensem
     f"{row} again": MAIN[row]._replace(tuned_as=row)
     for row in ("from scratch", "attention distillation", "fine-tuning")
 }
-PLAIN = {"components": "", "student": "plain"}
+PLAIN = {"student": "plain"}
 MISMATCHED = {  # without the components that the teacher has
     "from scratch, plain": Row("finetune", "none", {"components": ""}, tuned_as="from scratch"),
     "copy, plain student": Row("copy", "pre-trained", PLAIN, tuned_as="attention copy"),

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -288,6 +289,17 @@ def test_studies_of_the_same_images_share_no_run(tmp_path):
     assert made["cifar10-main"].isdisjoint(made["cifar10-recipe"])
 
 
+@pytest.mark.parametrize("name", [n for n, table in reproduce.TABLES.items() if not table.tunes])
+def test_runs_that_differ_lie_in_folders_of_their_own(name):
+    settings = reproduce.parse([name, "--results", str(ROOT / "results")])
+    runner = SimpleNamespace(run=lambda _: None)
+    made = reproduce.train(reproduce.TABLES[name], settings, runner, [1, 2])
+    every = (job for of_rows in made.values() for row in of_rows.values() for job in row)
+    asked = {}
+    for job in every:
+        assert asked.setdefault(job.out, job) == job
+
+
 def test_a_run_in_a_process_of_its_own_is_the_run_of_its_script(tmp_path):
     argv = ["--teacher", "none", "--epochs", "1", "--warmup", "0", "--num-labels", "50"]
     job = jobs.Job(
@@ -399,8 +411,11 @@ def test_unknown_tables_and_no_seeds_are_said(places):
 
 
 @pytest.mark.parametrize("name", [name for name in reproduce.TABLES if name in RESULTS])
-def test_records_say_how_they_came_about_and_are_of_todays_rows(name):
+def test_records_say_how_they_came_about_are_of_todays_rows_and_can_be_drawn(name, tmp_path):
     record, table = RESULTS[name], reproduce.TABLES[name]
+    picture = tmp_path / f"{name}.png"
+    reproduce.draw(table, record["points"], tmp_path, picture)
+    assert picture.exists() == (not table.tunes and not table.find)
     assert record["command"].startswith(f"python -m experiments.reproduce {name} --seeds ")
     assert all("changes" not in commit for commit in record["commits"])
     if not table.find:
@@ -439,6 +454,10 @@ def test_a_table_shows_means_and_intervals():
     lines = report.markdown({"points": points}).splitlines()
     assert lines[0] == "|  | from scratch | copy | difference: copy |"
     assert lines[2] == "| 1 scrap | 74.5 | 74.5 | +2.2 |"
+    points = dict.fromkeys(points, rows | {"both": pair})
+    lines = report.markdown({"points": points}).splitlines()
+    assert lines[0] == "|  | from scratch | copy | both | both − copy |"
+    assert lines[2] == "| 1 scrap | 74.5 | 74.5 | 75.0 | +2.2 |"
     one, two = ({"mean": mean, "interval": None} for mean in ([0.5], [0.5, 1]))
     points = {"2 scraps": {"patches": {"digit": one}, "copy": {"digit": two}}}
     lines = report.markdown({"points": points})
