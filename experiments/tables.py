@@ -262,13 +262,10 @@ TABLES = {
         "random teachers, the mean map, another image's, the teacher's weights as well",
         rows=(*MAIN, "copy, random teacher", "distillation, random teacher", "copy, mean maps",
               "copy, other maps", "copy, impulse maps", "distillation, mean maps",
-              "copy, fine-tuned teacher", "distillation, fine-tuned teacher",
               "teacher's maps and weights"),
         against={"copy, mean maps": "attention copy", "copy, other maps": "attention copy",
                  "copy, impulse maps": "attention copy",
                  "distillation, mean maps": "attention distillation",
-                 "copy, fine-tuned teacher": "attention copy",
-                 "distillation, fine-tuned teacher": "attention distillation",
                  "teacher's maps and weights": "fine-tuning"}, seeds=3,
         contrasts=INTERACTION | share_of_gain("copy, mean maps", COPY)
         | share_of_gain("distillation, mean maps", DISTILLATION),
