@@ -1,5 +1,6 @@
 """Pictures of comparisons: curves over layers, likeness of features, and what the study found."""
 
+import textwrap
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -89,13 +90,16 @@ TRANSFER = ("attention copy", "attention distillation")
 
 
 def along(axis, cells: dict[str, list[dict]], points: Iterable[str]) -> None:
-    """Of each row its figures along the points of a table, with intervals."""
+    """Of each row its figures at the points of a table, with intervals; joined if these are
+    amounts of something.
+    """
+    line = "-" if all(point[0].isdigit() for point in points) else "none"
     for i, ((row, of_row), colour) in enumerate(zip(cells.items(), colours(cells), strict=True)):
         shift = 0.06 * (i - (len(cells) - 1) / 2)  # so that intervals do not hide each other
         spots, means = np.arange(len(of_row)) + shift, [cell["mean"] for cell in of_row]
-        how = dict(marker="o", color=colour, capsize=2, label=row)
+        how = dict(marker="o", linestyle=line, color=colour, capsize=2, label=row)
         axis.errorbar(spots, means, yerr=ends(of_row), **how)
-    axis.set_xticks(range(len(spots)), [point.replace(" ", "\n") for point in points])
+    axis.set_xticks(range(len(spots)), [textwrap.fill(point, 11) for point in points])
     axis.spines[["top", "right"]].set_visible(False)
 
 
@@ -125,10 +129,10 @@ def accuracies(points: dict[str, dict]):
     """The rows of a table: as dots with intervals, or, if it has several points, along these."""
     rows = next(iter(points.values()))
     if len(points) > 1:
-        fig, axis = figure(width=5.5, height=3.6)
+        fig, axis = figure(width=7, height=3.6)
         along(axis, {row: [of_rows[row] for of_rows in points.values()] for row in rows}, points)
         axis.set_ylabel("test accuracy (top-1, %)")
-        axis.legend(frameon=False, fontsize=8)
+        axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
         return fig
     fig, axis = figure(width=7.5, height=0.8 + 0.28 * len(rows))
     for y, (row, found) in enumerate(rows.items()):
