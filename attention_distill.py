@@ -27,6 +27,7 @@ import finetune
 import runs
 import train
 from attention_loss import attention_loss
+from lending import as_one
 from settings import COMMON, TEACHER, TRANSFER, Setting, Settings, change, parse_settings
 from teachers import teacher_and_student
 from vit import ViT
@@ -51,6 +52,8 @@ def loss(student: ViT, images, labels, teacher, layers, settings: Settings):
     attention = divergence = 0.0
     for (x, ours), target in zip_longest(student.run(images, drop_path_mask=mask), theirs):
         if target is not None:
+            if settings.heads == "together":  # as the teacher's already are
+                ours = as_one(ours, heads=1)
             cross_entropy, entropy = attention_loss(ours, target)
             attention = attention + cross_entropy
             divergence = divergence + cross_entropy.detach() - entropy
@@ -63,6 +66,8 @@ def loss(student: ViT, images, labels, teacher, layers, settings: Settings):
 
 def task(settings: Settings, dataset: data.Data | None = None) -> train.Task:
     """Everything that train.fit needs. `dataset`: used instead of what the settings name."""
+    if settings.until >= settings.epochs:
+        raise ValueError(f"--until {settings.until}: a run of {settings.epochs} epochs ends before")
     teacher, student, layers, dataset, source = teacher_and_student(settings, dataset)
     # As HASTE does, which found that it helps diffusion transformers (Wang et al., NeurIPS 2025).
     later = (settings.until, partial(finetune.loss, settings=settings)) if settings.until else None

@@ -5,6 +5,8 @@ logits = model(images)
 for x, attended in model.run(images): ...       # block by block, as vit.ViT.run
 """
 
+from launch import print0
+
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -125,10 +127,13 @@ def read(source: str | Path, heads: int = 0) -> Checkpoint:
     """A checkpoint by name (see families.locate), path or URL: ours, or a ViT's of any family.
 
     `heads`: the number of attention heads, for a file that does not say it. Nothing in the file is
-    executed. ValueError if it is not a checkpoint of a ViT, FileNotFoundError if it is not there.
+    executed; what its licence forbids is printed. ValueError if it is not a checkpoint of a ViT,
+    FileNotFoundError if it is not there.
     """
     source = str(source)
     member, place = families.locate(source)
+    for note in families.notes(member):
+        print0(f"note: {note}")
     found = storage.read(place)
     try:
         return understand(found, source, heads, member)

@@ -8,6 +8,7 @@ import re
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from families import Member
 from vit import ACTIVATIONS, Config, ViT
@@ -133,7 +134,7 @@ def describe(weights: dict[str, Tensor], member: Member | None, heads: int = 0) 
         dim, channels, patch, _ = weights["patch_embed.proj.weight"].shape
         hidden, inner = len(weights["blocks.0.mlp.fc1.weight"]), weights["blocks.0.mlp.fc2.weight"]
     except (KeyError, ValueError) as error:
-        raise ValueError(f"{error} is missing") from None
+        raise ValueError(f"it is no ViT of a kind we know: {error} is missing") from None
     gates = hidden // inner.shape[1]
     found = dict(
         patch=patch, channels=channels, dim=dim, depth=depth_of(weights), mlp=inner.shape[1] / dim,
@@ -159,7 +160,7 @@ def describe(weights: dict[str, Tensor], member: Member | None, heads: int = 0) 
     if (dim, found["depth"]) != (member.dim, member.depth):
         raise ValueError(
             f"it is {dim} wide and {found['depth']} deep, but {member.name} is {member.dim} wide "
-            f"and {member.depth} deep"
+            f"and {member.depth} deep (python teachers.py lists all)"
         )
     if patch != member.patch or heads not in (0, member.heads):
         raise ValueError(
@@ -178,15 +179,22 @@ def describe(weights: dict[str, Tensor], member: Member | None, heads: int = 0) 
     return Config(image_size=size, heads=member.heads, **found)
 
 
-def timms(net: ViT, theirs: nn.Module) -> dict[str, Tensor]:
-    """The weights of a ViT of ours for one of timm's, whose names and shapes decide.
+def timms(model, theirs: nn.Module) -> dict[str, Tensor]:
+    """The weights of a checkpoints.Model for a ViT of timm's, whose names and shapes decide.
 
     What timm's has no tensor for is moved to where it does the same. ValueError if it is another
-    function: other heads, norms or activations, or something learned that it has no place for.
+    function: other heads, norms, activations or positions, another pooling, something learned that
+    it has no place for; or the maps of a teacher, which a student of attention copy needs.
 
-        model = timm.create_model(name, num_classes=10, global_pool="avg")
-        model.load_state_dict(conversion.timms(checkpoints.open_model(path).net, model))
+        net = timm.create_model(name, num_classes=10, global_pool="avg")
+        net.load_state_dict(conversion.timms(checkpoints.open_model(path), net))
     """
+    if model.teacher:
+        raise ValueError(
+            "a student of attention copy attends with its teacher's maps, which timm's nets cannot "
+            "(one of attention distillation can be timm's)"
+        )
+    net = model.net
     target, found = theirs.state_dict(), dict(net.state_dict())
     check_alike(net, theirs)
     positions = found.get("pos_embed")
@@ -216,7 +224,26 @@ def timms(net: ViT, theirs: nn.Module) -> dict[str, Tensor]:
     differ |= {k for k in found.keys() & target.keys() if found[k].shape != target[k].shape}
     if differ:
         raise ValueError(f"timm's is another ViT: {', '.join(sorted(differ)[:4])}")
+    check_equal(net, theirs, found | buffers)
     return found | buffers
+
+
+@torch.no_grad()
+def check_equal(net: ViT, theirs: nn.Module, weights: dict[str, Tensor]) -> None:
+    """ValueError if with these weights timm's says something else of an image of noise."""
+    config, trained = net.config, (net.training, theirs.training)
+    shape = (1, config.channels, config.image_size, config.image_size)
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    images = images.to(net.patch_embed.proj.weight)
+    ours, found = net.eval()(images), functional_call(theirs.eval(), weights, images)
+    for module, before in zip((net, theirs), trained, strict=True):
+        module.train(before)
+    gap = (found - ours).abs().max() if found.shape == ours.shape else torch.inf
+    if not gap <= 1e-4 * (1 + ours.abs().max()):
+        raise ValueError(
+            f"timm's is another function: on an image of noise its outputs are {gap:.2g} off (has "
+            "it the same positions, and global_pool='avg'?)"
+        )
 
 
 def check_alike(net: ViT, theirs: nn.Module) -> None:

@@ -227,9 +227,13 @@ def main(settings: Settings) -> dict:
     if settings.image:
         return look(paths, settings)
     storage.check_place(Path(settings.json or "runs/ensemble.json"), "--json", ".json")
+    folders = [folder for folder in settings.sets.split(",") if folder]
+    for folder in folders:
+        if not Path(folder).is_dir():
+            raise FileNotFoundError(f"--sets: no folder {folder}")
     models = opened(paths, settings)
     result, others = score(models, settings), {}
-    for folder in filter(None, settings.sets.split(",")):
+    for folder in folders:
         others[folder] = score(models, settings.but(data="folder", data_dir=folder, real=""))
     if others:
         compare([(result["data"], result), *others.items()])
@@ -265,7 +269,7 @@ def compare(found: list[tuple[str, dict]]) -> None:
     """A column for each set of images, a line for each checkpoint."""
     columns = []
     for name, result in found:
-        columns.append([Path(name).name[-12:], f"{result['images']:,}", *scores(result)])
+        columns.append([Path(name).name[:12], f"{result['images']:,}", *scores(result)])
         if "ensemble_real_top1" in result:
             columns.append(["ReaL", "", *scores(result, "real_top1")])
     members = result["members"]
@@ -274,6 +278,8 @@ def compare(found: list[tuple[str, dict]]) -> None:
         print(f"{head:<9}" + "".join(f"{cell:>13}" for cell in cells))
     for number, member in enumerate(members, 1):
         print(f"{number}: {member['method']}, {member['checkpoint']}")
+    for name in (name for name, _ in found if len(Path(name).name) > 12):
+        print(f"{Path(name).name[:12]}: {name}")
 
 
 if __name__ == "__main__":

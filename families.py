@@ -4,6 +4,7 @@
 and, if its files name a tensor in a way of their own, a line in conversion.py.
 """
 
+import re
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -48,6 +49,7 @@ class Family:
     normalization: Normalization = IMAGENET
     resize: Resize = PLAINLY
     files: str = ""
+    note: str = ""  # what to say behind a member's name when it is read
 
 
 FREE = "Apache 2.0"
@@ -126,7 +128,8 @@ FAMILIES = (
         vit_small_patch16_224.augreg_in21k_ft_in1k small 16 224
         vit_base_patch16_224.augreg_in1k base 16 224
         vit_base_patch16_224.augreg_in21k_ft_in1k base 16 224
-        vit_large_patch16_224.augreg_in21k_ft_in1k large 16 224""", normalization=HALF),
+        vit_large_patch16_224.augreg_in21k_ft_in1k large 16 224""", normalization=HALF,
+        resize=Resize(mode="bilinear", align_corners=True)),
     Family("DINOv2", "LayerScale (SwiGLU in giant)",
         FREE, "github.com/facebookresearch/dinov2", "\n".join(
         f"vit_{size}_patch14_dinov2.lvd142m {size} 14 518\n"
@@ -169,12 +172,15 @@ FAMILIES = (
             ("large_patch14", "large", 14, 224), ("large_patch14", "large", 14, 336))),
         dict(norm_pre=True, eps=1e-5, activation="quick_gelu"), CLIP, resize=Resize(antialias=True),
         files="https://huggingface.co/timm/"),
-    Family("CLIP (timm's reading of OpenAI's, with GELU; LAION's)", "a norm before the blocks",
-        "MIT",
-        "github.com/mlfoundations/open_clip", """
+    Family("CLIP (OpenAI's, with GELU, as timm reads these names)", "a norm before the blocks",
+        "MIT", "github.com/openai/CLIP", """
         vit_base_patch32_clip_224.openai base 32 224
         vit_base_patch16_clip_224.openai base 16 224
-        vit_large_patch14_clip_224.openai large 14 224
+        vit_large_patch14_clip_224.openai large 14 224""",
+        dict(norm_pre=True, eps=1e-5), CLIP, resize=Resize(antialias=True),
+        note="is read with GELU, as timm does; it was trained with QuickGELU (clip_quickgelu_224)"),
+    Family("CLIP (LAION's)", "a norm before the blocks",
+        "MIT", "github.com/mlfoundations/open_clip", """
         vit_base_patch32_clip_224.laion2b base 32 224
         vit_base_patch16_clip_224.laion2b base 16 224
         vit_huge_patch14_clip_224.laion2b huge 14 224""",
@@ -194,14 +200,14 @@ FAMILIES = (
         vit_base_patch16_siglip_384.v2_webli base 16 384
         vit_large_patch16_siglip_256.v2_webli large 16 256
         vit_large_patch16_siglip_384.v2_webli large 16 384
-        vit_so400m_patch14_siglip_224.v2_webli so400m 14 224""", normalization=HALF),
+        vit_so400m_patch14_siglip_224.v2_webli so400m 14 224""", normalization=HALF,
+        resize=Resize(mode="bilinear", align_corners=True)),
     Family("torchvision's", "nothing",
-        "BSD 3-Clause; its SWAG weights CC-BY-NC 4.0 (no commercial use)",
-        "pytorch.org/vision", """
+        "BSD 3-Clause (that of its SWAG weights is CC-BY-NC 4.0)", "pytorch.org/vision", """
         torchvision:vit_b_16 base 16 224
         torchvision:vit_b_32 base 32 224
         torchvision:vit_l_16 large 16 224
-        torchvision:vit_l_32 large 32 224"""),
+        torchvision:vit_l_32 large 32 224""", resize=Resize(align_corners=True)),
 )  # fmt: skip
 
 
@@ -304,19 +310,32 @@ def locate(source: str) -> tuple[Member | None, str]:
             if member := named(name):
                 return member, file
             raise ValueError(f"{source}: no family has a '{name}' (python teachers.py lists them)")
-    path = Path(source.partition("#")[0])
-    for member in MEMBERS.values():
-        url = member.url.partition("#")[0]
-        if path.stem == member.name or (url and source.partition("#")[0] == url):
-            return member, source
-        own = url and path.name == Path(url).name
-        if path.name == "model.safetensors":
-            own = path.parent.name == member.name
-        if own and path.name != "checkpoint_teacher.pth":
+    url, path = address(source), Path(address(source))
+    many = path.name in ("model.safetensors", "checkpoint_teacher.pth")  # the name of many files
+    for how in (
+        lambda member: path.stem == member.name or (many and member.name in path.parts),
+        lambda member: url == address(place(member)),
+        lambda member: not many and path.name == Path(address(place(member))).name,
+    ):
+        if member := next(filter(how, MEMBERS.values()), None):
             return member, source
     return None, source
+
+
+def address(url: str) -> str:
+    """Without what asks for it in a certain way, or says its hash."""
+    return re.split("[?#]", url)[0]
 
 
 def place(member: Member) -> str:
     """The URL of its file."""
     return member.url or models.get_model_weights(member.name.split(":")[1]).DEFAULT.url
+
+
+def notes(member: Member | None) -> list[str]:
+    """What is to be known by those who use it."""
+    if not member:
+        return []
+    licence = f"the licence of {member.name} is {member.family.licence}"
+    said = [licence] if "no commercial use" in licence else []
+    return said + [f"{member.name} {member.family.note}"] * bool(member.family.note)

@@ -46,10 +46,8 @@ class Lender:
         if self.heads:
             q, k = self.pick(q), self.pick(k)
             bias = bias if bias is None or bias.shape[1] == 1 else self.pick(bias)
-        if not self.together:
-            return Attended(q, k, bias=bias)
-        log_p = attention_scores(Attended(q, k, bias=bias)).log_softmax(dim=-1)
-        return lend_map(aggregated(log_p).expand(-1, self.together, -1, -1))
+        lent = Attended(q, k, bias=bias)
+        return as_one(lent, self.together) if self.together else lent
 
     def cut(self, x: Tensor, dim: int) -> Tensor:
         """Without the registers, which stand between the class token and the patches."""
@@ -59,6 +57,12 @@ class Lender:
 
     def pick(self, x: Tensor) -> Tensor:  # by slices: indices would have to travel to the GPU
         return torch.cat([x[:, i : i + 1] for i in self.heads], dim=1)
+
+
+def as_one(attended: Attended, heads: int) -> Attended:
+    """All heads taken together, for each of `heads`."""
+    log_p = attention_scores(attended).log_softmax(dim=-1)
+    return lend_map(aggregated(log_p).expand(-1, heads, -1, -1))
 
 
 def aggregated(log_p: Tensor) -> Tensor:

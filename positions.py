@@ -87,13 +87,15 @@ class Resize(NamedTuple):
 
     antialias: bool = False
     offset: float = 0.0  # added to the number of patches a side, for the scale only
+    mode: str = "bicubic"
+    align_corners: bool = False
 
 
 PLAINLY = Resize()
 
 
 def resized(pos_embed: Tensor, side: int, how: Resize = PLAINLY) -> Tensor:
-    """Absolute positions (1, prefix + g*g, D) for another square grid of patches, bicubically."""
+    """Absolute positions (1, prefix + g*g, D) for another square grid of patches."""
     count = pos_embed.shape[1]
     old = int(count**0.5)  # a prefix, of the class token, is less than a row
     first, grid = pos_embed[:, : count - old**2], pos_embed[:, count - old**2 :]
@@ -103,15 +105,17 @@ def resized(pos_embed: Tensor, side: int, how: Resize = PLAINLY) -> Tensor:
         return pos_embed
     grid = rearrange(grid, "one (h w) d -> one d h w", h=old).float()
     scale = dict(scale_factor=(side + how.offset) / old) if how.offset else dict(size=(side, side))
-    grid = F.interpolate(grid, **scale, mode="bicubic", antialias=how.antialias)
+    how = dict(mode=how.mode, antialias=how.antialias, align_corners=how.align_corners)
+    grid = F.interpolate(grid, **scale, **how)
     return torch.cat([first, rearrange(grid, "one d h w -> one (h w) d").to(first.dtype)], dim=1)
 
 
 def resized_relative(table: Tensor, side: int) -> Tensor:
     """A table of relative positions ((2g - 1)^2 + 3, H) for another grid, linearly.
 
-    BEiT's way: what is far away is known more coarsely, so that the old steps lie in the new grid
-    at distances that grow geometrically.
+    As BEiT and timm: what is far away is known more coarsely, so that the old steps lie in the new
+    grid at distances that grow geometrically. Between them linearly, as timm (BEiT's own code: by
+    cubic splines).
     """
     steps, old = 2 * side - 1, round((len(table) - 3) ** 0.5)
     if old == steps:

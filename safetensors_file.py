@@ -34,6 +34,8 @@ def read(path: str | Path) -> dict[str, Tensor]:
     if len(whole) < 8 or not 2 <= length <= min(LONGEST, len(whole) - 8):
         raise ValueError(f"its header would be {length} bytes long, the file is {len(whole)}")
     header = json.loads(whole[8 : 8 + length])
+    if not isinstance(header, dict):
+        raise ValueError("its header does not say which tensors there are")
     header.pop("__metadata__", None)
     buffer, end, found = memoryview(whole)[8 + length :], 0, {}
     for name, about in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):

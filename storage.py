@@ -7,9 +7,11 @@ import errno
 import hashlib
 import os
 import re
+import signal
+import sys
 import urllib.error
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
@@ -134,7 +136,8 @@ def fetch(url: str, wanted: str, path: Path) -> None:
     named = named if url.split("://")[1].startswith(HASHED) else None
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        torch.hub.download_url_to_file(url, str(part), named and named[1])
+        with sigterm_as_exit():
+            torch.hub.download_url_to_file(url, str(part), named and named[1])
         if wanted and not md5(part).startswith(wanted):
             raise ValueError(f"{url} is not the file that its authors published: its md5 differs")
         os.replace(part, path)
@@ -155,6 +158,19 @@ def fetch(url: str, wanted: str, path: Path) -> None:
         part.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def sigterm_as_exit() -> Iterator[None]:
+    """What was begun is cleared away when SIGTERM ends the process."""
+    before = signal.getsignal(signal.SIGTERM)
+    with contextlib.suppress(ValueError):  # signals can be caught in the main thread only
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            signal.signal(signal.SIGTERM, before)
+
+
 def md5(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "md5").hexdigest()
@@ -166,3 +182,5 @@ def check(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             if bad := archive.testzip():
                 raise ValueError(f"{bad} has changed since it was written")
+            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                raise ValueError("it is a TorchScript program, which is not run here")

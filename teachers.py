@@ -8,6 +8,7 @@
 import launch
 from launch import print0
 
+import difflib
 import hashlib
 import json
 from dataclasses import replace
@@ -43,7 +44,7 @@ def find(settings: Settings, dataset: data.Data) -> Checkpoint | None:
     if settings.teacher in ("none", "random"):
         return None
     if published(settings):
-        return by_name(MAE.format(settings.model))
+        return checkpoints.read(MAE.format(settings.model))
     if settings.teacher == "auto" and (file := shipped(settings)):
         return checkpoints.read(file)
     if settings.teacher in ("auto", "pretrain"):
@@ -52,21 +53,13 @@ def find(settings: Settings, dataset: data.Data) -> Checkpoint | None:
             return checkpoints.read(model)
         except ValueError as error:
             raise ValueError(f"{error}: remove {model.parent}, and it is made anew") from error
-    checkpoint = by_name(settings.teacher, settings.teacher_heads)
+    checkpoint = checkpoints.read(settings.teacher, settings.teacher_heads)
     if checkpoint.teacher:
         raise ValueError(
             f"{settings.teacher} is a student of attention copy: it never learned where to look "
             "by itself, so it can be no teacher (name the teacher it had)"
         )
     return checkpoint
-
-
-def by_name(source: str, heads: int = 0) -> Checkpoint:
-    """As checkpoints.read; says it if its licence forbids something."""
-    member, _ = families.locate(source)
-    if member and "no commercial use" in member.family.licence:
-        print0(f"note: the licence of {member.name} is {member.family.licence}")
-    return checkpoints.read(source, heads)
 
 
 def published(settings: Settings) -> bool:
@@ -103,9 +96,10 @@ def check(settings: Settings) -> None:
         return
     _, place = families.locate(settings.teacher)
     if "://" not in place and not Path(place).is_file():
+        alike = difflib.get_close_matches(settings.teacher, families.MEMBERS)
         raise FileNotFoundError(
-            f"no checkpoint at {place}, and no family has one of that name (python teachers.py "
-            "lists them)"
+            f"no checkpoint at {place}, and no family has one of that name "
+            + (f"(is it {' or '.join(alike)}?)" if alike else "(python teachers.py lists them)")
         )
 
 

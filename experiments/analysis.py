@@ -18,7 +18,8 @@ with its teacher's maps), or "random" for B.
 import launch
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -155,21 +156,22 @@ def compare(a: Model, b: Model, batches: Iterable[Tensor]) -> dict:
     layers: of each, `divergence` of the maps, head by head (as they stand) and `matched` (each of
     a's heads with the one of b's that `pairs` names), in nats; `entropy` of a's and b's heads, in
     nats; `distance` that they look, in pixels. cka: a's layers by b's, of the features' mean over
-    patches, which is what the head of a ViT reads.
+    patches, which is what the head of a ViT reads. Where one has other tokens beside the patches
+    than the other, maps are compared over patches alone.
     """
     sums, features, count = {}, ([], []), 0
-    config = a.net.config
+    cut, config = cut_to(a, b)
     for images in batches:
         count += len(images)
         traces = [list(model.run(images)) for model in (a, b)]
-        for side, trace in zip(features, traces, strict=True):
+        for side, trace, model in zip(features, traces, (a, b), strict=True):
+            prefix = model.net.config.prefix
             side.append(
-                torch.stack([x[:, config.prefix :].mean(dim=1) for x, _ in trace]).cpu()
+                torch.stack([x[:, prefix:].mean(dim=1) for x, _ in trace]).cpu()
             )  # (layers, B, D)
         for i, pair in enumerate(zip(*traces, strict=False)):
-            for what, value in compare_maps(
-                *(attention_map(used) for _, used in pair), config
-            ).items():
+            p, q = (cut(attention_map(used)) for _, used in pair)
+            for what, value in compare_maps(p, q, config).items():
                 sums[i, what] = sums.get((i, what), 0) + value.cpu()
     if count < 4:
         raise ValueError(f"{count} images are too few: the similarity of features needs at least 4")
@@ -185,6 +187,22 @@ def compare(a: Model, b: Model, batches: Iterable[Tensor]) -> dict:
         for i in range(depth)
     ]
     return {"images": count, "layers": layers, "cka": alike}
+
+
+def cut_to(a: Model, b: Model) -> tuple[Callable, vit.Config]:
+    """What makes a map of either one that can be compared, and what kind of ViT it then is of.
+
+    All of a map, if both have the same tokens; else that of patches to patches, renormalised.
+    """
+    ours, theirs = a.net.config, b.net.config
+    if (ours.class_token, ours.registers) == (theirs.class_token, theirs.registers):
+        return lambda p: p, ours
+
+    def cut(p: Tensor) -> Tensor:
+        p = p[..., -(ours.side**2) :, -(ours.side**2) :]
+        return p / p.sum(dim=-1, keepdim=True).clamp_min(1e-9)
+
+    return cut, replace(ours, class_token=False, registers=0)
 
 
 def compare_maps(p: Tensor, q: Tensor, config: vit.Config) -> dict[str, Tensor]:
@@ -234,7 +252,7 @@ def open_pair(settings: Settings) -> tuple[Model, Model, data.Data, str]:
     a, *other = map(checkpoints.opened, files, [device] * 2, sizes)
     torch.manual_seed(number("random net"))  # no training begins so
     b = other[0] if other else Model(vit.ViT(a.net.config).to(device).eval())
-    for what in ("image_size", "patch", "channels", "heads", "tokens"):
+    for what in ("image_size", "patch", "channels", "heads"):
         ours, theirs = (getattr(model.net.config, what) for model in (a, b))
         if ours != theirs:
             raise ValueError(
@@ -277,6 +295,8 @@ def main(settings: Settings) -> dict:
     launch.one_process()
     storage.check_place(Path(settings.out or "runs") / "analysis.json", "--out")
     a, b, images, name = open_pair(settings)
+    if cut_to(a, b)[1] != a.net.config:
+        print("note: beside patches these have other tokens: maps are of patches to patches\n")
     out = Path(settings.out or f"runs/analysis-{name}")
     out.mkdir(parents=True, exist_ok=True)
     found = compare(a, b, first_images(images, settings))
@@ -310,11 +330,12 @@ def draw(
     found: dict, a: Model, b: Model, dataset: data.Data, settings: Settings, out: Path
 ) -> None:
     some = next(first_images(dataset, settings))[:6]
+    cut, config = cut_to(a, b)
     maps = {
-        name: [attention_map(used) for _, used in model.run(some)]
+        name: [cut(attention_map(used)) for _, used in model.run(some)]
         for name, model in (("A", a), ("B", b))
     }
-    prefix = a.net.config.prefix
+    prefix = config.prefix
     which = f"layer {settings.layer}" if settings.layer else "last layer"
     which += f" head {settings.head}" if settings.head else ""
     one_layer = {

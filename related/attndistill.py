@@ -141,7 +141,7 @@ def find_teacher(settings: Settings, dataset: data.Data) -> checkpoints.Checkpoi
     """The teacher that is named, or one made by DINO here first."""
     if settings.teacher == "auto":
         return checkpoints.read(teachers.make("dino", dino, settings, dataset))
-    return teachers.by_name(settings.teacher)
+    return checkpoints.read(settings.teacher)
 
 
 def export(net: Student) -> dict:

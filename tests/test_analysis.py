@@ -149,6 +149,24 @@ def test_batches_do_not_change_the_result():
         assert np.allclose(a["distance"], b["distance"]) and np.allclose(a["entropy"], b["entropy"])
 
 
+@torch.no_grad()
+def test_maps_of_other_tokens_are_compared_over_patches():
+    images = torch.randn(5, 1, 12, 12)
+    a, b = Model(make(0, registers=2)), Model(make(1))
+    found = analysis.compare(a, b, images.split(2))
+    pairs = zip(a.run(images), b.run(images), strict=True)
+    for layer, ((x, mine), (y, theirs)) in zip(found["layers"], pairs, strict=True):
+        p, q = (analysis.attention_map(used) for used in (mine, theirs))
+        p, q = p[:, :, 3:, 3:], q[:, :, 1:, 1:]
+        p, q = (side / side.sum(dim=-1, keepdim=True) for side in (p, q))
+        by_head = analysis.jensen_shannon(p, q).mean(dim=(0, 2))
+        assert layer["by_head"] == pytest.approx(by_head.tolist(), rel=1e-4)
+        entropies = [analysis.entropy(side).mean(dim=(0, 2)).tolist() for side in (p, q)]
+        assert np.allclose(layer["entropy"], entropies)
+    features = x[:, 3:].mean(dim=1), y[:, 1:].mean(dim=1)
+    assert found["cka"][-1][-1] == pytest.approx(analysis.cka(*features), abs=1e-5)
+
+
 def test_a_copy_student_attends_with_its_teachers_maps(tmp_path, capsys):
     argv = [
         "--teacher",

@@ -330,3 +330,10 @@ def test_layers_are_written_as_count_range_or_list():
     for wrong in ("99", "0", "3-99", "x", "", "5-3", "-6"):
         with pytest.raises(ValueError, match="--layers"):
             parse_layers(wrong, 12)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_program_is_not_run(tmp_path):
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "clip.pt")
+    with pytest.raises(ValueError, match="a TorchScript program, which is not run"):
+        checkpoints.read(tmp_path / "clip.pt")

@@ -232,6 +232,9 @@ def test_several_sets_in_one_table(tmp_path, capsys):
     lines = capsys.readouterr().out.split("top-1, %")[1].splitlines()
     assert lines[0].split() == ["folder", "some-set", "another-set"]
     assert lines[1].split() == ["images", "8", "8", "4"] and len(lines[1]) == 48
+    with pytest.raises(FileNotFoundError, match="no folder nowhere"):  # before anything is scored
+        argv = ["none.pt", "--sets", f"{root},nowhere"]
+        ensemble.main(ensemble.parse([str(word) for word in argv]))
 
 
 def test_imagenets_archives_are_unpacked_once(tmp_path, monkeypatch, failing):

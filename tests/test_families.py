@@ -2,11 +2,15 @@
 
 import http.server
 import json
+import math
+import os
+import signal
 import threading
 from dataclasses import replace
 from functools import partial
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -15,6 +19,7 @@ from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
 from torch import nn
 from torchvision.models import VisionTransformer
+from torchvision.models.vision_transformer import interpolate_embeddings
 
 import attention_copy
 import attention_distill
@@ -24,12 +29,13 @@ import data
 import families
 import finetune
 import lending
+import positions
 import pretrain
 import storage
 import vit
 from attention import attention_map
 from augment import Normalise
-from checkpoints import load, read
+from checkpoints import Model, load, read
 from experiments import analysis, sinks
 
 SMALL = dict(dim=48, depth=2, heads=3)
@@ -134,8 +140,8 @@ def test_tokens_and_maps_are_timms_at_the_native_and_at_another_size(name, small
                 shape = ((2 * side - 1) ** 2 + 3, SMALL["heads"])
                 state[key] = resize_rel_pos_bias_table(state[key], (side, side), shape)
         other.load_state_dict({k: v for k, v in state.items() if "index" not in k}, strict=False)
-        plainly = replace(found, resize=resize._replace(offset=0.0))
-        assert_alike(load(plainly, classes=0, image_size=side * patch).eval(), other, side * patch)
+        as_timm = replace(found, resize=positions.Resize(antialias=resize.antialias))
+        assert_alike(load(as_timm, classes=0, image_size=side * patch).eval(), other, side * patch)
 
 
 def theirs_of(name: str, state: dict) -> dict:
@@ -264,13 +270,48 @@ def test_torchvisions(small, tmp_path):
     for parameter in net.parameters():
         parameter.copy_(0.2 * torch.randn_like(parameter))
     torch.save(net.state_dict(), tmp_path / "x.pth")
-    ours = load(read(f"torchvision:vit_b_16={tmp_path / 'x.pth'}"), classes=0).eval()
-    images, tokens = torch.randn(2, 3, 224, 224), []
-    for layer in net.encoder.layers:
-        layer.register_forward_hook(lambda _, given, out: tokens.append(out))
-    net(images)
-    for (x, _), y in zip(ours.run(images), tokens, strict=True):
-        torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5)
+    found = read(f"torchvision:vit_b_16={tmp_path / 'x.pth'}")
+    for size in (224, 96, 288):
+        other = VisionTransformer(size, 16, 2, 3, 48, 192, num_classes=7).eval()
+        other.load_state_dict(interpolate_embeddings(size, 16, net.state_dict()))
+        images, tokens = torch.randn(2, 3, size, size), []
+        for layer in other.encoder.layers:
+            layer.register_forward_hook(lambda _, given, out, to=tokens: to.append(out))
+        other(images)
+        ours = load(found, classes=0, image_size=size).eval()
+        for (x, _), y in zip(ours.run(images), tokens, strict=True):
+            torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5)
+
+
+def taps(x: float, count: int) -> list[float]:
+    """What a cubic (Keys 1981, a = -0.75, as PyTorch has it) at x takes from each of the places."""
+    a, first, found = -0.75, math.floor(x), [0.0] * count
+    for i in range(first - 1, first + 3):
+        d = abs(x - i)
+        near, far = (a + 2) * d**3 - (a + 3) * d**2 + 1, a * (d**3 - 5 * d**2 + 8 * d - 4)
+        found[min(max(i, 0), count - 1)] += near if d <= 1 else far
+    return found
+
+
+@pytest.mark.parametrize("new", [5, 11])
+def test_positions_are_resized_as_the_code_of_the_family_does(new):
+    """Of AugReg and SigLIP (scipy's zoom of order 1); and of DINO, which enlarges too much."""
+    old, units = 7, np.eye(7)
+    spots = np.linspace(0, old - 1, new)
+    linear = np.stack([np.interp(spots, range(old), unit) for unit in units], axis=1)
+    middles = (np.arange(new) + 0.5) * old / (new + 0.1) - 0.5
+    cubic = np.array([taps(x, old) for x in middles])
+    grid = torch.randn(old, old, 3, dtype=torch.float64)
+    for name, weights in (
+        ("vit_base_patch16_224.augreg_in1k", linear),
+        ("vit_base_patch16_siglip_224.v2_webli", linear),
+        ("vit_base_patch16_224.dino", cubic), ("ibot_vitb_16", cubic),
+        ("vit_base_patch14_dinov2.lvd142m", cubic), ("webssl_dino1b_full2b_224", cubic),
+    ):  # fmt: skip
+        theirs = np.einsum("ih,jw,hwd->ijd", weights, weights, grid)
+        how = families.MEMBERS[name].family.resize
+        ours = positions.resized(grid.view(1, -1, 3), new, how).view(new, new, 3)
+        torch.testing.assert_close(ours, torch.tensor(theirs), atol=1e-5, rtol=1e-5)
 
 
 # Students ---------------------------------------------------------------------------------------
@@ -318,7 +359,7 @@ def test_a_student_looks_where_its_teacher_looks_learns_and_goes_to_timm(name, s
         target = "vit_small_plus_patch16_dinov3_qkvb.lvd1689m"
     pooled = {"use_fc_norm": True} if "dinov3" in target else {}
     net = timms(target, img_size=size, num_classes=5, global_pool="avg", **pooled)
-    net.load_state_dict(conversion.timms(student, net))
+    net.load_state_dict(conversion.timms(Model(student), net))
     with torch.no_grad():
         torch.testing.assert_close(net(batch), student.eval()(batch), atol=1e-5, rtol=1e-5)
 
@@ -350,13 +391,26 @@ def test_timms_of_another_function_is_refused():
         (timms(clip, num_heads=4), "another activation"),
     ):
         with pytest.raises(ValueError, match=words):
-            conversion.timms(net, other)
+            conversion.timms(Model(net), other)
+    same = partial(timms, "vit_base_patch16_224.mae", img_size=64, embed_dim=128, depth=6,
+                   num_heads=4, num_classes=5)  # fmt: skip
+    conversion.timms(Model(net), same(global_pool="avg"))
+    for pool in ("max", "avgmax", "token"):
+        with pytest.raises(ValueError, match=r"global_pool|another ViT"):
+            conversion.timms(Model(net), same(global_pool=pool))
+    with pytest.raises(ValueError, match="its teacher's maps"):
+        conversion.timms(Model(net, teacher=net, layers=(0,)), same(global_pool="avg"))
     no_bias = "vit_small_patch16_dinov3.lvd1689m"
     rope = replace(net.config, positions="rope", layer_scale=0.1, registers=4, eps=1e-5, heads=4)
     with pytest.raises(ValueError, match="q_bias"):
         net = vit.ViT(rope)
         nn.init.ones_(net.blocks[0].attn.qkv.bias)
-        conversion.timms(net, timms(no_bias, num_heads=4, embed_dim=128, depth=6))
+        conversion.timms(Model(net), timms(no_bias, num_heads=4, embed_dim=128, depth=6))
+    qkvb = "vit_small_patch16_dinov3_qkvb.lvd1689m"
+    net = vit.ViT(replace(rope, layer_scale=1.0, image_size=64, patch=16, rope_base=10.0))
+    other = partial(timms, qkvb, num_heads=4, embed_dim=128, depth=6, img_size=64)
+    with pytest.raises(ValueError, match="another function: on an image of noise"):
+        conversion.timms(Model(net), other(num_classes=5, global_pool="avg", use_fc_norm=True))
 
 
 def test_a_plain_student_takes_the_maps_of_the_tokens_that_it_has(small, tmp_path):
@@ -371,6 +425,27 @@ def test_a_plain_student_takes_the_maps_of_the_tokens_that_it_has(small, tmp_pat
     for (_, used), (_, theirs) in zip(looks, whose.teacher.run(batch), strict=True):
         p = attention_map(theirs)[:, :, kept][..., kept]
         torch.testing.assert_close(attention_map(used), p / p.sum(dim=-1, keepdim=True))
+
+
+def test_heads_taken_together_are_compared_with_the_students_taken_together():
+    """As in AttnDistill's code: where numbers of heads differ, those of both."""
+    teacher, student = (vit.ViT(replace(plain("mini"), heads=heads)).eval() for heads in (2, 4))
+    settings = attention_distill.parse(["--heads", "together"])
+    whose = lending.lender(teacher, student, [0, 2], heads="together")
+    batch, labels = torch.randn(3, 3, 32, 32), torch.tensor([0, 1, 4])
+    terms, also = attention_distill.loss(student, batch, labels, whose, [0, 2], settings)
+    maps = [[attention_map(used) for _, used in net.run(batch)] for net in (teacher, student)]
+    found = 0.0
+    for i in (0, 2):
+        p_t, p_s = ((p[i].log().sum(dim=1) / 10).softmax(dim=-1) for p in maps)
+        found = found - (p_t * p_s.log()).sum(dim=-1).mean()
+    torch.testing.assert_close(terms["attention"], 3 * found)
+    assert also["kl"] > 0
+    terms["attention"].backward()
+    assert student.blocks[2].attn.qkv.weight.grad.abs().sum() > 0
+    twin = lending.lender(student, student, [0, 2], heads="together")
+    _, also = attention_distill.loss(student, batch, labels, twin, [0, 2], settings)
+    assert abs(also["kl"]) < 1e-5
 
 
 def test_layers_and_heads_are_those_that_are_named(small, tmp_path):
@@ -420,6 +495,10 @@ def test_a_file_is_known_by_its_name_or_its_folders():
         ("a/vit_base_patch16_224.mae/model.safetensors", "vit_base_patch16_224.mae"),
         ("a/dinov2_vits14_reg4_pretrain.pth", "dinov2_vits14_reg4_pretrain"),
         ("https://x.com/dino_vitbase8_pretrain.pth", "dino_vitbase8_pretrain"),
+        ("https://huggingface.co/timm/vit_base_patch16_clip_224.openai/resolve/main/"
+         "model.safetensors?download=true", "vit_base_patch16_clip_224.openai"),
+        ("a/vit_b_16-c867db91.pth", "torchvision:vit_b_16"),
+        (families.MEMBERS["ibot_vitb_16"].url, "ibot_vitb_16"),
         ("a/model.safetensors", None), ("checkpoint_teacher.pth", None), ("auto", None), ("", None),
         ("runs/model=b/model.pt", None),
     ):  # fmt: skip
@@ -433,7 +512,10 @@ def test_a_file_is_known_by_its_name_or_its_folders():
 
 
 class Answers(http.server.BaseHTTPRequestHandler):
-    """/403 and /404 say so; /cut promises more than it sends; /whole sends a file."""
+    """/403 and /404 say so; /cut promises more than it sends; /whole sends a file.
+
+    /kill ends who asks when half is sent.
+    """
 
     asked: ClassVar = []
 
@@ -441,9 +523,12 @@ class Answers(http.server.BaseHTTPRequestHandler):
         self.asked.append(self.path)
         code = int(self.path[1:4]) if self.path[1:4].isdigit() else 200
         self.send_response(code)
-        self.send_header("Content-Length", "1000" if "cut" in self.path else "4")
+        part = self.path.startswith(("/cut", "/kill"))
+        self.send_header("Content-Length", "1000" if part else "4")
         self.end_headers()
         self.wfile.write(b"abcd")
+        if self.path.startswith("/kill"):
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def log_message(self, *_):
         pass
@@ -475,6 +560,14 @@ def test_what_cannot_be_had_leaves_nothing_behind(
     monkeypatch.setattr(storage, "HASHED", (server.split("/")[2],))
     code, line = failing(attention_copy, [*on(photos), "--teacher", name])
     assert code == 2 and words in line
+    assert not [path for path in (tmp_path / "hub").rglob("*") if path.is_file()]
+
+
+def test_a_download_that_is_ended_leaves_nothing_behind(server, tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as left:
+        storage.fetched(server + "kill/x.pth")
+    assert left.value.code == 143 and signal.getsignal(signal.SIGTERM) == before
     assert not [path for path in (tmp_path / "hub").rglob("*") if path.is_file()]
 
 
@@ -520,6 +613,7 @@ def test_no_network_is_said(failing, photos, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("teacher, words", [
     ("vit_small_patch16_dinov4", "no family has one of that name"),
+    ("vit_base_patch16_clip_224", "is it vit_base_patch16_clip_224.openai or"),
     ("vit_small_patch16_dinov4=x.pth", "no family has a 'vit_small_patch16_dinov4'"),
     ("vit_base_patch16_224.mae=FILE", "48 wide and 2 deep, but vit_base_patch16_224.mae is 768"),
     ("vit_small_patch14_dinov2.lvd142m=FILE", "48 wide and 2 deep"),

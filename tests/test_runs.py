@@ -147,6 +147,8 @@ def test_a_teacher_is_dismissed_in_time(uninterrupted, tmp_path):
         assert (row["class"], row["attention"]) == (usual["class"], usual["attention"])
     assert all("attention" not in row for row in dismissed[3:])
     assert dismissed[4]["class"] != always[4]["class"]
+    with pytest.raises(ValueError, match="ends before"):
+        attention_distill.task(attention_distill.parse(["--until", "5", "--epochs", "5"]))
     cut = (*DIGITS, "--until", "3", "--out", tmp_path / "cut")
     stop = train.save_state
     with pytest.MonkeyPatch.context() as patch:
