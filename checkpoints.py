@@ -138,10 +138,13 @@ def read(source: str | Path, heads: int = 0) -> Checkpoint:
     try:
         return understand(found, source, heads, member)
     except Exception as error:  # whatever a file of something else leads to
-        if source in str(error):
-            raise
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{source} holds no ViT that can be understood ({reason})") from error
+        reason = str(error)
+        if source not in reason:
+            reason = f"{type(error).__name__}: {reason}"
+            reason = f"{source} holds no ViT that can be understood ({reason})"
+        if storage.is_url(place):
+            reason += f" (it is kept as {storage.fetched(place)}: remove that to fetch it anew)"
+        raise ValueError(reason) from error
 
 
 def understand(

@@ -281,6 +281,8 @@ def components(text: str) -> dict:
         name, _, value = part.partition("=")
         if name not in COMPONENTS:
             raise ValueError(f"--components {name}: choose from {', '.join(COMPONENTS)}")
+        if name in found:
+            raise ValueError(f"--components: {name} is named twice")
         try:
             found[name] = kinds[name](int(value) if kinds[name] is bool else value)
         except ValueError:

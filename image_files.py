@@ -173,8 +173,9 @@ class Files(Dataset):
 
     @property
     def names(self) -> list[str]:
-        """CLASS/FILE of each, wherever the folder is."""
-        return ["/".join(path.split(os.sep)[-2:]) for path, _ in self.samples]
+        """CLASS/.../FILE of each, wherever the folder is."""
+        root = os.path.commonpath({os.path.dirname(path) for path, _ in self.samples})
+        return [path[len(root) :].lstrip(os.sep).replace(os.sep, "/") for path, _ in self.samples]
 
     @property
     def fingerprint(self) -> str:

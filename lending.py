@@ -4,6 +4,7 @@ Where both are alike a teacher lends by itself (vit.ViT.queries_keys). A Lender 
 so callers need not know which of the two they have.
 """
 
+import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -122,7 +123,7 @@ def lender(
                 f"the teacher has {lent[what]} {what} and the student {count}: choose --model, "
                 "--patch, --data, --teacher or --heads so that they agree"
             )
-    if not (cut or picked or together) and sources == list(layers):
+    if theirs.depth == ours.depth and not (cut or picked or together) and sources == list(layers):
         return teacher
     return Lender(teacher, dict(zip(layers, sources, strict=True)), picked, together, cut)
 
@@ -136,6 +137,8 @@ def counts(config: Config) -> dict[str, int]:
 def parse_layers(text: str, depth: int, what: str = "layers") -> list[int]:
     """Block numbers: '18' or '75%' (the first), '6-11' or '0,2,4-7' (counted from 0), or 'all'."""
     try:
+        if not re.fullmatch(r"all|[0-9.]+%|[0-9,-]+", text):
+            raise ValueError("no numbers")
         if text == "all":
             spans = [(0, depth - 1)]
         elif text.endswith("%"):

@@ -61,6 +61,7 @@ SETTINGS = change(  # ImageNet: MAE's PRETRAIN.md, ViT-L (the published weights 
     "norm_pix_loss": Setting((False, True, True), "compare pixels normalised within their patch"),
     "reconstruct":   Setting("", "train nothing: show in this PNG what --out has learned"),
 }  # fmt: skip
+DECODER = [name for name in SETTINGS if name.startswith("decoder_")]
 parse = partial(parse_settings, __doc__, SETTINGS)
 
 
@@ -205,9 +206,10 @@ def trained(settings: Settings, dataset: data.Data) -> MAE:
         state = storage.read(last)
         if state["run"]["method"] != "pretrain":
             raise ValueError(f"it is of a run of {state['run']['method']}")
+        asked = {k: getattr(settings, k) for k in ("components", "norm_pix_loss", *DECODER)}
+        if odd := runs.differences({k: state["run"].get(k) for k in asked}, asked):
+            raise ValueError("; ".join(odd))
         mae.load_state_dict(state["net"])
-        if state["run"]["norm_pix_loss"] != settings.norm_pix_loss:
-            raise ValueError("it was trained with another --norm-pix-loss")
     except Exception as error:  # whatever a file of something else leads to
         reason = f"{type(error).__name__}: {str(error)[:80]}"
         raise ValueError(f"{last} holds no masked autoencoder of these sizes ({reason})") from error

@@ -45,6 +45,8 @@ def identity(name: str, dataset: Data, teacher: Checkpoint | None, settings: Set
         "one_tensor": isinstance(dataset.train.source, Tensors),  # of files: depends on --memory
         "teacher_weights": teacher.fingerprint if teacher else None,
     }
+    if teacher and not teacher.settings:  # of others: it decides what the weights mean
+        about["teacher_family"] = teacher.method
     if dataset.normalization != KINDS[settings.data].normalization:  # a teacher's was adopted
         about["normalization"] = dataset.normalization
     return about | {k: v for k, v in vars(settings).items() if k not in FREE}

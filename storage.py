@@ -24,12 +24,13 @@ DISK = (errno.EIO, errno.ESTALE, errno.EACCES)  # no fault of the file
 HASHED = ("download.pytorch.org/", "dl.fbaipublicfiles.com/")  # whose names hold a file's hash
 
 
-def write(path: Path, fill: Callable) -> None:
+def write(path: Path, fill: Callable, part: str = ".part") -> None:
     """A file that `fill(file)` fills. Until it is whole, what stood there before stays.
 
-    Failed if the disk is full, or the folder cannot be written to.
+    `part`: what its name ends in until then. Failed if the disk is full, or the folder cannot be
+    written to.
     """
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(path.name + part)
     try:
         if path.exists() and not path.is_file():
             raise OSError("it is a folder or a device")
@@ -56,6 +57,8 @@ def check_place(path: Path, flag: str, *kinds: str) -> None:
     above = next(place for place in path.parents if place.exists())
     if path.is_dir():
         raise ValueError(f"{flag} {path} is a folder: name a file")
+    if kinds and path.name == "config.json":
+        raise ValueError(f"{flag} {path}: a run keeps its settings by this name: choose another")
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise ValueError(f"{flag}: {above} is not a writable folder: choose another place")
     if kinds and path.suffix not in kinds:
@@ -76,7 +79,8 @@ def save(what: dict, path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    write(path, lambda file: file.write(text.encode()))
+    """Several processes may write the same one."""
+    write(path, lambda file: file.write(text.encode()), f".{os.getpid()}.part")
 
 
 def read(source: str | Path):
@@ -85,8 +89,7 @@ def read(source: str | Path):
     ValueError if it is damaged, or holds more than tensors and plain values; FileNotFoundError if
     it is not there.
     """
-    from_afar = str(source).startswith(("http://", "https://"))
-    path = fetched(str(source)) if from_afar else Path(source)
+    path = fetched(str(source)) if is_url(source) else Path(source)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {source}")
     try:
@@ -97,12 +100,16 @@ def read(source: str | Path):
     except Exception as error:  # unpickling errors are of many kinds
         if isinstance(error, MemoryError) or getattr(error, "errno", None) in DISK:
             raise  # of the machine, not of the file
-        if from_afar:  # or it would be taken from there for ever
+        if is_url(source):  # or it would be taken from there for ever
             path.unlink(missing_ok=True)
         raise ValueError(
             f"{source} is no checkpoint that can be read safely: it is cut short or damaged, or "
             f"holds more than tensors ({type(error).__name__}: {str(error)[:80]})"
         ) from error
+
+
+def is_url(source: str | Path) -> bool:
+    return str(source).startswith(("http://", "https://"))
 
 
 def fetched(url: str) -> Path:
@@ -139,7 +146,7 @@ def fetch(url: str, wanted: str, path: Path) -> None:
         with sigterm_as_exit():
             torch.hub.download_url_to_file(url, str(part), named and named[1])
         if wanted and not md5(part).startswith(wanted):
-            raise ValueError(f"{url} is not the file that its authors published: its md5 differs")
+            raise ValueError("it is not the file that its authors published: its md5 differs")
         os.replace(part, path)
     except urllib.error.HTTPError as error:
         advice = "fetch it elsewhere and name the file"
@@ -149,7 +156,7 @@ def fetch(url: str, wanted: str, path: Path) -> None:
                 "download it with your account, and write NAME=FILE"
             )
         raise ValueError(f"cannot download {url} ({error}): {advice}") from error
-    except (OSError, RuntimeError, HTTPException, UnicodeError) as error:  # RuntimeError: a hash
+    except (OSError, RuntimeError, HTTPException, ValueError) as error:  # RuntimeError: a hash
         reason = getattr(error, "reason", error)
         raise ValueError(
             f"cannot download {url} ({reason}): fetch it elsewhere and name the file"

@@ -119,14 +119,14 @@ def make(name: str, script, settings: Settings, dataset: data.Data, **changes) -
     own = own.but(**{k: v for k, v in vars(settings).items() if k in shared}).but(**changes)
     wanted = what_counts(runs.identity(name, dataset, None, own))
     out = runs.folder(own, name)
-    if settings.out and Path(settings.out).resolve() == out.resolve():
-        raise ValueError(f"--out {out} is where the teacher lies, or will: choose another")
     found = runs.what_is_in(out)
     if found is not None and (odd := runs.differences(what_counts(found), wanted)):
         how = f"made otherwise ({'; '.join(odd[:3])})" if found else "of unknown origin"
         print0(f"The teacher in {out} is {how}; to use it, name its model.pt by --teacher.")
         out = out.with_name(f"{out.name}-{runs.digest(wanted)}")
         found = runs.what_is_in(out)
+    if settings.out and Path(settings.out).resolve() == out.resolve():
+        raise ValueError(f"--out {out} is where the teacher lies, or will: choose another")
     if found and (out / "model.pt").is_file():
         return out / "model.pt"
     if found:

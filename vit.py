@@ -68,6 +68,8 @@ class Config:
             if type(value) in (int, float) and not (0 < value <= 1e5 or (may_be_0 and value == 0)):
                 least = "at least" if may_be_0 else "above"
                 raise ValueError(f"{field.name} {value}: must be {least} 0, and at most 100,000")
+        if int(self.mlp * self.dim) < 1:
+            raise ValueError(f"mlp {self.mlp}: an MLP of no width")
         for what in self.positions.split("+"):
             if what not in ("absolute", "relative", "rope"):
                 raise ValueError(f"positions '{what}': choose from absolute, relative, rope")

@@ -31,6 +31,7 @@ import finetune
 import lending
 import positions
 import pretrain
+import runs
 import storage
 import vit
 from attention import attention_map
@@ -383,6 +384,17 @@ def test_a_run_with_a_named_teacher_is_resumed_to_the_same_bits(
     assert kept == {field: getattr(theirs, field) for field in kept}
 
 
+def test_the_same_weights_read_as_another_family_make_another_run(small, photos, tmp_path):
+    name = "vit_base_patch32_clip_quickgelu_224.openai"
+    path, settings = written(timms(name), tmp_path), finetune.parse(["--teacher", "none"])
+    both = [read(f"{kind}={path}") for kind in (name, "vit_base_patch32_clip_224.openai")]
+    assert both[0].fingerprint == both[1].fingerprint
+    images = data.load(finetune.parse(on(photos)), torch.device("cpu"))
+    found = [runs.identity("finetune", images, teacher, settings) for teacher in both]
+    (odd,) = runs.differences(*found)
+    assert odd.startswith("teacher_family was CLIP (OpenAI's)")
+
+
 def test_timms_of_another_function_is_refused():
     net = vit.ViT(plain("mini", 64, 16))
     clip = "vit_base_patch32_clip_quickgelu_224.openai"
@@ -446,6 +458,18 @@ def test_heads_taken_together_are_compared_with_the_students_taken_together():
     twin = lending.lender(student, student, [0, 2], heads="together")
     _, also = attention_distill.loss(student, batch, labels, twin, [0, 2], settings)
     assert abs(also["kl"]) < 1e-5
+
+
+def test_a_teacher_of_another_depth_drops_no_paths():
+    """Its layers are others: the note says so, and the student's mask would not fit."""
+    teacher = vit.ViT(replace(plain("mini"), depth=4)).eval()
+    student = vit.ViT(plain("mini"), drop_path=0.9)
+    whose, batch = lending.lender(teacher, student, [0, 2]), torch.randn(4, 3, 32, 32)
+    mask = student.draw_drop_path_mask(4, "cpu")
+    assert (mask == 0).any()
+    pairs = zip(whose.queries_keys(batch, [0, 2], mask), teacher.run(batch), strict=False)
+    for lent, (_, used) in pairs:
+        assert lent is None or torch.equal(lent.q, used.q)
 
 
 def test_layers_and_heads_are_those_that_are_named(small, tmp_path):

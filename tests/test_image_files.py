@@ -259,6 +259,26 @@ def test_other_images_of_the_same_names_are_another_run(unsplit, tmp_path, monke
     assert [words.split()[0] for words in odd] == ["images_fingerprint", "tested_on"]
 
 
+def test_an_image_is_named_by_its_place_below_the_folder_whatever_that_is_called(tmp_path):
+    for name in ("A/x/1.png", "A/y/1.png", "B/z/1.png", "flat/1.png", "flat/2.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        picture(tmp_path / name)
+    of = {}
+    for root, names in (
+        ("", ("A/x/1.png", "A/y/1.png", "B/z/1.png")),
+        ("flat", ("1.png", "2.png")),
+    ):
+        files = image_files.Files([(str(tmp_path / root / n), 0) for n in names], 16,
+                                  data.KINDS["folder"], folder(tmp_path), False)  # fmt: skip
+        assert files.names == list(names)
+        of[root] = files.fingerprint
+    (tmp_path / "B" / "y").parent.mkdir(exist_ok=True)
+    (tmp_path / "A" / "y").rename(tmp_path / "B" / "y")
+    moved = [(str(tmp_path / n), 0) for n in ("A/x/1.png", "B/y/1.png", "B/z/1.png")]
+    files = image_files.Files(moved, 16, data.KINDS["folder"], folder(tmp_path), False)
+    assert files.fingerprint != of[""]
+
+
 def test_a_class_may_be_called_as_a_part_is(unsplit):
     (unsplit / "cat").rename(unsplit / "train")
     dataset = data.load(folder(unsplit), CPU)

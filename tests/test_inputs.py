@@ -2,6 +2,7 @@
 
 import launch
 
+import os
 import pickle
 import shutil
 import subprocess
@@ -76,6 +77,10 @@ def test_flags(argv, words, failing, tmp_path, monkeypatch):
     (ensemble, ["missing.pt"], "no checkpoint at"),
     (ensemble, ["missing.pt", "--json", "/dev/null/x"], "--json: /dev/null is not a writable"),
     (sinks, ["missing.pt", "--out", "/dev/null/x"], "--out: /dev/null is not a writable"),
+    (ensemble, ["missing.pt", "--json", "a/config.json"], "a run keeps its settings by this name"),
+    (attention_copy, ["--layers", " 3"], "write a count"), (attention_copy, ["--layers", "+3"], ""),
+    (pretrain, ["--components", "registers=1,registers=2"], "registers is named twice"),
+    (pretrain, ["--components", "mlp=0.001"], "an MLP of no width"),
     (ensemble, ["missing.pt", "--json", "model.pt"], "--json model.pt: its name must end in .json"),
     (ensemble, [], "one or more model.pt"),
     (pretrain, ["--reconstruct", "x.txt"], "must end in .png or"),
@@ -328,7 +333,7 @@ def test_ctrl_c_while_modules_are_imported_is_one_line():
 
 
 def test_a_full_disk_is_named_once(tmp_path, failing, monkeypatch):
-    (tmp_path / "e.json.part").symlink_to("/dev/full")
+    (tmp_path / f"e.json.{os.getpid()}.part").symlink_to("/dev/full")
     with pytest.raises(launch.Failed, match=r"could not write .*e.json: No space left on device$"):
         storage.write_text(tmp_path / "e.json", "x" * 10**6)
     assert launch.describe(OSError(28, "No space left")) == ("No space left", 2)  # without a name

@@ -29,7 +29,7 @@ def traces(net, images):
 def test_distillation_sums_named_terms_and_reaches_only_the_layers_asked_for():
     student, teacher = make(0), make(1).eval().requires_grad_(False)
     images, labels = torch.randn(3, 1, 12, 12), torch.tensor([1, 2, 3])
-    settings = Settings(attention_weight=2.5, share_drops=True, smoothing=0.1)
+    settings = Settings(attention_weight=2.5, share_drops=True, heads="", smoothing=0.1)
     terms, diagnostics = attention_distill.loss(student, images, labels, teacher, [0, 2], settings)
     expected = F.cross_entropy(student(images), labels, label_smoothing=0.1)
     torch.testing.assert_close(terms["class"], expected)
@@ -47,7 +47,7 @@ def test_a_twin_of_the_teacher_has_no_divergence():
     student, teacher = make(0), make(0).requires_grad_(False)
     images, settings = (
         torch.randn(3, 1, 12, 12),
-        Settings(attention_weight=1, share_drops=True, smoothing=0),
+        Settings(attention_weight=1, share_drops=True, heads="", smoothing=0),
     )
     _, found = attention_distill.loss(
         student, images, torch.tensor([1, 2, 3]), teacher, [0, 3], settings

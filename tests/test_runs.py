@@ -21,6 +21,7 @@ import data
 import finetune
 import learner
 import pictures
+import pretrain
 import progress
 import runs
 import train
@@ -137,6 +138,16 @@ def test_a_run_whose_worker_is_killed_says_so_and_ends(small, tmp_path):
     _, errors = run.communicate(timeout=60)
     assert run.returncode == 1 and "error: a process that decodes images was killed" in errors
     assert "DataLoader" not in errors  # (the other may say that it was cut off)
+
+
+def test_what_a_run_learned_is_drawn_by_its_own_decoder(tmp_path):
+    argv = ["--epochs", "1", "--warmup", "0", "--out", tmp_path / "mae"]
+    run_here(pretrain, *argv)
+    run_here(pretrain, *argv, "--reconstruct", tmp_path / "seen.png")
+    assert (tmp_path / "seen.png").exists()
+    for more in (["--decoder-heads", "1"], ["--components", "activation=quick_gelu"]):
+        with pytest.raises(ValueError, match=f"{more[0][2:].replace('-', '_')} was"):
+            run_here(pretrain, *argv, *more, "--reconstruct", tmp_path / "other.png")
 
 
 def test_a_teacher_is_dismissed_in_time(uninterrupted, tmp_path):
