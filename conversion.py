@@ -162,10 +162,9 @@ def describe(weights: dict[str, Tensor], member: Member | None, heads: int = 0) 
             f"it is {dim} wide and {found['depth']} deep, but {member.name} is {member.dim} wide "
             f"and {member.depth} deep (python teachers.py lists all)"
         )
-    if patch != member.patch or heads not in (0, member.heads):
+    if patch != member.patch:
         raise ValueError(
-            f"{member.name} has patches of {member.patch} pixels and {member.heads} heads, the "
-            f"file patches of {patch}" + (f", and {heads} heads were asked for" if heads else "")
+            f"{member.name} has patches of {member.patch} pixels, the file patches of {patch}"
         )
     if found["class_token"] == ("no class token" in member.family.adds):
         has = "has a class token" if found["class_token"] else "lacks the class token"

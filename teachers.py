@@ -54,6 +54,10 @@ def find(settings: Settings, dataset: data.Data) -> Checkpoint | None:
         except ValueError as error:
             raise ValueError(f"{error}: remove {model.parent}, and it is made anew") from error
     checkpoint = checkpoints.read(settings.teacher, settings.teacher_heads)
+    if settings.teacher_heads not in (0, heads := checkpoint.architecture["heads"]):
+        raise ValueError(
+            f"--teacher-heads {settings.teacher_heads}: {settings.teacher} has {heads}"
+        )
     if checkpoint.teacher:
         raise ValueError(
             f"{settings.teacher} is a student of attention copy: it never learned where to look "
@@ -157,7 +161,8 @@ def teacher_and_student(settings: Settings, dataset: data.Data | None = None):
     """A frozen lender of maps, a random student, layers to transfer, images normalised for both.
 
     And the checkpoint of the teacher (None for a random one). `dataset`: used instead of what the
-    settings name. All that can be wrong is found before a teacher is made or fetched.
+    settings name. What can be wrong without knowing the teacher is found before it is made or
+    fetched.
     """
     if settings.teacher == "none":
         raise ValueError(

@@ -1,6 +1,7 @@
 """Teachers of the world: each family's files, in timm's and the authors' names, against timm."""
 
 import http.server
+import itertools
 import json
 import math
 import os
@@ -333,6 +334,13 @@ def test_a_student_looks_where_its_teacher_looks_learns_and_goes_to_timm(name, s
     member = families.MEMBERS[name]
     size = 6 * member.patch
     batch, labels = torch.randn(2, 3, size, size), torch.tensor([1, 3])
+    task = finetune.task(asked(finetune, name, tmp_path, "--drop-path", "0"), images_of(size))
+    theirs = load(read(f"{name}={tmp_path / 'model.safetensors'}"), classes=0, image_size=size)
+    tokens = (net.encode(net.embed(batch)) for net in (task.net, theirs))
+    assert torch.equal(*tokens)
+    terms, _ = task.loss(task.net, batch, labels)
+    sum(terms.values()).backward()
+    assert all(p.grad.isfinite().all() for p in task.net.parameters())
     for script in (attention_copy, attention_distill):
         settings = asked(script, name, tmp_path, "--layers", "all", "--drop-path", "0")
         assert (settings.model, settings.patch) == (name, member.patch)
@@ -365,11 +373,9 @@ def test_a_student_looks_where_its_teacher_looks_learns_and_goes_to_timm(name, s
         torch.testing.assert_close(net(batch), student.eval()(batch), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("script, name", [
-    (attention_copy, "vit_small_patch16_dinov3.lvd1689m"),
-    (attention_distill, "beitv2_base_patch16_224.in1k_ft_in1k"),
-    (attention_distill, "vit_small_patch14_reg4_dinov2.lvd142m"),
-])  # fmt: skip
+@pytest.mark.parametrize("script, name", zip(
+    itertools.cycle((attention_copy, attention_distill)), ONE_OF_EACH
+))  # fmt: skip
 def test_a_run_with_a_named_teacher_is_resumed_to_the_same_bits(
     script, name, small, photos, tmp_path, stopped
 ):
