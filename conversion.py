@@ -154,7 +154,8 @@ def describe(weights: dict[str, Tensor], member: Member | None, heads: int = 0) 
         if not heads:
             raise ValueError(
                 "it does not say how many attention heads it has, and sizes do not tell (width "
-                "384 may have 6 or 12): say it with --teacher-heads (or --num-heads)"
+                "384 may have 6 or 12): say it with --teacher-heads (to compare or evaluate: "
+                "--num-heads)"
             )
         return Config(image_size=image_size(weights), heads=heads, **found)
     if (dim, found["depth"]) != (member.dim, member.depth):
@@ -222,7 +223,11 @@ def timms(model, theirs: nn.Module) -> dict[str, Tensor]:
     differ = found.keys() ^ (target.keys() - buffers.keys())
     differ |= {k for k in found.keys() & target.keys() if found[k].shape != target[k].shape}
     if differ:
-        raise ValueError(f"timm's is another ViT: {', '.join(sorted(differ)[:4])}")
+        names = ", ".join(sorted(differ)[:4])
+        raise ValueError(
+            f"timm's is another ViT: {names} (are its img_size, num_classes and pooling those of "
+            "the student?)"
+        )
     check_equal(net, theirs, found | buffers)
     return found | buffers
 

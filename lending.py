@@ -62,7 +62,9 @@ class Lender:
 
 def as_one(attended: Attended, heads: int) -> Attended:
     """All heads taken together, for each of `heads`."""
-    log_p = attention_scores(attended).log_softmax(dim=-1)
+    scores = attention_scores(attended)
+    precise = torch.promote_types(scores.dtype, torch.float32)  # a divergence is a small difference
+    log_p = scores.log_softmax(dim=-1, dtype=precise)
     return lend_map(aggregated(log_p).expand(-1, heads, -1, -1))
 
 

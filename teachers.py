@@ -98,8 +98,10 @@ def check(settings: Settings) -> None:
         )
     if settings.teacher in NAMED:
         return
-    _, place = families.locate(settings.teacher)
+    member, place = families.locate(settings.teacher)
     if "://" not in place and not Path(place).is_file():
+        if member:
+            raise FileNotFoundError(f"no file {place}, which --teacher names for {member.name}")
         alike = difflib.get_close_matches(settings.teacher, families.MEMBERS)
         raise FileNotFoundError(
             f"no checkpoint at {place}, and no family has one of that name "
