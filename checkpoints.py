@@ -143,7 +143,7 @@ def read(source: str | Path, heads: int = 0) -> Checkpoint:
             reason = f"{type(error).__name__}: {reason}"
             reason = f"{source} holds no ViT that can be understood ({reason})"
         if storage.is_url(place):
-            reason += f" (it is kept as {storage.fetched(place)}: remove that to fetch it anew)"
+            reason += f" (it is kept as {storage.kept_at(place)}: remove that to fetch it anew)"
         raise ValueError(reason) from error
 
 

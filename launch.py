@@ -21,6 +21,7 @@ if os.path.dirname(getattr(sys.modules["__main__"], "__file__", "") or "") in SC
     signal.signal(signal.SIGINT, leave)  # until `run` begins
     os.environ.setdefault("MPLBACKEND", "Agg")  # pictures are files: a display may go away
 
+import contextlib  # noqa: E402
 import shutil  # noqa: E402
 import time  # noqa: E402
 from collections.abc import Callable, Iterable, Iterator  # noqa: E402
@@ -175,6 +176,19 @@ def rewrite(line: str) -> None:
 
 def on_terminal() -> bool:
     return sys.stdout is not None and sys.stdout.isatty()
+
+
+@contextlib.contextmanager
+def sigterm_as_exit() -> Iterator[None]:
+    """What was begun is cleared away when SIGTERM ends the process. (A decorator as well.)"""
+    before = signal.getsignal(signal.SIGTERM)
+    with contextlib.suppress(ValueError):  # signals can be caught in the main thread only
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            signal.signal(signal.SIGTERM, before)
 
 
 def device(name: str) -> torch.device:

@@ -1,17 +1,15 @@
 """Files written whole or not at all, and read without running anything that is in them."""
 
-from launch import Failed, first_alone
+from launch import Failed, first_alone, sigterm_as_exit
 
 import contextlib
 import errno
 import hashlib
 import os
 import re
-import signal
-import sys
 import urllib.error
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
@@ -24,13 +22,13 @@ DISK = (errno.EIO, errno.ESTALE, errno.EACCES)  # no fault of the file
 HASHED = ("download.pytorch.org/", "dl.fbaipublicfiles.com/")  # whose names hold a file's hash
 
 
-def write(path: Path, fill: Callable, part: str = ".part") -> None:
+def write(path: Path, fill: Callable, ending: str = ".part") -> None:
     """A file that `fill(file)` fills. Until it is whole, what stood there before stays.
 
-    `part`: what its name ends in until then. Failed if the disk is full, or the folder cannot be
+    `ending`: what its name ends in until then. Failed if the disk is full, or the folder cannot be
     written to.
     """
-    part = path.with_name(path.name + part)
+    part = path.with_name(path.name + ending)
     try:
         if path.exists() and not path.is_file():
             raise OSError("it is a folder or a device")
@@ -122,17 +120,23 @@ def fetched(url: str) -> Path:
         raise ValueError(
             f"{url}#{wanted}: behind # may stand md5= and 6 to 32 digits, to be checked"
         )
+    path = kept_at(url)
+    get = partial(fetch, url, wanted.removeprefix("md5=").lower(), path)
+    first_alone(get)
+    get()  # on other machines
+    return path
+
+
+def kept_at(url: str) -> Path:
+    """Where the file at a URL lies once it was downloaded. ValueError if it can be none."""
+    url = url.partition("#")[0]
     plain, _, query = url.partition("?")
     place = PurePosixPath(plain.split("://")[1])
     if ".." in place.parts or not place.suffix:
         raise ValueError(f"{url} names no file that could be downloaded")
     if query:  # another file, perhaps, of the same name
         place = place.parent / hashlib.md5(query.encode()).hexdigest() / place.name
-    path = Path(torch.hub.get_dir()) / "checkpoints" / place
-    get = partial(fetch, url, wanted.removeprefix("md5=").lower(), path)
-    first_alone(get)
-    get()  # on other machines
-    return path
+    return Path(torch.hub.get_dir()) / "checkpoints" / place
 
 
 def fetch(url: str, wanted: str, path: Path) -> None:
@@ -163,19 +167,6 @@ def fetch(url: str, wanted: str, path: Path) -> None:
         ) from error
     finally:
         part.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def sigterm_as_exit() -> Iterator[None]:
-    """What was begun is cleared away when SIGTERM ends the process."""
-    before = signal.getsignal(signal.SIGTERM)
-    with contextlib.suppress(ValueError):  # signals can be caught in the main thread only
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        yield
-    finally:
-        with contextlib.suppress(ValueError):
-            signal.signal(signal.SIGTERM, before)
 
 
 def md5(path: Path) -> str:

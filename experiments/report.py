@@ -103,8 +103,9 @@ def along(points: dict[str, dict]) -> str:
     gains = {row: cells["difference"] for row, cells in rows.items() if "difference" in cells}
     others = {row: cell.get("from", BASELINE) for row, cell in gains.items()}
     compared = {f"{row} − {other}": row for row, other in others.items() if other != BASELINE}
-    recovered = {f"recovery: {row}": row for row in rows if "recovery" in rows[row]}
-    recovered.pop(f"recovery: {CEILING}", None)
+    recovered = {
+        f"recovery: {row}": row for row in rows if row != CEILING and "recovery" in rows[row]
+    }
     gained = {f"difference: {row}": row for row in gains if row != BASELINE}
     asked = compared or recovered or gained
     what, form = ("recovery", ".2f") if asked is recovered else ("difference", "+.1f")

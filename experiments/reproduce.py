@@ -11,8 +11,6 @@ was expected of each before it was run, and what was found: experiments/LOG.md.
 import launch
 
 import json
-import signal
-import sys
 import textwrap
 from collections.abc import Iterable
 from functools import partial
@@ -175,10 +173,10 @@ def nets_of(asked: Iterable[str], study: Study) -> list[str]:
     return [teacher for teacher in teachers if teacher in study.rows]
 
 
+@launch.sigterm_as_exit()  # which stops the runs as well
 def main(settings: Settings) -> None:
     launch.one_process()
     names = [found for name in settings.tables for found in named(name)]
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which stops the runs as well
     results = Path(settings.results)
     results.mkdir(parents=True, exist_ok=True)
     for name in names:
