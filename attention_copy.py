@@ -5,77 +5,75 @@ which uses the teacher's attention maps instead of its own:
 
     student:  y = softmax(q_T @ k_T.mT / sqrt(d)) @ v_S   T: teacher, S: student
 
-All else (values, MLPs, embeddings, head) the student learns from scratch. The
-teacher is needed at test time too.
+The student learns all else from scratch: values, MLPs, embeddings, head. It
+needs the teacher at test time too.
 
     python attention_copy.py                       digits (weights/digits.pt)
-    python attention_copy.py --teacher random --out runs/random-copy     control
+    python attention_copy.py --teacher random --out runs/random-copy
     torchrun --nproc_per_node=8 attention_copy.py --data imagenet \\
         --data-dir /imagenet
 """
 
-import launch
-
+from dataclasses import dataclass
 from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor
 
-import checkpoints
 import data
-import runs
 import train
-from settings import COMMON, TEACHER, TRANSFER, Settings, change, parse_settings
-from teachers import teacher_and_student
+from common import checkpoints, launch
+from common.settings import merge_recipes, parse_settings
+from teachers.adapt import make_pair
+from teachers.find import find_teacher
 from vit import ViT
 
-SETTINGS = change(  # ImageNet: the README of the authors' code, ViT-L
-    COMMON | TEACHER | TRANSFER,
-    #             digits cifar imagenet
-    epochs=       (450,  100,  100),
-    warmup=       (45,   5,    5),
-    lr=           (4e-3, 1e-3, 8e-3),
-    min_lr=       (0.0,  1e-6, 2e-3),
-    weight_decay= (0.2,  0.05, 0.05),
-    beta2=        0.999,
-    layer_decay=  (1.0,  1.0,  0.75),
-    drop_path=    (0.0,  0.1,  0.0),
+
+@dataclass(frozen=True)
+class Settings(train.TransferSettings):
+    method = "copy"
+
+
+RECIPES = merge_recipes(
+    train.RECIPES,
+    digits=dict(epochs=450, blr=0.02048, weight_decay=0.2),
+    cifar=dict(epochs=100, blr=5e-4, weight_decay=0.05),
+    imagenet=dict(  # the authors' README, ViT-L: 85.1 in the paper, not run here
+        epochs=100, warmup=0.05, blr=1e-3, final_lr=0.25, weight_decay=0.05, beta2=0.999,
+        layer_decay=0.75, drop_path=0.0,
+    ),
 )  # fmt: skip
-parse = partial(parse_settings, __doc__, SETTINGS)
+parse = partial(parse_settings, __doc__, Settings, RECIPES)
 
 
-def predict(student: ViT, images, teacher, layers, share_drops: bool = True) -> Tensor:
+def predict(student: ViT, images: Tensor, teacher: ViT, layers: list[int]) -> Tensor:
     """Logits of a student that attends with the teacher's maps in `layers`, else with its own."""
-    mask = student.draw_drop_path_mask(len(images), images.device)  # None in evaluation
-    theirs = teacher.queries_keys(images, layers, mask if share_drops else None)
-    return student(images, given=theirs, drop_path_mask=mask)
+    keep = student.draw_drop_path(len(images))  # both drop the same branches
+    theirs = teacher.lend(images, layers, keep)
+    return student(images, given=theirs, keep=keep)
 
 
-def loss(student: ViT, images, labels, teacher, layers, settings: Settings):
-    logits = predict(student, images, teacher, layers, settings.share_drops)
-    return {"class": F.cross_entropy(logits, labels, label_smoothing=settings.smoothing)}, {}
+def loss(student: ViT, images, labels, teacher: ViT, layers: list[int], smoothing: float):
+    logits = predict(student, images, teacher, layers)
+    return F.cross_entropy(logits, labels, label_smoothing=smoothing), {}
 
 
-def task(settings: Settings, dataset: data.Data | None = None) -> train.Task:
-    """Everything that train.fit needs. `dataset`: used instead of what the settings name."""
-    teacher, student, layers, dataset, source = teacher_and_student(settings, dataset)
-    for i in layers:
-        if student.blocks[i].attn.relative:  # its own maps are unused: no gradient
-            student.blocks[i].attn.relative.requires_grad_(False)
+def task(settings: Settings, dataset: data.Data, checkpoint=None) -> train.Task:
+    teacher, student, layers = make_pair(settings, dataset, checkpoint)
     return train.Task(
-        "copy",
         student,
         dataset,
-        loss=partial(loss, teacher=teacher, layers=layers, settings=settings),
+        loss=partial(loss, teacher=teacher, layers=layers, smoothing=settings.smoothing),
         predict=partial(predict, teacher=teacher, layers=layers),
         export=partial(checkpoints.export, teacher=teacher, layers=layers),
-        teacher=source,
+        teacher=checkpoint,
     )
 
 
 def main(settings: Settings) -> dict:
-    runs.check(settings, "copy")
-    return train.fit(task(settings), settings)
+    dataset = data.load(settings)
+    teacher = find_teacher(settings, dataset)
+    return train.fit(task(settings, dataset, teacher), settings)
 
 
 if __name__ == "__main__":

@@ -1,165 +1,216 @@
-"""Images in, normalised batches on the device out: digits, CIFAR, ImageNet or any folder of images.
+"""Images in, normalised batches on the device out: digits, CIFAR, ImageNet or your own folder.
 
-    --data digits      built in: translated cluttered digits, no download (digits.py)
+    --data digits      bundled: handwritten digits on a cluttered canvas (common/digits.py)
     --data cifar10     downloaded to --data-dir, or image folders found there; also cifar100
-    --data imagenet    --data-dir/train/CLASS/* and --data-dir/val/CLASS/*, or the official
-                       archives there (which take scipy to unpack)
-    --data folder      the same, or --data-dir/CLASS/*, for images of your own; without val/ a part
-                       is held out; to pre-train they may lie in one folder, without labels
+    --data imagenet    --data-dir/train/CLASS/* and --data-dir/val/CLASS/*
+    --data folder      the same, or --data-dir/CLASS/*, for your own photographs
 
-To add a data set: a row of KINDS; unless it is a folder of images, also a function that gives Parts
-(such as from_cifar), called in `load`.
+To add a data set: a row of DATA_SETS and, unless it is a folder of images, a function like
+load_cifar, called in `load`.
 
-Every batch is a function of (seed, epoch, step): a run that is killed and resumed sees the same
-images. The random numbers are drawn for the whole batch, over all GPUs, so crops and flips do not
-depend on how many GPUs there are. What comes after them (the noise of erasing, mixing, drop path)
-each process draws for its own share.
+Every batch is a function of (seed, epoch, step), so a resumed run sees the same images. Random
+numbers are drawn for the whole batch over all GPUs, so crops do not depend on their number.
 """
-
-from launch import counted, first_alone, print0, rank, world
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
 from torch import Tensor
-from torchvision import datasets
 from torchvision.transforms import v2
 
-import digits
-import image_files
-import image_folders
-import subsets
-from augment import Augment, Draws, Normalise, Normalization, reseed, seeded
+from common.augment import (
+    Augment, BatchRandom, Normalise, Normalization, hash_seed, reseed, seeded,
+)  # fmt: skip
+from common.launch import first_alone, get_device, print0, rank, world
+from common.settings import Base, setting
 
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+FOLDERS = "point --data-dir at a folder that holds train/CLASS/* and val/CLASS/*, or CLASS/*"
 
 
-class Kind(NamedTuple):
+class DataSet(NamedTuple):
     image_size: int
     channels: int
     normalization: Normalization
-    crop_pct: float  # share of the image's side that evaluation sees
-    recipe: int  # which default of a setting: 0 digits, 1 CIFAR, 2 ImageNet, 3 other folders
-    advice: str = "point --data-dir at one that holds train/CLASS/* and val/CLASS/*, or CLASS/*"
+    crop_pct: float = 1.0  # share of the image's side that evaluation sees
+    advice: str = FOLDERS
 
 
-KINDS = {
-    "digits": Kind(digits.CANVAS, 1, ([0.25], [0.35]), 1.0, 0),
-    "cifar10": Kind(32, 3, ([0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]), 1.0, 1),
-    "cifar100": Kind(32, 3, ([0.5071, 0.4865, 0.4409], [0.2673, 0.2564, 0.2762]), 1.0, 1),
-    "imagenet": Kind(
-        224, 3, IMAGENET, 0.875, 2,
-        advice="ImageNet-1K is available, free for research, from image-net.org: unpack it (or "
-        "link it) so that images lie in train/CLASS/* and val/CLASS/* there, or point --data-dir "
-        "at such a folder",
+DATA_SETS = {
+    "digits": DataSet(12, 1, ([0.25], [0.35])),
+    "cifar10": DataSet(32, 3, ([0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616])),
+    "cifar100": DataSet(32, 3, ([0.5071, 0.4865, 0.4409], [0.2673, 0.2564, 0.2762])),
+    "imagenet": DataSet(
+        224, 3, IMAGENET, 0.875, f"get ImageNet-1K at image-net.org, and {FOLDERS}"
     ),
-    "folder": Kind(96, 3, IMAGENET, 0.875, 3),
-}  # fmt: skip
+    "folder": DataSet(96, 3, IMAGENET, 0.875),
+}
 
 
 @dataclass(frozen=True)
-class Data:
+class Images(Base):
+    """Which images."""
+
+    data: str = setting("digits", "data set: " + ", ".join(DATA_SETS), tuple(DATA_SETS))
+    data_dir: str = setting("", "where the images are, or go [data/DATA]", free=True)
+    image_size: int = setting(0, "pixels per side (0: the data set's own)", high=4096)
+    holdout: float = setting(
+        -1.0, "share of the training images to validate on", low=-1, high=0.9
+    )  # -1: a fifth of a folder without val/ or test/, else none
+    distractors: int = setting(1, "distractors beside a digit, for --data digits", high=20)
+    workers: int = setting(8, "processes that decode images, per GPU", free=True)
+    device: str = setting("auto", "cpu, cuda, mps, or auto", free=True)
+
+
+@dataclass(frozen=True)
+class Settings(Images):
+    """Which images to train on, and how they are augmented."""
+
+    num_labels: int = setting(0, "labelled images, as many of each class (0: all)")
+    subset_seed: int = setting(-1, low=-1)  # draws them (-1: seed does)
+    seed: int = setting(0, "random seed of everything", high=2**63 - 1)
+    crop_area: float = setting(0.0, "smallest random crop, as a share (0: shifts)", high=1)
+    randaugment: int = setting(0, "magnitude of RandAugment (0: none)", high=10)
+    random_erase: float = setting(0.0, "probability of random erasing", high=1)
+    mixup: float = setting(0.0, "alpha of MixUp (0: none)")
+    cutmix: float = setting(0.0, "alpha of CutMix (0: none)")
+    smoothing: float = setting(0.0, "label smoothing", high=0.99)
+    batch: int = setting(64, "images per step, over all GPUs (0: 1/8 of them)")
+
+
+class Data(NamedTuple):
     """What a method needs to know of its images: `val` to choose by, `test` to report."""
 
     classes: list[str]
     channels: int
     image_size: int
-    normalise: Normalise  # of all its images; a teacher's can be adopted
-    train: "Train | None" = None
-    val: "Eval | None" = None
-    test: "Eval | None" = None  # the same as `val` if there is no third part (ImageNet's custom)
-    held_out: int = 0  # how many training images stand in for test images, where there are none
-    available: int = 0  # images to train on, before --num-labels takes some: a teacher sees all
-    fingerprint: str = ""  # of these, if they are files
-    test_fingerprint: str = ""  # of those to validate and to test on
+    normalise: Normalise
+    train: Any = None  # Train
+    val: Any = None  # Eval
+    test: Any = None  # the same as `val` if there is no third part, as usual on ImageNet
+    holdout: float = 0.0  # share of the training images that was held out
+    available: int = 0  # images to train on, before --num-labels takes some
+    fingerprint: str = ""  # of the names of all images
 
-    def described(self, labels: bool) -> str:
+    def describe(self, labels: bool) -> str:
         """How many images there are, and of how many classes if `labels` matter."""
-        said = f"{self.image_size} x {self.image_size}: {len(self.train):,} to train on"
-        held = " held out" if self.held_out else ""
+        text = f"{self.image_size} x {self.image_size}: {len(self.train):,} to train on"
         if not labels:
-            return said + (f", {len(self.val):,}{held}" if held else "")
+            return text
         if self.val is self.test:
-            said += f", {len(self.test):,}{held} to validate and test on"
+            held = " held out" if self.holdout else ""
+            text += f", {len(self.test):,}{held} to validate and test on"
         else:
-            said += f", {len(self.val):,}{held} to validate on, {len(self.test):,} to test on"
-        return f"{said}; {len(self.classes)} classes"
+            text += f", {len(self.val):,} to validate on, {len(self.test):,} to test on"
+        return f"{text}; {len(self.classes)} classes"
 
     @property
     def normalization(self) -> Normalization:
         return self.normalise.normalization
 
-    def adopt(self, teacher) -> None:
-        """Normalises the images as a teacher (a checkpoints.Checkpoint) was used to."""
-        if teacher.normalization:
-            if len(teacher.normalization[0]) != self.channels:
-                raise ValueError(
-                    f"{teacher.source} was trained on images of {len(teacher.normalization[0])} "
-                    f"channels; these have {self.channels}: change --data or --teacher"
-                )
-            self.normalise.adopt(teacher.normalization)
-        else:
-            print0(f"note: {teacher.source} names no normalisation: the data set's is used")
+    def set_normalization(self, normalization: Normalization) -> None:
+        """Normalises all images as a teacher is used to."""
+        if len(normalization[0]) != self.channels:
+            raise ValueError(
+                f"the teacher takes images of {len(normalization[0])} channels, these have "
+                f"{self.channels}: change --data or --teacher"
+            )
+        self.normalise.set(normalization)
+
+    def count_learned(self, hashes: Tensor | None, part: str = "test") -> int:
+        """How many images of a part are among those that a checkpoint learned from."""
+        own = getattr(self, part).source.hashes
+        return 0 if own is None or hashes is None else int(torch.isin(own, hashes).sum())
 
 
 class Parts(NamedTuple):
-    """What a data set gives: images in three parts, and how those of the first are augmented."""
+    """Images in three parts, and how those of the first are augmented."""
 
     classes: list[str]
-    train: "Tensors | image_files.Files | None"
-    val: "Tensors | image_files.Files | None"
-    test: "Tensors | image_files.Files | None"  # None: a part of `train` is held out
-    augment: Callable[[Tensor, Draws], Tensor] | None = None  # None: as the recipe has it
+    train: Any  # Tensors or images.Files
+    val: Any = None
+    test: Any = None
+    augment: Callable | None = None  # None: as the recipe has it
 
 
-def load(settings, device, train: bool = True) -> Data:
-    """The data set of the settings, to train on, or (with train=False) its test images only.
+def load(settings, train: bool = True) -> Data:
+    """The data set of the settings. With train=False its test images only.
 
-    Raises ValueError, or OSError for a missing folder, in words that say how to mend it.
+    ValueError or FileNotFoundError say what is wrong and how to mend it.
     """
-    kind, folder = KINDS[settings.data], image_folders.folder_of(settings)
+    kind, device = DATA_SETS[settings.data], get_device(settings.device)
     size = settings.image_size or kind.image_size
-    normalise = Normalise(kind.normalization, device)
+    normalise, folder = Normalise(kind.normalization, device), get_data_dir(settings)
     if settings.data == "digits":
-        parts = from_digits(settings, size, normalise, device)
+        parts = load_digits(settings, size, normalise, device)
     elif settings.data.startswith("cifar") and not (folder / "val").is_dir():
-        parts = from_cifar(settings, size, device)
+        parts = load_cifar(settings, size, device)
     else:
-        parts = from_folders(settings, size, device, train)
-    if len(parts.classes) < 2 and subsets.needs_labels(settings):
-        raise ValueError(f"{folder} holds one class: put each in a folder of its own")
-    source, val, test = parts.train, parts.val, parts.test
-    if count := subsets.held_out(settings, parts, train):
-        order = subsets.stratified(source.labels.cpu(), source.names)
-        val, source = source.subset(order[:count]), source.subset(order[count:])
-    test = test or val or source  # without any parts, all there is
-    test_fingerprint = "".join(part.fingerprint for part in (val, test) if part)
-    test_view = Eval(to_evaluate(test, device), normalise, device)
+        parts = load_folders(settings, folder, size, normalise)
+    share = settings.holdout
+    if share < 0:
+        share = 0.0 if parts.test else 0.2
+    source, val, test = hold_out(parts, share)
+    test = test or val or source
+    test_view = Eval(hold(test, device, centred=True), normalise, device)
     val_view = test_view
-    if val and val is not test:
-        val_view = Eval(to_evaluate(val, device), normalise, device)
+    if val not in (None, test):
+        val_view = Eval(hold(val, device, centred=True), normalise, device)
     view, available, fingerprint = None, 0, ""
     if train:
-        source = source.readable()  # after the split, which does not depend on it
-        available, fingerprint = len(source), source.fingerprint
-        if settings.num_labels:
-            source = subsets.labelled(source, settings)
-        if missing := set(range(len(parts.classes))) - set(source.labels.tolist()):
-            few = ", ".join(parts.classes[i] for i in sorted(missing)[:5])
-            print0(f"note: no training images of {few}")
-        source = to_train(source, device)
-        in_files = isinstance(source, image_files.Files)
+        available, fingerprint = len(source), hash_names(source, val, test)
+        source = hold(draw_labels(source, settings), device)
+        in_files = not isinstance(source, Tensors)
         augment = parts.augment or Augment(settings, normalise, cropped=in_files)
         view = Train(source, augment, settings, len(parts.classes), device)
     return Data(
-        parts.classes, kind.channels, size, normalise, train=view, val=val_view, test=test_view,
-        held_out=0 if parts.test else count, available=available, fingerprint=fingerprint,
-        test_fingerprint=test_fingerprint,
+        parts.classes, kind.channels, size, normalise, view, val_view, test_view, share, available,
+        fingerprint,
     )  # fmt: skip
+
+
+def get_data_dir(settings) -> Path:
+    return Path(settings.data_dir or f"data/{settings.data}")
+
+
+def hash_names(*sources) -> str:
+    """Of the names of image files. A bundled or downloaded set has none."""
+    named = [source.names for source in sources if source and not isinstance(source, Tensors)]
+    return f"{hash_seed(*named):014x}" if named else ""
+
+
+def hold_out(parts: Parts, share: float) -> tuple:
+    """Train, val and test: a share of the training images becomes val, each by its own name."""
+    if not share:
+        return parts.train, parts.val, parts.test
+    from common.folders import is_held_out
+
+    held = [is_held_out(name, share) for name in parts.train.names]
+    ours, theirs = ([i for i, out in enumerate(held) if out is which] for which in (False, True))
+    if parts.val or not ours or not theirs:
+        raise ValueError(f"--holdout {share}: the {len(held)} images are too few, or val/ is there")
+    return parts.train.subset(ours), parts.train.subset(theirs), parts.test
+
+
+def draw_labels(source, settings):
+    """The --num-labels images that are trained on, as many of each class: drawn in rounds."""
+    if not settings.num_labels:
+        return source
+    if settings.num_labels > len(source):
+        raise ValueError(f"--num-labels {settings.num_labels}: there are only {len(source)} images")
+    seed = settings.seed if settings.subset_seed < 0 else settings.subset_seed
+    labels = source.labels.cpu()
+    order = torch.randperm(len(labels), generator=seeded("labels", seed))
+    rounds = torch.empty_like(order)
+    for label in labels.unique():
+        of_class = labels[order] == label
+        rounds[of_class] = torch.arange(of_class.sum())
+    return source.subset(order[rounds.argsort(stable=True)][: settings.num_labels].tolist())
 
 
 # Two views of a source: shuffled and augmented, or in order and as it is --------------------------
@@ -171,18 +222,15 @@ class Train:
     def __init__(self, source, augment: Callable, settings, classes: int, device):
         self.source, self.augment, self.device = source, augment, device
         self.rank, self.world, self.seed = rank(), world(), settings.seed
-        self.batch = settings.batch or default_batch(len(source), self.world)
-        if self.batch % self.world:
+        self.batch = settings.batch or choose_batch(len(source), self.world)
+        if self.batch % self.world or self.batch > len(source):
             raise ValueError(
-                f"--batch {self.batch} does not divide by the {self.world} processes: choose a "
-                "multiple"
+                f"--batch {self.batch}: choose a multiple of the {self.world} processes, and at "
+                f"most the {len(source)} training images"
             )
-        if self.batch > len(source):
-            raise ValueError(f"--batch {self.batch} is more than the {len(source)} training images")
         mixes = []
-        for mix, name in ((v2.MixUp, "mixup"), (v2.CutMix, "cutmix")):
-            if alpha := getattr(settings, name, 0.0):  # pre-training, without labels, has no such
-                mixes.append(mix(alpha=alpha, num_classes=classes))
+        for mix, alpha in ((v2.MixUp, settings.mixup), (v2.CutMix, settings.cutmix)):
+            mixes += [mix(alpha=alpha, num_classes=classes)] if alpha else []
         self.mix = v2.RandomChoice(mixes) if mixes else None
 
     def __len__(self) -> int:
@@ -199,14 +247,14 @@ class Train:
             images = images.to(self.device, non_blocking=True)
             labels = labels.to(self.device, non_blocking=True)
             rows = slice(mine.start, mine.start + len(images))
-            draws = Draws(seeded(seed, epoch, step), batch, rows, self.device)
+            draws = BatchRandom(seeded(seed, epoch, step), batch, rows, self.device)
             reseed(self.device, seed, epoch, step)  # for what torchvision draws by itself
             images = self.augment(images, draws)
             reseed(self.device, seed, epoch, step, self.rank)  # from here on each its own
             yield self.mix(images, labels) if self.mix else (images, labels)
 
     def first(self, count: int) -> tuple[Tensor, Tensor]:
-        """So many images as the first epochs show them to all processes, unmixed; their labels."""
+        """The first images that training shows, over all processes, unmixed; and their labels."""
         whole, found, seen, epoch = copy.copy(self), [], 0, 0
         whole.rank, whole.world, whole.mix = 0, 1, None
         while seen < count:
@@ -216,11 +264,12 @@ class Train:
                 if seen >= count:
                     break
             epoch += 1
-        return tuple(torch.cat(parts)[:count] for parts in zip(*found, strict=True))
+        images, labels = (torch.cat(parts)[:count] for parts in zip(*found, strict=True))
+        return images, labels
 
 
-def default_batch(images: int, ranks: int) -> int:
-    """The batch of --batch 0: an eighth of the images, but at most 64 (for each process alike)."""
+def choose_batch(images: int, ranks: int) -> int:
+    """The batch of --batch 0: an eighth of the images, but at most 64."""
     return max(1, min(64, images // 8) // ranks) * ranks
 
 
@@ -230,10 +279,6 @@ class Eval:
     def __init__(self, source, normalise: Normalise, device):
         self.source, self.normalise, self.device = source, normalise, device
         self.rank, self.world = rank(), world()
-        if len(source) < self.world:
-            raise ValueError(
-                f"{len(source)} image(s) to evaluate on, for {self.world} process(es): start fewer"
-            )
 
     def __len__(self) -> int:
         return len(self.source)
@@ -246,62 +291,66 @@ class Eval:
             yield self.normalise(images), labels.to(self.device, non_blocking=True)
 
 
-# Sources ------------------------------------------------------------------------------------------
-
-
 class Tensors:
-    """Images held on the device, and their labels. (Those in files are in image_files.py.)"""
+    """Images held on the device, and their labels. `files`: the images.Files they came from."""
 
-    def __init__(self, images: Tensor, labels: Tensor, names: Sequence = ()):
-        self.images, self.labels = images, labels
-        self.names, self.fingerprint = names or range(len(images)), ""
+    def __init__(self, images: Tensor, labels: Tensor, files=None):
+        self.images, self.labels, self.files = images, labels, files
+        self.names: Sequence = range(len(images))
 
     def __len__(self) -> int:
         return len(self.images)
 
+    @property
+    def hashes(self) -> Tensor | None:
+        return self.files.hashes if self.files else None
+
     def subset(self, indices: list[int]) -> "Tensors":
         return Tensors(self.images[indices], self.labels[indices])
 
-    def readable(self) -> "Tensors":
-        return self
-
     def batches(self, order, key=None) -> Iterator[tuple[Tensor, Tensor]]:
-        """The images of each row of `order`. `key` is for sources that crop while they decode."""
+        """The images of each row of `order`. `key` is for files, which are cropped one by one."""
         for indices in order:
             indices = indices.to(self.images.device, non_blocking=True)  # the host does not wait
             yield self.images[indices], self.labels[indices]
 
 
-def from_digits(settings, size: int, normalise: Normalise, device) -> Parts:
+def hold(source, device, centred: bool = False):
+    """Decodes image files once, if they fit in memory. `centred`: as evaluation sees them."""
+    if isinstance(source, Tensors) or not source.hold(centred):
+        return source
+    sizes = {image.shape[1:] for image in source.held}
+    if sizes != {(source.size, source.size)}:
+        return source
+    images = torch.stack(source.held).to(device)
+    source.held = None
+    return Tensors(images, source.labels.to(device), source)
+
+
+def load_digits(settings, size: int, normalise: Normalise, device) -> Parts:
+    from common import digits
+
     if size != digits.CANVAS:
-        raise ValueError(
-            f"--image-size {size}: the canvas of --data digits has {digits.CANVAS} pixels a side"
-        )
-    for name in ("crop_area", "randaugment", "random_erase"):
-        if getattr(settings, name, 0):
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{flag}: digits are augmented by placing them anew, and no other way")
-    split = digits.Split(settings.scraps, normalise, device)
+        raise ValueError(f"--image-size {size}: digits have {digits.CANVAS} pixels a side")
+    split = digits.Split(settings.distractors, normalise, device)
     train, *placed = split.whole("train"), split.placed("val"), split.placed("test")
     classes = [str(i) for i in range(10)]
     return Parts(classes, Tensors(*train), *(Tensors(*part) for part in placed), split.clutter)
 
 
-def from_cifar(settings, size: int, device) -> Parts:
+def load_cifar(settings, size: int, device) -> Parts:
+    from torchvision import datasets
+
     if size != 32:
-        raise ValueError(
-            f"--image-size {size}: CIFAR images are 32 pixels a side "
-            "(or point --data-dir at image folders)"
-        )
+        raise ValueError(f"--image-size {size}: CIFAR images have 32 pixels a side")
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[settings.data]
-    folder = image_folders.folder_of(settings)
+    folder = get_data_dir(settings)
     try:
         first_alone(lambda: kind(folder, download=True))
         sets = [kind(folder, train=part) for part in (True, False)]
     except (OSError, RuntimeError) as error:
         raise ValueError(
-            f"{settings.data} is neither in folder {folder} nor can it be downloaded "
-            f"({error}): point --data-dir at folders train/CLASS/* and val/CLASS/*"
+            f"{settings.data} is not in {folder} and cannot be downloaded ({error}): {FOLDERS}"
         ) from error
     sources = []
     for part in sets:
@@ -310,36 +359,17 @@ def from_cifar(settings, size: int, device) -> Parts:
     return Parts(sets[0].classes, sources[0], None, sources[1])
 
 
-def from_folders(settings, size: int, device, train: bool) -> Parts:
-    kind, root = KINDS[settings.data], image_folders.folder_of(settings)
-    if settings.data == "imagenet":
-        first_alone(lambda: image_folders.unpack(root, train))
-    found = image_folders.find(root, train or settings.holdout > 0, kind.advice)
-    sources, pin = {}, device.type == "cuda"
-    for name, part in found.items():
-        sources[name] = image_files.Files(part.samples, size, kind, settings, pin)
-    classes = next(iter(found.values())).classes
-    return Parts(classes, sources.get("train"), None, sources.get("test"))
+def load_folders(settings, folder: Path, size: int, normalise: Normalise) -> Parts:
+    from common import folders, images
 
-
-def to_train(source: "Tensors | image_files.Files", device) -> "Tensors | image_files.Files":
-    """Images in files are decoded once, if they fit in memory, and cropped there.
-
-    Squares of the very size as one tensor on the device, to be cropped a batch at a time.
-    """
-    if isinstance(source, Tensors) or not source.hold():
-        return source
-    if all(image.shape[1:] == (source.size, source.size) for image in source.held):
-        return Tensors(torch.stack(source.held).to(device), source.labels.to(device))
-    return source
-
-
-def to_evaluate(source: "Tensors | image_files.Files", device) -> "Tensors | image_files.Files":
-    """Images in files are decoded and cropped once, if they fit in memory."""
-    source = source.readable()
-    if isinstance(source, Tensors) or not source.may_fit():
-        return source
-    numbers = torch.arange(len(source)).split(256)
-    batches = counted(source.batches(numbers), len(numbers), "batches decoded")
-    images, labels = zip(*((x.to(device), y.to(device)) for x, y in batches), strict=True)
-    return Tensors(torch.cat(images), torch.cat(labels), source.names)
+    kind = DATA_SETS[settings.data]
+    listings = folders.list_parts(folder, kind.advice)
+    how, sources = (size, kind.crop_pct, settings, normalise), {}
+    for part, found in listings.items():
+        sources[part] = images.Files(found.samples, folders.name_images(found), *how)
+    if "train" not in sources:
+        print0(f"note: {folder} has no train/")
+    classes = next(iter(listings.values())).classes
+    if "test" in sources:
+        return Parts(classes, sources.get("train"), sources.get("val"), sources["test"])
+    return Parts(classes, sources.get("train"), None, sources.get("val"))

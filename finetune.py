@@ -1,107 +1,83 @@
 """The baselines: fine-tuning starts from a teacher's weights, scratch from none.
 
     python finetune.py                             digits (weights/digits.pt)
-    python finetune.py --teacher none              from scratch; settings of its
-                                                   own: --help --teacher none
+    python finetune.py --teacher none              from scratch
     torchrun --nproc_per_node=8 finetune.py --data imagenet \\
         --data-dir /imagenet
 """
 
-import launch
-
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import checkpoints
 import data
-import families
-import runs
-import teachers
 import train
-import vit
-from settings import COMMON, TEACHER, TEACHERS, Setting, Settings, change, parse_settings
+from common import launch
+from common.settings import merge_recipes, parse_settings, setting
+from teachers.find import find_teacher
+from teachers.load import build_vit, new_vit
+from vit import ViT
 
-SOURCE = {"teacher": Setting("auto", TEACHERS + "none, or a checkpoint's path or URL", free=True)}
-SCRATCH = COMMON | TEACHER | SOURCE  # with --teacher none: the recipe of training from scratch
-SETTINGS = change(  # ImageNet: MAE's FINETUNE.md, ViT-L
-    COMMON | TEACHER | SOURCE,
-    #             digits cifar imagenet
-    epochs=       (450,  100,  50),
-    warmup=       (45,   5,    5),
-    batch=        (50,   512,  1024),
-    lr=           (8e-3, 1e-3, 4e-3),
-    weight_decay= (0.5,  0.05, 0.05),
-    beta2=        0.999,
-    layer_decay=  0.75,
-    ema=          (0.0,  0.999, 0.0),
+
+@dataclass(frozen=True)
+class Settings(train.Settings):
+    teacher: str = setting(
+        "auto", "auto, none, mae, NAME (python -m teachers) or a file", free=True
+    )
+
+    @property
+    def method(self) -> str:  # names the run's folder
+        return "scratch" if self.teacher == "none" else "finetune"
+
+
+RECIPES = merge_recipes(
+    train.RECIPES,
+    digits=dict(epochs=450, blr=0.04096, weight_decay=0.5, layer_decay=0.75),
+    cifar=dict(epochs=100, blr=5e-4, weight_decay=0.05, layer_decay=0.75),
+    imagenet=dict(  # MAE's FINETUNE.md, ViT-L: 85.9 there, not run here
+        epochs=50, batch=1024, blr=1e-3, final_lr=2.5e-4, weight_decay=0.05, beta2=0.999,
+        layer_decay=0.75, ema=0.0,
+    ),
+    folder=dict(layer_decay=0.75),
 )  # fmt: skip
-parse = partial(parse_settings, __doc__, SETTINGS, variants={("teacher", "none"): SCRATCH})
 
 
-def predict(net: vit.ViT, images: Tensor) -> Tensor:
-    return net(images)
+def parse(argv: Sequence[str]) -> Settings:
+    """The settings of a command line. From scratch has its own recipe: train.RECIPES."""
+    settings = parse_settings(__doc__, Settings, RECIPES, argv)
+    if settings.teacher == "none":
+        return parse_settings(__doc__, Settings, train.RECIPES, argv)
+    return settings
 
 
-def loss(net: vit.ViT, images, labels, settings: Settings):
-    return {"class": F.cross_entropy(net(images), labels, label_smoothing=settings.smoothing)}, {}
+def loss(net: ViT, images: Tensor, labels: Tensor, smoothing: float):
+    return F.cross_entropy(net(images), labels, label_smoothing=smoothing), {}
 
 
-def task(settings: Settings, dataset: data.Data | None = None) -> train.Task:
-    """Everything that train.fit needs. `dataset`: used instead of what the settings name."""
-    device = launch.device(settings.device)
-    if settings.teacher == "random":
-        raise ValueError(
-            "--teacher random: fine-tuning random weights is training from scratch, --teacher none"
-        )
-    teachers.check(settings)
-    dataset = dataset or data.load(settings, device)
-    sizes = families.sizes(settings, dataset)
-    sizes.check()  # before a teacher is made or fetched
-    teacher = teachers.find(settings, dataset)
+def task(settings: Settings, dataset: data.Data, checkpoint=None) -> train.Task:
     torch.manual_seed(settings.seed)
-    if teacher:
-        dataset.adopt(teacher)
-        net = from_teacher(teacher, settings, dataset)
+    if checkpoint:
+        how = dict(image_size=dataset.image_size, classes=len(dataset.classes))
+        net = build_vit(checkpoint, **how, drop_path=settings.drop_path)
+        nn.init.trunc_normal_(net.head.weight, std=2e-5)  # as in MAE: small, to spare the rest
     else:
-        net = vit.ViT(sizes, settings.drop_path)
+        net = new_vit(settings, dataset)
     return train.Task(
-        "finetune" if teacher else "scratch",
-        net.to(device),
+        net.to(dataset.train.device),
         dataset,
-        loss=partial(loss, settings=settings),
-        predict=predict,
-        teacher=teacher,
+        loss=partial(loss, smoothing=settings.smoothing),
+        teacher=checkpoint,
     )
-
-
-def from_teacher(
-    teacher: checkpoints.Checkpoint, settings: Settings, dataset: data.Data
-) -> vit.ViT:
-    """The teacher with a new head; --model and --patch must not say another architecture."""
-    net = checkpoints.load(
-        teacher,
-        image_size=dataset.image_size,
-        classes=len(dataset.classes),
-        drop_path=settings.drop_path,
-    )
-    teachers.check_components(settings, net.config)
-    config, asked = net.config, (*families.size(settings.model), settings.patch, dataset.channels)
-    if (config.dim, config.depth, config.heads, config.patch, config.channels) != asked:
-        raise ValueError(
-            f"{teacher.source} has width {config.dim}, depth {config.depth}, {config.heads} "
-            f"heads, patch {config.patch} and {config.channels} channels, unlike --model "
-            f"{settings.model} --patch {settings.patch} --data {settings.data}: change these"
-        )
-    nn.init.trunc_normal_(net.head.weight, std=2e-5)  # as MAE: small, to spare the rest at first
-    return net
 
 
 def main(settings: Settings) -> dict:
-    runs.check(settings, "scratch" if settings.teacher == "none" else "finetune")
-    return train.fit(task(settings), settings)
+    dataset = data.load(settings)
+    teacher = find_teacher(settings, dataset)
+    return train.fit(task(settings, dataset, teacher), settings)
 
 
 if __name__ == "__main__":

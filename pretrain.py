@@ -1,23 +1,18 @@
 """Where teachers come from: a masked autoencoder (MAE).
 
 He et al., "Masked Autoencoders Are Scalable Vision Learners", 2022. Most
-patches of an image are masked; the ViT sees the rest, and a light decoder has
-to reconstruct what is missing. To do so the ViT must learn where to look. No
-label is used.
+patches of an image are masked. The ViT sees the rest, and a light decoder has
+to reconstruct what is missing. For that the ViT must learn where to look. It
+needs no label.
 
     python pretrain.py                             digits, minutes on 2 cores
     python pretrain.py --data cifar10 --data-dir cifar10
     torchrun --nproc_per_node=8 pretrain.py --data imagenet \\
         --data-dir /imagenet
     python pretrain.py --reconstruct out.png       pictures of what it learned
-
-The other scripts call this one when they need a teacher and find none (but for
-ImageNet, which has a published one).
 """
 
-import launch
-
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -25,151 +20,128 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-import checkpoints
 import data
-import families
-import pictures
-import runs
-import storage
 import train
 import vit
-from augment import Normalization, to_pixels
-from settings import COMMON, Setting, Settings, change, parse_settings
+from common import checkpoints, launch, runs
+from common.augment import Normalization, to_pixels
+from common.settings import merge_recipes, parse_settings, setting
+from teachers.load import new_vit
 
-SETTINGS = change(  # ImageNet: MAE's PRETRAIN.md, ViT-L (the published weights saw 1600 epochs)
-    {k: v for k, v in COMMON.items() if k not in
-     ("drop_path", "eval_every", "mixup", "cutmix", "smoothing")},  # nothing that is about labels
-    #             digits cifar imagenet folder
-    num_labels=   0,
-    epochs=       (300,  400,  800,  150),
-    warmup=       (30,   20,   40,   10),
-    batch=        (128,  1024, 4096),
-    lr=           (2e-3, 1e-3, 2.4e-3),
-    min_lr=       0.0,
-    weight_decay= 0.05,
-    beta2=        0.95,
-    clip=         (1.0,  0.0,  0.0),
-    ema=          0.0,
-    crop_area=    (0.0,  0.0,  0.2,  0.2),
-    randaugment=  0,
-    random_erase= 0.0,
-) | {
-    "mask_ratio":    Setting((0.6, 0.75, 0.75), "share of the patches masked", low=0.05, high=0.95),
-    "decoder_dim":   Setting((48, 128, 512), "width of the decoder", 4, 8192),
-    "decoder_depth": Setting((1, 2, 8, 1), "blocks of the decoder", high=64),
-    "decoder_heads": Setting((4, 4, 16), "heads of the decoder", 1, 512),
-    "norm_pix_loss": Setting((False, True, True), "compare pixels normalised within their patch"),
-    "reconstruct":   Setting("", "train nothing: show in this PNG what --out has learned"),
-}  # fmt: skip
-DECODER = [name for name in SETTINGS if name.startswith("decoder_")]
-parse = partial(parse_settings, __doc__, SETTINGS)
+
+@dataclass(frozen=True)
+class Settings(train.Settings):
+    method = "pretrain"
+    mask_ratio: float = setting(0.6, "share of the patches masked", low=0.05, high=0.95)
+    decoder_dim: int = setting(48, "width of the decoder", low=4)
+    decoder_depth: int = setting(1, "blocks of the decoder")
+    decoder_heads: int = setting(4, "heads of the decoder", low=1)
+    norm_pix_loss: bool = setting(False, "compare pixels normalised within their patch")
+    reconstruct: str = setting("", "train nothing: draw what --out has learned", free=True)
+
+
+SHARED = dict(num_labels=0, weight_decay=0.05, beta2=0.95, ema=0.0, final_lr=0.0, drop_path=0.0)
+PHOTOS = dict(random_erase=0.0, randaugment=0, mixup=0.0, cutmix=0.0, mask_ratio=0.75, clip=0.0)
+RECIPES = merge_recipes(
+    train.RECIPES,
+    digits=SHARED | dict(epochs=300, batch=128, blr=4e-3),
+    cifar=SHARED | PHOTOS | dict(
+        epochs=400, warmup=0.05, batch=1024, blr=2.5e-4, decoder_dim=128, decoder_depth=2,
+        norm_pix_loss=True,
+    ),
+    imagenet=SHARED | PHOTOS | dict(  # MAE's PRETRAIN.md, ViT-L. The published weights: 1600 epochs
+        epochs=800, warmup=0.05, batch=4096, blr=1.5e-4, crop_area=0.2, decoder_dim=512,
+        decoder_depth=8, decoder_heads=16, norm_pix_loss=True,
+    ),
+    folder=SHARED | PHOTOS | dict(
+        epochs=150, warmup=0.067, blr=4e-3, crop_area=0.2, decoder_dim=128, norm_pix_loss=True,
+    ),
+)  # fmt: skip
+parse = partial(parse_settings, __doc__, Settings, RECIPES)
 
 
 class MAE(nn.Module):
     """An encoder that sees the visible patches, and a decoder that reconstructs all of them."""
 
-    def __init__(
-        self,
-        encoder: vit.ViT,
-        mask_ratio: float,
-        dim: int,
-        depth: int,
-        heads: int,
-        norm_pix_loss: bool = True,
-    ):
+    def __init__(self, encoder: vit.ViT, settings: Settings):
         super().__init__()
-        config = encoder.config
-        self.encoder, self.config = encoder, config
-        self.patch, self.norm_pix_loss = config.patch, norm_pix_loss
-        self.patches = config.side**2
-        self.visible = int(self.patches * (1 - mask_ratio))
+        self.encoder, self.config = encoder, encoder.config
+        grid, self.norm_pix_loss = self.config.grid_size, settings.norm_pix_loss
+        self.patches, self.visible = grid**2, int(grid**2 * (1 - settings.mask_ratio))
         if not 0 < self.visible < self.patches:
-            raise ValueError(
-                f"--mask-ratio {mask_ratio} leaves {self.visible} of {self.patches} patches: "
-                "some must be visible, some masked"
-            )
-        self.decoder_embed = nn.Linear(config.dim, dim)
+            raise ValueError(f"--mask-ratio {settings.mask_ratio} leaves {self.visible} patches")
+        dim, depth = settings.decoder_dim, settings.decoder_depth
+        self.decoder_embed = nn.Linear(self.config.dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
-        plain = vit.Config(config.image_size, config.patch, config.channels, 0, dim, depth, heads)
-        self.decoder_blocks = nn.ModuleList(vit.Block(plain) for _ in range(depth))
+        shape = self.config.image_size, self.config.patch, self.config.channels
+        decoder = vit.Config(*shape, 0, dim, depth, settings.decoder_heads)
+        self.decoder_blocks = nn.ModuleList(vit.Block(decoder) for _ in range(depth))
         self.decoder_norm = nn.LayerNorm(dim, eps=1e-6)
-        self.decoder_pred = nn.Linear(dim, self.patch**2 * config.channels)
+        self.decoder_pred = nn.Linear(dim, self.config.patch**2 * self.config.channels)
         for part in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
             part.apply(vit.initialise)
         nn.init.normal_(self.mask_token, std=0.02)
-
-        def fixed(width: int) -> nn.Parameter:
-            positions = sincos(config.side, width)[:, 1 - config.class_token :]
-            return nn.Parameter(positions, requires_grad=False)
-
-        self.decoder_pos_embed = fixed(dim)
+        self.has_class_token = encoder.cls_token is not None
+        self.decoder_pos_embed = self.fix_positions(dim)
         if encoder.pos_embed is not None:
-            encoder.pos_embed = fixed(config.dim)
+            encoder.pos_embed = self.fix_positions(self.config.dim)
+
+    def fix_positions(self, dim: int) -> nn.Parameter:
+        positions = make_sincos(self.config.grid_size, dim)
+        return nn.Parameter(positions[:, 1 - self.has_class_token :], requires_grad=False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The reconstructed patches (B, N, p*p*c), and the mask (B, N): 1 where masked."""
-        x, first = self.encoder.embed(images), self.encoder.config.prefix
-        noise = torch.rand(len(x), self.patches, device=x.device)  # another order for each image
-        ids_shuffle = noise.argsort(dim=1)
-        ids_keep, ids_restore = ids_shuffle[:, : self.visible], ids_shuffle.argsort(dim=1)
-        visible = x[:, first:].gather(1, repeat(ids_keep, "b n -> b n d", d=x.shape[-1]))
-        x = self.encoder.encode(torch.cat([x[:, :first], visible], dim=1), seen=ids_keep)
-        x = self.decoder_embed(self.encoder.fc_norm(x))  # (B, prefix + visible, decoder width)
+        noise = torch.rand(len(images), self.patches, device=images.device)
+        ids_shuffle = noise.argsort(dim=1)  # another order for each image
+        ids_restore, visible_ids = ids_shuffle.argsort(dim=1), ids_shuffle[:, : self.visible]
+        x = self.encoder.forward_features(images, visible_ids=visible_ids)
+        x = self.decoder_embed(self.encoder.fc_norm(x))  # (B, prefix + visible, decoder's dim)
 
+        prefix, cls = self.config.num_prefix_tokens, int(self.has_class_token)
         masked = self.mask_token.to(x.dtype).expand(len(x), self.patches - self.visible, -1)
-        index = repeat(ids_restore, "b n -> b n d", d=x.shape[-1])
-        patches = torch.cat([x[:, first:], masked], dim=1).gather(1, index)
-        cls = self.encoder.config.class_token  # registers stay behind
+        ids = repeat(ids_restore, "b n -> b n d", d=x.shape[-1])
+        patches = torch.cat([x[:, prefix:], masked], dim=1).gather(1, ids)
         x = torch.cat([x[:, :cls], patches], dim=1) + self.decoder_pos_embed
         for block in self.decoder_blocks:
             x, _ = block(x)
         reconstructed = self.decoder_pred(self.decoder_norm(x))[:, cls:]
         return reconstructed, (ids_restore >= self.visible).float()
 
-    def layer_of(self, name: str) -> int:
-        """The layer of a parameter, for layer decay: the encoder's, and the decoder on top."""
-        return self.encoder.layer_of(name.removeprefix("encoder."))
-
-    def target(self, images: Tensor) -> Tensor:
+    def get_target(self, images: Tensor) -> Tensor:
         """The pixels of each patch (B, N, p*p*c), normalised within the patch (MAE, section 4)."""
-        pixels = patchify(images, self.patch)
+        pixels = patchify(images, self.config.patch)
         if not self.norm_pix_loss:
             return pixels
-        mean, deviation = statistics(pixels)
+        mean, deviation = get_statistics(pixels)
         return (pixels - mean) / deviation
 
 
-def loss(mae: MAE, images: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def loss(mae: MAE, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mean squared error of the masked patches."""
     reconstructed, mask = mae(images)
-    error = (reconstructed - mae.target(images)).square().mean(dim=-1)  # (B, N), per patch
-    return {"pixels": (error * mask).sum() / mask.sum()}, {}  # masked patches only
+    error = (reconstructed - mae.get_target(images)).square().mean(dim=-1)  # (B, N), per patch
+    return (error * mask).sum() / mask.sum(), {}
 
 
 def patchify(images: Tensor, patch: int) -> Tensor:
     return rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=patch, q=patch)
 
 
-def statistics(pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of the pixels of each patch."""
+def get_statistics(pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the pixels of each patch."""
     return pixels.mean(-1, keepdim=True), (pixels.var(-1, keepdim=True) + 1e-6).sqrt()
 
 
-def sincos(side: int, dim: int) -> Tensor:
-    """MAE's fixed positions (1, 1 + side^2, dim): waves of x, then of y; 0 for the class token."""
+def make_sincos(grid: int, dim: int) -> Tensor:
+    """MAE's fixed positions (1, 1 + grid^2, dim): waves of x, then of y; 0 for the class token."""
     if dim % 4:
         raise ValueError(f"sin-cos positions need a width that divides by 4, not {dim}")
     rate = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
-    y, x = torch.meshgrid(*[torch.arange(side, dtype=torch.float64)] * 2, indexing="ij")
+    y, x = torch.meshgrid(*[torch.arange(grid, dtype=torch.float64)] * 2, indexing="ij")
     angles = [rearrange(axis, "h w -> (h w) 1") * rate for axis in (x, y)]
-    grid = torch.cat([wave for a in angles for wave in (a.sin(), a.cos())], dim=1)
-    return torch.cat([torch.zeros(1, dim), grid])[None].float()
-
-
-def build(settings: Settings, dataset: data.Data) -> MAE:
-    torch.manual_seed(settings.seed)
-    encoder = vit.ViT(replace(families.sizes(settings, dataset), classes=0))
-    decoder = settings.decoder_dim, settings.decoder_depth, settings.decoder_heads
-    return MAE(encoder, settings.mask_ratio, *decoder, settings.norm_pix_loss)
+    waves = torch.cat([wave for a in angles for wave in (a.sin(), a.cos())], dim=1)
+    return torch.cat([torch.zeros(1, dim), waves])[None].float()
 
 
 def export(mae: MAE) -> dict:
@@ -178,65 +150,52 @@ def export(mae: MAE) -> dict:
     return checkpoints.export(mae.encoder) | {"model": weights}
 
 
-def task(settings: Settings, dataset: data.Data | None = None) -> train.Task:
-    """Everything that train.fit needs. `dataset`: used instead of what the settings name."""
-    device = launch.device(settings.device)
-    dataset = dataset or data.load(settings, device)
-    mae = build(settings, dataset).to(device)
-    return train.Task("pretrain", mae, dataset, loss=loss, export=export)
+def build(settings: Settings, dataset: data.Data) -> MAE:
+    torch.manual_seed(settings.seed)
+    return MAE(new_vit(settings, dataset, classes=0), settings).to(dataset.train.device)
+
+
+def task(settings: Settings, dataset: data.Data) -> train.Task:
+    return train.Task(build(settings, dataset), dataset, loss, predict=None, export=export)
 
 
 def main(settings: Settings) -> dict | None:
+    dataset = data.load(settings)
     if settings.reconstruct:
-        return show(settings)
-    runs.check(settings, "pretrain")
-    return train.fit(task(settings), settings)
+        return draw_reconstructions(settings, dataset)
+    return train.fit(task(settings, dataset), settings)
 
 
 # Pictures of what it learned ----------------------------------------------------------------------
 
 
-def trained(settings: Settings, dataset: data.Data) -> MAE:
-    """The masked autoencoder of a run, with its decoder. FileNotFoundError if there is no run."""
-    last = runs.folder(settings, "pretrain") / "last.pt"
-    if not last.is_file():
-        raise FileNotFoundError(f"no run at {last}: pre-train first, or say where with --out")
-    mae = build(settings, dataset)
-    try:
-        state = storage.read(last)
-        if state["run"]["method"] != "pretrain":
-            raise ValueError(f"it is of a run of {state['run']['method']}")
-        asked = {k: getattr(settings, k) for k in ("components", "norm_pix_loss", *DECODER)}
-        if odd := runs.differences({k: state["run"].get(k) for k in asked}, asked):
-            raise ValueError("; ".join(odd))
-        mae.load_state_dict(state["net"])
-    except Exception as error:  # whatever a file of something else leads to
-        reason = f"{type(error).__name__}: {str(error)[:80]}"
-        raise ValueError(f"{last} holds no masked autoencoder of these sizes ({reason})") from error
-    return mae.eval()
+def draw_reconstructions(settings: Settings, dataset: data.Data) -> None:
+    from common import pictures
 
-
-def show(settings: Settings) -> None:
     launch.one_process()
-    picture = Path(settings.reconstruct)
-    storage.check_place(picture, "--reconstruct", ".png", ".jpg", ".jpeg", ".pdf", ".svg")
-    device = launch.device(settings.device)
-    dataset = data.load(settings, device)
-    mae = trained(settings, dataset).to(device)
-    figure = reconstruct(mae, next(dataset.val.in_order(8))[0], dataset.normalization)
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    pictures.save(figure, picture)
-    launch.print0(f"{runs.folder(settings, 'pretrain')}: wrote {picture}")
+    picture, last = Path(settings.reconstruct), runs.get_folder(settings) / "last.pt"
+    checkpoints.check_place(picture, "--reconstruct", ".png", ".jpg", ".pdf", ".svg")
+    state = checkpoints.read_file(last)
+    mae = build(replace(settings, **{k: state["run"][k] for k in DECODER}), dataset)
+    mae.load_state_dict(state["net"])
+    some = next(dataset.test.in_order(8))[0]
+    pictures.save(reconstruct(mae.eval(), some, dataset.normalization), picture)
+    launch.print0(f"{last.parent}: wrote {picture}")
+
+
+DECODER = ("model", "patch", "decoder_dim", "decoder_depth", "decoder_heads", "norm_pix_loss")
 
 
 @torch.no_grad()
 def reconstruct(mae: MAE, images: Tensor, normalization: Normalization):
     """A matplotlib figure: images, what the encoder sees of them, what the decoder makes of it."""
+    from common import pictures
+
     patches, mask = mae(images)
-    if mae.norm_pix_loss:  # the decoder does not know a patch's mean and deviation: the original's
-        mean, deviation = statistics(patchify(images, mae.patch))
+    if mae.norm_pix_loss:  # the decoder does not know a patch's statistics: the original's
+        mean, deviation = get_statistics(patchify(images, mae.config.patch))
         patches = patches * deviation + mean
-    fold = dict(h=round(mae.patches**0.5), p=mae.patch, q=mae.patch)
+    fold = dict(h=mae.config.grid_size, p=mae.config.patch, q=mae.config.patch)
     patches = rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", **fold)
     masked = repeat(mask, "b (h w) -> b 1 (h p) (w q)", **fold)
     original, guess = (to_pixels(x, normalization) for x in (images, patches))

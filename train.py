@@ -1,306 +1,380 @@
 """The one training loop: a Task in, a row of results out. It knows no method.
 
-Copy, distillation and fine-tuning can be compared because everything else is literally the same
-code. One process or many (`torchrun`), CPU, CUDA or MPS, float32 or mixed precision; a run killed
-at any moment goes on with --resume. What it leaves in --out: runs.py.
+Copy, distillation and fine-tuning can be compared because all else is literally the same code. One
+process or many (`torchrun`), CPU, CUDA or MPS, float32 or mixed precision. A run killed at any
+moment continues with --resume. What it leaves in --out: common/runs.py.
 """
 
-from launch import Failed, first_to_fail, from_all, print0, rank, world
-
 import contextlib
-import signal
+import math
+import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
-import checkpoints
-import pictures
-import runs
-import storage
-from data import Data, Eval
-from learner import Learner, autocast, learning_rate, scaled_rates
-from progress import Clock, conclude, introduce, progress_line, report
-from settings import Settings
+import data
+from common import checkpoints, runs
+from common.launch import Failed, catch_signals, from_all, print0, rank, world
+from common.memory import find_micro_batch
+from common.precision import autocast, choose_compilation, choose_precision
+from common.progress import Clock, conclude, introduce, show_progress, show_row
+from common.settings import Recipes, setting, values_of
+
+
+@dataclass(frozen=True)
+class Settings(data.Settings):
+    method = ""  # names the run's folder
+    teacher = ""
+    model: str = setting("micro", "size of the ViT: nano to huge")
+    patch: int = setting(3, "pixels per side of a patch", low=1)
+    drop_path: float = setting(0.0, "probability of dropping the last branch", high=0.99)
+    epochs: int = setting(450, "passes over the training images", low=1)
+    warmup: float = setting(0.1, "share of the epochs with a rising rate", high=0.99)
+    blr: float = setting(0.0, "learning rate per 256 images of --batch")
+    lr: float = setting(0.0, "learning rate itself (0: from --blr)")
+    final_lr: float = setting(0.0, high=1)  # at the end of the cosine, as a share of the peak
+    weight_decay: float = setting(0.05, "AdamW's, for matrices only")
+    beta2: float = setting(0.999, high=0.9999)  # AdamW's second; the first is 0.9
+    layer_decay: float = setting(1.0, "factor on the rate per layer below the head", high=1)
+    clip: float = setting(0.0)  # largest gradient norm (0: no limit)
+    ema: float = setting(0.0, "decay of the average of the weights (0: none)", high=0.999999)
+    eval_every: int = setting(1, low=1)  # epochs between validations
+    out: str = setting("", "folder of the run [runs/METHOD-DATA-MODEL-sSEED]", free=True)
+    resume: bool = setting(False, "continue the run in --out", free=True)
+    overwrite: bool = setting(False, "start over, though --out holds a run", free=True)
+    save_every: int = setting(600, free=True)  # seconds between checkpoints within an epoch
+    amp: str = setting("auto", "mixed precision", ("auto", "off", "bf16", "fp16"))
+    micro_batch: int = setting(0, "images at a time per GPU (0: all that fit)", free=True)
+    compile: str = setting("auto", "torch.compile", ("auto", "off", "on", "graphs"), free=True)
+
+
+@dataclass(frozen=True)
+class TransferSettings(Settings):
+    teacher: str = setting(
+        "auto", "auto, random, mae, NAME (python -m teachers) or a file", free=True
+    )
+    layers: str = setting("all", "layers to transfer: :18, 6:12, -6:, 0,2,4, 75% or all")
+    teacher_layers: str = setting("", "the teacher's layers for these [the same]")
+    heads: str = setting("", "the teacher's heads to use, written like --layers [all]")
+
+
+PHOTOS = dict(random_erase=0.25, mixup=0.8, cutmix=1.0, smoothing=0.1)
+RECIPES: Recipes = {  # training from scratch; each method changes what differs
+    "digits": dict(num_labels=100, epochs=450, batch=50, blr=0.01024, weight_decay=1.5, clip=1.0,
+                   eval_every=45),
+    "cifar": dict(model="tiny", patch=4, drop_path=0.1, epochs=100, warmup=0.05, batch=512,
+                  blr=5e-4, final_lr=1e-3, clip=1.0, ema=0.999, **PHOTOS),
+    "imagenet": dict(model="large", patch=16, drop_path=0.2, epochs=200, batch=2048, blr=1e-4,
+                     final_lr=1e-3, weight_decay=0.3, beta2=0.95, ema=0.9999, crop_area=0.08,
+                     randaugment=9, **PHOTOS),
+    "folder": dict(model="mini", patch=16, drop_path=0.1, epochs=100, warmup=0.05, batch=0,
+                   blr=4e-3, final_lr=1e-3, clip=1.0, ema=0.999, eval_every=5, crop_area=0.3,
+                   **PHOTOS),
+}  # fmt: skip
 
 
 @dataclass
 class Task:
-    """What a method is, for the loop.
+    """What a method is, for the loop. `shown`: scalars for the log, beside the loss.
 
-    loss(net, images, labels) -> (terms, diagnostics)   the loop minimises the sum of the terms
-    predict(net, images)      -> logits                 for evaluation (None: there is none)
-    export(net)               -> dict                   what model.pt holds of the net
+    Without predict nothing is evaluated.
     """
 
-    name: str
     net: nn.Module
-    data: Data
-    loss: Callable[[nn.Module, Tensor, Tensor], tuple[dict[str, Tensor], dict[str, Tensor]]]
-    predict: Callable[[nn.Module, Tensor], Tensor] | None = None
-    export: Callable[[nn.Module], dict] = checkpoints.export
-    teacher: checkpoints.Checkpoint | None = None  # it learns from: part of what the run is
-    later: tuple[int, Callable] | None = None  # after these epochs, another loss
-    # Without predict: test(net) -> {"predicted", "labels", ...}, each (images,), at the end.
-    test: Callable[[nn.Module], dict[str, Tensor]] | None = None
+    data: data.Data
+    loss: Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, dict]]  # images, labels: loss, shown
+    predict: Callable[[nn.Module, Tensor], Tensor] | None = nn.Module.__call__  # images: logits
+    export: Callable[[nn.Module], dict] = checkpoints.export  # what model.pt holds
+    teacher: checkpoints.Checkpoint | None = None  # must be the same for --resume
 
 
-def fit(task: Task, settings: Settings) -> dict:
-    """Trains the task's net. Returns the last row of its log, with `test_top1` if it can predict.
+def fit(task: Task, settings, test: Callable | None = None) -> dict:
+    """Trains the task's net. Returns the last row of its log, with `test_top1`.
 
-    With --ema, model.pt gets the average of the weights, and the accuracy reported is the
-    average's. Failed if the loss stops being finite.
+    `test(net)` -> {"predicted", "labels"}: for methods without predict. With --ema the average of
+    the weights is reported and saved. Failed if the loss is no longer finite.
     """
-    runs.check(settings, task.name)  # again: not all who call this did
-    with runs.locked(runs.folder(settings, task.name)) as out:
-        return train(task, settings, out)
+    runs.check_folder(settings)
+    if task.predict and len(task.data.classes) < 2:
+        raise ValueError("the images are of one class: give each class a folder of its own")
+    with runs.lock(runs.get_folder(settings)) as out:
+        return train(task, settings, out, test)
 
 
-def train(task: Task, settings: Settings, out: Path) -> dict:
-    train_set, size = task.data.train, task.data.image_size
-    per_epoch = len(train_set) // train_set.batch
-    steps, warmup = settings.epochs * per_epoch, round(settings.warmup * per_epoch)
-    peak, floor = scaled_rates(settings, train_set.batch)
-    run = runs.identity(task.name, task.data, task.teacher, settings)
-    state = runs.begin(out, settings, run)
-    learner, rows, seconds = Learner(task.net, task.loss, settings, steps), [], 0.0
-    predicted = None  # classes of the validation images, latest, and their labels
-    task.net.train()
-    learner.find_micro_batch(train_set.batch // world(), (task.data.channels, size, size))
-    introduce(task, learner, out, peak)
-    if resumed := bool(state):
-        rows, seconds = take_up(learner, state, steps, per_epoch, out)
-    del state  # gigabytes, of a large net
-    check_agreement(learner)
-    clock = Clock(learner.done, steps, train_set.batch, seconds)
-    if not resumed:  # only now, when nothing is refused any more
+def train(task: Task, settings, out: Path, test: Callable | None) -> dict:
+    images, epochs = task.data.train, settings.epochs
+    per_epoch = len(images) // images.batch
+    steps, warmup = epochs * per_epoch, round(settings.warmup * epochs * per_epoch)
+    peak = settings.lr or settings.blr * images.batch / 256  # Goyal et al. 2017
+    run = runs.describe_run(settings, task.data, task.teacher)
+    state = runs.load_state(out, settings, run)
+    learner = Learner(task, settings, steps)
+    introduce(task, settings, out, learner.micro_batch, peak)
+    rows, seconds = learner.restore(state) if state else ([], 0.0)
+    if len(set(from_all(learner.done))) > 1:
+        raise Failed("the processes resume from different steps: all must see the same --out disk")
+    if not state:
         runs.clear(out)
-    runs.describe(out, run, settings, learner.device)
-    runs.write_rows(out, rows)
-
-    with interrupted() as signals:
-        for epoch in range(learner.done // per_epoch, settings.epochs):
-            if task.later and epoch >= task.later[0]:
-                learner.turn_to(task.later[1])
-            for batch in train_set.epoch(epoch, start=learner.done % per_epoch):
-                rate = learning_rate(learner.done, steps, warmup, peak, floor)
-                learner.learn(*batch, rate)
-                if clock.a_second_passed():
-                    check_finite(learner, out)
-                    progress_line(learner, per_epoch, clock)
+    del state  # gigabytes, for a large net
+    clock = Clock(learner.done, steps, images.batch, seconds)
+    runs.write_config(out, run, settings, learner.device)
+    task.net.train()
+    with catch_signals() as signals:
+        for epoch in range(learner.done // per_epoch, epochs):
+            for batch in images.epoch(epoch, start=learner.done % per_epoch):
+                rate = get_learning_rate(learner.done, steps, warmup, peak, settings.final_lr)
+                learner.train_step(*batch, rate)
+                if clock.second_passed():
+                    learner.check_finite()
+                    show_progress(learner.sums, learner.done, per_epoch, epochs, clock)
                 ends_epoch = learner.done % per_epoch == 0
                 if not ends_epoch and (signals or clock.unsaved() > settings.save_every):
-                    save_state(out, learner, rows, run, clock, signals)
+                    learner.save(out, rows, run, clock, signals)
 
-            gather(learner)
-            check_finite(learner, out)
-            row = {"epoch": epoch + 1} | means(learner, per_epoch) | {"lr": rate}
-            row |= clock.row(learner.done)
-            if task.predict and validation_due(epoch, settings):
+            learner.average_over_ranks()
+            learner.check_finite()
+            row = {"epoch": epoch + 1} | {k: v.item() / per_epoch for k, v in learner.sums.items()}
+            row |= {"lr": rate} | clock.row(learner.done)
+            if task.predict and (epoch + 1 == epochs or (epoch + 1) % settings.eval_every == 0):
                 with clock.evaluating():
-                    scores, predicted = validate(task, learner, settings)
-                row |= scores
+                    row |= learner.validate(task)
             rows.append(row)
-            learner.terms, learner.diagnostics = {}, {}
-            report(row, settings.epochs, clock.left(learner.done))
-            runs.append_row(out, row)
-            save_state(out, learner, rows, run, clock, signals)
-            if clock.a_minute_passed():
-                draw(out, rows)
-
-    return finish(task, learner, rows, predicted, settings, out)
-
-
-def take_up(learner: Learner, state: dict, steps: int, per_epoch: int, out: Path):
-    """Goes on from a saved state: the rows of the log, and the seconds, so far."""
-    try:
-        learner.restore(state)
-        rows, seconds = list(state["rows"]), float(state["seconds"])
-        if not 0 <= learner.done <= steps or len(rows) != learner.done // per_epoch:
-            raise ValueError(f"{learner.done} of {steps} steps and {len(rows)} epochs")
-    except Exception as error:  # whatever a file of another run, or a damaged one, leads to
-        reason = str(error)[:80]
-        raise ValueError(
-            f"cannot go on from {out / 'last.pt'}, which does not fit this run "
-            f"({type(error).__name__}: {reason}): start over with --overwrite"
-        ) from error
-    print0(f"{out}: going on from step {learner.done} of {steps}")
-    return rows, seconds
+            learner.sums = {}
+            show_row(row, epochs, clock.left(learner.done))
+            runs.write_rows(out, rows)
+            learner.save(out, rows, run, clock, signals)
+            if clock.minute_passed():
+                draw(rows, out)
+    return finish(task, learner, rows, out, test)
 
 
-def check_agreement(learner: Learner) -> None:
-    """Failed unless all processes go on from the same step."""
-    steps = from_all(learner.done)
-    if len(set(steps)) > 1:
-        raise Failed(
-            f"the processes go on from different steps ({steps}): --out must be on a disk that all "
-            "of them see"
+class LossModule(nn.Module):
+    """What DDP and torch.compile wrap: images and labels in, loss and what is shown out."""
+
+    def __init__(self, net: nn.Module, loss: Callable):
+        super().__init__()
+        self.net, self.loss = net, loss
+
+    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.loss(self.net, images, labels)
+
+
+class Learner:
+    """The state of training, and one step of it. Nothing in a step waits for the GPU."""
+
+    def __init__(self, task: Task, settings, steps: int):
+        net = self.net = task.net
+        self.device, self.settings, self.done = next(net.parameters()).device, settings, 0
+        self.sums: dict[str, Tensor] = {}  # over an epoch: the loss, and what is shown
+        self.optimizer = torch.optim.AdamW(
+            group_parameters(net, settings.weight_decay, settings.layer_decay),
+            betas=(0.9, settings.beta2),
+            fused=self.device.type in ("cuda", "cpu"),
         )
+        self.average = AveragedModel(net, multi_avg_fn=self.move_average) if settings.ema else None
+        fp16 = choose_precision(settings.amp, net) is torch.float16
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
+        self.autocast = autocast(settings.amp, net)
+        self.loss_module: nn.Module = LossModule(net, task.loss)
+        share, size = task.data.train.batch // world(), task.data.image_size
+        blank = torch.zeros(share, task.data.channels, size, size, device=self.device)
+        search = find_micro_batch(net, self.compute_loss, blank) if not settings.micro_batch else 0
+        self.micro_batch = settings.micro_batch or search  # images at a time
+        if settings.compile == "graphs" and self.micro_batch < share:  # pytorch#169545
+            raise ValueError("--compile graphs needs a step in one piece: try on, or less --batch")
+        if dist.is_initialized():
+            self.loss_module = DistributedDataParallel(
+                self.loss_module, gradient_as_bucket_view=True
+            )
+        if (mode := choose_compilation(settings.compile, self.device, steps)) != "off":
+            self.loss_module.compile(mode="reduce-overhead" if mode == "graphs" else None)
 
+    def train_step(self, images: Tensor, labels: Tensor, rate: float) -> None:
+        """One step of the optimizer on this process' share of a batch, in pieces that fit."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["scale"]
+        pieces = [x.split(self.micro_batch) for x in (images, labels)]
+        last = len(pieces[0]) - 1  # it exchanges the sum of the gradients
+        for i, piece in enumerate(zip(*pieces, strict=True)):
+            with (
+                contextlib.nullcontext()
+                if i == last or world() == 1
+                else self.loss_module.no_sync()
+            ):
+                share = len(piece[0]) / len(images)
+                self.scaler.scale(self.compute_loss(*piece, share) * share).backward()
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.settings.clip or math.inf)
+        if not self.scaler.is_enabled():  # it skips steps with infinite gradients by itself
+            self.add({"gradient_norm": norm}, 1)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.done += 1
+        if self.average:
+            self.average.update_parameters(self.net)
 
-def finish(
-    task: Task, learner: Learner, rows: list, predicted, settings: Settings, out: Path
-) -> dict:
-    """Tests what was trained, and writes model.pt. `predicted`: what `validate` returned of it."""
-    final, result, found = learner.average or task.net, dict(rows[-1]), {}
-    if task.predict:
-        test = task.data.test
-        if test is not task.data.val or not predicted:
-            predicted = predictions(task.predict, final, test, settings, learner.micro_batch)
-        found = dict(zip(("predicted", "labels"), predicted, strict=True))
-    elif task.test:
-        with torch.no_grad():
-            found = {name: value.cpu() for name, value in task.test(final.eval()).items()}
-    if found:
-        result["test_top1"] = top1(found["predicted"], found["labels"])
+    def compute_loss(self, images: Tensor, labels: Tensor, share: float = 0.0) -> Tensor:
+        with self.autocast:
+            loss, shown = self.loss_module(images, labels)
+        if share:
+            self.add({"loss": loss} | shown, share)
+        return loss
+
+    def add(self, values: dict[str, Tensor], share: float) -> None:
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach() * share
+
+    @torch.no_grad()
+    def move_average(self, averages, weights, _) -> None:
+        """Exponential. A young average follows faster, so that short runs forget their start."""
+        decay = min(self.settings.ema, (1 + self.done) / (10 + self.done))
+        torch._foreach_lerp_(averages, weights, 1 - decay)
+
+    def average_over_ranks(self) -> None:
+        """Sums become means over all processes, buffers those of rank 0."""
+        if dist.is_initialized():
+            for value in self.sums.values():
+                dist.all_reduce(value.div_(world()))
+            for buffer in self.net.buffers():
+                dist.broadcast(buffer, 0)
+
+    def check_finite(self) -> None:
+        for name, value in self.sums.items():
+            if not torch.isfinite(value):
+                raise Failed(
+                    f"{name} is no longer finite at step {self.done}: try a lower learning rate, a "
+                    "longer --warmup or --amp off (last.pt holds the last good state)"
+                )
+
+    def classify(self, predict: Callable, net: nn.Module, images) -> tuple[Tensor, Tensor]:
+        return classify(predict, net, images, self.settings.amp, min(256, 4 * self.micro_batch))
+
+    def validate(self, task: Task) -> dict[str, float]:
+        """Accuracies on the validation images: of the weights, and of their average."""
+        nets = {"val_top1": task.net}
+        if self.average:
+            nets["val_top1_ema"] = self.average.module
+        found = {k: self.classify(task.predict, net, task.data.val) for k, net in nets.items()}
+        return {k: compute_top1(*predicted) for k, predicted in found.items()}
+
+    def parts(self) -> dict:
+        parts = {"net": self.net, "optimizer": self.optimizer, "scaler": self.scaler}
+        return parts | ({"average": self.average} if self.average else {})
+
+    def save(self, out: Path, rows: list, run: dict, clock: Clock, signals: list[int]) -> None:
+        """Writes last.pt, and leaves if a signal asked for it."""
+        self.check_finite()
         if rank() == 0:
-            storage.save(found, out / "test.pt")
-    runs.write_rows(out, [*rows[:-1], result])
-    if rank() == 0:
-        about = {"classes": task.data.classes, "normalization": task.data.normalization}
-        about |= {"method": task.name, "settings": vars(settings)}
-        if task.data.held_out:  # a number: the same ones, if the folder grows
-            about["settings"] = about["settings"] | {"holdout": task.data.held_out}
-        storage.save(task.export(final) | about, out / "model.pt")
-    draw(out, rows)
-    if dist.is_initialized():
-        dist.barrier()
-    conclude(rows, out)
-    if found:
-        print0(f"test top-1 {result['test_top1']:.2f} %")
-    return result
+            state = {name: part.state_dict() for name, part in self.parts().items()}
+            state |= {"step": self.done, "sums": self.sums, "rows": rows, "run": run}
+            checkpoints.save(state | {"seconds": clock.total()}, out / "last.pt")
+        clock.saved = time.perf_counter()
+        if signals:
+            print0(f"\nstopped by a signal at step {self.done}: continue with --resume")
+            sys.exit(128 + signals[0])
+
+    def restore(self, state: dict) -> tuple[list[dict], float]:
+        """Continues from a saved state. Returns the log so far, and its seconds."""
+        for name, part in self.parts().items():
+            if state[name] or part is not self.scaler:  # it is empty on other hardware
+                part.load_state_dict(state[name])
+        self.done = state["step"]
+        self.sums = {k: v.to(self.device) for k, v in state["sums"].items()}
+        print0(f"resuming from step {self.done}")
+        return list(state["rows"]), float(state["seconds"])
 
 
-# Evaluation ---------------------------------------------------------------------------------------
+def get_learning_rate(step: int, steps: int, warmup: int, peak: float, final: float) -> float:
+    """Linear warm-up, then half a cosine from `peak` down to `final` times that."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    cosine = math.cos(math.pi * (step - warmup) / max(1, steps - warmup))
+    return peak * (final + (1 - final) * 0.5 * (1 + cosine))
+
+
+def group_parameters(net: nn.Module, weight_decay: float, layer_decay: float) -> list[dict]:
+    """Weight decay for matrices only. Layer decay: a factor per layer below the head."""
+    groups: dict[tuple, list] = {}
+    head = len(getattr(net, "blocks", ())) + 1
+    for name, p in net.named_parameters():
+        if p.requires_grad:
+            block = re.match(r"blocks\.(\d+)", name)
+            layer = head if name.startswith(("fc_norm", "head")) else 0
+            layer = int(block[1]) + 1 if block else layer
+            bare = p.ndim <= 1 or name.endswith(("pos_embed", "_token", "relative.table"))
+            key = layer_decay ** (head - layer), 0.0 if bare else weight_decay
+            groups.setdefault(key, []).append(p)
+    return [
+        dict(params=params, scale=scale, weight_decay=decay)
+        for (scale, decay), params in groups.items()
+    ]
 
 
 @torch.no_grad()
-def predictions(
-    predict: Callable, net: nn.Module, images: Eval, settings: Settings, micro_batch: int = 64
-) -> tuple[Tensor, Tensor]:
-    """Predicted and true classes of all images, in order, on every process: two of (images,).
-
-    `micro_batch`: how many fit in memory with their gradients; without, more do.
-    """
-    was_training = net.training
+def classify(predict: Callable, net: nn.Module, images, amp: str, at_a_time: int = 256):
+    """Predicted and true classes of all images, in order, on every process: two of (images,)."""
+    was_training, mixed = net.training, autocast(amp, net)
     net.eval()
-    mixed = autocast(settings.amp, net)
     mine = [torch.zeros(2, 0, dtype=torch.long, device=next(net.parameters()).device)]
-    for batch, labels in images.in_order(min(256, 4 * micro_batch)):
+    for batch, labels in images.in_order(at_a_time):
         with mixed:
             logits = predict(net, batch)
-        predicted = torch.where(logits.isfinite().all(dim=-1), logits.argmax(dim=-1), -1)
+        predicted = logits.argmax(dim=-1).where(logits.isfinite().all(dim=-1), -1)
         mine.append(torch.stack([predicted, labels]))
     net.train(was_training)
     found = torch.zeros(2, len(images), dtype=torch.long)
     for i, share in enumerate(from_all(torch.cat(mine, dim=1).cpu())):
         found[:, i :: world()] = share
     if (found < 0).any():
-        raise Failed("logits are no longer finite: try a lower --lr or a longer --warmup")
+        raise Failed("logits are no longer finite: try a lower learning rate or a longer --warmup")
     return found[0], found[1]
 
 
-def accuracy(predict: Callable, net: nn.Module, images: Eval, *how) -> float:
-    """Top-1 in per cent, exact over all ranks: none is counted twice. `how`: as of predictions."""
-    return top1(*predictions(predict, net, images, *how))
-
-
-def top1(predicted: Tensor, labels: Tensor) -> float:
+def compute_top1(predicted: Tensor, labels: Tensor) -> float:
+    """Accuracy in per cent."""
     return 100 * (predicted == labels).sum().item() / len(labels)
 
 
-def validation_due(epoch: int, settings: Settings) -> bool:
-    return (epoch + 1) % settings.eval_every == 0 or epoch + 1 == settings.epochs
-
-
-def validate(task: Task, learner: Learner, settings: Settings) -> tuple[dict[str, float], tuple]:
-    """Accuracies for the log, and predictions: of the average of the weights, if there is one."""
-    scores = {}
-    for name, net in {"val_top1": task.net, "val_top1_ema": learner.average}.items():
-        if net:
-            predicted = predictions(task.predict, net, task.data.val, settings, learner.micro_batch)
-            scores[name] = top1(*predicted)
-    return scores, predicted
-
-
-# What a run says and saves ------------------------------------------------------------------------
-
-
-def gather(learner: Learner) -> None:
-    """Replaces the sums of this process by their means over all, buffers by the first one's."""
+def finish(task: Task, learner: Learner, rows: list, out: Path, test: Callable | None) -> dict:
+    """Tests what was trained, and writes model.pt."""
+    net, settings, found = task.net, learner.settings, {}
+    if learner.average:
+        net = learner.average.module
+    if task.predict:
+        predicted, labels = learner.classify(task.predict, net, task.data.test)
+        found = {"predicted": predicted, "labels": labels}
+    elif test:
+        with torch.no_grad():
+            found = {name: value.cpu() for name, value in test(net.eval()).items()}
+    result = dict(rows[-1])
+    if found:
+        result["test_top1"] = compute_top1(found["predicted"], found["labels"])
+    runs.write_rows(out, [*rows[:-1], result])
+    if rank() == 0:
+        if found:
+            checkpoints.save(found, out / "test.pt")
+        about = {"classes": task.data.classes, "normalization": task.data.normalization}
+        about |= {"method": settings.method, "learned_from": task.data.train.source.hashes}
+        about |= {"settings": values_of(settings) | {"holdout": task.data.holdout}}
+        checkpoints.save(task.export(net) | about, out / "model.pt")
+    draw(rows, out)
     if dist.is_initialized():
-        for value in (*learner.terms.values(), *learner.diagnostics.values()):
-            dist.all_reduce(value.div_(world()))
-        for net in filter(None, (learner.net, learner.average)):
-            for buffer in net.buffers():
-                dist.broadcast(buffer, 0)
+        dist.barrier()
+    conclude(result, out)
+    return result
 
 
-def means(learner: Learner, steps: int) -> dict[str, float]:
-    return {k: (v / steps).item() for k, v in (learner.terms | learner.diagnostics).items()}
-
-
-def check_finite(learner: Learner, out: Path) -> None:
-    for name, value in (learner.terms | learner.diagnostics).items():
-        if not torch.isfinite(value):
-            last = out / "last.pt"
-            raise Failed(
-                f"{name} is no longer finite at step {learner.done}: "
-                "try a lower --lr, a longer --warmup or --amp off"
-                + (f"; the last good checkpoint is {last}" if last.exists() else "")
-            )
-
-
-def save_state(
-    out: Path, learner: Learner, rows: list, run: dict, clock: Clock, signals: list
-) -> None:
-    """Writes last.pt, and leaves if a signal asked for it.
-
-    Within an epoch its sums are those of the first process, which a resumed run logs as if of all.
-    """
-    check_finite(learner, out)
+def draw(rows: list[dict], out: Path) -> None:
     if rank() == 0:
-        about = dict(run=run, rows=rows, seconds=clock.before + clock.elapsed())
-        about |= dict(threads=torch.get_num_threads(), device=learner.device.type)
-        storage.save(learner.state() | about, out / "last.pt")
-    clock.saved = time.perf_counter()
-    if signals:
-        first_to_fail()  # so that the others leave without a word
-        print0(
-            f"\nstopped by a signal at step {learner.done}; --resume goes on from {out / 'last.pt'}"
-        )
-        sys.exit(128 + signals[0])
+        from common import pictures
 
-
-@contextlib.contextmanager
-def interrupted() -> Iterator[list[int]]:
-    """A list that fills when SIGTERM or Ctrl-C arrives, for the loop to save and leave.
-
-    Of many processes only the first decides: the others would leave at other steps, and it could
-    not save its own.
-    """
-    signals: list[int] = []
-
-    def receive(number: int, _) -> None:
-        if rank() == 0:
-            signals.append(number)
-
-    handlers = {}
-    with contextlib.suppress(ValueError):  # signals can be caught in the main thread only
-        for number in (signal.SIGTERM, signal.SIGINT):
-            handlers[number] = signal.signal(number, receive)
-    try:
-        yield signals
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
-def draw(out: Path, rows: list[dict]) -> None:
-    if rank() == 0:
         pictures.save(pictures.curves(rows), out / "curves.png", dpi=100)

@@ -1,8 +1,8 @@
-"""What runs of several seeds say of the rows of a table: accuracies, paired differences, recovery.
+"""Accuracies of several seeds: means, paired differences, recovery, 95 % intervals.
 
-Two things are drawn by chance, seeds and test images, and both are resampled (Owen 2007, "The
-pigeonhole bootstrap", which errs on the side of wide intervals). All rows are resampled alike, so
-that differences are paired: the same seeds, the same images.
+Seeds and test images are both drawn by chance, so both are resampled (Owen 2007, "The pigeonhole
+bootstrap", which errs on the side of wide intervals). All rows are resampled alike. Differences are
+therefore paired: the same seeds, the same images.
 """
 
 import math
@@ -13,62 +13,59 @@ import numpy as np
 
 BASELINE, CEILING = "from scratch", "fine-tuning"
 RESAMPLES, AT_A_TIME = 10_000, 100
+Correct = dict[str, np.ndarray]  # row: whether each image was classified correctly, (seeds, images)
 
 
-Correct = dict[str, np.ndarray]  # row: whether an image was classified rightly, (seeds, images)
-
-
-def estimates(
+def estimate(
     points: dict[str, Correct],
     groups: np.ndarray,
     against: dict[str, str] | None = None,
-    asked: Mapping[str, Callable[..., np.ndarray]] = MappingProxyType({}),
+    contrasts: Mapping[str, Callable[..., np.ndarray]] = MappingProxyType({}),
 ) -> dict[str, dict]:
-    """What is known of the rows at each point, and what is asked of several; 95 % intervals.
+    """Estimates of the rows at each point, and contrasts across points.
 
-    points: of each its rows, see `of_rows`. `groups`: (images,), the sample that an image belongs
-    to: those of one sample are resampled together. `against`: what a row is compared with (BASELINE
-    if not given). contrasts: what the functions `asked` make of accuracies; they take an argument
-    for each point, its rows', which are resampled alike at all points.
+    groups: (images,), the sample of each image. Images of one sample are resampled together.
+    against: the row that a row is compared with, if not BASELINE.
+    contrasts: functions of the resampled accuracies, with one argument for each point.
     """
     resampled = {point: resample(correct, groups) for point, correct in points.items()}
     return {
         "points": {
-            point: of_rows(correct, resampled[point], against or {})
+            point: estimate_rows(correct, resampled[point], against or {})
             for point, correct in points.items()
         },
         "contrasts": {
-            name: described(function(*resampled.values())) for name, function in asked.items()
+            name: summarise(function(*resampled.values())) for name, function in contrasts.items()
         },
     }
 
 
-def of_rows(correct: Correct, resampled: Correct, against: dict[str, str]) -> dict[str, dict]:
-    """Of each row: accuracy, difference from another row, recovery, in per cent (that: a ratio)
+def estimate_rows(correct: Correct, resampled: Correct, against: dict[str, str]) -> dict[str, dict]:
+    """Accuracy of each row and its difference from another row, in per cent, and its recovery.
 
         recovery = (row - BASELINE) / (CEILING - BASELINE)
 
-    `values` are those of each seed. Without a second seed there is no interval,
-    and none of recovery where it is not sure that there is anything to recover.
+    `values` are those of the seeds. One seed gives no interval. Recovery has none where the gain of
+    CEILING may be zero.
     """
     values = {row: 100 * found.mean(axis=1) for row, found in correct.items()}
-    found = {}
-    for row, figures in resampled.items():
-        found[row] = described(figures) | {"values": rounded(values[row])}
+    rows = {}
+    for row, accuracies in resampled.items():
+        rows[row] = summarise(accuracies) | {"values": round_values(values[row])}
         other = against.get(row, BASELINE)
         if other in correct and other != row:
-            paired = described(figures - resampled[other])
-            paired |= {"from": other, "values": rounded(values[row] - values[other])}
-            found[row]["difference"] = paired
+            paired = summarise(accuracies - resampled[other])
+            paired |= {"from": other, "values": round_values(values[row] - values[other])}
+            rows[row]["difference"] = paired
         if {BASELINE, CEILING} <= correct.keys() and row != BASELINE:
-            found[row]["recovery"] = described(recovery(resampled, row))
-    return found
+            rows[row]["recovery"] = summarise(compute_recovery(resampled, row))
+    return rows
 
 
 def resample(correct: Correct, groups: np.ndarray) -> Correct:
     """Accuracies of rows in per cent: of the sample, then of resamples, alike for all rows.
 
-    Of one seed there are no resamples.
+    One seed gives no resamples.
     """
     seeds, samples = len(next(iter(correct.values()))), groups.max() + 1
     sizes = np.bincount(groups, minlength=samples)
@@ -84,45 +81,45 @@ def resample(correct: Correct, groups: np.ndarray) -> Correct:
         for row, right in sums.items():
             drawn = ((of_seeds @ right) * of_samples).sum(axis=1)
             accuracies[row].append(drawn / (seeds * (of_samples @ sizes)))
-    return {row: widened(100 * np.concatenate(found), seeds) for row, found in accuracies.items()}
+    return {row: widen(100 * np.concatenate(found), seeds) for row, found in accuracies.items()}
 
 
-def widened(figures: np.ndarray, seeds: int) -> np.ndarray:
-    """A bootstrap of n values finds their deviation too small by the root of (n - 1) / n."""
+def widen(figures: np.ndarray, seeds: int) -> np.ndarray:
+    """A bootstrap of n values underestimates their deviation by the root of (n - 1) / n."""
     return figures[0] + math.sqrt(seeds / max(seeds - 1, 1)) * (figures - figures[0])
 
 
-def recovery(accuracies: dict[str, np.ndarray], row: str) -> np.ndarray:
-    return share(accuracies, row, CEILING)
+def compute_recovery(accuracies: dict[str, np.ndarray], row: str) -> np.ndarray:
+    return compute_share(accuracies, row, CEILING)
 
 
-def share(accuracies: dict[str, np.ndarray], row: str, other: str) -> np.ndarray:
-    """The share of another row's gain over BASELINE that a row has.
+def compute_share(accuracies: dict[str, np.ndarray], row: str, other: str) -> np.ndarray:
+    """A row's gain over BASELINE as a share of another row's gain.
 
-    nan in all resamples where that gain is perhaps nothing: a ratio to it has no bounds.
+    The resamples are nan where that gain may be zero: the ratio has no bounds there.
     """
     part, whole = (accuracies[name] - accuracies[BASELINE] for name in (row, other))
-    between = interval(whole)
+    between = compute_interval(whole)
     with np.errstate(divide="ignore", invalid="ignore"):
-        found = part / whole
+        share = part / whole
     if between and between[0] <= 0 <= between[1]:
-        found[1:] = np.nan
-    return found
+        share[1:] = np.nan
+    return share
 
 
-def described(figures: np.ndarray) -> dict:
-    """`figures`: of the sample itself, then of resamples of it."""
-    return {"mean": float(figures[0]), "interval": interval(figures)}
+def summarise(figures: np.ndarray) -> dict:
+    """Mean and interval. `figures`: of the sample itself, then of its resamples."""
+    return {"mean": float(figures[0]), "interval": compute_interval(figures)}
 
 
-def interval(figures: np.ndarray) -> list[float] | None:
+def compute_interval(figures: np.ndarray) -> list[float] | None:
     """The middle 95 % of the resampled figures."""
     if len(figures) < 2 or not np.isfinite(figures).all():
         return None
     return [float(end) for end in np.quantile(figures[1:], [0.025, 0.975])]
 
 
-def draws(seeds: int) -> np.ndarray:
+def draw_seeds(seeds: int) -> np.ndarray:
     """How often each seed counts: once, then as often as it is drawn: (1 + resamples, seeds)."""
     random = np.random.default_rng(0)
     resamples = RESAMPLES if seeds > 1 else 0
@@ -130,11 +127,11 @@ def draws(seeds: int) -> np.ndarray:
     return np.concatenate([np.ones((1, seeds), int), drawn])
 
 
-def over_seeds(values: np.ndarray) -> dict:
+def estimate_over_seeds(values: np.ndarray) -> dict:
     """The mean of one value for each seed, with its interval."""
     seeds = len(values)
-    return described(widened(draws(seeds) @ values / seeds, seeds))
+    return summarise(widen(draw_seeds(seeds) @ values / seeds, seeds))
 
 
-def rounded(values: np.ndarray) -> list[float]:
+def round_values(values: np.ndarray) -> list[float]:
     return [round(float(value), 4) for value in values]

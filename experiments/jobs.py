@@ -1,8 +1,6 @@
 """Many runs of the scripts: several at a time, each after those it needs, and none twice."""
 
-import launch
-from launch import Failed
-
+import importlib
 import json
 import multiprocessing
 import os
@@ -14,60 +12,50 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-import attention_copy
-import attention_distill
-import checkpoints
-import finetune
-import pretrain
-import runs
-import storage
-from experiments import variants
-from progress import minutes
-from related import (
-    activations,
-    attndistill,
-    dino,
-    integrated_gradients,
-    linear_attention,
-    reminders,
-)  # fmt: skip
-from settings import FREE, Settings
+from common import checkpoints, launch, runs
+from common.launch import Failed
+from common.progress import format_minutes
+from common.settings import free_in, values_of
 
-SCRIPTS = {
-    "pretrain": pretrain,
-    "finetune": finetune,
-    "copy": attention_copy,
-    "distill": attention_distill,
-    "variants": variants,
-    "activations": activations,
-    "attndistill": attndistill,
-    "dino": dino,
-    "integrated_gradients": integrated_gradients,
-    "linear_attention": linear_attention,
-    "reminders": reminders,
+RELATED = (
+    "activations", "attndistill", "dino", "integrated_gradients", "linear_attention", "reminders",
+)  # fmt: skip
+SCRIPTS = {  # imported when they are needed
+    "pretrain": "pretrain",
+    "finetune": "finetune",
+    "copy": "attention_copy",
+    "distill": "attention_distill",
+    "variants": "experiments.variants",
+    **{name: f"related.{name}" for name in RELATED},
 }
 ROOT = Path(__file__).parent.parent
-# Imports take as long as a tenth of a run on the digits: they are done once.
+# Imports take as long as a tenth of a run on the digits, so they are done once for all processes.
 FORKED = multiprocessing.get_context("forkserver")
-FORKED.set_forkserver_preload([__name__])
+FORKED.set_forkserver_preload([__name__, SCRIPTS["variants"]])
+
+
+def load(script: str) -> Any:
+    """The module of a script."""
+    return importlib.import_module(SCRIPTS[script])
 
 
 def work(script: str, argv: list[str], output: Path) -> None:
-    """In a process of its own: what the script does when it is called with these arguments."""
+    """Runs a script with these arguments. In a process of its own."""
     threading.Thread(target=leave_with_parent, daemon=True).start()
     with open(output, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.argv = [script, *argv]
-    launch.run(SCRIPTS[script].main, SCRIPTS[script].parse)
+    launch.run(load(script).main, load(script).parse)
 
 
 def leave_with_parent() -> None:
-    """Saves and leaves when the process that wants the result is gone, however it went."""
+    """Saves and leaves when the process that wants the result has ended, killed or not."""
     multiprocessing.parent_process().join()
     os.kill(os.getpid(), signal.SIGTERM)
 
@@ -79,63 +67,55 @@ class Job:
     out: Path
     after: tuple[str, ...] = ()  # names of jobs whose models it needs
 
-    def result(self) -> dict | None:
-        """The last row of its log, if it is finished and was run with these very settings."""
-        try:
-            if not (self.out / "model.pt").exists() or not self.begun():
-                return None
-            return json.loads((self.out / "log.jsonl").read_text().splitlines()[-1])
-        except (OSError, IndexError, ValueError):
+    def get_settings(self) -> Any:
+        return load(self.script).parse(self.argv)
+
+    def read_result(self) -> dict | None:
+        """The last row of its log, if it has finished with exactly these settings."""
+        if not (self.out / "model.pt").exists() or not self.has_begun():
             return None
+        return json.loads((self.out / "log.jsonl").read_text().splitlines()[-1])
 
-    def correct(self) -> np.ndarray:
-        """Of a finished run: whether it classified each test image rightly, (images,)."""
-        found = storage.read(self.out / "test.pt")
-        return (found["predicted"] == found["labels"]).numpy()
+    def read_correct(self) -> np.ndarray:
+        """Whether the finished run classified each test image correctly, (images,)."""
+        tested = checkpoints.read_file(self.out / "test.pt")
+        return (tested["predicted"] == tested["labels"]).numpy()
 
-    def begun(self) -> bool:
-        """Whether its folder holds a run, finished or not, with these very settings."""
-        try:
-            settings = dict(json.loads((self.out / "config.json").read_text()))
-            before = dict(settings["run"])
-        except (OSError, ValueError, TypeError, LookupError):
-            return False
-        asked, weights = vars(self.settings()), None
-        counts, teacher = asked.keys() - (FREE - {"teacher"}), Path(asked.get("teacher", ""))
-        if teacher.is_file():  # wherever it is, and whichever it is by now
-            counts = counts - {"teacher"}
-            try:
-                weights = checkpoints.read(teacher).fingerprint
-            except ValueError:  # it is no ViT
-                weights = checkpoints.fingerprint(storage.read(teacher)["model"])
-        if before.get("teacher_weights") != weights:
-            return False
-        # A setting that is newer than a run was then as it is by default.
-        usual = vars(SCRIPTS[self.script].parse(["--data", asked["data"]]))
-        return all(settings.get(k, usual[k]) == asked[k] for k in counts)
-
-    def settings(self) -> Settings:
-        return SCRIPTS[self.script].parse(self.argv)
-
-    def commit(self) -> str:
+    def read_commit(self) -> str:
         return json.loads((self.out / "config.json").read_text())["commit"]
 
+    def has_begun(self) -> bool:
+        """Whether its folder holds a run, finished or not, with exactly these settings."""
+        try:
+            config = json.loads((self.out / "config.json").read_text())
+            weights_then = config["run"]["teacher_weights"]
+        except (OSError, ValueError, LookupError, TypeError):
+            return False
+        settings, weights = self.get_settings(), None
+        asked, counts = values_of(settings), values_of(settings).keys() - free_in(settings)
+        if (teacher := Path(asked.get("teacher", ""))).is_file():  # compared by its weights
+            weights = checkpoints.fingerprint(checkpoints.read_file(teacher)["model"])
+        elif "teacher" in asked:
+            counts |= {"teacher"}
+        # A run that is older than a setting had its default.
+        usual = values_of(load(self.script).parse(["--data", settings.data]))
+        same = all(config.get(k, usual[k]) == asked[k] for k in counts)
+        return same and weights_then == weights
 
-def depth(job: Job, jobs: dict[str, Job]) -> int:
+
+def compute_depth(job: Job, jobs: dict[str, Job]) -> int:
     """How many jobs, one after the other, must be done before a job."""
-    return max((1 + depth(jobs[name], jobs) for name in job.after), default=0)
+    return max((1 + compute_depth(jobs[name], jobs) for name in job.after), default=0)
 
 
-def in_order(jobs: dict[str, Job]) -> list[tuple[str, Job]]:
-    """Those that need none first, or threads would wait where others could train.
+def sort_jobs(jobs: dict[str, Job]) -> list[tuple[str, Job]]:
+    """Jobs that wait for none first, so that no thread blocks another. Then those that others need.
 
-    Of these those that others need.
     """
     needed = {name for job in jobs.values() for name in job.after}
-    return sorted(jobs.items(), key=lambda item: (depth(item[1], jobs), item[0] not in needed))
-
-
-Made = dict[str, dict[str, list[Job]]]  # point: row: its runs, one for each seed
+    return sorted(
+        jobs.items(), key=lambda item: (compute_depth(item[1], jobs), item[0] not in needed)
+    )
 
 
 class Runner:
@@ -146,7 +126,7 @@ class Runner:
         self.workers = workers or (1 if on_gpu else os.cpu_count() or 1)
         self.deadline = time.time() + 60 * limit if limit else None
         self.score = score  # what to print of each result
-        self.running: set[multiprocessing.Process] = set()
+        self.processes: set[Any] = set()
         threads = max(1, (os.cpu_count() or 1) // self.workers)
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # which the processes inherit
         self.commits: set[str] = set()
@@ -155,68 +135,70 @@ class Runner:
     def run(self, jobs: dict[str, Job]) -> dict[str, dict]:
         """The results of all jobs by name. Failed if one of them fails, or if time is up."""
         for job in jobs.values():
-            job.settings()  # what cannot be asked for is found before anything is trained
+            job.get_settings()  # wrong settings are found before anything is trained
         self.done, self.total = 0, len(jobs)
         print(f"{self.total} runs, {self.workers} at a time", flush=True)
         with ThreadPoolExecutor(self.workers) as pool:
             futures: dict[str, Future] = {}
             try:
-                for name, job in in_order(jobs):
+                for name, job in sort_jobs(jobs):
                     needed = [futures[other] for other in job.after]
-                    futures[name] = pool.submit(self.one, name, job, needed)
+                    futures[name] = pool.submit(self.run_one, name, job, needed)
                 return {name: future.result() for name, future in futures.items()}
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
-                for process in list(self.running):
+                for process in list(self.processes):
                     process.terminate()  # it saves and leaves
                 raise
 
-    def one(self, name: str, job: Job, needed: list[Future]) -> dict:
+    def run_one(self, name: str, job: Job, needed: list[Future]) -> dict:
         for future in needed:
             future.result()
-        result, note = job.result(), "done before"
+        result, note = job.read_result(), "done before"
         if result is None:
-            self.process(name, job)
-            result = job.result()
-            note = f"{minutes(result['seconds'])} of training"
+            self.start_process(name, job)
+            result = job.read_result()
+            if result is None:
+                raise Failed(f"{name} left no result with its settings in {job.out}")
+            note = f"{format_minutes(result['seconds'])} of training"
         self.done += 1
         self.seconds[job.out] = result["seconds"]
-        self.commits.add(job.commit())
+        self.commits.add(job.read_commit())
         score = f"{result[self.score]:6.2f} %" if self.score in result else " " * 8
         print(f"{self.done:>3}/{self.total}  {score}  {name:<40} {note}", flush=True)
         return result
 
-    def process(self, name: str, job: Job) -> None:
-        """Runs a job as a process, from where it was if it was begun. Failed if it fails."""
+    def start_process(self, name: str, job: Job) -> None:
+        """Runs a job as a process, and resumes it if it has begun. Failed if it fails."""
         job.out.mkdir(parents=True, exist_ok=True)
-        again = "--resume" if job.begun() else "--overwrite"
+        again = "--resume" if job.has_begun() else "--overwrite"
         output = job.out / "output.txt"
         process = FORKED.Process(target=work, args=(job.script, [*job.argv, again], output))
         process.start()
-        self.running.add(process)
+        self.processes.add(process)
         process.join(max(0.1, self.deadline - time.time()) if self.deadline else None)
         late = process.is_alive()
         if late:
             process.terminate()
             process.join()
-        self.running.discard(process)
+        self.processes.discard(process)
         if late:
-            raise Failed("time is up; the same command goes on where it was")
+            raise Failed("time is up: the same command resumes")
         if process.exitcode:
             last = output.read_text().strip().splitlines()[-1:]
             raise Failed(f"{name} failed: {' '.join(last)} (see {output})")
 
     def record(self, name: str, extra: str, found: dict) -> dict:
-        """What every results file says of how it came about, and what was found."""
-        asked = f"{name} --seeds {len(found['seeds'])}"
-        asked += f" --extra {shlex.quote(extra)}" if extra else ""
+        """What was found, and how: the contents of a file in results/."""
+        command = f"python -m experiments.reproduce {name} --seeds {len(found['seeds'])}"
+        command += f" --extra {shlex.quote(extra)}" if extra else ""
         device = f"CPU, {os.cpu_count()} cores"
         if torch.cuda.is_available():
             device = torch.cuda.get_device_name()
         about = {
-            "command": f"python -m experiments.reproduce {asked}",
-            "commit": runs.commit(),  # that they were read at
-            "commits": sorted(self.commits),  # that the runs were made at
+            "command": command,
+            "commit": runs.read_commit(),  # of the code that evaluated
+            "commits": sorted(self.commits),  # of the code that trained
             "device": device,
             "torch": torch.__version__,
             "runs": len(self.seconds),

@@ -1,24 +1,22 @@
-"""The baseline that learns nothing: the class of the nearest labelled image, pixel by pixel."""
+"""A baseline that learns nothing: the class of the nearest labelled image, pixel by pixel."""
 
-import launch
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 import data
-from settings import Settings
 
 PLACEMENTS = 60  # of each labelled image, augmented as in training
 
 
 @torch.no_grad()
-def nearest(settings: Settings, part: str = "test") -> np.ndarray:
-    """Whether each image of a part is of the class of its nearest labelled one: (images,).
+def classify_by_nearest(settings, part: str = "test") -> np.ndarray:
+    """Whether each image of a part has the class of its nearest labelled image: (images,).
 
     `settings`: those of a run with these images and labels.
     """
-    unmixed = settings.but(mixup=0.0, cutmix=0.0)
-    dataset = data.load(unmixed, launch.device(settings.device))
+    dataset = data.load(replace(settings, mixup=0.0, cutmix=0.0))
     batches = [batch for epoch in range(PLACEMENTS) for batch in dataset.train.epoch(epoch)]
     known, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
     correct = [

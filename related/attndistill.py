@@ -1,27 +1,26 @@
-"""AttnDistill: a small ViT learns, without labels, what a class token is and where it looks.
+"""AttnDistill: a small ViT learns, without labels, a class token and where it looks.
 
-Wang, Yang and van de Weijer, BMVC 2022 (arXiv 2210.00944). Only the last block,
-and only the row of its maps that belongs to the class token:
+Wang, Yang and van de Weijer, BMVC 2022 (arXiv 2210.00944). Only the last block
+counts, and only the class token's row of its maps:
 
     loss = MSE(P(class token of the student), class token of the teacher)
            + weight * KL(row of the teacher | row of the student)
 
-P is a small MLP. Where the teacher has smaller patches, its row is made that of
-the student's by interpolation; where it has other heads, those of each are
-taken together: softmax(sum over heads of log a / 10).
+P is a small MLP. If the teacher has smaller patches, its row is interpolated to
+the student's. If it has other heads, the heads of each are merged:
+softmax(sum over heads of log a / 10).
 
-    python -m related.attndistill                  makes a teacher by DINO first
+    python -m related.attndistill                  trains a DINO teacher first
     python -m related.attndistill --attention-weight 0 --out runs/token  control
     python -m related.attndistill --num-heads 2 --out runs/heads   other heads
     python -m related.attndistill --patch 4 --out runs/patches     other patches
 
-A public teacher's class token is taken as its last block leaves it, normalised
-without the weights of its last norm, which belong to its head.
+A public teacher's class token is taken as its last block leaves it. It is
+normalised without the weights of its last norm, which belong to its head.
 """
 
-import launch
-
 import math
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 
@@ -30,27 +29,28 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-import checkpoints
 import data
-import runs
-import teachers
 import train
-from attention import Attended, attention_map
-from lending import aggregated
+from common import checkpoints, launch
+from common.settings import merge_recipes, parse_settings, setting
 from related import dino
-from settings import Setting, Settings, change, parse_settings
-from vit import Config, ViT
+from teachers import find
+from teachers.load import build_vit
+from vit import QK, Config, ViT
 
-SETTINGS = change(
-    {k: v for k, v in dino.SETTINGS.items() if k not in dino.OWN},
-    #             digits cifar
-    model=        ("nano", "mini"),
-) | {
-    "teacher": Setting("auto", "a ViT whose class token means something (auto: DINO's)", free=True),
-    "num_heads": Setting(0, "of the student (0: as --model has them)"),
-    "attention_weight": Setting(0.1, "of the row of the class token (0: none)"),
-}  # fmt: skip
-parse = partial(parse_settings, __doc__, SETTINGS)
+TEMPERATURE = 10.0  # of merged heads, in the authors' scripts
+
+
+@dataclass(frozen=True)
+class Settings(train.Settings):
+    method = "attndistill"
+    teacher: str = setting("auto", "a ViT with a class token, or auto: DINO's", free=True)
+    num_heads: int = setting(0, "heads of the student (0: as --model has them)")
+    attention_weight: float = setting(0.1, "weight of the class token's row (0: none)")
+
+
+RECIPES = merge_recipes(dino.RECIPES, digits=dict(model="nano"), cifar=dict(model="mini"))
+parse = partial(parse_settings, __doc__, Settings, RECIPES)
 
 
 class Student(nn.Module):
@@ -69,18 +69,18 @@ class Student(nn.Module):
         return self.vit.config
 
 
-def last(vit: ViT, images: Tensor) -> tuple[Tensor, Tensor]:
+def look_last(vit: ViT, images: Tensor) -> tuple[Tensor, Tensor]:
     """The class token (B, D), and where it looks in the last block (B, H, 1 + patches)."""
-    for x, used in vit.run(images):
+    for x, qk in vit.blockwise(images):
         pass
-    bias = None if used.bias is None else used.bias[:, :, :1]
-    rows = attention_map(Attended(used.q[:, :, :1], used.k, bias=bias))[:, :, 0].float()
-    kept = [rows[..., :1], rows[..., vit.config.prefix :]]  # registers are no places
-    return vit.fc_norm(x)[:, 0], torch.cat(kept, dim=-1)
+    bias = None if qk.bias is None else qk.bias[:, :, :1]
+    rows = QK(qk.q[:, :, :1], qk.k, bias).map()[:, :, 0].float()
+    patches = rows[..., vit.config.num_prefix_tokens :]  # registers are no places
+    return vit.fc_norm(x)[:, 0], torch.cat([rows[..., :1], patches], dim=-1)
 
 
-def interpolated(row: Tensor, patches: int) -> Tensor:
-    """Rows (B, H, 1 + n^2) for another number of patches; that of the class token stays."""
+def interpolate(row: Tensor, patches: int) -> Tensor:
+    """Rows (B, H, 1 + n^2) for another number of patches. The class token's share stays."""
     if row.shape[-1] == 1 + patches:
         return row
     first, rest = row[..., :1], row[..., 1:]
@@ -90,58 +90,59 @@ def interpolated(row: Tensor, patches: int) -> Tensor:
     return torch.cat([first, grid * (1 - first) / grid.sum(dim=-1, keepdim=True)], dim=-1)
 
 
+def merge_heads(log_p: Tensor) -> Tensor:
+    """All heads as one, from the logs of their maps: (B, H, ..., N) to (B, 1, ..., N).
+
+    softmax(sum over heads of log p / 10), section 3.
+    """
+    return (log_p.sum(dim=1, keepdim=True) / TEMPERATURE).softmax(dim=-1)
+
+
 def row_loss(ours: Tensor, theirs: Tensor) -> Tensor:
     """KL divergence of the teacher's rows from the student's, summed over heads, mean of images."""
-    theirs = interpolated(theirs, ours.shape[-1] - 1)
+    theirs = interpolate(theirs, ours.shape[-1] - 1)
     if ours.shape[1] != theirs.shape[1]:
-        ours, theirs = (aggregated(row.clamp_min(1e-9).log()) for row in (ours, theirs))
+        ours, theirs = (merge_heads(row.clamp_min(1e-9).log()) for row in (ours, theirs))
     p, p_t = (F.normalize(row.clamp(1e-5, 0.996), p=1.0, dim=-1) for row in (ours, theirs))
     return F.kl_div(p.log(), p_t, reduction="batchmean")
 
 
 def loss(net: Student, images: Tensor, labels, teacher: ViT, weight: float):
     with torch.no_grad():
-        token_t, row_t = last(teacher, images)
-    token, row = last(net.vit, images)
+        token_t, row_t = look_last(teacher, images)
+    token, row = look_last(net.vit, images)
     terms = {"token": F.mse_loss(net.project(token), token_t)}
     if weight:
         terms["attention"] = weight * row_loss(row, row_t)
-    return terms, {}
+    return sum(terms.values()), terms
 
 
-def task(settings: Settings, dataset: data.Data | None = None) -> train.Task:
-    """Everything that train.fit needs. `dataset`: used instead of what the settings name."""
-    device = launch.device(settings.device)
-    dataset = dataset or data.load(settings, device)
-    source = find_teacher(settings, dataset)
-    teacher = checkpoints.load(source, image_size=dataset.image_size, classes=0)
-    if not teacher.config.class_token:
-        raise ValueError(f"--teacher {source.source}: has no class token")
-    dataset.adopt(source)
-    teacher.to(device).eval().requires_grad_(False)
+def task(settings: Settings, dataset: data.Data, checkpoint) -> train.Task:
+    teacher = checkpoint and build_vit(checkpoint, dataset.image_size, classes=0)
+    if not teacher or teacher.cls_token is None:
+        raise ValueError(f"--teacher {settings.teacher}: has no class token")
+    teacher.to(dataset.train.device).eval().requires_grad_(False)
     torch.manual_seed(settings.seed)
     other = {"heads": settings.num_heads} if settings.num_heads else {}
-    net = Student(dino.encoder(settings, dataset, **other), teacher.config.dim).to(device)
+    net = Student(dino.build_encoder(settings, dataset, **other), teacher.config.dim)
     return train.Task(
-        "attndistill",
-        net,
+        net.to(dataset.train.device),
         dataset,
         loss=partial(loss, teacher=teacher, weight=settings.attention_weight),
-        test=partial(tested, dataset=dataset),
         export=export,
-        teacher=source,
+        teacher=checkpoint,
     )
 
 
-def tested(net: Student, dataset: data.Data) -> dict[str, Tensor]:
-    return dino.nearest(net.vit, dataset)
-
-
-def find_teacher(settings: Settings, dataset: data.Data) -> checkpoints.Checkpoint:
-    """The teacher that is named, or one made by DINO here first."""
+def find_teacher(settings: Settings, dataset: data.Data) -> checkpoints.Checkpoint | None:
+    """The named ViT, or one that DINO trains here first."""
     if settings.teacher == "auto":
-        return checkpoints.read(teachers.make("dino", dino, settings, dataset))
-    return checkpoints.read(settings.teacher)
+        settings = replace(settings, teacher=str(find.make_teacher(dino, settings)))
+    return find.find_teacher(settings, dataset)
+
+
+def test(net: Student, dataset: data.Data) -> dict[str, Tensor]:
+    return dino.classify_by_neighbours(net.vit, dataset)
 
 
 def export(net: Student) -> dict:
@@ -149,8 +150,10 @@ def export(net: Student) -> dict:
 
 
 def main(settings: Settings) -> dict:
-    runs.check(settings, "attndistill")
-    return train.fit(task(settings), settings)
+    dataset = data.load(settings)
+    teacher = find_teacher(settings, dataset)
+    own = task(settings, dataset, teacher)
+    return train.fit(own, settings, test=partial(test, dataset=dataset))
 
 
 if __name__ == "__main__":

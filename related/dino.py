@@ -1,25 +1,22 @@
 """DINO in small: a teacher without labels, whose class token means something.
 
-Caron et al., ICCV 2021 (arXiv 2104.14294): a student and a teacher see two
-views of an image; the student's distribution over invented classes is pulled to
-the teacher's. The teacher is a slow average of the student, sharpened by a low
-temperature, and kept from collapse by the mean of its outputs being taken away;
-in batches as small as ours that is not enough, so the head has norms over the
-batch as well. For related/attndistill.py, which needs such a teacher. Of DINO's
-crops only the two global ones: on the digits, two placements among other scraps.
+Caron et al., ICCV 2021 (arXiv 2104.14294). A student and a teacher see two
+views of an image. Each names a distribution over invented classes, and the
+student's is pulled to the teacher's. The teacher is a slow average of the
+student. A low temperature sharpens its outputs. Their mean is subtracted, so
+that they do not collapse to one class. In batches as small as ours that is not
+enough, so the head has batch norms as well. Of DINO's crops we use the two
+global ones. On the digits, two views are two placements among distractors.
 
     python -m related.dino                         digits
     python -m related.dino --data cifar10
 
-It is tested by the weighted 20 nearest neighbours of the class tokens (section
-3.2), labels being used for nothing else.
+The test classifies each class token by its 20 nearest neighbours (section 3.2).
+Labels are used for nothing else. related/attndistill.py needs such a teacher.
 """
 
-import launch
-from launch import Failed, world
-
 import copy
-from dataclasses import replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -27,36 +24,38 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import checkpoints
 import data
-import families
-import image_files
-import pretrain
-import runs
 import train
-from settings import Setting, Settings, change, parse_settings
+from common import checkpoints, launch
+from common.settings import merge_recipes, parse_settings, setting
+from teachers.load import new_vit
 from vit import Config, ViT
 
-OWN = {
-    "prototypes": Setting(256, "invented classes", low=2),
-    "momentum": Setting(0.99, "of the teacher as an average of the student", high=1),
-    "center_momentum": Setting(0.9, "of the mean output that is taken away", high=1),
-    "student_temperature": Setting(0.1, "of the student's distribution", low=0.01),
-    "teacher_temperature": Setting(0.04, "of the teacher's: lower, so sharper", low=0.01),
-}
-MAES = {"mask_ratio", "norm_pix_loss", "reconstruct"}
-SETTINGS = change(  # as of pre-training, less what is MAE's
-    {k: v for k, v in pretrain.SETTINGS.items() if k not in MAES and "decoder" not in k},
-    #             digits cifar
-    epochs=       (100,  200),
-    warmup=       (10,   10),
-    lr=           (2e-3, 1e-3),
-) | OWN  # fmt: skip
-parse = partial(parse_settings, __doc__, SETTINGS)
+
+@dataclass(frozen=True)
+class Settings(train.Settings):
+    method = "dino"
+    prototypes: int = setting(256, "invented classes", low=2)
+    momentum: float = setting(0.99, "of the teacher as an average of the student", high=1)
+    center_momentum: float = setting(0.9, "of the mean output that is subtracted", high=1)
+    student_temperature: float = setting(0.1, "of the student's distribution", low=0.01)
+    teacher_temperature: float = setting(0.04, "of the teacher's: lower is sharper", low=0.01)
+
+
+SHARED = dict(num_labels=0, weight_decay=0.05, beta2=0.95, ema=0.0, final_lr=0.0, drop_path=0.0)
+PHOTOS = SHARED | dict(random_erase=0.0, randaugment=0, mixup=0.0, cutmix=0.0, clip=0.0)
+RECIPES = merge_recipes(  # but for the epochs those of pretrain.py
+    train.RECIPES,
+    digits=SHARED | dict(epochs=100, batch=128, blr=4e-3),
+    cifar=PHOTOS | dict(epochs=200, warmup=0.05, batch=1024, blr=2.5e-4),
+    imagenet=PHOTOS | dict(epochs=800, warmup=0.05, batch=4096, blr=1.5e-4, crop_area=0.2),
+    folder=PHOTOS | dict(epochs=150, warmup=0.067, blr=4e-3, crop_area=0.2),
+)
+parse = partial(parse_settings, __doc__, Settings, RECIPES)
 
 
 class Net(nn.Module):
-    """A ViT, and a head that names invented classes of its class token."""
+    """A ViT, and a head that names invented classes from its class token."""
 
     def __init__(self, vit: ViT, prototypes: int):
         super().__init__()
@@ -68,13 +67,13 @@ class Net(nn.Module):
         self.prototypes = nn.Parameter(torch.randn(prototypes, 64))
 
     def forward(self, images: Tensor) -> Tensor:
-        y = F.normalize(self.mlp(class_token(self.vit, images)))
+        y = F.normalize(self.mlp(get_class_token(self.vit, images)))
         return y @ F.normalize(self.prototypes).T
 
 
-def class_token(vit: ViT, images: Tensor) -> Tensor:
+def get_class_token(vit: ViT, images: Tensor) -> Tensor:
     """As the last block leaves it, normalised: (B, D)."""
-    return vit.fc_norm(vit.encode(vit.embed(images)))[:, 0]
+    return vit.fc_norm(vit.forward_features(images))[:, 0]
 
 
 class Dino(nn.Module):
@@ -92,18 +91,18 @@ class Dino(nn.Module):
 
     @torch.no_grad()
     def follow(self) -> None:
-        """The teacher, after a step of the student."""
+        """Updates the teacher after a step of the student."""
         pairs = list(self.teacher.parameters()), list(self.student.parameters())
         torch._foreach_lerp_(*pairs, 1 - self.settings.momentum)
 
     @torch.no_grad()
-    def targets(self, views: Tensor) -> Tensor:
-        """What the teacher makes of views: (B, prototypes), sharpened and centred."""
+    def make_targets(self, views: Tensor) -> Tensor:
+        """The teacher's distributions (B, prototypes), sharpened and centred."""
         y = self.teacher(views)
         p = ((y - self.center) / self.settings.teacher_temperature).softmax(dim=-1)
         mean = y.mean(dim=0)
         if dist.is_initialized():
-            dist.all_reduce(mean.div_(world()))
+            dist.all_reduce(mean.div_(launch.world()))
         self.center.lerp_(mean.to(self.center.dtype), 1 - self.settings.center_momentum)
         return p
 
@@ -111,49 +110,43 @@ class Dino(nn.Module):
 def loss(net: Dino, images: Tensor, labels, batch: int):
     """Each view's distribution is pulled to the teacher's of the other view (equation 3)."""
     if len(images) != batch:
-        raise Failed("DINO's norms and centre are over the batch, which must fit in memory at once")
+        raise launch.Failed("DINO's norms are over the batch, which must fit in memory at once")
     net.follow()
     views = torch.cat(images.chunk(2, dim=1))
-    p = net.targets(views).roll(len(images), dims=0)  # of the other view
+    p = net.make_targets(views).roll(len(images), dims=0)  # of the other view
     log_p = (net.student(views) / net.settings.student_temperature).log_softmax(dim=-1)
     entropy = torch.special.entr(p).sum(dim=-1).mean()
-    return {"views": -(p * log_p).sum(dim=-1).mean()}, {"teacher_entropy": entropy}
+    total = -(p * log_p).sum(dim=-1).mean()
+    return total, {"views": total, "teacher_entropy": entropy}
 
 
-def two_views(dataset: data.Data) -> data.Data:
-    """The same data set; a training image is two views of it, one behind the other in channels."""
+def show_two_views(dataset: data.Data) -> data.Data:
+    """The same data set. A training image becomes two views of it, one behind the other."""
     view = copy.copy(dataset.train)
     once = view.augment
     view.augment = lambda x, draws: torch.cat([once(x, draws), once(x, draws)], dim=1)
-    return replace(dataset, train=view, channels=2 * dataset.channels)
+    return dataset._replace(train=view, channels=2 * dataset.channels)
 
 
-def task(settings: Settings, dataset: data.Data | None = None) -> train.Task:
-    """Everything that train.fit needs. `dataset`: used instead of what the settings name."""
-    device = launch.device(settings.device)
-    dataset = dataset or data.load(settings, device)
-    if isinstance(dataset.train.source, image_files.Files):
-        raise ValueError(
-            f"--data {settings.data}: files are cropped once, and this needs two views"
-        )
+def task(settings: Settings, dataset: data.Data) -> train.Task:
+    if not isinstance(dataset.train.source, data.Tensors):
+        raise ValueError("DINO needs two views, but images that are streamed are cropped once")
     torch.manual_seed(settings.seed)
-    net = Dino(encoder(settings, dataset), settings).to(device)
+    net = Dino(build_encoder(settings, dataset), settings)
     return train.Task(
-        "dino",
-        net,
-        two_views(dataset),
-        loss=partial(loss, batch=dataset.train.batch // world()),
-        test=partial(tested, dataset=dataset),
+        net.to(dataset.train.device),
+        show_two_views(dataset),
+        loss=partial(loss, batch=dataset.train.batch // launch.world()),
         export=export,
     )
 
 
-def encoder(settings: Settings, dataset: data.Data, **changes) -> ViT:
-    """A random ViT without a head; ValueError if it has no class token."""
-    config = replace(families.sizes(settings, dataset), classes=0, **changes)
-    if not config.class_token:
-        raise ValueError("--components class_token=0: it is the class token that learns here")
-    return ViT(config)
+def build_encoder(settings, dataset: data.Data, **changes) -> ViT:
+    """A random ViT without a head. ValueError if it has no class token."""
+    vit = new_vit(settings, dataset, classes=0, **changes)
+    if vit.cls_token is None:
+        raise ValueError(f"--model {settings.model}: here a class token is what learns")
+    return vit
 
 
 def export(net: Dino) -> dict:
@@ -161,22 +154,22 @@ def export(net: Dino) -> dict:
     return checkpoints.export(net.teacher.vit)
 
 
-def tested(net: Dino, dataset: data.Data) -> dict[str, Tensor]:
-    return nearest(net.teacher.vit, dataset)
+def test(net: Dino, dataset: data.Data) -> dict[str, Tensor]:
+    return classify_by_neighbours(net.teacher.vit, dataset)
 
 
-def nearest(vit: ViT, dataset: data.Data) -> dict[str, Tensor]:
+def classify_by_neighbours(vit: ViT, dataset: data.Data) -> dict[str, Tensor]:
     """Classes of the test images by the 20 nearest neighbours of class tokens, and the true ones.
 
-    The neighbours are 4,000 training images as the first epochs show them; each votes with
+    The neighbours are 4,000 training images as the first epochs show them. Each votes with
     exp(cosine similarity / 0.07), as in DINO's evaluation.
     """
     bank, labels = dataset.train.first(4000)
-    known = torch.cat([F.normalize(class_token(vit, some)) for some in bank.split(256)])
-    found, test = [], copy.copy(dataset.test)
-    test.rank, test.world = 0, 1  # all of them, also as one of many processes
-    for x, truth in test.in_order(256):
-        near, which = (F.normalize(class_token(vit, x)) @ known.T).topk(min(20, len(known)))
+    known = torch.cat([F.normalize(get_class_token(vit, some)) for some in bank.split(256)])
+    found, images = [], copy.copy(dataset.test)
+    images.rank, images.world = 0, 1  # all of them, also as one of many processes
+    for x, truth in images.in_order(256):
+        near, which = (F.normalize(get_class_token(vit, x)) @ known.T).topk(min(20, len(known)))
         votes = torch.zeros(len(x), len(dataset.classes), device=x.device)
         votes.scatter_add_(1, labels[which], (near / 0.07).exp())
         found.append(torch.stack([votes.argmax(dim=1), truth]))
@@ -184,8 +177,8 @@ def nearest(vit: ViT, dataset: data.Data) -> dict[str, Tensor]:
 
 
 def main(settings: Settings) -> dict:
-    runs.check(settings, "dino")
-    return train.fit(task(settings), settings)
+    dataset = data.load(settings)
+    return train.fit(task(settings, dataset), settings, test=partial(test, dataset=dataset))
 
 
 if __name__ == "__main__":

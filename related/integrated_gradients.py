@@ -1,75 +1,71 @@
-"""Integrated gradients as a hint: images with what a teacher saw in them laid over.
+"""Integrated gradients as a hint: images show what made a teacher choose the class.
 
-Hernandez, Chang and Nordling (arXiv 2506.14440). What a pixel x contributed to
-a net's F, on the way from a black image x0 (Sundararajan et al. 2017):
+Hernandez, Chang and Nordling (arXiv 2506.14440). A pixel x contributes to a
+net's output F on the way from a black image x0 (Sundararajan et al. 2017):
 
     IG = (x - x0) * mean over a in 0..1 of  d F(x0 + a (x - x0)) / d x
 
 These maps of a teacher are computed once. While a small student learns, some
-images (--overlay) are half image, half map; beside it the teacher's softened
-classes, and attention transfer at one middle layer (related/activations.py),
-both of the image itself.
+images (--overlay) are half image, half map. The teacher's softened classes and
+attention transfer at one middle layer (related/activations.py) may be added.
+Both are of the image itself.
 
     python -m related.integrated_gradients               trains a teacher first
     python -m related.integrated_gradients --kd-weight 0.3 --at-weight 1000 \\
         --out runs/all
     python -m related.integrated_gradients --overlay 0 --out runs/no   control
 
-The maps belong to images as they are: so the images are those of the first
-epochs (--bank), cropped and placed once, instead of new ones at each step. Here
-F is the logit of the true class and x0 black; the authors' code takes gradients
-of all classes' probabilities at the mean colour, leaves out (x - x0), and
-raises the map to a random power between 1 and 2.
+A map belongs to one fixed image. So the images of the first epochs (--bank) are
+cropped and placed once, and then used in all epochs. Here F is the logit of the
+true class, and x0 is black. The authors' code differs: it takes gradients of
+all classes' probabilities at the mean colour, leaves out (x - x0), and raises
+the map to a random power between 1 and 2.
 """
 
-import launch
-from launch import Failed, counted, print0
-
-import os
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-import checkpoints
 import data
-import finetune
-import runs
-import storage
 import train
-from augment import Draws, Normalise
+from common import checkpoints, launch
+from common.augment import BatchRandom, Normalise
+from common.settings import merge_recipes, parse_settings, setting
 from related import activations
 from related.wide_resnet import WideResNet
-from settings import Setting, Settings, change, parse_settings
-
-SETTINGS = change(  # a bank holds each digit in five places
-    activations.SETTINGS,
-    #             digits cifar
-    epochs=       (12,   100),
-    warmup=       (1,    5),
-    eval_every=   (4,    5),
-    mixup=        0.0,
-    cutmix=       0.0,
-    at_weight=    0.0,
-    temperature=  2.5,
-) | {
-    "overlay": Setting(0.1, "probability that a map is laid over an image", high=1),
-    "bank": Setting((5, 1), "epochs whose images, as they show them, are learned from", low=1),
-    "path": Setting(16, "points on the way from black at which gradients are taken", low=2),
-}  # fmt: skip
-parse = partial(parse_settings, __doc__, SETTINGS)
 
 
-def integrated_gradients(
+@dataclass(frozen=True)
+class Settings(activations.Settings):
+    method = "integrated_gradients"
+    has_teacher = True
+    overlay: float = setting(0.1, "probability that a map is laid over an image", high=1)
+    bank: int = setting(1, "epochs whose images, as shown there, are learned from", low=1)
+    path: int = setting(16, "points between black and the image for gradients", low=2)
+
+
+SHARED = dict(at_weight=0.0, temperature=2.5, mixup=0.0, cutmix=0.0)
+RECIPES = merge_recipes(
+    activations.RECIPES,
+    digits=SHARED | dict(epochs=12, warmup=1 / 12, eval_every=4, bank=5),  # five places of a digit
+    cifar=SHARED,
+    imagenet=SHARED,
+    folder=SHARED,
+)
+parse = partial(parse_settings, __doc__, Settings, RECIPES)
+
+
+def integrate_gradients(
     net: Callable, images: Tensor, labels: Tensor, black: Tensor, points: int
 ) -> Tensor:
     """What each pixel contributed to the logit of `labels`: (B, C, H, W), by the trapezoidal rule.
 
-    `black`: what broadcasts to an image without anything. The sum over an image is
-    F(image) - F(black), but for the rule's error.
+    `black` broadcasts to an empty image. The sum over an image is F(image) - F(black), but for the
+    rule's error.
     """
     total, step = torch.zeros_like(images), 1 / (points - 1)
     for i in range(points):
@@ -80,16 +76,16 @@ def integrated_gradients(
     return (images - black) * total
 
 
-def hint(gradients: Tensor) -> Tensor:
-    """As a picture: (B, 1, H, W) from 0 to 1, the strongest place of each image 1."""
+def make_hint(gradients: Tensor) -> Tensor:
+    """As a picture: (B, 1, H, W) from 0 to 1. The strongest place of each image is 1."""
     strength = gradients.abs().sum(dim=1, keepdim=True)
     return strength / strength.amax(dim=(1, 2, 3), keepdim=True).clamp_min(1e-12)
 
 
-def lay_over(images: Tensor, draws: Draws, overlay: float, normalise: Normalise) -> Tensor:
-    """Of images with their map as a last channel some, half image and half map; the rest as is.
+def lay_over(images: Tensor, draws: BatchRandom, overlay: float, normalise: Normalise) -> Tensor:
+    """Turns some images into half image, half map. Their map comes in as the last channel.
 
-    In the channels behind them: the images themselves.
+    The images themselves go out in the channels behind.
     """
     images, maps = images[:, :-1], images[:, -1:]
     drawn = draws.uniform(1)[:, :, None, None] < overlay
@@ -98,78 +94,66 @@ def lay_over(images: Tensor, draws: Draws, overlay: float, normalise: Normalise)
 
 
 def loss(student: WideResNet, images, labels, teacher: WideResNet, settings: Settings):
-    """As of activation transfer, of the middle group; the student sees the maps laid over."""
-    shown, images = images.chunk(2, dim=1)
-    return activations.loss(student, images, labels, teacher, settings, shown, groups=(1,))
+    """That of related/activations.py, at the middle group. The student sees the maps laid over."""
+    seen, images = images.chunk(2, dim=1)
+    return activations.loss(student, images, labels, teacher, settings, seen, groups=(1,))
 
 
-def task(settings: Settings, dataset: data.Data | None = None) -> train.Task:
-    """Everything that train.fit needs. `dataset`: used instead of what the settings name."""
-    device = launch.device(settings.device)
-    dataset = dataset or data.load(settings, device)
-    source = activations.find_teacher(settings, dataset)
-    build = partial(WideResNet, channels=dataset.channels, classes=len(dataset.classes))
-    teacher = activations.frozen(source, build("teacher")).to(device)
+def task(settings: Settings, dataset: data.Data, checkpoint) -> train.Task:
+    teacher = activations.build_teacher(checkpoint, dataset)
     torch.manual_seed(settings.seed)
-    student = build(settings.model).to(device)
-    dataset = with_maps(dataset, teacher, source, settings)
+    student = WideResNet(settings.model, dataset.channels, len(dataset.classes))
     return train.Task(
-        "integrated_gradients",
-        student,
-        dataset,
+        student.to(dataset.train.device),
+        add_maps(dataset, teacher, checkpoint, settings),
         loss=partial(loss, teacher=teacher, settings=settings),
-        predict=finetune.predict,
+        predict=WideResNet.forward,
         export=activations.export,
-        teacher=source,
+        teacher=checkpoint,
     )
 
 
-def with_maps(
-    dataset: data.Data, teacher: WideResNet, source: checkpoints.Checkpoint, settings: Settings
+def add_maps(
+    dataset: data.Data, teacher: WideResNet, checkpoint: checkpoints.Checkpoint, settings: Settings
 ) -> data.Data:
-    """The same data set, its training images those of the bank, each with its map."""
-    kept, device = Path(source.source).with_name("integrated-gradients.pt"), dataset.train.device
+    """The same data set. Its training images are those of the bank, each with its map."""
+    device, kept = dataset.train.device, Path(checkpoint.source).with_name("maps.pt")
     bank, labels = dataset.train.first(settings.bank * len(dataset.train))
-    which = checkpoints.fingerprint({"images": bank.cpu(), "labels": labels.cpu()})
-    which = {"of": which, "points": settings.path, "teacher": source.fingerprint}
-    maps = remembered(kept, which)
+    images = checkpoints.fingerprint({"images": bank.cpu(), "labels": labels.cpu()})
+    about = {"images": images, "points": settings.path, "teacher": checkpoint.fingerprint}
+    maps = read_maps(kept, about)
     if maps is None:
         black = dataset.normalise(torch.zeros(1, dataset.channels, 1, 1, device=device))
         pieces = list(zip(bank.split(100), labels.split(100), strict=True))
         made = [
-            hint(integrated_gradients(teacher, *piece, black, settings.path))
-            for piece in counted(pieces, len(pieces), "batches of maps")
+            make_hint(integrate_gradients(teacher, *piece, black, settings.path))
+            for piece in launch.count(pieces, len(pieces), "batches of maps")
         ]
         maps = torch.cat(made).cpu()
-        remember(kept, {"which": which, "maps": maps})
-    both = torch.cat([bank, maps.to(device)], dim=1)
+        save_maps(kept, {"about": about, "maps": maps})
+    both = data.Tensors(torch.cat([bank, maps.to(device)], dim=1), labels)
     augment = partial(lay_over, overlay=settings.overlay, normalise=dataset.normalise)
-    source = data.Tensors(both, labels)
-    view = data.Train(source, augment, settings, len(dataset.classes), device)
-    return replace(dataset, train=view, channels=2 * dataset.channels)
+    view = data.Train(both, augment, settings, len(dataset.classes), device)
+    return dataset._replace(train=view, channels=2 * dataset.channels)
 
 
-def remembered(path: Path, which: dict) -> Tensor | None:
-    """The maps of a run before, if they are of these images."""
+def read_maps(path: Path, about: dict) -> Tensor | None:
+    """The maps of an earlier run, if they are of these images and this teacher."""
+    found = checkpoints.read_file(path) if path.is_file() else {}
+    return found["maps"] if found.get("about") == about else None
+
+
+def save_maps(path: Path, contents: dict) -> None:
     try:
-        found = storage.read(path)
-        return found["maps"] if found["which"] == which else None
-    except (OSError, ValueError, LookupError, TypeError):  # none, damaged, or something else
-        return None
-
-
-def remember(path: Path, maps: dict) -> None:
-    own = path.with_name(f"{path.stem}-{os.getpid()}.pt")  # others may do the same at this time
-    try:
-        storage.save(maps, own)
-        os.replace(own, path)
-    except (Failed, OSError) as error:
-        print0(f"note: the maps cannot be kept for other runs ({error})")
+        checkpoints.save(contents, path)
+    except launch.Failed as error:
+        launch.print0(f"note: the maps are not kept for other runs ({error})")
 
 
 def main(settings: Settings) -> dict:
-    runs.check(settings, "integrated_gradients")
-    return train.fit(task(settings), settings)
+    dataset = data.load(settings)
+    teacher = activations.find_teacher(settings, dataset)
+    return train.fit(task(settings, dataset, teacher), settings)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A wide ResNet whose groups say what they made; and cheap ones of the same shape (Moonshine)."""
+"""A wide ResNet that shows its groups' outputs, and cheap ones of the same shape (Moonshine)."""
 
 from collections.abc import Iterator
 
@@ -13,21 +13,21 @@ MODELS = {  # depth, width and convolutions
 }
 
 
-def convolution(kind: str, dim_in: int, dim_out: int, stride: int) -> nn.Module:
+def make_convolution(kind: str, dim_in: int, dim_out: int, stride: int) -> nn.Module:
     """A 3x3 convolution, or a cheap one of the same shape, as Moonshine's authors make them."""
     how = dict(kernel_size=3, stride=stride, padding=1, bias=False)
     if kind == "plain":
         return nn.Conv2d(dim_in, dim_out, **how)
     if kind == "grouped":  # in groups of 8 channels, and mixed point by point
         apart = nn.Conv2d(dim_in, dim_in, groups=max(1, dim_in // 8), **how)
-        return nn.Sequential(apart, *norm(dim_in), nn.Conv2d(dim_in, dim_out, 1, bias=False))
+        return nn.Sequential(apart, *make_norm(dim_in), nn.Conv2d(dim_in, dim_out, 1, bias=False))
     narrow = dim_out // 2
     down, up = nn.Conv2d(dim_in, narrow, 1, bias=False), nn.Conv2d(narrow, dim_out, 1, bias=False)
     middle = nn.Conv2d(narrow, narrow, **how)
-    return nn.Sequential(down, *norm(narrow), middle, *norm(narrow), up)
+    return nn.Sequential(down, *make_norm(narrow), middle, *make_norm(narrow), up)
 
 
-def norm(dim: int) -> tuple[nn.Module, nn.Module]:
+def make_norm(dim: int) -> tuple[nn.Module, nn.Module]:
     return nn.BatchNorm2d(dim), nn.ReLU()
 
 
@@ -37,8 +37,8 @@ class Block(nn.Module):
     def __init__(self, kind: str, dim_in: int, dim_out: int, stride: int):
         super().__init__()
         self.norms = nn.ModuleList(nn.BatchNorm2d(dim) for dim in (dim_in, dim_out))
-        self.first = convolution(kind, dim_in, dim_out, stride)
-        self.second = convolution(kind, dim_out, dim_out, 1)
+        self.first = make_convolution(kind, dim_in, dim_out, stride)
+        self.second = make_convolution(kind, dim_out, dim_out, 1)
         self.shortcut = nn.Identity()
         if dim_in != dim_out:
             self.shortcut = nn.Conv2d(dim_in, dim_out, 1, stride, bias=False)
@@ -68,8 +68,8 @@ class WideResNet(nn.Module):
         self.norm = nn.BatchNorm2d(dims[-1])
         self.head = nn.Linear(dims[-1], classes)
 
-    def run(self, images: Tensor) -> Iterator[Tensor]:
-        """Group by group: its output (B, C, H, W)."""
+    def groupwise(self, images: Tensor) -> Iterator[Tensor]:
+        """Yields each group's output (B, C, H, W)."""
         x = self.stem(images)
         for group in self.groups:
             x = group(x)
@@ -79,5 +79,5 @@ class WideResNet(nn.Module):
         return self.head(F.relu(self.norm(x)).mean(dim=(2, 3)))
 
     def forward(self, images: Tensor) -> Tensor:
-        *_, x = self.run(images)
+        *_, x = self.groupwise(images)
         return self.classify(x)

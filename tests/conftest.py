@@ -1,5 +1,7 @@
 import os
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 # The nets of the tests are tiny: more threads would only wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -18,10 +20,14 @@ LONGEST = (
 )
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: more than about 2 s (leave out: -m 'not slow')")
+
+
 def pytest_collection_modifyitems(items):
     """The longest files first: each goes to one process, and both shall end together.
 
-    That for a GPU before all: a process to which it was hidden does not see it again.
+    test_gpu is first: a process that has hidden the GPU cannot see it again.
     """
     items.sort(key=lambda item: [item.path.stem != name for name in LONGEST])
 
@@ -60,18 +66,8 @@ def photos(tmp_path_factory):
 @pytest.fixture(scope="session")
 def small(photos):
     """Arguments that make any script finish at once on those photos."""
-    images = [
-        "--data",
-        "folder",
-        "--data-dir",
-        str(photos),
-        "--image-size",
-        "16",
-        "--num-labels",
-        "24",
-    ]
-    model = ["--patch", "4", "--model", "micro"]
-    return [*images, *model, "--epochs", "2", "--warmup", "1", "--batch", "8", "--workers", "0"]
+    images = f"--data folder --data-dir {photos} --image-size 16 --num-labels 24 --workers 0"
+    return f"{images} --patch 4 --model micro --epochs 2 --warmup 0.5 --batch 8".split()
 
 
 @pytest.fixture(scope="session")
@@ -80,16 +76,15 @@ def teacher(small, tmp_path_factory):
     import pretrain
 
     out = tmp_path_factory.mktemp("teacher")
-    pretrain.main(
-        pretrain.parse([*small, "--decoder-dim", "16", "--decoder-depth", "1", "--out", str(out)])
-    )
+    more = f"--decoder-dim 16 --decoder-depth 1 --out {out}".split()
+    pretrain.main(pretrain.parse([*small, *more]))
     return str(out / "model.pt")
 
 
 @pytest.fixture
 def failing(capsys, monkeypatch):
     """Runs a script with arguments that must fail: the exit code, and the one line on stderr."""
-    import launch
+    from common import launch
 
     def run(script, argv):
         monkeypatch.setattr(sys, "argv", ["script", *map(str, argv)])
@@ -107,8 +102,8 @@ def stopped(monkeypatch):
     """Runs a script whole, and stopped after its first epoch and resumed: to the same bits."""
 
     def run(script, settings) -> dict:
-        whole = script.main(settings.but(out="whole"))
-        save, cut = train.save_state, settings.but(out="cut")
+        whole = script.main(replace(settings, out="whole"))
+        save, cut = train.save_state, replace(settings, out="cut")
 
         def stop(*state):
             save(*state)
@@ -117,8 +112,8 @@ def stopped(monkeypatch):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(train, "save_state", stop)
             script.main(cut)
-        assert script.main(cut.but(resume=True))["test_top1"] == whole["test_top1"]
-        nets = [torch.load(f"{out}/last.pt")["net"] for out in ("whole", "cut")]
+        assert script.main(replace(cut, resume=True))["test_top1"] == whole["test_top1"]
+        nets = [torch.load(Path(out) / "last.pt")["net"] for out in ("whole", "cut")]
         assert nets[0].keys() == nets[1].keys()
         for name, value in nets[0].items():
             assert torch.equal(value, nets[1][name]), name

@@ -9,7 +9,7 @@ import torch
 from einops import rearrange
 
 import vit
-from attention import Attended, Attention, attend, attention_map, lend_map
+from vit import QK, Attention, attend
 
 SHAPE = dict(image_size=32, patch=8, channels=3, classes=7)
 
@@ -19,19 +19,16 @@ def make(seed=0, drop_path=0.0, **changes):
     return vit.ViT(vit.Config(**SHAPE | dict(dim=48, depth=3, heads=4) | changes), drop_path)
 
 
-def traces(net, images):
+def list_qk(net, images):
     """What each block attended with."""
-    return [attended for _, attended in net.run(images)]
-
-
-def of_timm():
-    shape = dict(img_size=32, patch_size=8, num_classes=7, embed_dim=48, depth=3, num_heads=4)
-    return timm.models.VisionTransformer(**shape, global_pool="avg", fc_norm=True)
+    return [qk for _, qk in net.blockwise(images)]
 
 
 def test_timm_gives_the_same_logits_and_gradients_both_ways():
+    shape = dict(img_size=32, patch_size=8, num_classes=7, embed_dim=48, depth=3, num_heads=4)
+    theirs = timm.models.VisionTransformer(**shape, global_pool="avg", fc_norm=True)
     images, labels = torch.randn(5, 3, 32, 32), torch.randint(7, (5,))
-    ours, theirs, again = make(), of_timm(), make(seed=1)
+    ours, again = make(), make(seed=1)
     theirs.load_state_dict(ours.state_dict())  # ours to timm, strict
     again.load_state_dict(theirs.state_dict())  # timm to ours, strict
     found = []
@@ -74,14 +71,12 @@ def test_copy_is_the_teachers_softmax_map_on_the_students_values(width, layers):
     images = torch.randn(4, 3, 32, 32).double()
     teacher, student = make(1, dim=width).double(), make(2).double()
     with torch.no_grad():
-        theirs = traces(teacher, images)
+        theirs = list_qk(teacher.requires_grad_(False), images)
     scale = 1 / math.sqrt(width / 4)
     maps = {i: torch.softmax(theirs[i].q @ theirs[i].k.mT * scale, dim=-1) for i in layers}
-    logits = student(images, teacher.queries_keys(images, layers))
+    logits = student(images, teacher.lend(images, layers))
     assert_same_gradients(student, logits, explicit(student, images, maps))
-    for i in range(
-        3
-    ):  # queries and keys of a copied layer learn nothing, of another layer something
+    for i in range(3):  # queries and keys of a copied layer learn nothing, of another something
         learns = student.blocks[i].attn.qkv.weight.grad[: 2 * 48].any()
         assert bool(learns) == (i not in layers)
 
@@ -89,28 +84,11 @@ def test_copy_is_the_teachers_softmax_map_on_the_students_values(width, layers):
 def test_any_map_can_be_lent():
     """A map, uniform or another image's, lent as a bias, is that map on the student's values."""
     student, images = make(2).double(), torch.randn(4, 3, 32, 32).double()
-    own = [attention_map(attended).detach() for attended in traces(student, images)]
+    own = [qk.map().detach() for qk in list_qk(student, images)]
     maps = {0: torch.full_like(own[0], 1 / own[0].shape[-1]), 2: own[2].roll(1, 0)}
-    given = [lend_map(maps[i]) if i in maps else None for i in range(3)]
+    given = [QK.from_map(maps[i]) if i in maps else None for i in range(3)]
+    torch.testing.assert_close(given[2].map(), maps[2])
     assert_same_gradients(student, student(images, given), explicit(student, images, maps))
-
-
-@pytest.mark.parametrize("parts", ["q", "k", "v", "qk", "qv", "kv", "qkv"])
-def test_each_of_queries_keys_and_values_can_be_lent_alone(parts):
-    net, images = make(2).double(), torch.randn(4, 3, 32, 32).double()
-    theirs = traces(make(1).double(), images)
-    lent = Attended(**{part: getattr(theirs[1], part).detach() for part in parts})
-    first, second, _ = net.blocks
-    x, _ = first(net.embed(images))
-    qkv = second.attn.qkv(second.norm1(x))
-    own = dict(zip("qkv", rearrange(qkv, "b n (p h d) -> p b h n d", p=3, h=4), strict=True))
-    used = own | {part: getattr(lent, part) for part in parts}
-    y = attention_map(Attended(used["q"], used["k"])) @ used["v"]
-    expected = second.attn.proj(rearrange(y, "b h n d -> b n (h d)"))
-    found, attended = second.attn(second.norm1(x), lent)
-    torch.testing.assert_close(found, expected)
-    for part in "qkv":
-        torch.testing.assert_close(getattr(attended, part), used[part])
 
 
 @pytest.mark.parametrize("lent", [False, True])
@@ -121,69 +99,76 @@ def test_both_ways_to_attend_agree(lent, biased, dtype, close):
     bias = torch.randn(3, 50, 50).to(dtype) if biased else None
     learns = [x.requires_grad_() for x in ((v,) if lent else (q, k, v))]
     scores = q.float() @ k.float().mT / 4 + (bias.float() if biased else 0)
-    ours, theirs = attend(Attended(q, k, v, bias)), torch.softmax(scores, dim=-1) @ v.float()
+    ours, theirs = attend(QK(q, k, bias), v), torch.softmax(scores, dim=-1) @ v.float()
     grads = [torch.autograd.grad(y, learns, upstream.to(y.dtype)) for y in (ours, theirs)]
     for a, b in ((ours, theirs), *zip(*grads, strict=True)):
         assert (a - b).norm() < close * b.norm()
 
 
-def test_queries_and_keys_are_what_the_blocks_attended_with():
-    net, images = make(), torch.randn(2, 3, 32, 32)
-    used = traces(net, images)
-    for layers in ([0], [0, 1, 2], [1, 2], [0, 2]):
-        lent = list(net.queries_keys(images, layers))
-        assert len(lent) == layers[-1] + 1
-        for i, attended in enumerate(lent):
-            assert (attended is None) == (i not in layers)
-            if attended:
-                torch.testing.assert_close(attended[:2], used[i][:2])
-                assert attended.v is None and not attended.q.requires_grad
+@pytest.mark.parametrize("layers", [[0], [0, 1, 2], [1, 2], [0, 2], [1]])
+def test_what_is_lent_is_what_the_blocks_attend_with_and_no_more_is_computed(layers):
+    net, images, ran = make().requires_grad_(False), torch.randn(2, 3, 32, 32), []
+    used = list_qk(net, images)
+    for i, block in enumerate(net.blocks):
+        block.mlp.register_forward_hook(lambda *_, i=i: ran.append(i))
+    lent = list(net.lend(images, layers))
+    assert len(lent) == 3 and [i for i, qk in enumerate(lent) if qk is not None] == layers
+    for i in layers:
+        torch.testing.assert_close(lent[i][:2], used[i][:2])
+    assert ran == list(range(layers[-1]))  # of the last layer queries and keys alone
 
 
 def test_copying_from_a_twin_changes_nothing():
     student, teacher, images = make(3), make(3), torch.randn(2, 3, 32, 32)
-    lent = teacher.queries_keys(images, [0, 1, 2])
+    lent = teacher.lend(images, [0, 1, 2])
     torch.testing.assert_close(student(images, lent), student(images))
 
 
-def test_more_loans_than_blocks_are_refused():
+def test_loans_for_fewer_or_more_blocks_and_spent_ones_are_refused():
     net, images = make(), torch.randn(2, 3, 32, 32)
-    with pytest.raises(ValueError, match="more is given than the 3 blocks"):
-        net(images, given=[None] * 4)
+    spent = net.lend(images, [0, 1, 2])
+    net(images, given=spent)
+    for wrong in (spent, [None] * 2, [None] * 4, []):
+        with pytest.raises(ValueError, match="zip"):
+            net(images, given=wrong)
+
+
+@pytest.mark.parametrize("size", [(24, 24), (40, 40), (32, 40), (16, 64)])  # 16 x 64: 16 patches
+def test_images_of_another_size_are_refused(size):
+    for call in (make().forward, make().forward_features, lambda x: next(make().lend(x, [0]))):
+        with pytest.raises(ValueError, match="images of 32 pixels a side"):
+            call(torch.randn(2, 3, *size))
 
 
 @torch.no_grad()
-def test_a_forward_pass_holds_the_queries_of_one_block_at_a_time():
+def test_a_forward_pass_holds_the_queries_of_one_block_at_a_time(monkeypatch):
     net, images = make(depth=12), torch.randn(2, 3, 32, 32)
-    made, most = [], 0
-    complete = Attention.complete
+    made, held = [], []
+    queries_keys = Attention.queries_keys
 
-    def watched(attention, x, given, places):
-        nonlocal most
-        attended = complete(attention, x, given, places)
-        made.append(weakref.ref(attended.q))
-        most = max(most, len({q().data_ptr() for q in made if q() is not None}))
-        return attended
+    def watch(*args):
+        qk = queries_keys(*args)
+        made.append(weakref.ref(qk.q))
+        held.append(sum(q() is not None for q in made))
+        return qk
 
-    Attention.complete = watched
-    try:
-        net(images, make(depth=12).queries_keys(images, range(12)))
-    finally:
-        Attention.complete = complete
-    assert most <= 3  # of teacher and student, and the one that is being replaced
+    monkeypatch.setattr(Attention, "queries_keys", watch)
+    net(images, make(depth=12).lend(images, range(12)))
+    net(images)
+    assert len(made) == 24 and max(held) <= 3
 
 
 def test_drop_path_drops_whole_branches_of_single_images_and_is_unbiased():
     net = make(drop_path=0.5)
-    assert net.eval().draw_drop_path_mask(4, "cpu") is None
+    assert net.eval().draw_drop_path(4) == [(1, 1)] * 3
     torch.manual_seed(0)
-    mask = net.train().draw_drop_path_mask(20000, "cpu")
-    assert mask.shape == (3, 2, 20000) and mask[0].eq(1).all()
+    keep = net.train().draw_drop_path(20000)
+    assert keep.shape == (3, 2, 20000, 1, 1) and keep[0].eq(1).all()
     for i, p in enumerate((0, 0.25, 0.5)):
-        assert set(mask[i].unique().tolist()) <= {0.0, torch.tensor(1 / (1 - p)).item()}
-        assert mask[i].mean().item() == pytest.approx(1, abs=0.03)
-    images, one = torch.randn(2, 3, 32, 32), torch.zeros(3, 2, 2)
+        assert set(keep[i].unique().tolist()) <= {0.0, torch.tensor(1 / (1 - p)).item()}
+        assert keep[i].mean().item() == pytest.approx(1, abs=0.03)
+    images, one = torch.randn(2, 3, 32, 32), torch.zeros(3, 2, 2, 1, 1)
     one[:, :, 1] = 1  # drop every branch of image 0, none of image 1
-    logits = net(images, drop_path_mask=one)
+    logits = net(images, keep=one)
     torch.testing.assert_close(logits[0], net.classify(net.embed(images))[0])
     torch.testing.assert_close(logits[1], net.eval()(images)[1])

@@ -7,13 +7,9 @@ from pathlib import Path
 from einops import rearrange
 from torch import Tensor
 
-import storage
-from augment import Normalization, to_pixels
-
-NO_TERMS = {  # what stands in a log beside the terms of the loss
-    "epoch", "gradient_norm", "lr", "images_per_s", "seconds", "val_top1", "val_top1_ema",
-    "test_top1",
-}  # fmt: skip
+from common import checkpoints
+from common.augment import Normalization, to_pixels
+from common.progress import NOT_SHOWN
 
 
 def figure(rows: int = 1, columns: int = 1, width: float = 5.0, height: float = 3.2, **how):
@@ -28,13 +24,13 @@ def save(fig, path: Path, dpi: int = 160) -> None:
     import matplotlib.pyplot as plt
 
     kind = path.suffix.removeprefix(".") or "png"
-    storage.write(path, lambda file: fig.savefig(file, dpi=dpi, format=kind))
+    checkpoints.write(path, lambda file: fig.savefig(file, dpi=dpi, format=kind))
     plt.close(fig)
 
 
 def curves(rows: list[dict]):
     """The log of a run: the terms of its loss, what else is watched, and validation accuracy."""
-    losses = [name for name in rows[0] if name not in NO_TERMS]
+    losses = [name for name in rows[0] if name not in NOT_SHOWN]
     scores = [name for name in rows[-1] if name.startswith("val_")]
     panels = {"loss": losses} | ({"validation top-1 (%)": scores} if scores else {})
     fig, axes = figure(1, len(panels), width=4.5 * len(panels), squeeze=False)
@@ -53,12 +49,12 @@ def curves(rows: list[dict]):
     return fig
 
 
-def mean_look(p: Tensor, prefix: int, head: int = 0) -> Tensor:
-    """Where the patches of an image look, on average: (B, N), of one head (1 the first) or all.
+def mean_look(p: Tensor, prefix: int, head: int | None = None) -> Tensor:
+    """Where the patches look on average: maps (B, H, N, N) to (B, N), of one head or of all.
 
     `prefix`: tokens before the patches.
     """
-    p = p[:, head - 1 : head] if head else p
+    p = p if head is None else p[:, head : head + 1]
     return p[:, :, prefix:].mean(dim=(1, 2))
 
 
@@ -73,12 +69,13 @@ def overlay(axis, pixels: Tensor, weights: Tensor, most: float):
 
 
 def overlays(
-    images: Tensor, looks: dict[str, Tensor], normalization: Normalization, prefix: int = 1
+    images: Tensor, looks: dict[str, Tensor], normalization: Normalization, prefix: int = 1, rows=()
 ):
     """A row for each image, a column for each of `looks`: weights (B, N) drawn over it.
 
-    The more orange, the more a ViT looks there: on one scale for all, in multiples of what all
-    tokens would get if it looked at all alike. The `prefix` tokens before the patches are left out.
+    The more orange, the more a ViT looks there. All share one scale: multiples of the share that
+    each token would get of uniform attention. The `prefix` tokens before the patches are left out.
+    `rows`: their names.
     """
     pixels = rearrange(to_pixels(images, normalization), "b c h w -> b h w c").cpu()
     whole = (0, pixels.shape[2], pixels.shape[1], 0)
@@ -97,6 +94,8 @@ def overlays(
     for axis, name in zip(axes[0], ("image", *looks), strict=True):
         how = dict(break_long_words=False, break_on_hyphens=False)
         axis.set_title(textwrap.fill(name, 9, **how), fontsize=8)
+    for axis, name in zip(axes[:, 0], rows, strict=False):
+        axis.set_ylabel(name, fontsize=8)
     bar = fig.colorbar(drawn, ax=axes, shrink=0.8, aspect=30)
-    bar.set_label("attention\n(1: all alike)", fontsize=8)
+    bar.set_label("attention (1: uniform)", fontsize=8)
     return fig

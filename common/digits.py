@@ -1,9 +1,8 @@
-"""The built-in task: translated cluttered digits, meant to test *where* a net looks.
+"""The bundled task: handwritten digits somewhere on a cluttered canvas.
 
-On an empty canvas of 12x12 pixels lie scraps of other digits (3x3 pixels, `--scraps` of them) and
-somewhere the digit itself. Training places all of them anew at every step; validation and test hold
-four fixed placements of each digit. 997 digits are for training, 300 for validation and 500 for
-test.
+On an empty canvas of 12x12 pixels lie a digit (8x8) and `--distractors` patches of other digits
+(3x3). Training places all of them anew at every step. Validation and test hold four fixed
+placements of each digit. 997 digits are for training, 300 for validation and 500 for test.
 
 The digits are the 1,797 8x8 images of E. Alpaydin and C. Kaynak, "Optical Recognition of
 Handwritten Digits" (test part), UCI Machine Learning Repository, 1998, CC BY 4.0,
@@ -16,14 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from augment import Draws, Normalise, seeded
+from common.augment import BatchRandom, Normalise, seeded
 
-CANVAS, DIGIT, SCRAP = 12, 8, 3  # pixels a side
+CANVAS, DIGIT, DISTRACTOR = 12, 8, 3  # pixels a side
 PLACES = 4  # of each digit of validation and test
 FILE = Path(__file__).parent / "digits.npz"
 
 
-def read(device) -> tuple[Tensor, Tensor]:
+def read_digits(device) -> tuple[Tensor, Tensor]:
     """All digits (1797, 8, 8) in 0..1, and their labels (1797,)."""
     file = np.load(FILE)
     images = torch.from_numpy(file["images"]).to(device) / 16
@@ -31,45 +30,45 @@ def read(device) -> tuple[Tensor, Tensor]:
 
 
 class Clutter:
-    """Places digits and scraps, then normalises: the augmentation of this task."""
+    """Places digits and distractors, then normalises: this task's augmentation."""
 
-    def __init__(self, pool: Tensor, scraps: int, normalise: Normalise):
-        self.pool, self.scraps, self.normalise = pool, scraps, normalise  # pool: digits to cut from
+    def __init__(self, pool: Tensor, distractors: int, normalise: Normalise):
+        self.pool, self.distractors, self.normalise = pool, distractors, normalise
 
-    def __call__(self, digits: Tensor, draws: Draws) -> Tensor:
+    def __call__(self, digits: Tensor, draws: BatchRandom) -> Tensor:
         return self.normalise(self.place(digits, draws))
 
-    def place(self, digits: Tensor, draws: Draws) -> Tensor:
+    def place(self, digits: Tensor, draws: BatchRandom) -> Tensor:
         """Digits (B, 8, 8) on their canvases (B, 1, 12, 12), not yet normalised."""
         return torch.maximum(*self.layers(digits, draws))
 
-    def layers(self, digits: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
-        """The digits alone, and the scraps alone, on their canvases: two of (B, 1, 12, 12)."""
-        digit, scraps = digits.new_zeros(2, len(digits), CANVAS, CANVAS)
-        numbers = draws.uniform(5 * self.scraps).unflatten(1, (self.scraps, 5))
-        for u in numbers.unbind(1):  # of each scrap: which digit, cut from where, put where
+    def layers(self, digits: Tensor, draws: BatchRandom) -> tuple[Tensor, Tensor]:
+        """The digits alone, and the distractors alone, on their canvases: two of (B, 1, 12, 12)."""
+        digit, distractors = digits.new_zeros(2, len(digits), CANVAS, CANVAS)
+        numbers = draws.uniform(5 * self.distractors).unflatten(1, (self.distractors, 5))
+        for u in numbers.unbind(1):  # of each distractor: which digit, cut from where, put where
             source = self.pool[(u[:, 0] * len(self.pool)).long()]
-            scrap = source[window(corner(u[:, 1:3], SCRAP, DIGIT), SCRAP)]
-            paste(scraps, corner(u[:, 3:5], SCRAP, CANVAS), scrap)
+            distractor = source[window(corner(u[:, 1:3], DISTRACTOR, DIGIT), DISTRACTOR)]
+            paste(distractors, corner(u[:, 3:5], DISTRACTOR, CANVAS), distractor)
         paste(digit, corner(draws.uniform(2), DIGIT, CANVAS), digits)
-        return digit[:, None], scraps[:, None]
+        return digit[:, None], distractors[:, None]
 
 
 class Split:
     """The digits in three parts; validation and test lie in four fixed places each."""
 
-    def __init__(self, scraps: int, normalise: Normalise, device):
-        self.images, self.labels = read(device)
+    def __init__(self, distractors: int, normalise: Normalise, device):
+        self.images, self.labels = read_digits(device)
         order = torch.randperm(len(self.images), generator=seeded("digits"))
         parts = (part.to(device) for part in order.split([500, 300, 997]))
         self.parts = dict(zip(("test", "val", "train"), parts, strict=True))
-        # The scraps, also of validation and test, are cut from training digits.
-        self.clutter = Clutter(self.images[self.parts["train"]], scraps, normalise)
+        # The distractors, also of validation and test, are cut from training digits.
+        self.clutter = Clutter(self.images[self.parts["train"]], distractors, normalise)
 
     def layers(self, name: str) -> tuple[Tensor, Tensor]:
         """As of Clutter, of validation or test."""
         part = self.parts[name].repeat(PLACES)
-        draws = Draws(seeded("digits", name), len(part), slice(None), self.images.device)
+        draws = BatchRandom(seeded("digits", name), len(part), slice(None), self.images.device)
         return self.clutter.layers(self.images[part], draws)
 
     def placed(self, name: str) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Augmentation of a whole batch at a time, on the device: crops, flips, erasing, normalisation."""
+"""Augmentation of a whole batch at a time, on the device."""
 
 import hashlib
 import math
@@ -11,30 +11,27 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
 
-def number(*parts) -> int:
-    """A seed that is a function of all of `parts`: nearby parts give unrelated seeds."""
+def hash_seed(*parts) -> int:
+    """A seed of 56 bits, a function of all of `parts`. Nearby parts give unrelated seeds."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=7).digest(), "big")
 
 
 def seeded(*parts) -> torch.Generator:
-    return torch.Generator().manual_seed(number(*parts))
+    return torch.Generator().manual_seed(hash_seed(*parts))
 
 
 def reseed(device: torch.device, *parts) -> None:
-    """Seeds what draws without a generator of its own, on the CPU and on a device.
-
-    As torch.manual_seed, which takes half a millisecond to tell other kinds of GPU as well.
-    """
-    torch.default_generator.manual_seed(number(*parts))
+    """Seeds the global generators of the CPU and a device. torch.manual_seed is slower."""
+    torch.default_generator.manual_seed(hash_seed(*parts))
     if device.type != "cpu":
-        torch.get_device_module(device).manual_seed(number(*parts))
+        torch.get_device_module(device).manual_seed(hash_seed(*parts))
 
 
 @dataclass
-class Draws:
-    """The random numbers of one batch, whatever the number of processes that share it.
+class BatchRandom:
+    """The random numbers of one batch, however many processes share it.
 
-    They are drawn for all of the batch; each process takes the rows of its own images.
+    Each draws those of the whole batch and takes the rows of its own images.
     """
 
     generator: torch.Generator
@@ -53,14 +50,14 @@ Normalization = tuple[list[float], list[float]]  # mean and deviation per channe
 
 
 class Normalise:
-    """Images as bytes, or as floats in 0..1, less the mean of a data set, over its deviation."""
+    """Bytes, or floats in 0..1, minus the mean of a data set, over its standard deviation."""
 
     def __init__(self, normalization: Normalization, device):
         self.device = device
-        self.adopt(normalization)
+        self.set(normalization)
 
-    def adopt(self, normalization: Normalization) -> None:
-        """Normalises as a teacher was used to, from now on."""
+    def set(self, normalization: Normalization) -> None:
+        """From now on another one, such as a teacher's."""
         self.normalization = normalization
         mean, std = (torch.tensor(x, device=self.device) for x in normalization)
         self.mean, self.std = mean[:, None, None], std[:, None, None]
@@ -71,40 +68,38 @@ class Normalise:
 
 
 def to_pixels(images: Tensor, normalization: Normalization) -> Tensor:
-    """What was normalised as pixels again: in 0..1."""
+    """Undoes the normalisation: pixels in 0..1."""
     mean, std = (torch.tensor(x, device=images.device)[:, None, None] for x in normalization)
     return (images * std + mean).clamp(0, 1)
 
 
 class Augment:
-    """Crop, flip, RandAugment, normalisation and erasing, as the settings of a recipe have them.
+    """Crop, flip, RandAugment, normalisation and random erasing, as a recipe has them.
 
-    `cropped`: the first three were done already, one image at a time (image_files.random_crop):
-    other random numbers, the same distribution.
+    `cropped`: the first three were done image by image (images.random_crop). The random numbers
+    differ, the distribution does not.
     """
 
     def __init__(self, settings, normalise: Normalise, cropped: bool = False):
         self.settings, self.normalise, self.cropped = settings, normalise, cropped
-        self.randaugment = None
-        if settings.randaugment and not cropped:
-            mean, _ = normalise.normalization
-            self.randaugment = rand_augment(settings.randaugment, mean, InterpolationMode.BILINEAR)
 
-    def __call__(self, images: Tensor, draws: Draws) -> Tensor:
+    def __call__(self, images: Tensor, draws: BatchRandom) -> Tensor:
         images = self.normalise(images)
         if not self.cropped:
             images = crop_and_flip(images, draws, self.settings.crop_area)
-        if self.randaugment:  # one operation for 1/16 of the batch: a few kernels, not thousands
+        if self.settings.randaugment and not self.cropped:
+            mean, _ = self.normalise.normalization
+            augment = rand_augment(self.settings.randaugment, mean, InterpolationMode.BILINEAR)
+            # One operation for 1/16 of the batch: a few kernels, not thousands.
             pixels = to_pixels(images, self.normalise.normalization).mul(255).round().byte()
-            images = torch.cat([self.randaugment(group) for group in pixels.chunk(16)])
-            images = self.normalise(images)
+            images = self.normalise(torch.cat([augment(group) for group in pixels.chunk(16)]))
         return random_erase(images, draws, self.settings.random_erase)
 
 
 def rand_augment(magnitude: int, mean: Sequence[float], interpolation) -> v2.Transform:
-    """RandAugment (Cubuk et al. 2020) by timm's measures: two operations, each half the time.
+    """RandAugment (Cubuk et al. 2020) as timm has it: two operations, each half the time.
 
-    timm counts magnitudes up to 10, torchvision up to 30. `mean`: the colour of what is uncovered.
+    timm counts magnitudes to 10, torchvision to 30. `mean`: the colour that fills gaps.
     """
     fill = [round(255 * x) for x in mean]
     operation = v2.RandAugment(1, 3 * magnitude, interpolation=interpolation, fill=fill)
@@ -112,10 +107,10 @@ def rand_augment(magnitude: int, mean: Sequence[float], interpolation) -> v2.Tra
     return v2.Compose([half, half])
 
 
-def crop_and_flip(images: Tensor, draws: Draws, area: float) -> Tensor:
-    """RandomResizedCrop of at least `area` of each square image, and half the time a flip.
+def crop_and_flip(images: Tensor, draws: BatchRandom, area: float) -> Tensor:
+    """RandomResizedCrop of at least `area` of each square image, and a flip half the time.
 
-    With `area` 0 a shift by up to 1/8 of the side. One affine resampling, for each image its own.
+    With `area` 0 a shift by up to 1/8 of the side. All in one affine resampling.
     """
     size = images.shape[-1]
     if area:
@@ -130,10 +125,10 @@ def crop_and_flip(images: Tensor, draws: Draws, area: float) -> Tensor:
     return F.grid_sample(images, grid, mode="bicubic" if area else "bilinear", align_corners=False)
 
 
-def crop_boxes(draws: Draws, area: float, size: int) -> tuple[Tensor, ...]:
+def crop_boxes(draws: BatchRandom, area: float, size: int) -> tuple[Tensor, ...]:
     """Left, top, width and height (B,) of crops from squares, as torchvision draws them.
 
-    Of ten boxes of random share and aspect ratio the first that fits; if none, the whole.
+    The first of ten boxes of random area and aspect ratio that fits; the whole image if none does.
     """
     u = draws.uniform(20)
     share, ratio = area + (1 - area) * u[:, :10], torch.exp((2 * u[:, 10:] - 1) * LOG_4_3)
@@ -145,13 +140,13 @@ def crop_boxes(draws: Draws, area: float, size: int) -> tuple[Tensor, ...]:
     return left, top, w, h
 
 
-def shifts(draws: Draws, size: int) -> Tensor:
+def shifts(draws: BatchRandom, size: int) -> Tensor:
     """By how many pixels to shift each image: (B, 2)."""
     reach = size // 8
     return (draws.uniform(2) * (2 * reach + 1)).floor() - reach
 
 
-def random_erase(images: Tensor, draws: Draws, probability: float) -> Tensor:
+def random_erase(images: Tensor, draws: BatchRandom, probability: float) -> Tensor:
     """Random erasing (Zhong et al. 2020): noise in a box of 2 % to 33 % of each image."""
     if not probability:
         return images

@@ -1,0 +1,193 @@
+"""Checkpoints: saved atomically, read without running anything in them.
+
+A model.pt of ours is a dict: `model` (weights), `architecture` (fields of vit.Config), `classes`,
+`normalization`, `method`, `settings`. A student of attention copy also brings its `teacher`.
+"""
+
+import contextlib
+import errno
+import hashlib
+import os
+import re
+import urllib.error
+import zipfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common import safetensors
+from common.launch import Failed, first_alone, is_out_of_memory
+
+DISK_ERRORS = (errno.EIO, errno.ESTALE, errno.EACCES, errno.ENOMEM)  # no fault of the file
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a file says of a ViT."""
+
+    source: str
+    weights: dict[str, Tensor]
+    architecture: dict[str, Any]  # fields of vit.Config, or of teachers.vit.Config
+    classes: list[str] | None = None
+    normalization: tuple[list[float], list[float]] | None = None
+    method: str = "?"
+    settings: dict[str, Any] = field(default_factory=dict)  # of the run that made it
+    learned_from: Tensor | None = None  # hashes of its training images, for image folders
+    teacher: "Checkpoint | None" = None  # of a student of attention copy: whose maps it uses,
+    layers: tuple[int, ...] = ()  # in which blocks,
+    adapted: dict[str, list[int]] = field(default_factory=dict)  # and how they were adapted to it
+    resize: Any = None  # how its family resizes positions (teachers/positions.py)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return fingerprint(self.weights)
+
+    def __str__(self) -> str:
+        return f"{self.source} ({self.method}, weights {self.fingerprint})"
+
+
+def fingerprint(weights: dict[str, Tensor]) -> str:
+    """12 hex digits that depend on the weights alone."""
+    digest = hashlib.sha256()
+    for name, value in sorted(weights.items()):
+        digest.update(name.encode())
+        digest.update(value.contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:12]
+
+
+def export(net: nn.Module, teacher=None, layers=()) -> dict[str, Any]:
+    """What model.pt holds of a ViT. `teacher`: of a student of attention copy, in `layers`."""
+    found: dict[str, Any] = {"model": net.state_dict(), "architecture": asdict(net.config)}
+    if teacher:
+        source = getattr(teacher, "teacher", teacher)  # inside an adapter
+        found |= {"teacher": export(source), "layers": tuple(layers)}
+        found |= {"adapted": getattr(teacher, "adapted", {})}
+    return found
+
+
+def parse_ours(found: dict[str, Any], source: str) -> Checkpoint:
+    """The contents of a model.pt of ours. ValueError if it is none, or its training diverged."""
+    weights = found["model"]
+    if odd := [name for name, value in weights.items() if not value.isfinite().all()]:
+        raise ValueError(f"{source}: {odd[0]} is not finite, its training diverged")
+    names = ("classes", "normalization", "method", "settings", "learned_from", "adapted")
+    known = {name: found[name] for name in names if found.get(name) is not None}
+    if "teacher" in found:
+        known["teacher"] = parse_ours(found["teacher"], source)
+        known["layers"] = tuple(found["layers"])
+    return Checkpoint(source, weights, found["architecture"], **known)
+
+
+def write(path: Path, fill: Callable) -> None:
+    """`fill(file)` fills a new file, which replaces the old one only when it is complete.
+
+    Failed if the disk is full or the folder is not writable.
+    """
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as file:
+            fill(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # what torch.save met
+        reason = getattr(cause, "strerror", None) or str(error)
+        kept = f"; the version saved before is intact: {path}" if path.is_file() else ""
+        raise Failed(f"could not write {path}: {reason}{kept}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def save(contents: dict, path: Path) -> None:
+    write(path, lambda file: torch.save(contents, file))
+
+
+def write_text(path: Path, text: str) -> None:
+    write(path, lambda file: file.write(text.encode(errors="surrogateescape")))
+
+
+def check_place(path: Path, name: str, *suffixes: str) -> None:
+    """ValueError, before the work, if its result cannot be written to this path."""
+    above = next(place for place in path.parents if place.exists())
+    if path.is_dir() or (suffixes and path.suffix not in suffixes):
+        raise ValueError(f"{name} {path}: name a file that ends in {' or '.join(suffixes)}")
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ValueError(f"{name}: {above} is not a writable folder, choose another place")
+
+
+def read_file(source: str | Path) -> Any:
+    """What torch.save wrote to a path or URL, or the tensors of a safetensors file, on the CPU.
+
+    ValueError if it is damaged or holds more than tensors and plain values. FileNotFoundError if it
+    is not there.
+    """
+    path = download(str(source)) if is_url(source) else Path(source)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {source}")
+    try:
+        if path.suffix.lower() == ".safetensors" or safetensors.begins(path):
+            return safetensors.read(path)
+        check_bytes(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling errors are of many kinds
+        if is_out_of_memory(error) or getattr(error, "errno", None) in DISK_ERRORS:
+            raise  # the machine's fault, not the file's
+        advice = f". Remove {path} to download it again" if is_url(source) else ""
+        raise ValueError(
+            f"{source} cannot be read as a checkpoint ({type(error).__name__}: {str(error)[:80]})"
+            + advice
+        ) from error
+
+
+def check_bytes(path: Path) -> None:
+    """ValueError for a text file in place of a checkpoint, and for a byte that has changed."""
+    with open(path, "rb") as file:
+        begin = file.read(64)
+    if begin.lstrip()[:1] == b"<":
+        raise ValueError("it is a web page, not the file itself")
+    if begin.startswith(b"version https://git-lfs"):
+        raise ValueError("it is a Git LFS pointer: run git lfs pull")
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if bad := archive.testzip():
+                raise ValueError(f"{bad} has changed since it was written")
+
+
+def is_url(source: str | Path) -> bool:
+    return str(source).startswith(("http://", "https://"))
+
+
+def download(url: str) -> Path:
+    """The file at a URL, downloaded once to torch.hub's folder. A hash in its name is checked.
+
+    `#md5=1a2b3c` behind the URL is checked as well.
+    """
+    url, _, wanted = url.partition("#md5=")
+    place = PurePosixPath(url.split("://")[1].partition("?")[0])
+    path = Path(torch.hub.get_dir()) / "checkpoints" / place
+    named = re.search(r"-([0-9a-f]{8,})\.", path.name)
+
+    def get() -> None:
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), named and named[1])
+            if wanted and not hashlib.md5(path.read_bytes()).hexdigest().startswith(wanted):
+                path.unlink()
+                raise ValueError("its md5 is not the one its authors published")
+
+    try:
+        first_alone(get)
+        get()  # on the other machines
+    except (urllib.error.URLError, OSError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"cannot download {url} ({error}): download it in a browser, accepting its licence "
+            "where one is asked for, and write NAME=FILE"
+        ) from error
+    return path

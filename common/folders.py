@@ -1,0 +1,91 @@
+"""Folders of images: which files there are, of which class, and which of them are held out."""
+
+import os
+import unicodedata
+from pathlib import Path
+from typing import NamedTuple
+
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+
+from common.augment import hash_seed
+from common.launch import print0
+
+PARTS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation"),
+    "test": ("test", "testing"),
+}
+
+
+class Listing(NamedTuple):
+    folder: Path
+    classes: list[str]  # names of the subfolders; [""] for a flat folder without labels
+    samples: list[tuple[str, int]]  # path, number of the class
+
+
+def list_parts(root: Path, advice: str) -> dict[str, Listing]:
+    """The images of root/train/CLASS/*, root/val/CLASS/* and root/test/CLASS/*, as far as there.
+
+    Without train/ and val/ those of root/CLASS/*, as "train". Without labels they may lie in one
+    flat folder. FileNotFoundError, with `advice`, if there are none.
+    """
+    if not root.is_dir():
+        raise FileNotFoundError(f"no folder {root}: {advice}")
+    folders = list_subfolders(root)
+    parts = {}
+    for part, names in PARTS.items():
+        fit = [root / name for name in folders if name.lower() in names]
+        if fit and list_subfolders(fit[0]):  # without subfolders it is a class called so
+            parts[part] = list_images(fit[0])
+    if not parts:
+        return {"train": list_images(root)}
+    if beside := [
+        name for name in folders if root / name not in [p.folder for p in parts.values()]
+    ]:
+        used = ", ".join(str(listing.folder) for listing in parts.values())
+        print0(f"note: {used} are used, and {', '.join(beside[:5])} beside them not")
+    classes = [set(listing.classes) for listing in parts.values()]
+    if odd := sorted(set.union(*classes) - set.intersection(*classes)):
+        raise ValueError(f"{root}: {' and '.join(parts)} have different classes ({odd[0]})")
+    return parts
+
+
+def list_subfolders(folder: Path) -> list[str]:
+    """Their names, in order, without hidden ones such as .ipynb_checkpoints."""
+    return sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
+
+
+def list_images(folder: Path) -> Listing:
+    """FileNotFoundError names a class without images."""
+    others = []
+
+    def is_image(path: str) -> bool:
+        name = os.path.basename(path)
+        known = name.lower().endswith(IMG_EXTENSIONS)
+        if not known and not name.startswith("."):
+            others.append(path)
+        return known and not name.startswith(".")
+
+    classes = list_subfolders(folder)
+    numbers = {name: number for number, name in enumerate(classes)}
+    if classes:
+        samples = make_dataset(str(folder), numbers, is_valid_file=is_image)
+    else:
+        files = sorted(entry.path for entry in os.scandir(folder) if entry.is_file())
+        samples = [(path, 0) for path in files if is_image(path)]
+    if not samples:
+        raise FileNotFoundError(f"{folder} holds neither images nor folders of images")
+    if others:
+        print0(f"note: {len(others)} files are not images of a known kind, such as {others[0]}")
+    return Listing(folder, classes or [""], samples)
+
+
+def name_images(listing: Listing) -> list[str]:
+    """CLASS/.../FILE of each, the same wherever the folder lies and whatever its file system."""
+    paths = (os.path.relpath(path, listing.folder) for path, _ in listing.samples)
+    return [unicodedata.normalize("NFC", path.replace(os.sep, "/")) for path in paths]
+
+
+def is_held_out(name, share: float) -> bool:
+    """A function of the image's name alone: it stays what it is when others come or go."""
+    return hash_seed("holdout", name) / 2**56 < share

@@ -1,0 +1,53 @@
+"""The loss of attention distillation with its gradient in one go: no (N, N) map is kept."""
+
+import torch
+from torch import Tensor
+
+
+def fused_attention_loss(q: Tensor, k: Tensor, q_t: Tensor, k_t: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of a student's maps (q, k) relative to a teacher's, and the teacher's entropy.
+
+    Each (B, H, N, d), the teacher's of any width. Means over images, heads and queries, in nats.
+    """
+    return FusedAttentionLoss.apply(q, k, q_t, k_t)
+
+
+class FusedAttentionLoss(torch.autograd.Function):
+    """The gradient needs only the two maps (S: student, T: teacher).
+
+    With the student's scores s = q @ k.mT / sqrt(d), and before the mean is taken,
+
+        d loss / d s = P_S - P_T, so   d loss / d q = (P_S - P_T) @ k    / sqrt(d)
+                                       d loss / d k = (P_S - P_T).mT @ q / sqrt(d)
+    """
+
+    @staticmethod
+    def forward(ctx, *qk: Tensor) -> tuple[Tensor, Tensor]:
+        images, heads, tokens, _ = qk[0].shape
+        # Maps of 1 MiB fit a CPU's cache. cuBLAS takes dot products of less than 2^31 numbers.
+        most = 2**18 if qk[0].is_cpu else 2**31 - 1
+        at_a_time = max(1, most // (heads * tokens**2))  # images
+        pieces = zip(*(x.split(at_a_time) for x in qk), strict=True)
+        losses, entropies, dq, dk = zip(*(compute_piece(*piece) for piece in pieces), strict=True)
+        ctx.save_for_backward(torch.cat(dq), torch.cat(dk))
+        ctx.rows = images * heads * tokens  # over which the mean is taken
+        entropy = sum(entropies) / ctx.rows
+        ctx.mark_non_differentiable(entropy)
+        return sum(losses) / ctx.rows, entropy
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor, _):
+        dq, dk = ctx.saved_tensors
+        scale = upstream * dq.shape[-1] ** -0.5 / ctx.rows
+        return scale * dq, scale * dk, None, None
+
+
+def compute_piece(q: Tensor, k: Tensor, q_t: Tensor, k_t: Tensor) -> tuple[Tensor, ...]:
+    """Sums of the cross-entropy and of the teacher's entropy; unscaled d loss / dq, d loss / dk."""
+    precise = torch.promote_types(q.dtype, torch.float32)  # bf16 is too coarse for a difference
+    p_t = (q_t * q_t.shape[-1] ** -0.5 @ k_t.mT).softmax(dim=-1, dtype=precise)
+    log_p = (q * q.shape[-1] ** -0.5 @ k.mT).log_softmax(dim=-1, dtype=precise)
+    loss = -torch.dot(p_t.flatten(), log_p.flatten())
+    entropy = torch.special.entr(p_t).sum()
+    gap = log_p.exp_().sub_(p_t)  # P_S - P_T
+    return loss, entropy, gap @ k, gap.mT @ q

@@ -1,0 +1,191 @@
+"""Image files: decoded by worker processes or held in memory, cropped, in batches."""
+
+import contextlib
+import math
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision import io
+from torchvision.transforms import InterpolationMode, v2
+
+from common.augment import hash_seed, rand_augment, reseed
+from common.launch import count, print0
+
+BICUBIC = InterpolationMode.BICUBIC
+HELD = 2**31  # bytes of decoded images that are kept in memory
+
+
+def read_image(path: str) -> Tensor:
+    """As `decode`, but what cannot be read is a ValueError that names it."""
+    try:
+        return decode(path)
+    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, ...
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"cannot read image {path} ({reason}): repair or remove it") from error
+
+
+def decode(path: str) -> Tensor:
+    """uint8 (3, H, W), upright. torchvision decodes JPEGs, fast; PIL the rest."""
+    if path.lower().endswith((".jpg", ".jpeg")):
+        with contextlib.suppress(RuntimeError):  # such as PNGs called .jpg
+            return io.decode_jpeg(
+                io.read_file(path), mode=io.ImageReadMode.RGB, apply_exif_orientation=True
+            )
+    with Image.open(path) as file:
+        image = ImageOps.exif_transpose(file)
+        if image.mode == "F":
+            raise ValueError("its pixels are floating-point numbers: save it with 8 or 16 bits")
+        if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip
+            image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+        return v2.functional.pil_to_tensor(image.convert("RGB"))
+
+
+def centre_crop(size: int, crop_pct: float) -> v2.Transform:
+    """What evaluation sees: the central square of `crop_pct` of the shorter side, at `size`."""
+    resize = v2.Resize(round(size / crop_pct), interpolation=BICUBIC)
+    return v2.Compose([resize, v2.CenterCrop(size)])
+
+
+def random_crop(size: int, settings, mean: Sequence[float]) -> v2.Transform:
+    """RandomResizedCrop of at least --crop-area, a flip, RandAugment.
+
+    With --crop-area 0 the central square, shifted by up to 1/8 of its side.
+    """
+    if settings.crop_area:
+        steps = [v2.RandomResizedCrop(size, (settings.crop_area, 1.0), interpolation=BICUBIC)]
+    else:
+        fill = [round(255 * x) for x in mean]
+        shift = v2.RandomCrop(size, padding=size // 8, fill=fill)
+        steps = [v2.Resize(size, interpolation=BICUBIC), v2.CenterCrop(size), shift]
+    steps.append(v2.RandomHorizontalFlip())
+    if settings.randaugment:  # faster on PIL images than on tensors
+        augment = rand_augment(settings.randaugment, mean, BICUBIC)
+        steps += [v2.ToPILImage(), augment, v2.PILToTensor()]
+    return v2.Compose(steps)
+
+
+class Files(Dataset):
+    """Images in files, cropped when a batch asks for them: at random to train, else in the centre.
+
+    `samples`: paths and labels. `names`: the same wherever their folder lies.
+    """
+
+    def __init__(
+        self, samples, names: Sequence[str], size: int, crop_pct: float, settings, normalise
+    ):
+        self.samples, self.names, self.size, self.crop_pct = samples, names, size, crop_pct
+        self.settings, self.normalise = settings, normalise
+        self.crop = centre_crop(size, crop_pct)
+        self.held: list[Tensor] | None = None  # the decoded images, if they fit in memory
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @property
+    def labels(self) -> Tensor:
+        return torch.tensor([label for _, label in self.samples])
+
+    @property
+    def hashes(self) -> Tensor:
+        """Of names and sizes: what a checkpoint remembers of the images it learned from."""
+        pairs = zip(self.names, self.samples, strict=True)
+        return torch.tensor([hash_seed(name, os.path.getsize(path)) for name, (path, _) in pairs])
+
+    def subset(self, indices: Sequence[int]) -> "Files":
+        samples, names = ([every[i] for i in indices] for every in (self.samples, self.names))
+        return Files(samples, names, self.size, self.crop_pct, self.settings, self.normalise)
+
+    def hold(self, centred: bool = False) -> bool:
+        """Decodes all images now, if they fit in memory. Whether they do.
+
+        What cannot be read is left out, and named. `centred`: cropped as evaluation sees them.
+        """
+        if len(self) * 3 * self.size**2 > HELD:
+            return False
+        found, bad, left = [], [], HELD
+
+        def prepare(index: int) -> Tensor | None:
+            try:
+                return self.crop_centre(index) if centred else self.shrink(index)
+            except ValueError as error:
+                bad.append(error)
+                return None
+
+        with ThreadPoolExecutor(count_cores()) as pool:
+            for image in count(pool.map(prepare, range(len(self))), len(self), "images decoded"):
+                found.append(image)
+                left -= 0 if image is None else image.numel()
+                if left < 0:
+                    pool.shutdown(cancel_futures=True)
+                    return False
+        kept = [i for i, image in enumerate(found) if image is not None]
+        if not kept:
+            raise bad[0]
+        if bad:
+            print0(f"note: {len(bad)} images are left out: {bad[0]}")
+        self.samples, self.names = [self.samples[i] for i in kept], [self.names[i] for i in kept]
+        self.held = [found[i] for i in kept]
+        return True
+
+    def crop_centre(self, index: int) -> Tensor:
+        return self.crop(read_image(self.samples[index][0]))
+
+    def shrink(self, index: int) -> Tensor:
+        """What training crops are cut from: as large as the smallest of them needs, no larger."""
+        area, image = self.settings.crop_area, read_image(self.samples[index][0])
+        side = math.ceil(self.size / math.sqrt(area) if area else self.size)
+        if min(image.shape[-2:]) <= side:
+            return image
+        return v2.functional.resize(image, [side], interpolation=BICUBIC)
+
+    def batches(self, order, key: tuple = ()) -> Iterator[tuple[Tensor, Tensor]]:
+        """The images (uint8) and labels of each row of `order`, on the CPU.
+
+        With a key (seed, epoch) they are cropped at random, each seeded by the key and its number.
+        """
+        pin = self.normalise.mean.is_cuda
+        workers = min(self.settings.workers, len(order), count_cores())
+        if self.held and not pin:
+            workers = 0  # to crop alone is less work than to start them
+        if key:
+            mean, _ = self.normalise.normalization
+            self.random_crop = random_crop(self.size, self.settings, mean)
+        loader = DataLoader(
+            self,
+            batch_sampler=([(*key, i) for i in indices.tolist()] for indices in order),
+            num_workers=workers,
+            pin_memory=pin,
+            worker_init_fn=ignore_signals,
+            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+        )
+        yield from loader
+
+    def __getitem__(self, key: tuple) -> tuple[Tensor, int]:
+        *seed, index = key
+        label = self.samples[index][1]
+        if not seed:
+            return self.crop_centre(index), label
+        image = self.held[index] if self.held else self.shrink(index)
+        reseed(torch.device("cpu"), *seed, index)
+        return self.random_crop(image), label
+
+
+def ignore_signals(_: int) -> None:
+    """Workers serve until the run has saved: torchrun and Ctrl-C send signals to them as well."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def count_cores() -> int:
+    """CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

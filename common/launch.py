@@ -1,0 +1,192 @@
+"""From a command to processes and devices: one or many (`torchrun`), each error one line."""
+
+import contextlib
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+class Failed(RuntimeError):
+    """The run failed, though its input was right: exit code 1 instead of 2."""
+
+
+def run(main: Callable, parse: Callable) -> None:
+    """Runs a script: `main(parse(argv))`. An error is one line on stderr.
+
+    Exit code 2 means wrong input, 1 a failed run. TRACEBACK=1 shows the traceback.
+    """
+    os.environ.setdefault("MPLBACKEND", "Agg")  # pictures are files
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="backslashreplace")  # a file's name may be no UTF-8
+    try:
+        start_ranks()
+        main(parse(sys.argv[1:]))
+        if sys.stdout:
+            sys.stdout.flush()
+    except BrokenPipeError:  # `| head`
+        os._exit(141)
+    except (ValueError, OSError, RuntimeError, KeyboardInterrupt) as error:
+        text, code = describe_error(error)
+        if os.environ.get("TRACEBACK") or not code:
+            raise
+        who = f"error (rank {rank()}): " if rank() else "error: "
+        print(who + " ".join(text.split()), file=sys.stderr, flush=True)
+        if dist.is_initialized() or "DataLoader worker (pid" in str(error):
+            os._exit(code)  # others may never reach a clean shutdown
+        sys.exit(code)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def describe_error(error: BaseException) -> tuple[str, int]:
+    """What to say, and the exit code. Code 0 marks a bug, which keeps its traceback."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted", 130
+    if is_out_of_memory(error):
+        return "out of memory: try a smaller --micro-batch (--batch stays the same)", 1
+    if "in DataLoader worker process" in str(error):  # with the worker's traceback
+        return str(error).strip().splitlines()[-1].partition(": ")[2], 2
+    if "DataLoader worker" in str(error):
+        return "a worker that decodes images was killed (out of memory?): try fewer --workers", 1
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}", 2
+    bug = isinstance(error, RuntimeError) and not isinstance(error, Failed)
+    return str(error), 0 if bug else 1 if isinstance(error, Failed) else 2
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """CUDA has an error of its own for it. Other devices only say so."""
+    words = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError | OSError) and any(word in str(error) for word in words)
+    )
+
+
+def start_ranks() -> None:
+    """Joins the other processes if `torchrun` started this one."""
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def from_all(mine) -> list:
+    """What each process passes in, in the order of ranks."""
+    found = [mine] * world()
+    if dist.is_initialized():
+        dist.all_gather_object(found, mine)
+    return found
+
+
+def first_alone(make: Callable) -> None:
+    """Rank 0 does it. The others wait, for hours if it takes hours."""
+    if rank() == 0:
+        make()
+    if dist.is_initialized():
+        dist.barrier(dist.new_group(backend="gloo", timeout=timedelta(days=1)))
+
+
+def one_process() -> None:
+    """ValueError under torchrun."""
+    if world() > 1:
+        raise ValueError("this runs in one process: start it with python, not torchrun")
+
+
+@contextlib.contextmanager
+def catch_signals() -> Iterator[list[int]]:
+    """A list that fills when SIGTERM or Ctrl-C arrives, so that the loop can save and leave."""
+    caught: list[int] = []
+
+    def receive(number: int, _) -> None:
+        if rank() == 0:  # the others would leave at other steps
+            caught.append(number)
+
+    here = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGTERM, signal.SIGINT) if here else ()
+    handlers = [signal.signal(number, receive) for number in numbers]
+    try:
+        yield caught
+    finally:
+        for number, handler in zip(numbers, handlers, strict=True):
+            signal.signal(number, handler)
+
+
+def get_device(name: str) -> torch.device:
+    """The device of a name. "auto": CUDA, MPS or CPU. Under torchrun each process has its own GPU.
+
+    ValueError if it is not there.
+    """
+    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    try:
+        chosen = torch.device(here if name == "auto" else name)
+        if chosen.type == "cuda":
+            index = os.environ.get("LOCAL_RANK", chosen.index or 0)
+            chosen = torch.device("cuda", int(index))
+            torch.cuda.set_device(chosen)
+        torch.zeros(1, device=chosen).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).partition("\n")[0][:100]
+        raise ValueError(f"--device {name} is not available here ({reason})") from None
+    return chosen
+
+
+def device_name(where: torch.device) -> str:
+    """A GPU by its name, a CPU by its threads, times the number of processes."""
+    name = f"{where.type}, {torch.get_num_threads()} thread(s)"
+    if where.type != "cpu":
+        name = torch.cuda.get_device_name(where) if where.type == "cuda" else where.type
+    return f"{world()} x ({name})" if world() > 1 else name
+
+
+def print0(*words) -> None:
+    """Prints on rank 0 only."""
+    if rank() == 0:
+        print(*words, flush=True)
+
+
+class Every:
+    """True once every few seconds."""
+
+    def __init__(self, seconds: float):
+        self.seconds, self.last = seconds, time.perf_counter()
+
+    def __call__(self) -> bool:
+        due = time.perf_counter() - self.last > self.seconds
+        self.last = time.perf_counter() if due else self.last
+        return due
+
+
+def count(things: Iterable, total: int, words: str) -> Iterator:
+    """Passes things on. On a terminal it counts them, if they take more than a second."""
+    due = Every(1)
+    try:
+        for i, thing in enumerate(things, 1):
+            yield thing
+            if due():
+                rewrite(f"{i:,} of {total:,} {words}")
+    finally:
+        rewrite("")
+
+
+def rewrite(line: str) -> None:
+    """On a terminal: replaces the last line."""
+    if rank() == 0 and on_terminal():
+        print("\r\033[K" + line[: shutil.get_terminal_size().columns - 1], end="", flush=True)
+
+
+def on_terminal() -> bool:
+    return sys.stdout is not None and sys.stdout.isatty()

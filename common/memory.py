@@ -1,0 +1,47 @@
+"""How many images fit in memory at once."""
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from common.launch import Failed, is_out_of_memory
+
+
+def find_micro_batch(net: nn.Module, compute: Callable, images: Tensor) -> int:
+    """The largest share of these images whose gradients fit, by halving; equal on all ranks.
+
+    `compute(images, labels)` returns the loss. Room is left for AdamW's two moments. Failed if one
+    image does not fit.
+    """
+    size = len(images)
+    moments = [torch.empty_like(p) for p in net.parameters() if p.requires_grad for _ in range(2)]
+    if dist.is_initialized():
+        dist.all_reduce(images.new_zeros(1))  # NCCL takes its memory at its first use
+    while not all_fit(net, compute, images[:size]):
+        if size == 1:
+            raise Failed("one image does not fit in memory: try a smaller --model or --image-size")
+        size = (size + 1) // 2
+    del moments
+    return size
+
+
+def all_fit(net: nn.Module, compute: Callable, images: Tensor) -> bool:
+    """Whether every rank can compute the gradients of these images."""
+    fits, labels = torch.ones(1, device=images.device), images.new_zeros(len(images)).long()
+    before = [buffer.clone() for buffer in net.buffers()]
+    try:
+        compute(images, labels).backward()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        fits.zero_()
+    net.zero_grad()
+    for buffer, value in zip(net.buffers(), before, strict=True):
+        buffer.copy_(value)
+    if images.is_cuda:
+        torch.cuda.empty_cache()  # NCCL and cuBLAS allocate beside PyTorch
+    if dist.is_initialized():
+        dist.all_reduce(fits, dist.ReduceOp.MIN)
+    return fits.item() == 1

@@ -1,0 +1,126 @@
+"""What a run says on the terminal: what it is, how fast it is, how it ended."""
+
+import contextlib
+import textwrap
+import time
+from pathlib import Path
+
+from common.launch import Every, device_name, on_terminal, print0, rewrite, world
+from common.precision import choose_precision
+
+NOT_SHOWN = {  # in the log, beside the loss and what a method watches
+    "epoch", "gradient_norm", "lr", "images_per_s", "seconds", "val_top1", "val_top1_ema",
+    "test_top1",
+}  # fmt: skip
+
+
+class Clock:
+    """How long a run has lasted, how fast it trains and how long it will take."""
+
+    def __init__(self, step: int, steps: int, batch: int, seconds: float):
+        self.first, self.steps, self.batch = step, steps, batch
+        self.before, self.evaluation = seconds, 0.0  # `before` this process, which began at `first`
+        self.began = self.saved = time.perf_counter()
+        self.second_passed, self.minute_passed = Every(1), Every(60)
+        self.announced = on_terminal()  # how long it will take
+
+    def elapsed(self) -> float:
+        return time.perf_counter() - self.began
+
+    def total(self) -> float:
+        return self.before + self.elapsed()
+
+    def unsaved(self) -> float:
+        return time.perf_counter() - self.saved
+
+    def speed(self, step: int) -> float:  # training images/s, without evaluation
+        return max(1, step - self.first) * self.batch / (self.elapsed() - self.evaluation)
+
+    def left(self, step: int) -> str:
+        return format_minutes(self.elapsed() / max(1, step - self.first) * (self.steps - step))
+
+    def row(self, step: int) -> dict[str, float]:
+        return {"images_per_s": round(self.speed(step), 1), "seconds": round(self.total(), 2)}
+
+    @contextlib.contextmanager
+    def evaluating(self):
+        began = time.perf_counter()
+        yield
+        self.evaluation += time.perf_counter() - began
+
+
+def format_minutes(seconds: float) -> str:
+    whole, seconds = divmod(round(seconds), 60)
+    return f"{whole // 60}:{whole % 60:02}:{seconds:02}" if whole >= 60 else f"{whole}:{seconds:02}"
+
+
+def select_terms(row: dict) -> dict:
+    """What to show of a row: what the method watches, else its loss."""
+    terms = {k: v for k, v in row.items() if k not in NOT_SHOWN}
+    return {k: v for k, v in terms.items() if k != "loss"} or terms
+
+
+def show_progress(sums: dict, step: int, per_epoch: int, epochs: int, clock: Clock) -> None:
+    """The line that rewrites itself on a terminal. Elsewhere, once, how long it will take."""
+    epoch, within = divmod(step - 1, per_epoch)
+    pace = f"{clock.speed(step):,.0f} images/s  {clock.left(step)} left"
+    if not clock.announced and clock.elapsed() > 5:
+        clock.announced = True
+        print0(f"epoch {epoch + 1}/{epochs}  {pace}")
+    terms = select_terms(sums).items()
+    shown = "  ".join(f"{k} {v.item() / (within + 1):.3f}" for k, v in terms)
+    rewrite(f"epoch {epoch + 1}  step {within + 1}/{per_epoch}  {shown}  {pace}")
+
+
+def show_row(row: dict, epochs: int, left: str) -> None:
+    """A line for every tenth of the epochs: the loss or its terms, accuracy, the time left."""
+    epoch = row["epoch"]
+    if epoch % max(1, epochs // 10) and epoch != epochs:
+        return
+    words = [f"epoch {epoch:>3}/{epochs}", *(f"{k} {v:#.3g}" for k, v in select_terms(row).items())]
+    if "val_top1" in row:
+        average = " (EMA)" if "val_top1_ema" in row else ""
+        words.append(f"val {get_validation(row):.1f} %{average}")
+    rewrite("")
+    print0("  ".join([*words, f"{left} left"]))
+
+
+def introduce(task, settings, out: Path, micro_batch: int, rate: float) -> None:
+    """What is about to be trained, on what, how, and where it goes."""
+    net, batch = task.net, task.data.train.batch
+    device = device_name(next(net.parameters()).device)
+    teacher = task.teacher or ("random weights" if settings.teacher == "random" else "")
+    if teacher and hasattr(settings, "layers"):
+        teacher = f"{teacher}; its maps in --layers {settings.layers}"
+    steps = f"{settings.epochs} epochs of {len(task.data.train) // batch} batches of {batch}"
+    if micro_batch < batch // world():
+        steps += f", {micro_batch} images at a time"
+    shape = f"{sum(p.numel() for p in net.parameters() if p.requires_grad):,} parameters"
+    if config := getattr(net, "config", None):
+        shape = f"{config.dim} wide, {config.depth} deep, {config.heads} heads, patches of " + (
+            f"{config.patch} x {config.patch}; {shape}"
+        )
+    lines = {
+        "net": shape,
+        "teacher": teacher,
+        "images": f"{settings.data}, {task.data.describe(labels=bool(task.predict))}",
+        "device": f"{device}, {choose_precision(settings.amp, net)}".replace("torch.", ""),
+        "steps": f"{steps}; learning rate {rate:.3g}, warm-up {settings.warmup:.0%}",
+    }
+    print0(f"{settings.method} -> {out}")
+    for name, line in lines.items():
+        if line:
+            how = dict(break_on_hyphens=False, break_long_words=False)  # paths can be copied
+            print0(textwrap.fill(f"  {name:<8} {line}", 79, subsequent_indent=" " * 11, **how))
+
+
+def get_validation(row: dict) -> float:
+    """Accuracy on the validation images: of the average of the weights, if there is one."""
+    return row.get("val_top1_ema", row["val_top1"])
+
+
+def conclude(result: dict, out: Path) -> None:
+    left = ("model.pt", "test.pt", "log.jsonl", "curves.png", "last.pt")
+    print0(f"{out}: {', '.join(name for name in left if (out / name).exists())}")
+    if "test_top1" in result:
+        print0(f"test top-1 {result['test_top1']:.2f} %")

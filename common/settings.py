@@ -1,0 +1,164 @@
+"""Settings: a frozen dataclass for each script, with type, default and help side by side.
+
+    @dataclass(frozen=True)
+    class Settings(train.Settings):
+        attention_weight: float = setting(3.0, "weight of the attention loss")
+
+    RECIPES = {"digits": dict(epochs=450), "imagenet": dict(epochs=200)}
+    parse_settings(__doc__, Settings, RECIPES, ["--data", "imagenet"]).epochs      # 200
+
+A recipe changes defaults for the data sets whose name begins with its own. What the command line
+gives beats both.
+"""
+
+import argparse
+import dataclasses
+import math
+import sys
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+Recipes = dict[str, dict[str, Any]]  # recipe: setting: default
+
+
+def setting(default, help: str = "", choices: Collection = (), low=0, high=math.inf, free=False):
+    """A field that is also a flag. Without help it works the same, but --help does not list it.
+
+    `low`, `high`: bounds of a number. `free`: may change between a run and its --resume.
+    """
+    about = dict(help=help, choices=choices, low=low, high=high, free=free)
+    return field(default=default, metadata=about)
+
+
+@dataclass(frozen=True)
+class Base:
+    given: frozenset = field(default=frozenset(), compare=False, repr=False)  # on the command line
+
+
+def flags_of(cls: type) -> dict[str, dataclasses.Field]:
+    return {f.name: f for f in fields(cls) if "help" in f.metadata}
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def values_of(settings: Base) -> dict[str, Any]:
+    """All settings by name."""
+    return {name: getattr(settings, name) for name in flags_of(type(settings))}
+
+
+def free_in(settings: Base) -> set[str]:
+    """Settings that do not shape what is learned."""
+    return {name for name, f in flags_of(type(settings)).items() if f.metadata["free"]}
+
+
+def to_argv(values: dict[str, Any]) -> list[str]:
+    """The command line that gives these settings."""
+    words = []
+    for name, value in values.items():
+        yes_or_no = flag(name) if value is True else flag(f"no_{name}")
+        words += [yes_or_no] if isinstance(value, bool) else [flag(name), str(value)]
+    return words
+
+
+def merge_recipes(base: Recipes, **changes: dict) -> Recipes:
+    """The recipes, each with a method's own changes."""
+    return {name: recipe | changes.get(name, {}) for name, recipe in base.items()}
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise ValueError(f"{message} (--help lists all)")
+
+
+def parse_settings(
+    doc: str,
+    cls: type,
+    recipes: Recipes,
+    argv: Sequence[str],
+    positional: tuple[str, str] | None = None,  # name and help of words that belong to no flag
+) -> Any:
+    """The settings of a command line. ValueError names a flag that is unknown or out of bounds."""
+    flags = flags_of(cls)
+    usual = flags["data"].default if "data" in flags else ""
+    parser = build_parser(doc, flags, recipe_for(recipes, usual), positional)
+    given = vars(parser.parse_intermixed_args(argv))
+    if given.pop("help", False):
+        print(parser.format_help(), end="")
+        sys.exit(0)
+    words = {positional[0]: given.pop(positional[0], [])} if positional else {}
+    if positional and not words[positional[0]]:
+        raise ValueError(f"name {positional[1]} (--help shows how)")
+    for name, value in given.items():
+        check_bounds(name, value, flags[name].metadata)
+    recipe = recipe_for(recipes, given.get("data", usual))
+    return cls(**recipe | given | words, given=frozenset(given))
+
+
+def recipe_for(recipes: Recipes, data: str) -> dict[str, Any]:
+    return next((recipe for name, recipe in recipes.items() if data.startswith(name)), {})
+
+
+def build_parser(doc: str, flags: dict, recipe: dict, positional: tuple | None) -> Parser:
+    words = f" {positional[0].upper()} ..." if positional else ""
+    end = "Defaults in [brackets] are those of the bundled digits. RECIPES has those of other data."
+    parser = Parser(
+        description=doc,
+        usage=f"%(prog)s{words} [--NAME VALUE ...]",
+        epilog=end if recipe else None,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 23),
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+        add_help=False,
+    )
+    parser.add_argument("--help", "-h", action="store_true", help=argparse.SUPPRESS)
+    if positional:
+        parser.add_argument(positional[0], nargs="*", help=positional[1])
+    for name, f in flags.items():
+        default, about = recipe.get(name, f.default), f.metadata
+        shown = "" if default in ("", -1) or default is False else f" [{default}]"
+        text = (about["help"] + shown).replace("%", "%%") if about["help"] else argparse.SUPPRESS
+        how: dict[str, Any] = {"type": type(f.default), "metavar": "X"}
+        if isinstance(f.default, bool):
+            how = {"action": argparse.BooleanOptionalAction if default else "store_true"}
+        elif about["choices"]:
+            how["choices"] = about["choices"]
+        parser.add_argument(flag(name), help=text, **how)
+    return parser
+
+
+def check_bounds(name: str, value: Any, about) -> None:
+    if isinstance(value, int | float) and not about["low"] <= value <= about["high"]:
+        bounds = f"at least {about['low']}"
+        if about["high"] < math.inf:
+            bounds = f"between {about['low']} and {about['high']}"
+        raise ValueError(f"{flag(name)} {value}: must be {bounds}")
+
+
+def parse_layers(text: str, depth: int, name: str = "layers") -> list[int]:
+    """Numbers counted from 0, written as Python slices: `:18`, `6:12`, `-6:`, `3`, `0,2,4:7`.
+
+    Also `75%`, the first three quarters, and `all`. ValueError names the flag.
+    """
+    try:
+        if text.endswith("%"):
+            text = f":{max(1, int(depth * float(text[:-1]) / 100))}"
+        found = []
+        for part in ":".join(text.split("all")).split(","):
+            bounds = [int(bound) if bound else None for bound in part.split(":")]
+            if any(bound is not None and not -depth <= bound <= depth for bound in bounds):
+                raise IndexError
+            found += range(depth)[slice(*bounds)] if ":" in part else [range(depth)[bounds[0]]]
+        if not found or found != sorted(set(found)):
+            raise IndexError
+        return found
+    except (ValueError, TypeError):
+        raise ValueError(
+            f"{flag(name)} {text}: write :18, 6:12, -6:, 0,2,4:7, 75% or all"
+        ) from None
+    except IndexError:
+        raise ValueError(
+            f"{flag(name)} {text}: choose some of 0 to {depth - 1}, in order, each once"
+        ) from None

@@ -1,0 +1,104 @@
+"""Where a ViT looks in a photograph: a picture, and its five likeliest classes.
+
+    python look.py photo.jpg runs/distill-digits-micro-s0/model.pt
+    python look.py photo.jpg vit_base_patch16_224.mae --layers 0,6,11
+    python look.py photo.jpg vit_small_patch14_dinov2.lvd142m --heads 0:3
+
+A row for each head, first their mean; a column for each layer. The more orange
+a patch, the more all patches look at it.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torchvision.transforms import v2
+
+import data
+from common import checkpoints, launch, pictures
+from common.augment import Normalise
+from common.images import centre_crop, read_image
+from common.settings import Base, parse_layers, parse_settings, setting
+from teachers.load import Model, open_model
+
+
+@dataclass(frozen=True)
+class Settings(Base):
+    photo: tuple[str, ...] = ()
+    layers: str = setting("", "layers to draw: 0,6,11, -4: or all [four of them]")
+    heads: str = setting("", "heads to draw, written the same way [their mean only]")
+    image_size: int = setting(0, "pixels per side [the ViT's own]", high=4096)
+    out: str = setting("", "the picture [runs/look-PHOTO.png]")
+    device: str = setting("auto", "cpu, cuda, mps, or auto")
+
+
+parse = partial(
+    parse_settings, __doc__, Settings, {}, positional=("photo", "PHOTO.jpg, then a ViT")
+)
+
+
+@torch.no_grad()
+def look(photo: str, model: Model) -> tuple[Tensor, list[Tensor], Tensor | None]:
+    """The input (1, C, H, W), each layer's maps (1, H, N, N), logits (classes,) if it has a head."""
+    config, about = model.net.config, model.checkpoint
+    kind = data.DATA_SETS[about.settings.get("data", "imagenet")]
+    square = centre_crop(config.image_size, kind.crop_pct)(read_image(photo))
+    if config.channels == 1:
+        square = v2.functional.rgb_to_grayscale(square)
+    device = next(model.net.parameters()).device
+    x = Normalise(about.normalization or kind.normalization, device)(square[None].to(device))
+    maps = []
+    for tokens, qk in model.blockwise(x):
+        maps.append(qk.map())
+    return x, maps, model.net.classify(tokens)[0] if config.classes else None
+
+
+def draw(model: Model, x: Tensor, maps: list[Tensor], layers: list[int], heads: list[int]):
+    """A matplotlib figure: a row for the mean of all heads and for each of `heads`."""
+    prefix, rows = model.net.config.num_prefix_tokens, [None, *heads]
+    looks = {
+        f"layer {i}": torch.cat([pictures.mean_look(maps[i], prefix, head) for head in rows])
+        for i in layers
+    }
+    names = ["mean of heads", *(f"head {head}" for head in heads)]
+    kind = data.DATA_SETS[model.checkpoint.settings.get("data", "imagenet")]
+    normalization = model.checkpoint.normalization or kind.normalization
+    images = x.expand(len(rows), -1, -1, -1)
+    return pictures.overlays(images, looks, normalization, prefix, names)
+
+
+def name_likeliest(logits: Tensor, classes: list[str] | None) -> dict[str, float]:
+    """The five likeliest classes, in per cent."""
+    names = classes or [f"class {i}" for i in range(len(logits))]
+    p, best = logits.softmax(-1).topk(min(5, len(names)))
+    return {names[i]: 100 * q for i, q in zip(best.tolist(), p.tolist(), strict=True)}
+
+
+def main(settings: Settings) -> dict[str, float]:
+    launch.one_process()
+    if len(settings.photo) != 2:
+        raise ValueError("name a photograph and a ViT: python look.py photo.jpg model.pt")
+    photo, source = settings.photo
+    out = Path(settings.out or f"runs/look-{Path(photo).stem}.png")
+    checkpoints.check_place(out, "--out", ".png", ".pdf", ".svg")
+    device = launch.get_device(settings.device)
+    model = open_model(source, device, settings.image_size or None)
+    depth, count = model.net.config.depth, model.net.config.heads
+    layers = sorted({round(i * (depth - 1) / 3) for i in range(4)})
+    layers = parse_layers(settings.layers, depth) if settings.layers else layers
+    heads = parse_layers(settings.heads, count, "heads") if settings.heads else []
+    x, maps, logits = look(photo, model)
+    print(f"{photo} by {model.checkpoint}")
+    likeliest = {} if logits is None else name_likeliest(logits, model.checkpoint.classes)
+    for name, percent in likeliest.items():
+        print(f"{percent:7.2f} %  {name}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    pictures.save(draw(model, x, maps, layers, heads), out)
+    print(f"where it looks: {out}")
+    return likeliest
+
+
+if __name__ == "__main__":
+    launch.run(main, parse)

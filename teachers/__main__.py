@@ -1,0 +1,21 @@
+"""Lists public ViTs that can be teachers: python -m teachers [WORD in their names]"""
+
+import sys
+
+from teachers.zoo import FAMILIES, list_models
+
+
+def main(word: str = "") -> None:
+    print("name, width x depth, heads, patch and image size in pixels")
+    for family in FAMILIES:
+        models = [model for model in list_models(family) if word in model.name]
+        if models:
+            hosts = ", ".join(sorted({model.url.split("/")[2] for model in models}))
+            print(f"\n{family.title}: adds {family.description}. Licence: {family.licence}")
+            print(f"  code {family.source}, files {hosts}")
+        for name, _, dim, depth, heads, patch, size, _ in models:
+            print(f"  {name:<43} {dim:>4} x {depth}, {heads:>2} heads, patch {patch:>2}, {size}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:2])

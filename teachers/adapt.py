@@ -1,0 +1,125 @@
+"""Adapts a teacher's attention to a student with another depth, head count or token count.
+
+Where both agree a teacher lends its queries and keys itself (vit.ViT.lend). A TeacherAdapter has
+the same method, so callers need not know which of the two they have.
+"""
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+import vit
+from common.launch import get_device, print0
+from common.settings import parse_layers
+from teachers.load import build, build_vit, make_config
+
+SIZE = {"dim": "model", "depth": "model", "heads": "model", "patch": "patch"}  # field: flag
+
+
+@dataclass(frozen=True)
+class TeacherAdapter:
+    """What `teacher` attends with, in the form a student takes."""
+
+    teacher: vit.ViT
+    depth: int  # of the student
+    layers: dict[int, int]  # student layer -> teacher layer, both ascending
+    heads: Sequence[int] = ()  # teacher head for each student head (empty: same order)
+    registers: int = 0  # of the teacher, which the student lacks
+
+    def lend(self, images: Tensor, layers: Collection[int], keep=None) -> Iterator[vit.QK | None]:
+        """What is lent to each block of the student. A teacher of another depth drops no paths."""
+        if keep is not None and len(keep) != len(self.teacher.blocks):
+            keep = None
+        theirs = [self.layers[i] for i in sorted(layers)]
+        lent = (qk for qk in self.teacher.lend(images, theirs, keep) if qk is not None)
+        for i in range(self.depth):
+            yield self.match(next(lent)) if i in layers else None
+
+    def match(self, qk: vit.QK) -> vit.QK:
+        q, k, bias = qk  # with registers there is no bias
+        if self.registers:  # the softmax over the other tokens: the map, cut and renormalised
+            q, k = self.cut(q), self.cut(k)
+        if self.heads:
+            q, k, bias = self.pick(q), self.pick(k), None if bias is None else self.pick(bias)
+        return vit.QK(q, k, bias)
+
+    def cut(self, x: Tensor) -> Tensor:  # registers stand between the class token and the patches
+        prefix = self.teacher.config.num_prefix_tokens
+        return torch.cat([x[:, :, : prefix - self.registers], x[:, :, prefix:]], dim=2)
+
+    def pick(self, x: Tensor) -> Tensor:  # by slices: indices would have to travel to the GPU
+        return torch.cat([x[:, i : i + 1] for i in self.heads], dim=1)
+
+    @property
+    def adapted(self) -> dict[str, list[int]]:  # what `adapt` needs to make it again
+        return {"teacher_layers": list(self.layers.values()), "heads": list(self.heads)}
+
+
+def adapt(
+    teacher: vit.ViT,
+    student: vit.ViT,
+    layers: Sequence[int],
+    teacher_layers: Sequence[int] = (),
+    heads: Sequence[int] = (),
+) -> vit.ViT | TeacherAdapter:
+    """Who lends a teacher's maps to a student: the teacher itself where both agree.
+
+    `layers` of the student take the maps of `teacher_layers` (none: of the same numbers). `heads`:
+    which of the teacher's (none: all). ValueError where a map of one cannot be one of the other's.
+    """
+    theirs, ours, sources = teacher.config, student.config, list(teacher_layers or layers)
+    if len(sources) != len(layers) or sources[-1] >= theirs.depth:
+        raise ValueError(
+            f"--layers {list(layers)} cannot take the maps of layers {sources} of a teacher with "
+            f"{theirs.depth} layers: choose as many --teacher-layers, from 0 to {theirs.depth - 1}"
+        )
+    heads = () if list(heads) == list(range(theirs.heads)) else tuple(heads)
+    registers = 0 if getattr(ours, "registers", 0) else getattr(theirs, "registers", 0)
+    tokens = [config.num_prefix_tokens + config.grid_size**2 for config in (theirs, ours)]
+    lent = {"heads": len(heads) or theirs.heads, "tokens": tokens[0] - registers}
+    taken = {"heads": ours.heads, "tokens": tokens[1]}
+    if lent != taken:
+        raise ValueError(
+            f"the teacher's maps have {lent} and the student's {taken}: choose --model, --patch, "
+            "--teacher or --heads so that they agree"
+        )
+    if theirs.depth == ours.depth and sources == list(layers) and not (registers or heads):
+        return teacher
+    pairs = dict(zip(layers, sources, strict=True))
+    return TeacherAdapter(teacher, ours.depth, pairs, heads, registers)
+
+
+def make_pair(settings, dataset, checkpoint) -> tuple[vit.ViT | TeacherAdapter, vit.ViT, list[int]]:
+    """A frozen teacher, a random student, and the student's layers that take the teacher's maps.
+
+    Both are on the device. The teacher is random too if `checkpoint` is None.
+    """
+    if settings.teacher == "none":
+        raise ValueError("--teacher none: no teacher, no maps (finetune.py can do without)")
+    config = make_config(settings, dataset)
+    if checkpoint:
+        teacher = build_vit(checkpoint, image_size=dataset.image_size, classes=0)
+        config = make_student_config(settings, config, teacher.config)
+    torch.manual_seed(settings.seed)
+    student = build(config, settings.drop_path)
+    teacher = teacher if checkpoint else build(config)
+    layers, sources = parse_layers(settings.layers, config.depth), settings.teacher_layers
+    sources = parse_layers(sources, teacher.config.depth, "teacher_layers") if sources else ()
+    heads = parse_layers(settings.heads, teacher.config.heads, "heads")
+    device = get_device(settings.device)
+    teacher.to(device).eval().requires_grad_(False)
+    return adapt(teacher, student, layers, sources, heads), student.to(device), layers
+
+
+def make_student_config(settings, asked: vit.Config, teacher: vit.Config) -> vit.Config:
+    """The teacher's, but for the size where --model or --patch is given."""
+    changes = {name: getattr(asked, name) for name in SIZE if SIZE[name] in settings.given}
+    config = replace(teacher, classes=asked.classes, **changes)
+    if type(asked) is not vit.Config and replace(asked, patch=config.patch) != config:
+        raise ValueError(f"--model {settings.model}: this teacher has other components")
+    sizes = [", ".join(f"{name} {getattr(one, name)}" for name in SIZE) for one in (config, asked)]
+    if sizes[0] != sizes[1]:
+        print0(f"note: the student has its teacher's size: {sizes[0]} (--model, --patch change it)")
+    return config

@@ -1,0 +1,89 @@
+"""Finds the teacher that --teacher asks for, or pre-trains one."""
+
+import hashlib
+import json
+import re
+from dataclasses import fields, replace
+from pathlib import Path
+
+from common import runs
+from common.checkpoints import Checkpoint
+from common.launch import first_alone, print0
+from common.settings import free_in, values_of
+from data import Images
+from teachers.load import read_checkpoint
+
+BUNDLED = Path(__file__).parent.parent / "weights"  # made by experiments/ship.py
+MAE_SIZES = ("base", "large", "huge")
+
+
+def find_teacher(settings, dataset) -> Checkpoint | None:
+    """The checkpoint that --teacher names. None for random and none. Called once, by main().
+
+    auto: the bundled one if it fits, MAE's for ImageNet, otherwise one is pre-trained first on
+    these images. From here on the images are normalised as the teacher is used to.
+    """
+    source: str | Path = settings.teacher
+    if source in ("none", "random"):
+        return None
+    if source == "mae" or (source, settings.data) == ("auto", "imagenet"):
+        if settings.model not in MAE_SIZES:
+            raise ValueError(
+                f"MAE published no '{settings.model}' teacher: choose --model base, large or huge, "
+                "or name another with --teacher"
+            )
+        source = f"mae_pretrain_vit_{settings.model}"
+    elif source == "auto" and (file := find_bundled(settings)):
+        source = file
+    elif source in ("auto", "pretrain"):
+        import pretrain
+
+        source = make_teacher(pretrain, settings, model=settings.model, patch=settings.patch)
+    checkpoint = read_checkpoint(source)
+    if checkpoint.teacher:
+        raise ValueError(
+            f"{source} is a student of attention copy, which never learned where to look: name the "
+            "teacher it had"
+        )
+    if checkpoint.normalization:
+        dataset.set_normalization(checkpoint.normalization)
+    else:
+        print0(f"note: {source} names no normalisation: the data set's is used")
+    if seen := dataset.count_learned(checkpoint.learned_from):
+        print0(f"note: {source} was trained on {seen:,} of the test images")
+    return checkpoint
+
+
+def find_bundled(settings) -> Path | None:
+    """The teacher in weights/ that was made for these images and this ViT, if there is one."""
+    for about in BUNDLED.glob("*.json"):
+        facts, file = json.loads(about.read_text()), about.with_suffix(".pt")
+        if all(getattr(settings, name) == value for name, value in facts["for"].items()):
+            if hashlib.sha256(file.read_bytes()).hexdigest() != facts["sha256"]:
+                raise ValueError(f"{file} is not the file that {about.name} describes: fetch both")
+            return file
+    return None
+
+
+def make_teacher(script, settings, **changes) -> Path:
+    """The model.pt of a script's own recipe on the same images, trained now if need be."""
+    own = script.parse(["--data", settings.data])
+    shared = {f.name for f in fields(Images)} - {"given"} | {"seed", "device", "amp", "compile"}
+    own = replace(own, **{name: getattr(settings, name) for name in shared} | changes)
+    free = free_in(own) | {"amp"}
+    counts = {name: value for name, value in values_of(own).items() if name not in free}
+    counts |= {"method": own.method, "folder": own.data == "folder" and own.data_dir}
+    model = re.sub(r"[^\w.+=-]", "-", own.model)
+    out = Path("runs") / f"teacher-{own.data}-{model}-{runs.hash_settings(counts)}"
+
+    def wait() -> None:
+        with runs.lock(out, wait=True):  # another process may be making it
+            pass
+
+    first_alone(wait)
+    if not (out / "model.pt").is_file():
+        runs.check_folder(settings)
+        print0(f"No teacher in {out} yet: making one first.")
+        script.main(replace(own, out=str(out), resume=True))
+        print0("The teacher is ready. Now the student:")
+    return out / "model.pt"

@@ -1,0 +1,110 @@
+"""Positions of patches: rope and relative positions, and all kinds for another image size."""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import einsum, rearrange
+from torch import Tensor
+
+
+def compute_relative_index(grid_size: int) -> Tensor:
+    """For each query and key (N, N) the row of a table of biases, one row for each step.
+
+    The table's last rows: from the class token, to it, and from it to itself.
+    """
+    line, steps = torch.arange(grid_size), 2 * grid_size - 1
+    spots = torch.cartesian_prod(line, line)
+    down, right = (spots[:, None] - spots + grid_size - 1).unbind(-1)
+    index = torch.empty(1 + grid_size**2, 1 + grid_size**2, dtype=torch.long)
+    index[1:, 1:] = down * steps + right
+    index[0], index[:, 0], index[0, 0] = steps**2, steps**2 + 1, steps**2 + 2
+    return index
+
+
+def compute_rope_angles(grid_size: int, width: int, base: float) -> Tensor:
+    """By how much rope turns each pair of a head's channels: (patches, width / 2).
+
+    Half of the pairs turn with the row, half with the column, both in -1..1, with periods from 1 to
+    nearly `base` (DINOv3, after Su et al. 2021).
+    """
+    line = (torch.arange(grid_size) + 0.5) / grid_size * 2 - 1
+    spots = torch.cartesian_prod(line, line)
+    periods = base ** (torch.arange(width // 4) / (width // 4))
+    return rearrange(2 * math.pi * spots[:, :, None] / periods, "n two f -> n (two f)")
+
+
+def rotate(x: Tensor, angles: Tensor, num_prefix_tokens: int) -> Tensor:
+    """Turns the patches of queries or keys (B, H, N, d): channel i with channel i + d / 2."""
+    first, patches = x[:, :, :num_prefix_tokens], x[:, :, num_prefix_tokens:]
+    a, b = patches.chunk(2, dim=-1)
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    return torch.cat([first, torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)], dim=2)
+
+
+# Another image size -------------------------------------------------------------------------------
+
+
+class Resize(NamedTuple):
+    """How the code of a family resizes absolute positions."""
+
+    antialias: bool = False
+    offset: float = 0.0  # added to the number of patches per side, for the scale only
+    mode: str = "bicubic"
+    align_corners: bool = False
+
+
+def resize_all(weights: dict[str, Tensor], grid_size: int, how: Resize | None) -> dict[str, Tensor]:
+    """The weights of a ViT with positions for another square grid of patches."""
+    found = dict(weights)
+    for name, value in weights.items():
+        if name == "pos_embed":
+            found[name] = resize(value, grid_size, how or Resize())
+        if name.endswith("relative.table"):
+            found[name] = resize_relative(value, grid_size)
+    return found
+
+
+def resize(pos_embed: Tensor, grid_size: int, how: Resize) -> Tensor:
+    """Absolute positions (1, prefix + g*g, D)."""
+    count = pos_embed.shape[1]
+    old = math.isqrt(count)  # the class token is less than a row
+    first, grid = pos_embed[:, : count - old**2], pos_embed[:, count - old**2 :]
+    if first.shape[1] > 1:
+        raise ValueError(f"{count} position embeddings form no square grid of patches")
+    if old == grid_size:
+        return pos_embed
+    grid, size = rearrange(grid, "one (h w) d -> one d h w", h=old).float(), (grid_size, grid_size)
+    scale = dict(scale_factor=(grid_size + how.offset) / old) if how.offset else dict(size=size)
+    options = dict(mode=how.mode, antialias=how.antialias, align_corners=how.align_corners)
+    grid = rearrange(F.interpolate(grid, **scale, **options), "one d h w -> one (h w) d")
+    return torch.cat([first, grid.to(first.dtype)], dim=1)
+
+
+def resize_relative(table: Tensor, grid_size: int) -> Tensor:
+    """A table of relative positions ((2g - 1)^2 + 3, H) for another grid, linearly, as timm.
+
+    As in BEiT the old steps lie in the new grid at distances that grow geometrically: far steps are
+    known more coarsely. (BEiT's own code takes cubic splines between them.)
+    """
+    steps, old = 2 * grid_size - 1, round((len(table) - 3) ** 0.5)
+    if old == steps:
+        return table
+    spots = spread_geometrically(old, steps)
+    weigh = [np.interp(np.arange(steps) - grid_size + 1, spots, unit) for unit in np.eye(old)]
+    weigh = torch.tensor(np.stack(weigh, axis=1), dtype=torch.float32)  # (new, old)
+    grid = rearrange(table[:-3], "(h w) heads -> h w heads", h=old).float()
+    grid = einsum(weigh, weigh, grid, "i h, j w, h w heads -> i j heads")
+    return torch.cat([rearrange(grid, "i j heads -> (i j) heads").to(table.dtype), table[-3:]])
+
+
+def spread_geometrically(old: int, new: int) -> list[float]:
+    """`old` places whose gaps are powers of a number, and which reach as far as `new` steps."""
+    low, high, half = 1.01, 1.5, old // 2
+    while high - low > 1e-6:
+        q = (low + high) / 2
+        low, high = (low, q) if (1 - q**half) / (1 - q) > new // 2 else (q, high)
+    out = np.cumsum([q**i for i in range(half)]).tolist()
+    return [-x for x in reversed(out)] + [0.0] + out

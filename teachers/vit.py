@@ -1,0 +1,172 @@
+"""What families of public ViTs add to a plain one. Attention copy and distillation never see it.
+
+Each class overrides one method of vit.py. Rope and relative positions are part of attention: they
+change where a token looks, so a teacher lends them.
+"""
+
+import re
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+import vit as plain
+from teachers.positions import compute_relative_index, compute_rope_angles, rotate
+
+
+@dataclass(frozen=True)
+class Config(plain.Config):  # the defaults are those of a plain ViT
+    class_token: bool = True
+    registers: int = 0  # further tokens that are no patches (Darcet et al. 2024)
+    positions: str = "absolute"  # or relative, rope, absolute+relative, absolute+rope
+    rope_base: float = 100.0  # the longest period of rope (Su et al. 2021, in 2d as DINOv3)
+    norm_pre: bool = False  # a norm before the blocks (CLIP)
+    layer_scale: float = 0.0  # initial factor of each branch (Touvron et al. 2021), 0: none
+    activation: str = "gelu"  # or quick_gelu, swiglu
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        return self.class_token + self.registers
+
+
+class RopeAttention(plain.Attention):
+    """Queries and keys turn with their position. Keys have no bias, which rope would turn."""
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        self.num_prefix_tokens = config.num_prefix_tokens
+        angles = compute_rope_angles(config.grid_size, config.dim // config.heads, config.rope_base)
+        self.register_buffer("angles", angles, persistent=False)
+        biased = torch.tensor([1.0, 0.0, 1.0]).repeat_interleave(config.dim)
+        self.register_buffer("biased", biased, persistent=False)
+
+    def project(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
+        y = F.linear(x, self.qkv.weight[rows], (self.qkv.bias * self.biased)[rows])
+        return rearrange(y, "b n (p h d) -> p b h n d", h=self.heads, d=self.dim // self.heads)
+
+    def queries_keys(self, q: Tensor, k: Tensor, visible_ids=None) -> plain.QK:
+        angles = self.angles if visible_ids is None else self.angles[visible_ids][:, None]
+        return plain.QK(*(rotate(part, angles, self.num_prefix_tokens) for part in (q, k)))
+
+
+class RelativeAttention(plain.Attention):
+    """A learned bias of the scores for each step from query to key (BEiT, Bao et al. 2022)."""
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        if config.num_prefix_tokens != 1:
+            raise ValueError("relative positions take a class token and no registers")
+        index = compute_relative_index(config.grid_size)
+        self.register_buffer("index", index, persistent=False)
+        table = torch.zeros(int(index.max()) + 1, config.heads)
+        self.relative = nn.ParameterDict({"table": nn.Parameter(table)})
+
+    def queries_keys(self, q: Tensor, k: Tensor, visible_ids=None) -> plain.QK:
+        index = self.index[None]
+        if visible_ids is not None:
+            tokens = F.pad(1 + visible_ids, (1, 0))  # the class token is always visible
+            index = self.index[tokens[:, :, None], tokens[:, None, :]]
+        return plain.QK(q, k, rearrange(self.relative["table"][index], "b q k h -> b h q k"))
+
+    def forward(self, x: Tensor, given=None, visible_ids=None) -> tuple[Tensor, plain.QK]:
+        y, qk = super().forward(x, given, visible_ids)
+        unused = given is not None  # but DDP wants a gradient for every parameter, if only zeros
+        return (y + 0 * self.relative["table"].sum() if unused else y), qk
+
+
+class QuickMlp(plain.Mlp):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc1(x)
+        return self.fc2(y * torch.sigmoid(1.702 * y))
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        hidden = int(config.mlp * config.dim)
+        self.fc1, self.fc2 = nn.Linear(config.dim, 2 * hidden), nn.Linear(hidden, config.dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.fc1(x).chunk(2, dim=-1)
+        return self.fc2(F.silu(gate) * value)
+
+
+class LayerScale(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((config.dim,), config.layer_scale))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+POSITIONS = {"absolute": plain.Attention, "relative": RelativeAttention, "rope": RopeAttention}
+ACTIVATIONS = {"gelu": plain.Mlp, "quick_gelu": QuickMlp, "swiglu": SwiGLU}
+
+
+class Block(plain.Block):
+    def attention(self, config: Config) -> plain.Attention:
+        return POSITIONS[config.positions.removeprefix("absolute+")](config)
+
+    def feed_forward(self, config: Config) -> nn.Module:
+        return ACTIVATIONS[config.activation](config)
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        scale = LayerScale if config.layer_scale else nn.Identity
+        self.ls1, self.ls2 = scale(config), scale(config)
+
+    def forward(self, x: Tensor, given=None, keep=(1, 1), visible_ids=None):
+        y, qk = self.attn(self.norm1(x), given, visible_ids)
+        x = x + keep[0] * self.ls1(y)
+        return x + keep[1] * self.ls2(self.mlp(self.norm2(x))), qk
+
+
+class ViT(plain.ViT):
+    block = Block
+
+    def add_tokens(self) -> None:
+        config, dim = self.config, self.config.dim
+        absolute = "absolute" in config.positions
+        counts = {
+            "cls_token": int(config.class_token),
+            "reg_token": config.registers,
+            "pos_embed": absolute * (config.class_token + config.grid_size**2),
+        }
+        for name, count in counts.items():
+            token = nn.init.trunc_normal_(torch.empty(1, count, dim), std=0.02)
+            self.register_parameter(name, nn.Parameter(token) if count else None)
+        self.norm_pre = nn.LayerNorm(dim, eps=config.eps) if config.norm_pre else nn.Identity()
+
+    def embed(self, images: Tensor, visible_ids: Tensor | None = None) -> Tensor:
+        x, cls, positions = self.embed_patches(images), self.cls_token, self.pos_embed
+        if positions is not None:
+            x = x + positions[:, -x.shape[1] :]
+            cls = None if cls is None else cls + positions[:, :1]
+        if visible_ids is not None:
+            x = x.gather(1, repeat(visible_ids, "b n -> b n d", d=x.shape[-1]))
+        first = [token for token in (cls, self.reg_token) if token is not None]
+        return self.norm_pre(torch.cat([*(t.expand(len(x), -1, -1) for t in first), x], dim=1))
+
+
+COMPONENTS = ("mlp", "eps", *(f.name for f in fields(Config)[len(fields(plain.Config)) :]))
+
+
+def parse_model(text: str) -> dict:
+    """Fields of Config from a size and components: "micro+registers=4+positions=rope"."""
+    from teachers.zoo import ALL_SIZES
+
+    size, *parts = re.split(r"\+(?=\w+=)", text)
+    if size not in ALL_SIZES:
+        raise ValueError(f"--model {text}: choose a size from {', '.join(ALL_SIZES)}")
+    found = dict(zip(("dim", "depth", "heads"), ALL_SIZES[size], strict=True))
+    defaults = {f.name: f.default for f in fields(Config) if f.name in COMPONENTS}
+    words = {"positions": POSITIONS, "activation": ACTIVATIONS}
+    for name, _, value in (part.partition("=") for part in parts):
+        if name not in defaults or value.removeprefix("absolute+") not in words.get(name, value):
+            known = ", ".join((*defaults, *POSITIONS, *ACTIVATIONS))
+            raise ValueError(f"--model {text}: choose from {known}")
+        found[name] = value if name in words else type(defaults[name])(float(value))
+    return found

@@ -1,0 +1,206 @@
+"""Public ViTs by name: what each family adds to a plain one, and where its files are.
+
+To add a model: a row below. Where its file has tensor names of its own, also a line in convert.py.
+"""
+
+import difflib
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import PurePosixPath
+from typing import NamedTuple
+
+from teachers.positions import Resize
+from vit import SIZES
+
+IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+HALF = ([0.5] * 3, [0.5] * 3)
+CLIP = ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])
+TIMM = "https://huggingface.co/timm/{}/resolve/main/model.safetensors"
+FAIR = "https://dl.fbaipublicfiles.com/"
+APACHE = "Apache 2.0"
+NO_COMMERCE = "CC-BY-NC 4.0 (no commercial use)"
+ALL_SIZES = SIZES | {
+    "small/12": (384, 12, 12), "medium": (512, 12, 8), "huge+": (1280, 32, 20),
+    "giant": (1536, 40, 24), "2b": (2688, 24, 21), "3b": (3072, 26, 24), "so400m": (1152, 27, 16),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the shapes in a file do not tell.
+
+    `models`: rows "SIZES PATCHES IMAGE_SIZES NAME [FILE]", for all combinations. {} is the size, or
+    WORD where it is written SIZE=WORD, {p} the patch and {i} the image size. Without FILE, NAME is
+    timm's and so is the file. With it, the file is at `files`, whose {} is FILE.
+    """
+
+    title: str
+    description: str  # what it adds to a plain ViT
+    licence: str
+    models: str
+    overrides: dict = field(default_factory=dict)  # of the defaults of teachers.vit.Config
+    normalization: tuple[list[float], list[float]] = IMAGENET
+    resize: Resize = field(default_factory=Resize)  # as the family's own code does it
+    files: str = ""
+    note: str = ""  # printed behind a model's name when it is read
+
+
+FAMILIES = (
+    Family("MAE", "nothing", NO_COMMERCE, """
+    base,large 16 224 vit_{}_patch16_224.mae
+    huge       14 224 vit_{}_patch14_224.mae
+    base       16 224 mae_pretrain_vit_{} {name}.pth#md5=8cad7c
+    large      16 224 mae_pretrain_vit_{} {name}.pth#md5=b8b06e
+    huge       14 224 mae_pretrain_vit_{} {name}.pth#md5=9bdbb0""",
+        files=FAIR + "mae/pretrain/{}"),
+    Family("Web-MAE", "nothing", NO_COMMERCE, """
+    large=300m                16 224 webssl_mae{}_full2b_224 {name}.pth
+    huge=700m,giant=1b,2b,3b  14 224 webssl_mae{}_full2b_224 {name}.pth""",
+        files=FAIR + "webssl/{}"),
+    Family("Web-DINO", "LayerScale, SwiGLU", NO_COMMERCE, """
+    large=300m,giant=1b,2b,3b 14 224 webssl_dino{}_full2b_224 {name}.pth""",
+        dict(layer_scale=1e-5), resize=Resize(offset=0.1), files=FAIR + "webssl/{}"),
+    Family("DINO", "nothing", APACHE, """
+    small,base                   16,8 224 vit_{}_patch{p}_224.dino
+    small=deitsmall,base=vitbase 16,8 224 dino_{}{p}_pretrain {name}/{name}.pth""",
+        resize=Resize(offset=0.1), files=FAIR + "dino/{}"),
+    Family("iBOT", "nothing", APACHE, """
+    small=s,base=b,large=l 16 224 ibot_vit{}_16 vit{}_16/checkpoint_teacher.pth""",
+        resize=Resize(offset=0.1),
+        files="https://lf3-nlp-opensource.bytetos.com/obj/nlp-opensource/archive/2022/ibot/{}"),
+    Family("MoCo v3", "nothing", NO_COMMERCE, """
+    small/12=s,base=b 16 224 vit-{}-300ep {name}/{name}.pth.tar""",
+        files=FAIR + "moco-v3/{}"),
+    Family("DeiT", "nothing", APACHE, """
+    tiny,small,base 16 224 deit_{}_patch16_224.fb_in1k
+    base            16 384 deit_{}_patch16_384.fb_in1k
+    tiny            16 224 deit_{}_patch16_224-a1311bcf {name}.pth
+    small           16 224 deit_{}_patch16_224-cd65a155 {name}.pth
+    base            16 224 deit_{}_patch16_224-b5f2ef4d {name}.pth""", files=FAIR + "deit/{}"),
+    Family("DeiT III", "LayerScale", APACHE, """
+    small,medium,base,large 16 224 deit3_{}_patch16_224.fb_in1k
+    huge                    14 224 deit3_{}_patch14_224.fb_in1k
+    small,base,large        16 224 deit3_{}_patch16_224.fb_in22k_ft_in1k
+    small,base,large        16 224 deit_3_{}_224_1k {name}.pth""",
+        dict(layer_scale=1e-6), files=FAIR + "deit/{}"),
+    Family("AugReg", "nothing", APACHE, """
+    tiny,small,base,large 16 224 vit_{}_patch16_224.augreg_in21k
+    tiny,small,base,large 16 224 vit_{}_patch16_224.augreg_in21k_ft_in1k
+    small,base            16 224 vit_{}_patch16_224.augreg_in1k""",
+        normalization=HALF, resize=Resize(mode="bilinear", align_corners=True)),
+    Family("DINOv2", "LayerScale (SwiGLU in giant)", APACHE, """
+    small,base,large,giant         14 518 vit_{}_patch14_dinov2.lvd142m
+    small=s,base=b,large=l,giant=g 14 518 dinov2_vit{}14_pretrain dinov2_vit{}14/{name}.pth""",
+        dict(layer_scale=1e-5), resize=Resize(offset=0.1), files=FAIR + "dinov2/{}"),
+    Family("DINOv2 with registers", "LayerScale, registers (SwiGLU in giant)", APACHE, """
+    small,base,large,giant         14 518 vit_{}_patch14_reg4_dinov2.lvd142m
+    small=s,base=b,large=l,giant=g 14 518 dinov2_vit{}14_reg4_pretrain dinov2_vit{}14/{name}.pth""",
+        dict(layer_scale=1e-5), resize=Resize(antialias=True), files=FAIR + "dinov2/{}"),
+    Family("DINOv3", "LayerScale, registers, rope (SwiGLU in plus)",
+        "DINOv3 License (the authors' own files are gated)", """
+    small,base,large                 16 256 vit_{}_patch16_dinov3.lvd1689m
+    small=small_plus,huge+=huge_plus 16 256 vit_{}_patch16_dinov3.lvd1689m
+    small,base,large                 16 256 vit_{}_patch16_dinov3_qkvb.lvd1689m""",
+        dict(positions="rope", layer_scale=1e-5, eps=1e-5)),
+    Family("EUPE", "LayerScale, registers, rope",
+        "FAIR Noncommercial Research License (no commercial use)", """
+    tiny,small,base 16 256 vit_{}_patch16_dinov3_qkvb.eupe_lvd1689m""",
+        dict(positions="rope", layer_scale=1e-5, eps=1e-5)),
+    Family("CLIP (OpenAI's)", "a norm before the blocks, QuickGELU", "MIT", """
+    base  32,16 224  vit_{}_patch{p}_clip_quickgelu_{i}.openai vit_{}_patch{p}_clip_{i}.openai
+    large 14 224,336 vit_{}_patch{p}_clip_quickgelu_{i}.openai vit_{}_patch{p}_clip_{i}.openai""",
+        dict(norm_pre=True, eps=1e-5, activation="quick_gelu"), CLIP, Resize(antialias=True),
+        files=TIMM),
+    Family("CLIP (OpenAI's, with GELU, as timm reads these names)", "a norm before the blocks",
+        "MIT", """
+    base  32,16 224 vit_{}_patch{p}_clip_224.openai
+    large 14    224 vit_{}_patch{p}_clip_224.openai""",
+        dict(norm_pre=True, eps=1e-5), CLIP, Resize(antialias=True),
+        note="read with GELU, as timm does. It was trained with QuickGELU (clip_quickgelu_224)"),
+    Family("CLIP (LAION's)", "a norm before the blocks", "MIT", """
+    base 32,16 224 vit_{}_patch{p}_clip_224.laion2b
+    huge 14    224 vit_{}_patch{p}_clip_224.laion2b""",
+        dict(norm_pre=True, eps=1e-5), CLIP, Resize(antialias=True)),
+    *(Family(f"BEiT v2, {size}", "LayerScale, relative positions", "MIT", f"""
+    {size} 16 224 beitv2_{{}}_patch16_224.in1k_ft_in22k
+    {size} 16 224 beitv2_{{}}_patch16_224.in1k_ft_in1k
+    {size} 16 224 beitv2_{{}}_patch16_224.in1k_ft_in22k_in1k
+    {size} 16 224 beitv2_{{}}_patch16_224_pt1k {{name}}.pth""",
+        dict(positions="relative", layer_scale=first),
+        files="https://github.com/addf400/files/releases/download/BEiT-v2/{}")
+      for size, first in (("base", 0.1), ("large", 1e-5))),
+    Family("SigLIP 2", "no class token", APACHE, """
+    base       16 224     vit_{}_patch{p}_siglip_{i}.v2_webli
+    base,large 16 256,384 vit_{}_patch{p}_siglip_{i}.v2_webli
+    so400m     14 224     vit_{}_patch{p}_siglip_{i}.v2_webli""",
+        normalization=HALF, resize=Resize(mode="bilinear", align_corners=True)),
+    Family("torchvision's", "nothing", "BSD 3-Clause (that of its SWAG weights is CC-BY-NC 4.0)", """
+    base  16 224 torchvision:vit_b_16 vit_b_16-c867db91.pth
+    base  32 224 torchvision:vit_b_32 vit_b_32-d86f8d99.pth
+    large 16 224 torchvision:vit_l_16 vit_l_16-852ce7e3.pth
+    large 32 224 torchvision:vit_l_32 vit_l_32-c7638314.pth""",
+        resize=Resize(align_corners=True), files="https://download.pytorch.org/models/{}"),
+)  # fmt: skip
+
+
+class PublicViT(NamedTuple):
+    name: str
+    family: Family
+    dim: int
+    depth: int
+    heads: int
+    patch: int
+    image_size: int  # pixels per side that it was trained at
+    url: str
+
+
+def list_models(family: Family) -> list[PublicViT]:
+    found = []
+    for row in family.models.strip().split("\n"):
+        sizes, patches, image_sizes, name, *file = row.split()
+        for size, p, i in product(*(x.split(",") for x in (sizes, patches, image_sizes))):
+            size, _, word = size.partition("=")
+            words = dict(p=p, i=i, name=name.format(word or size, p=p, i=i))
+            url = family.files.format("".join(file).format(word or size, **words))
+            url = url if file else TIMM.format(words["name"])
+            found.append(PublicViT(words["name"], family, *ALL_SIZES[size], int(p), int(i), url))
+    return found
+
+
+MODELS = {model.name: model for family in FAMILIES for model in list_models(family)}
+
+
+def locate(source: str) -> tuple[PublicViT, str]:
+    """The model that NAME or NAME=FILE names, and the path or URL of its file.
+
+    What follows NAME's dot may be left out where only one matches. FileNotFoundError, with close
+    matches, if there is no such model.
+    """
+    name, _, file = source.partition("=")
+    alike = [model for full, model in MODELS.items() if full.split(".")[0] == name]
+    if model := MODELS.get(name) or (alike[0] if len(alike) == 1 else None):
+        return model, file or model.url
+    close = [model.name for model in alike] or difflib.get_close_matches(name, MODELS)
+    advice = f"is it {' or '.join(close)}?" if close else "python -m teachers lists them"
+    raise FileNotFoundError(f"{source} is neither a file nor a public ViT's name ({advice})")
+
+
+def recognise(place: str) -> PublicViT | None:
+    """The model whose file this path or URL is, by its authors' name for the file.
+
+    timm's model.safetensors is known by a folder it lies in.
+    """
+    path = PurePosixPath(place.partition("?")[0].partition("#")[0])
+    for name, model in MODELS.items():
+        file = PurePosixPath(model.url.partition("#")[0]).name
+        shared = file in ("model.safetensors", "checkpoint_teacher.pth")
+        if path.stem == name or (path.name == file and (not shared or name in path.parts)):
+            return model
+    return None
+
+
+def list_notes(model: PublicViT) -> list[str]:
+    """What its users should know."""
+    licence = model.family.licence
+    notes = [f"its licence is {licence}"] if "no commercial use" in licence else []
+    return [f"{model.name}: {note}" for note in (*notes, model.family.note) if note]

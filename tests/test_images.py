@@ -1,0 +1,224 @@
+"""Folders of images as people have them; and it does not matter whether memory holds them."""
+
+import os
+import shutil
+import unicodedata
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import finetune
+import pretrain
+from common import augment, folders, images
+
+
+CAFE = "caf\u00e9"  # of four characters, not five
+
+
+def listed(root):
+    return [path for path, _ in folders.list_images(root).samples]
+
+
+def picture(path, value=128, size=(20, 24)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (value,) * 3).save(path)
+
+
+@pytest.fixture
+def unsplit(tmp_path):
+    """CLASS/*, without train/ and val/: 20 images of one class, 10 of another."""
+    for name, count in ((CAFE, 20), ("dog", 10)):
+        for i in range(count):
+            picture(tmp_path / "pets" / name / f"{i:02}.png", 5 * i)
+    return tmp_path / "pets"
+
+
+def folder(root, *argv, script=finetune):
+    return script.parse(["--data", "folder", "--data-dir", str(root), *argv])
+
+
+def held_out(root) -> set[str]:
+    return set(data.load(folder(root)).test.source.files.names)
+
+
+def test_what_is_held_out_depends_on_the_names_of_images_alone(unsplit, tmp_path, monkeypatch):
+    """Not on where the folder is, how its disk writes names, or which other images there are."""
+    dataset, before = data.load(folder(unsplit)), held_out(unsplit)
+    assert before and dataset.val is dataset.test
+    assert len(dataset.train) + len(before) == 30 and "held out" in dataset.describe(True)
+    assert not before & set(dataset.train.source.files.names)
+    moved = shutil.copytree(unsplit, tmp_path / "moved")
+    monkeypatch.chdir(moved)
+    assert held_out(moved) == held_out(".") == before
+    assert data.load(folder(moved)).fingerprint == dataset.fingerprint
+    (moved / CAFE).rename(moved / unicodedata.normalize("NFD", CAFE))
+    assert held_out(moved) == before
+    gone = {path for path in moved.rglob("*.png") if path.stem.endswith("5")}
+    for path in gone:
+        path.unlink()
+    assert held_out(moved) == {name for name in before if not name.endswith("5.png")}
+    for i in range(30):
+        picture(moved / "ape" / f"{i}.png")
+    assert {name for name in held_out(moved) if name[:3] != "ape"} < before
+    assert data.load(folder(moved)).fingerprint != dataset.fingerprint
+
+
+def test_as_many_are_held_out_as_asked_for():
+    names = [f"{name}/{i}.jpg" for name in ("cat", "dog") for i in range(5000)]
+    for share in (0.05, 0.2, 0.5):
+        for some in (names[:5000], names[5000:]):
+            held = sum(folders.is_held_out(name, share) for name in some)
+            assert held / 5000 == pytest.approx(share, abs=0.02)
+
+
+def test_a_share_of_the_training_images_is_held_out_beside_val(small, photos):
+    argv = [*small, "--num-labels", "0", "--holdout", "0.2"]
+    dataset = data.load(finetune.parse(argv))
+    assert len(dataset.train) + len(dataset.val) == 30 and len(dataset.test) == 15
+    ours, theirs = (set(part.source.files.names) for part in (dataset.train, dataset.val))
+    assert not ours & theirs
+    whole = finetune.parse([*argv, "--data-dir", str(photos / "train"), "--holdout", "0"])
+    assert len(data.load(whole, train=False).test) == 30  # to evaluate on all of a folder
+
+
+def test_a_flat_folder_without_labels_is_enough_to_pretrain_on(tmp_path, failing):
+    for i in range(20):
+        picture(tmp_path / "flat" / f"{i}.png", 10 * i)
+    part = data.load(folder(tmp_path / "flat", script=pretrain)).train
+    assert next(part.epoch(0))[0].shape == (len(part) // 8, 3, 96, 96)
+    argv = ["--teacher", "none", "--data", "folder", "--data-dir", tmp_path / "flat"]
+    code, line = failing(finetune, argv)
+    assert code == 2 and "one class" in line
+
+
+def test_hidden_folders_and_files_are_ignored(unsplit):
+    before = listed(unsplit)
+    for hidden in (".ipynb_checkpoints", "dog/.ipynb_checkpoints"):
+        picture(unsplit / hidden / "copy.png")
+    shutil.copy(unsplit / "dog" / "00.png", unsplit / "dog" / "._00.png")
+    assert listed(unsplit) == before and len(before) == 30
+
+
+def test_sixteen_bits_are_scaled_and_photographs_turned_upright(tmp_path):
+    Image.fromarray(np.ones((8, 8), np.float32)).save(tmp_path / "floats.tiff")
+    with pytest.raises(ValueError, match="floating-point numbers"):
+        images.read_image(str(tmp_path / "floats.tiff"))
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    Image.fromarray(ramp).save(tmp_path / "deep.png")
+    expected = torch.from_numpy((ramp / 257).astype(np.uint8)).expand(3, 8, 8)
+    assert torch.equal(images.read_image(str(tmp_path / "deep.png")), expected)
+    upright = np.zeros((16, 32, 3), np.uint8)
+    upright[:, :8] = 255
+    exif = Image.Exif()
+    exif[274] = 6  # the camera was held on its side: turn it by 90 degrees to the right
+    for name, more in {"side.jpg": {"quality": 95}, "side.png": {}}.items():
+        Image.fromarray(upright).save(tmp_path / name, exif=exif, **more)
+        turned = images.read_image(str(tmp_path / name))
+        assert turned.shape == (3, 32, 16)
+        assert turned[:, :6].min() > 200 and turned[:, 10:].max() < 50
+
+
+@pytest.mark.parametrize("area", ["0", "0.2"])
+def test_memory_changes_nothing_that_is_seen_of_photographs(area, tmp_path, monkeypatch):
+    """Held or streamed, large or small, evaluated or trained on: the same pixels."""
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        size = (300, 200) if i % 2 else (30, 50)
+        path = tmp_path / "photos" / str(i % 3) / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(path)
+    argv = "--image-size 32 --batch 5 --randaugment 5 --workers 0 --crop-area".split()
+    seen = []
+    for limit in (images.HELD, 0):
+        monkeypatch.setattr(images, "HELD", limit)
+        dataset = data.load(folder(tmp_path / "photos", *argv, area))
+        assert bool(dataset.train.source.held) == bool(limit)
+        seen.append([x for x, _ in dataset.train.epoch(3)])
+        seen[-1] += [x for x, _ in dataset.val.in_order(2)]
+    for held, streamed in zip(*seen, strict=True):
+        assert torch.equal(held, streamed)
+
+
+@pytest.mark.parametrize("area", [0.0, 0.3])
+def test_crops_of_squares_held_as_a_tensor_have_the_distribution_of_streamed_ones(area, tmp_path):
+    """Of a ramp, a crop's mean tells where it lies, and its range how wide it is."""
+    size, count = 32, 3000
+    ramp = torch.arange(size).float() / size
+    image = torch.stack([x.expand(size, size) for x in (ramp, ramp[:, None], torch.ones(1))])
+    asked = folder(tmp_path, "--crop-area", str(area))
+    draws = augment.BatchRandom(augment.seeded("held"), count, slice(None), image.device)
+    held = augment.crop_and_flip(image.expand(count, -1, -1, -1) - 0.5, draws, area) + 0.5
+    crop = images.random_crop(size, asked, [0.5] * 3)
+    torch.manual_seed(0)
+    streamed = torch.stack([crop((255 * image).byte()) for _ in range(count)]) / 255
+
+    def facts(crops):
+        inner = crops[:, :, 4:-4, 4:-4]  # without what shifts pad
+        yield from (inner[:, 0].mean((1, 2)), inner[:, 1].mean((1, 2)))
+        width = inner[:, 0, :, -1].mean(1) - inner[:, 0, :, 0].mean(1)  # < 0 if flipped
+        yield from (width.abs(), inner[:, 1, -1].mean(1) - inner[:, 1, 0].mean(1))
+        assert (width < 0).float().mean() == pytest.approx(0.5, abs=0.04)
+
+    for ours, theirs in zip(facts(held), facts(streamed), strict=True):
+        assert (ours.sort().values - theirs.sort().values).abs().mean() < 0.01  # earth mover's
+
+
+def test_what_cannot_be_read_is_left_out_and_named(unsplit, capsys, failing):
+    """The other images stay in the part they were in."""
+    before = held_out(unsplit)
+    bad = {f"dog/{i:02}.png" for i in range(6)}
+    for name in bad:
+        (unsplit / name).write_bytes(b"")
+    dataset = data.load(folder(unsplit))
+    assert "images are left out: cannot read image" in capsys.readouterr().out
+    parts = [set(part.source.files.names) for part in (dataset.train, dataset.test)]
+    assert parts[1] == before - bad and not bad & parts[0]
+    assert len(parts[0] | parts[1]) == 24 and len(dataset.train) == len(parts[0])
+    for path in listed(unsplit):
+        open(path, "w").close()
+    code, line = failing(finetune, ["--data", "folder", "--data-dir", unsplit])
+    assert code == 2 and "cannot read image" in line
+
+
+def test_what_breaks_while_images_are_streamed_ends_the_run(unsplit, monkeypatch, failing):
+    monkeypatch.setattr(images, "HELD", 0)
+    (unsplit / "dog" / "05.png").write_text("broken")
+    argv = "--teacher none --data folder --epochs 1 --batch 1 --workers 2 --out run --data-dir"
+    code, line = failing(finetune, [*argv.split(), unsplit])
+    assert code == 2 and "cannot read image" in line and "05.png" in line
+    assert not os.path.exists("run/model.pt")
+
+
+def test_which_folders_are_used_is_said(unsplit, capsys):
+    """train/, val/ and test/ by several names: validated on val/, tested on test/."""
+    (unsplit / "Training").mkdir()
+    for name in (CAFE, "dog"):
+        (unsplit / name).rename(unsplit / "Training" / name)
+    shutil.copytree(unsplit / "Training", unsplit / "test")
+    (unsplit / "test" / "dog" / "notes.txt").write_text("no picture")
+    (unsplit / "test" / "dog" / "00.png").unlink()
+    dataset = data.load(folder(unsplit))
+    assert dataset.val is dataset.test and (len(dataset.train), len(dataset.test)) == (30, 29)
+    assert "1 files are not images of a known kind" in capsys.readouterr().out
+    shutil.copytree(unsplit / "Training", unsplit / "valid")
+    dataset = data.load(folder(unsplit))
+    assert [len(part) for part in (dataset.train, dataset.val, dataset.test)] == [30, 30, 29]
+    assert "30 to validate on, 29 to test on" in dataset.describe(True)
+    capsys.readouterr()
+    for name in ("car", "plane"):
+        picture(unsplit / name / "1.png")
+    assert len(data.load(folder(unsplit)).classes) == 2
+    said = capsys.readouterr().out
+    assert f"{unsplit / 'Training'}" in said and "car, plane beside them not" in said
+    shutil.rmtree(unsplit / "valid" / "dog")
+    with pytest.raises(ValueError, match=r"different classes \(dog\)"):
+        data.load(folder(unsplit))
+
+
+def test_a_class_may_be_called_as_a_part_is(unsplit):
+    (unsplit / "dog").rename(unsplit / "train")
+    dataset = data.load(folder(unsplit))
+    assert dataset.classes[1] == "train" and len(dataset.train) + len(dataset.test) == 30

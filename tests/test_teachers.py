@@ -1,0 +1,605 @@
+"""Public teachers: each family's files, in timm's and the authors' names, against timm."""
+
+import itertools
+import math
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
+from torchvision.models import VisionTransformer
+from torchvision.models.vision_transformer import interpolate_embeddings
+
+import attention_copy
+import attention_distill
+import data
+import finetune
+import pretrain
+import vit
+from common import checkpoints
+from common.augment import Normalise
+from teachers import load, positions, zoo
+from teachers.__main__ import main as list_teachers
+from teachers.adapt import TeacherAdapter, adapt
+from teachers.load import build, build_vit, open_model, read_checkpoint
+from teachers.to_timm import to_timm
+from teachers.vit import COMPONENTS, Config
+
+SMALL = dict(dim=48, depth=2, heads=3)
+ONE_OF_EACH = (
+    "vit_base_patch16_224.mae", "vit_small_patch16_224.dino", "deit_tiny_patch16_224.fb_in1k",
+    "vit_tiny_patch16_224.augreg_in21k", "deit3_small_patch16_224.fb_in1k",
+    "vit_small_patch14_dinov2.lvd142m", "vit_giant_patch14_dinov2.lvd142m",
+    "vit_small_patch14_reg4_dinov2.lvd142m", "vit_small_patch16_dinov3.lvd1689m",
+    "vit_small_plus_patch16_dinov3.lvd1689m", "vit_tiny_patch16_dinov3_qkvb.eupe_lvd1689m",
+    "vit_base_patch32_clip_quickgelu_224.openai", "vit_base_patch32_clip_224.laion2b",
+    "beitv2_base_patch16_224.in1k_ft_in1k", "vit_base_patch16_siglip_224.v2_webli",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("family", zoo.FAMILIES, ids=lambda family: family.title)
+def test_the_table_says_what_timm_says(family):
+    for member in zoo.list_models(family):
+        if "/timm/" not in member.url or ":" in member.name:
+            continue
+        with torch.device("meta"):
+            net = timm.create_model(member.name, pretrained=False)
+        cfg, block = net.pretrained_cfg, net.blocks[0]
+        said = (member.dim, member.depth, member.heads, member.patch, member.image_size)
+        theirs = (net.embed_dim, len(net.blocks), block.attn.num_heads)
+        assert said == (*theirs, net.patch_embed.patch_size[0], cfg["input_size"][-1])
+        assert member.url == zoo.TIMM.format(cfg["hf_hub_id"].removeprefix("timm/"))
+        assert family.normalization == (list(cfg["mean"]), list(cfg["std"]))
+        assert family.overrides.get("eps", 1e-6) == block.norm1.eps
+        no_commerce = "nc" in cfg["license"] or "noncommercial" in cfg["license"]
+        assert no_commerce == ("no commercial use" in family.licence)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """All members with the components that they have, but few and narrow layers."""
+    models = {k: m._replace(**SMALL) for k, m in zoo.MODELS.items()}
+    monkeypatch.setattr(zoo, "MODELS", models)
+
+
+def timms(name: str, **more):
+    torch.manual_seed(0)
+    sizes = dict(embed_dim=SMALL["dim"], depth=SMALL["depth"], num_heads=SMALL["heads"])
+    net = timm.create_model(name, pretrained=False, **sizes | more).eval()
+    with torch.no_grad():
+        for parameter in net.parameters():  # also what begins as 0 or 1
+            parameter.copy_(0.2 * torch.randn_like(parameter))
+    return net
+
+
+def write(net, tmp_path):
+    state = {k: v.contiguous() for k, v in net.state_dict().items()}
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    return tmp_path / "model.safetensors"
+
+
+@torch.no_grad()
+def traces_of_timms(net, images):
+    """Tokens after every block, and attention maps."""
+    tokens, maps, hooks = [], [], []
+    for block in net.blocks:
+        block.attn.fused_attn = False
+        hooks.append(block.register_forward_hook(lambda _, given, out: tokens.append(out)))
+        drop = block.attn.attn_drop
+        hooks.append(drop.register_forward_hook(lambda _, given, out: maps.append(out)))
+    net(images)
+    for hook in hooks:
+        hook.remove()
+    return tokens, maps
+
+
+@torch.no_grad()
+def assert_alike(ours, net, size):
+    images = torch.randn(2, 3, size, size)
+    tokens, maps = traces_of_timms(net, images)
+    traces = list(ours.blockwise(images))
+    assert len(traces) == len(tokens) == len(maps) == SMALL["depth"]
+    for (x, qk), y, p in zip(traces, tokens, maps, strict=True):
+        torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(qk.map(), p, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_tokens_and_maps_are_timms_at_the_native_and_at_another_size(name, small, tmp_path):
+    net = timms(name)
+    found = read_checkpoint(f"{name}={write(net, tmp_path)}")
+    native = zoo.MODELS[name].image_size
+    assert net.patch_embed.img_size == (native, native)
+    ours = build_vit(found, classes=0).eval()
+    assert_alike(ours, net, native)
+
+    patch = ours.config.patch
+    for side in (6, native // patch + 2):  # smaller and larger
+        other = timms(name, img_size=side * patch)
+        state, resize = net.state_dict(), zoo.MODELS[name].family.resize
+        for key in state:
+            if key == "pos_embed":
+                first = state[key].shape[1] - (native // patch) ** 2  # has the class token one?
+                state[key] = resample_abs_pos_embed(
+                    state[key], [side, side], num_prefix_tokens=first, antialias=resize.antialias
+                )
+            if key.endswith("relative_position_bias_table"):
+                shape = ((2 * side - 1) ** 2 + 3, SMALL["heads"])
+                state[key] = resize_rel_pos_bias_table(state[key], (side, side), shape)
+        other.load_state_dict({k: v for k, v in state.items() if "index" not in k}, strict=False)
+        as_timm = replace(found, resize=positions.Resize(antialias=resize.antialias))
+        assert_alike(
+            build_vit(as_timm, classes=0, image_size=side * patch).eval(), other, side * patch
+        )
+
+
+def theirs_of(name: str, state: dict) -> dict:
+    """timm's tensors by the names of a family's authors, as they wrap them."""
+    family, random = zoo.MODELS[name].family.title, torch.Generator().manual_seed(1)
+    renamed = {}
+    for key, value in state.items():
+        if family == "DeiT III":
+            for i in "12":
+                key = key.replace(f"ls{i}.gamma", f"gamma_{i}")
+        if "registers" in family and key == "pos_embed":  # with an entry for the class token
+            value = torch.cat([torch.full_like(value[:, :1], 0.25), value], dim=1)
+        if "registers" in family and key == "cls_token":
+            value = value - 0.25
+        if "registers" in family:
+            key = key.replace("reg_token", "register_tokens")
+        if "DINOv2" in family and "giant" in name:
+            key = key.replace("fc1", "w12").replace("fc2", "w3")
+        if family in ("DINOv3", "EUPE"):
+            for i in "12":
+                key = key.replace(f"gamma_{i}", f"ls{i}.gamma")
+            key = key.replace("reg_token", "storage_tokens").replace("mlp.fc1_g", "mlp.w1")
+            key = key.replace("mlp.fc1_x", "mlp.w2")
+            key = key.replace("mlp.fc2", "mlp.w3") if "plus" in name else key
+            if key.endswith("q_bias"):
+                v = state[key.replace("q_bias", "v_bias")]
+                noise = torch.randn(v.shape, generator=random)
+                renamed[key.replace("q_bias", "qkv.bias")] = torch.cat([value, noise, v])
+                mask = torch.ones(3, len(v))
+                mask[1] = float("nan")
+                key, value = key.replace("q_bias", "qkv.bias_mask"), mask.flatten()
+            if key.endswith("v_bias"):
+                continue
+        renamed[key] = value
+    if family in ("DINOv3", "EUPE"):
+        return renamed | {"mask_token": torch.zeros(1, 48), "rope_embed.periods": torch.ones(4)}
+    if "DINOv2" in family:
+        return renamed | {"mask_token": torch.zeros(1, 48)}
+    return {"model": renamed} if family in ("MAE", "DeiT", "DeiT III") else renamed
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        for name in ONE_OF_EACH
+        if not any(of in name for of in ("clip", "beit", "augreg", "webli"))
+    ],
+)
+def test_the_authors_own_files_are_the_same_net(name, small, tmp_path):
+    net = timms(name)
+    torch.save(theirs_of(name, net.state_dict()), tmp_path / "theirs.pth")
+    ours = build_vit(read_checkpoint(f"{name}={tmp_path / 'theirs.pth'}"), classes=0).eval()
+    assert_alike(ours, net, zoo.MODELS[name].image_size)
+
+
+def test_moco_v3_is_found_within_the_state_of_its_training(small, tmp_path):
+    net = timms("vit_small_patch16_224.dino")
+    state = {f"module.base_encoder.{k}": v for k, v in net.state_dict().items()}
+    state |= {f"module.momentum_encoder.{k}": 7 * v for k, v in net.state_dict().items()}
+    state |= {
+        "module.base_encoder.head.0.weight": torch.ones(3, 48),
+        "module.predictor.0.weight": torch.ones(3),
+    }
+    torch.save(
+        {"epoch": 300, "state_dict": state, "optimizer": {"state": {}}},
+        tmp_path / "vit-s-300ep.pth.tar",
+    )
+    ours = build_vit(read_checkpoint(tmp_path / "vit-s-300ep.pth.tar"), classes=0).eval()
+    assert_alike(ours, net, 224)
+
+
+def test_web_dino_in_its_authors_names(small, tmp_path):
+    net, theirs = timms("vit_giant_patch14_dinov2.lvd142m", img_size=224), {}
+    for key, value in net.state_dict().items():
+        for i in range(SMALL["depth"]):
+            key = key.replace(f"blocks.{i}.", f"blocks.{i}.{i}.")  # each in a chunk of its own
+        theirs[key.replace("fc1", "w12").replace("fc2", "w3")] = value
+    path = tmp_path / "webssl_dino300m_full2b_224.pth"
+    torch.save(theirs | {"mask_token": torch.zeros(1, 48)}, path)
+    assert_alike(build_vit(read_checkpoint(path), classes=0).eval(), net, 224)
+
+
+def test_clip_in_its_authors_names(small, tmp_path):
+    name = "vit_base_patch32_clip_quickgelu_224.openai"
+    net, theirs = timms(name), {}
+    for key, value in net.state_dict().items():
+        for timms_word, word in (
+            ("patch_embed.proj.", "conv1."), ("blocks.", "transformer.resblocks."),
+            ("norm_pre.", "ln_pre."), ("norm1.", "ln_1."), ("norm2.", "ln_2."),
+            ("attn.qkv.", "attn.in_proj_"), ("attn.proj.", "attn.out_proj."),
+            ("mlp.fc1.", "mlp.c_fc."), ("mlp.fc2.", "mlp.c_proj."), ("norm.", "ln_post."),
+        ):  # fmt: skip
+            key = key.replace(timms_word, word)
+        if key == "cls_token":
+            key, value = "class_embedding", value[0, 0]
+        if key == "pos_embed":
+            key, value = "positional_embedding", value[0]
+        theirs[f"visual.{key}"] = value
+    theirs |= {"visual.proj": torch.ones(48, 8)}
+    torch.save(theirs, tmp_path / "clip.pt")
+    assert_alike(
+        build_vit(read_checkpoint(f"{name}={tmp_path / 'clip.pt'}"), classes=0).eval(), net, 224
+    )
+
+
+def test_beits_pre_training_shares_one_table_of_positions(small, tmp_path):
+    net = timms("beitv2_base_patch16_224.in1k_ft_in1k")
+    state, table = net.state_dict(), net.blocks[0].attn.relative_position_bias_table.data
+    net.blocks[1].attn.relative_position_bias_table.data = table
+    state = {k: v for k, v in state.items() if "relative" not in k}
+    state |= {
+        "rel_pos_bias.relative_position_bias_table": table,
+        "rel_pos_bias.relative_position_index": torch.zeros(2, 2),
+        "cls_pt_layers.0.norm1.weight": torch.ones(48),
+        "lm_head.weight": torch.ones(9, 48),
+        "mask_token": torch.ones(1, 1, 48),
+    }
+    torch.save({"model": state}, tmp_path / "beitv2_base_patch16_224_pt1k.pth")
+    ours = build_vit(
+        read_checkpoint(tmp_path / "beitv2_base_patch16_224_pt1k.pth"), classes=0
+    ).eval()
+    assert_alike(ours, net, 224)
+
+
+@torch.no_grad()
+def test_torchvisions(small, tmp_path):
+    torch.manual_seed(0)
+    net = VisionTransformer(224, 16, 2, 3, 48, 192, num_classes=7).eval()
+    for parameter in net.parameters():
+        parameter.copy_(0.2 * torch.randn_like(parameter))
+    torch.save(net.state_dict(), tmp_path / "x.pth")
+    found = read_checkpoint(f"torchvision:vit_b_16={tmp_path / 'x.pth'}")
+    for size in (224, 96, 288):
+        other = VisionTransformer(size, 16, 2, 3, 48, 192, num_classes=7).eval()
+        other.load_state_dict(interpolate_embeddings(size, 16, net.state_dict()))
+        images, tokens = torch.randn(2, 3, size, size), []
+        for layer in other.encoder.layers:
+            layer.register_forward_hook(lambda _, given, out, to=tokens: to.append(out))
+        other(images)
+        ours = build_vit(found, classes=0, image_size=size).eval()
+        for (x, _), y in zip(ours.blockwise(images), tokens, strict=True):
+            torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5)
+
+
+def taps(x: float, count: int) -> list[float]:
+    """What a cubic (Keys 1981, a = -0.75, as PyTorch has it) at x takes from each of the places."""
+    a, first, found = -0.75, math.floor(x), [0.0] * count
+    for i in range(first - 1, first + 3):
+        d = abs(x - i)
+        near, far = (a + 2) * d**3 - (a + 3) * d**2 + 1, a * (d**3 - 5 * d**2 + 8 * d - 4)
+        found[min(max(i, 0), count - 1)] += near if d <= 1 else far
+    return found
+
+
+@pytest.mark.parametrize("new", [5, 11])
+def test_positions_are_resized_as_the_code_of_the_family_does(new):
+    """Of AugReg and SigLIP (scipy's zoom of order 1); and of DINO, which enlarges too much."""
+    old, units = 7, np.eye(7)
+    spots = np.linspace(0, old - 1, new)
+    linear = np.stack([np.interp(spots, range(old), unit) for unit in units], axis=1)
+    middles = (np.arange(new) + 0.5) * old / (new + 0.1) - 0.5
+    cubic = np.array([taps(x, old) for x in middles])
+    grid = torch.randn(old, old, 3, dtype=torch.float64)
+    for name, weights in (
+        ("vit_base_patch16_224.augreg_in1k", linear),
+        ("vit_base_patch16_siglip_224.v2_webli", linear),
+        ("vit_base_patch16_224.dino", cubic), ("ibot_vitb_16", cubic),
+        ("vit_base_patch14_dinov2.lvd142m", cubic), ("webssl_dino1b_full2b_224", cubic),
+    ):  # fmt: skip
+        theirs = np.einsum("ih,jw,hwd->ijd", weights, weights, grid)
+        how = zoo.MODELS[name].family.resize
+        ours = positions.resize(grid.view(1, -1, 3), new, how).view(new, new, 3)
+        torch.testing.assert_close(ours, torch.tensor(theirs), atol=1e-5, rtol=1e-5)
+
+
+# Students -----------------------------------------------------------------------------------------
+
+
+def images_of(size: int) -> data.Data:
+    device = SimpleNamespace(device=torch.device("cpu"))
+    return data.Data([str(i) for i in range(5)], 3, size, Normalise(zoo.HALF, "cpu"), device)
+
+
+def prepare(script, name: str, tmp_path, size: int, *more: str):
+    """A task on images of a size, with the teacher of this name (of timm's, random)."""
+    path = write(timms(name), tmp_path)
+    more = ("--drop-path", "0", *more, "--device", "cpu")
+    settings = script.parse(["--data", "imagenet", "--teacher", f"{name}={path}", *more])
+    return script.task(settings, images_of(size), read_checkpoint(settings.teacher))
+
+
+def components_of(net) -> dict:
+    return {name: getattr(net.config, name, getattr(Config, name)) for name in COMPONENTS}
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_a_student_looks_where_its_teacher_looks_learns_and_goes_to_timm(name, small, tmp_path):
+    """One step of each method. Then the student is the same net in timm."""
+    size = 6 * zoo.MODELS[name].patch
+    batch, labels = torch.randn(2, 3, size, size), torch.tensor([1, 3])
+    task = prepare(finetune, name, tmp_path, size)
+    found = read_checkpoint(f"{name}={tmp_path / 'model.safetensors'}")
+    theirs = build_vit(found, classes=0, image_size=size)
+    assert torch.equal(task.net.forward_features(batch), theirs.forward_features(batch))
+    task.loss(task.net, batch, labels)[0].backward()
+    assert all(p.grad.isfinite().all() for p in task.net.parameters())
+    for script in (attention_copy, attention_distill):
+        task = prepare(script, name, tmp_path, size, "--layers", "all")
+        student, teacher = task.net, task.loss.keywords["teacher"]
+        assert components_of(student) == components_of(teacher)
+        assert (student.config.dim, student.config.patch) == (48, zoo.MODELS[name].patch)
+        task.loss(student, batch, labels)[0].backward()
+        for n, p in student.named_parameters():  # as DDP needs it
+            assert p.grad.isfinite().all(), n
+        torch.optim.SGD(student.parameters(), lr=0.1).step()
+        if script is attention_copy:
+            looks = student.blockwise(batch, given=teacher.lend(batch, [0, 1]))
+            for (_, qk), (_, theirs) in zip(looks, teacher.blockwise(batch), strict=True):
+                torch.testing.assert_close(qk.map(), theirs.map())
+
+    with torch.no_grad():
+        for p in student.parameters():  # also what a step hardly moves
+            p.add_(0.1 * torch.randn_like(p))
+    target = name.replace("dinov3.", "dinov3_qkvb.")
+    if "plus" in target:  # timm has one with the biases that a student learns
+        target = "vit_small_plus_patch16_dinov3_qkvb.lvd1689m"
+    pooled = {"use_fc_norm": True} if "dinov3" in target else {}
+    net = timms(target, img_size=size, num_classes=5, global_pool="avg", **pooled)
+    net.load_state_dict(to_timm(load.Model(student), net))
+    with torch.no_grad():
+        torch.testing.assert_close(net(batch), student.eval()(batch), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script, name", zip(
+    itertools.cycle((attention_copy, attention_distill, finetune, attention_distill)), ONE_OF_EACH
+))  # fmt: skip
+def test_a_run_with_a_named_teacher_is_resumed_to_the_same_bits(
+    script, name, small, photos, tmp_path, stopped
+):
+    path, size = write(timms(name), tmp_path), 4 * zoo.MODELS[name].patch
+    more = f"--data folder --data-dir {photos} --image-size {size} --workers 0 --epochs 2 --batch 8"
+    argv = [*more.split(), "--drop-path", "0.2", "--teacher", f"{name}={path}", "--device", "cpu"]
+    stopped(script, script.parse(argv))
+    opened, theirs = open_model("cut/model.pt"), build_vit(read_checkpoint(f"{name}={path}"))
+    assert components_of(opened.net) == components_of(theirs)
+    assert opened.net.config.classes == 3 and opened(torch.zeros(1, 3, size, size)).shape == (1, 3)
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch16_dinov3.lvd1689m",
+                                  "beitv2_base_patch16_224.in1k_ft_in1k",
+                                  "vit_base_patch16_siglip_224.v2_webli"])  # fmt: skip
+def test_visible_patches_are_encoded_as_if_there_were_no_others(name, small, tmp_path):
+    """Of two images that differ in hidden patches alone. And all visible: as without a mask."""
+    net = build_vit(read_checkpoint(f"{name}={write(timms(name), tmp_path)}"), image_size=96)
+    images, ids = torch.randn(1, 3, 96, 96), torch.randperm(36)[None]
+    whole, prefix = net.forward_features(images), net.config.num_prefix_tokens
+    shuffled = net.forward_features(images, visible_ids=ids)
+    torch.testing.assert_close(shuffled[:, prefix:], whole[:, prefix:][:, ids[0]])
+    torch.testing.assert_close(shuffled[:, :prefix], whole[:, :prefix])
+    other = images.clone()
+    for i in ids[0, 20:].tolist():
+        y, x = 16 * (i // 6), 16 * (i % 6)
+        other[..., y : y + 16, x : x + 16] = 5.0
+    some = [net.forward_features(x, visible_ids=ids[:, :20]) for x in (images, other)]
+    assert torch.equal(*some)
+
+
+def test_timms_of_another_function_is_refused():
+    def random(net, std: float = 0.2):
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for p in net.parameters():
+                p.copy_(std * torch.randn_like(p))
+        return net
+
+    net = random(vit.ViT(plain("mini", 64, 16)))
+    clip, mae = "vit_base_patch32_clip_quickgelu_224.openai", "vit_base_patch16_224.mae"
+    same = partial(timms, img_size=64, embed_dim=128, depth=6, num_heads=4, num_classes=5)
+    to_timm(load.Model(net), same(mae, global_pool="avg"))
+    for other in (
+        same(mae, global_pool="avg", num_heads=8), same(mae, global_pool="max"),
+        same(mae, global_pool="token"), same(clip, patch_size=16, global_pool="avg"),
+        same(mae, global_pool="avg", img_size=80), same(mae, global_pool="avg", depth=5),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="timm's"):
+            to_timm(load.Model(net), other)
+    with pytest.raises(ValueError, match="its teacher's maps"):
+        to_timm(load.Model(net, teacher=net, layers=(0,)), same(mae, global_pool="avg"))
+    rope = Config(64, 16, 3, 5, 128, 6, 4, positions="rope", layer_scale=1.0, registers=4, eps=1e-5)
+    dinov3 = "vit_small_patch16_dinov3{}.lvd1689m"
+    for more, base, biases in (("", 100.0, "q_bias"), ("_qkvb", 10.0, "outputs on noise")):
+        net = random(build(replace(rope, rope_base=base)))
+        other = same(dinov3.format(more), global_pool="avg", use_fc_norm=True)
+        with pytest.raises(ValueError, match=biases):
+            to_timm(load.Model(net), other)
+
+
+# Other layers, heads and tokens -------------------------------------------------------------------
+
+
+def plain(model: str, image_size: int = 32, patch: int = 8) -> vit.Config:
+    return vit.Config(image_size, patch, 3, 5, *zoo.ALL_SIZES[model])
+
+
+def lend_maps(lender, images, layers, **more) -> list:
+    return [None if qk is None else qk.map() for qk in lender.lend(images, layers, **more)]
+
+
+def test_a_student_without_registers_takes_the_maps_of_the_tokens_that_it_has():
+    config = Config(84, 14, 3, 0, 48, 2, 3, registers=4, layer_scale=0.5)
+    teacher, student = build(config), build(plain("micro", 84, 14))
+    teacher, batch = teacher.requires_grad_(False), torch.randn(2, 3, 84, 84)
+    student = build(vit.Config(84, 14, 3, 5, 32, 2, 3)) if student is None else student
+    student = vit.ViT(replace(student.config, dim=48, depth=2, heads=3))
+    adapter, kept = adapt(teacher, student, [0, 1]), [0, *range(5, 5 + 36)]
+    for p, (_, qk) in zip(lend_maps(adapter, batch, [0, 1]), teacher.blockwise(batch), strict=True):
+        cut = qk.map()[:, :, kept][..., kept]
+        torch.testing.assert_close(p, cut / cut.sum(dim=-1, keepdim=True))
+
+
+def test_layers_and_heads_are_those_that_are_named(small, tmp_path):
+    name, batch = "beitv2_base_patch16_224.in1k_ft_in1k", torch.randn(2, 3, 96, 96)
+    more = ("--model", "mini", "--layers", "3:5", "--teacher-layers", ":2")
+    with pytest.raises(ValueError, match="the teacher has 3 heads and the student 4"):
+        prepare(attention_copy, name, tmp_path, 96, *more)
+    task = prepare(attention_copy, name, tmp_path, 96, "--teacher-layers", "1", "--layers", "0")
+    adapter = task.loss.keywords["teacher"]
+    lent, (_, own) = lend_maps(adapter, batch, [0]), list(adapter.teacher.blockwise(batch))[1]
+    torch.testing.assert_close(lent[0], own.map())
+    assert lent[1] is None and len(lent) == len(task.net.blocks)
+
+    torch.save(task.export(task.net), tmp_path / "copy.pt")
+    with torch.no_grad():
+        expected = task.predict(task.net.eval(), batch)
+        torch.testing.assert_close(open_model(tmp_path / "copy.pt")(batch), expected)
+
+    teacher = vit.ViT(plain("mini")).eval().requires_grad_(False)
+    student = vit.ViT(replace(plain("mini"), heads=2, depth=4))
+    picked, images = adapt(teacher, student, [0, 2], heads=[1, 3]), torch.randn(2, 3, 32, 32)
+    found = checkpoints.export(student, picked, [0, 2])
+    torch.save(found, tmp_path / "picked.pt")
+    reopened = open_model(tmp_path / "picked.pt").teacher
+    assert isinstance(reopened, TeacherAdapter) and reopened.adapted == picked.adapted
+    theirs = [qk.map()[:, [1, 3]] for _, qk in teacher.blockwise(images)]
+    for lender in (picked, reopened):
+        lent = lend_maps(lender, images, [0, 2])
+        assert lent[1] is lent[3] is None
+        for i in (0, 2):
+            torch.testing.assert_close(lent[i], theirs[i])
+
+
+def test_a_teacher_of_another_depth_drops_no_paths():
+    teacher = vit.ViT(replace(plain("mini"), depth=4)).eval().requires_grad_(False)
+    student = vit.ViT(plain("mini"), drop_path=0.9).train()
+    adapter, batch = adapt(teacher, student, [0, 2]), torch.randn(4, 3, 32, 32)
+    keep = student.draw_drop_path(4)
+    lent = lend_maps(adapter, batch, [0, 2], keep=keep)
+    own = [qk.map() for _, qk in teacher.blockwise(batch)]
+    assert (keep == 0).any() and len(lent) == 6
+    assert torch.equal(lent[0], own[0]) and torch.equal(lent[2], own[2])
+
+
+@pytest.mark.parametrize("more, words", [
+    (["--layers", "1,0"], "in order"), (["--heads", "4"], "--heads"),
+    (["--layers", "0,1", "--teacher-layers", "3"], "names 1 layers"),
+    (["--model", "mini"], "goes up to layer 5"), (["--patch", "4"], "16 tokens|17 tokens"),
+    (["--model", "micro+registers=4"], "other components"),
+    (["--model", "micro+register=4"], "choose components from class_token|choose components from"),
+    (["--model", "micro+positions=near"], "choose positions"), (["--model", "medium-ish"], "size"),
+    (["--model", "micro+positions=relative+registers=2"], "other components"),
+    (["--patch", "5"], "--image-size 12 does not divide into patches of 5 pixels: try"),
+    (["--teacher", "none"], "no maps"),
+])  # fmt: skip
+def test_what_does_not_fit_is_refused(more, words, tmp_path):
+    torch.save(checkpoints.export(vit.ViT(vit.Config(12, 3, 1, 0, 64, 4, 4))), tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=words):
+        settings = attention_copy.parse(["--teacher", str(tmp_path / "x.pt"), *more])
+        images = data.Data(["a", "b"], 1, 12, Normalise(([0.5], [0.5]), "cpu"))
+        found = None if settings.teacher == "none" else read_checkpoint(settings.teacher)
+        attention_copy.task(settings, images, found)
+
+
+def test_components_are_those_of_the_models_name():
+    settings = pretrain.parse(["--model", "micro+registers=2+positions=absolute+rope+norm_pre=1"])
+    net = load.new_vit(settings, images_of(12), classes=0)
+    expected = Config(12, 3, 3, 0, 64, 4, 4, registers=2, positions="absolute+rope", norm_pre=True)
+    assert net.config == expected and net.head.__class__ is torch.nn.Identity
+    for model, size in (("huge+", 1280), ("huge++registers=1", 1280), ("micro", 64)):
+        config = load.make_config(replace(settings, model=model), images_of(12))
+        assert config.dim == size and (type(config) is vit.Config) == ("=" not in model)
+    with pytest.raises(ValueError, match="try --image-size 98"):
+        build(vit.Config(96, 14, 3, 5, 64, 2, 4))
+
+
+# Names and files ----------------------------------------------------------------------------------
+
+
+def test_a_file_is_known_by_its_name_or_its_folders(capsys):
+    for source, name in (
+        ("a/vit_base_patch16_224.mae/model.safetensors", "vit_base_patch16_224.mae"),
+        ("a/dinov2_vits14_reg4_pretrain.pth", "dinov2_vits14_reg4_pretrain"),
+        ("https://x.com/dino_vitbase8_pretrain.pth", "dino_vitbase8_pretrain"),
+        ("https://huggingface.co/timm/vit_base_patch16_clip_224.openai/resolve/main/"
+         "model.safetensors?download=true", "vit_base_patch16_clip_224.openai"),
+        ("a/vit_b_16-c867db91.pth", "torchvision:vit_b_16"),
+        (zoo.MODELS["mae_pretrain_vit_base"].url, "mae_pretrain_vit_base"),
+        ("a/model.safetensors", None), ("checkpoint_teacher.pth", None), ("runs/a/model.pt", None),
+    ):  # fmt: skip
+        model = zoo.recognise(source)
+        assert (model.name if model else None) == name, source
+    assert zoo.locate("vit_huge_patch14_clip_224")[0].name == "vit_huge_patch14_clip_224.laion2b"
+    assert zoo.locate("vit_b-x=a.pth" if False else "ibot_vitb_16=a.pth")[1] == "a.pth"
+    for wrong, words in (
+        ("vit_base_patch16_clip_224", r"is it vit_base_patch16_clip_224\.openai or"),
+        ("vit_small_patch16_dinov4.lvd1689m", r"vit_small_patch16_dinov3\.lvd1689m"),
+        ("no_such_file.pth", "neither a file nor"),
+    ):
+        with pytest.raises(FileNotFoundError, match=words):
+            read_checkpoint(wrong)
+    list_teachers("siglip")
+    printed = capsys.readouterr().out
+    assert "vit_so400m_patch14_siglip_224.v2_webli" in printed and "dinov2" not in printed
+
+
+def test_a_name_that_does_not_fit_its_file_is_refused(tmp_path, monkeypatch):
+    path = write(timms("vit_small_plus_patch16_dinov3.lvd1689m"), tmp_path)
+    with pytest.raises(ValueError, match=r"vit_base_patch16_224.mae: dim 48, not 768, depth 2"):
+        read_checkpoint(f"vit_base_patch16_224.mae={path}")
+    with pytest.raises(ValueError, match="how many attention heads"):
+        read_checkpoint(path)
+    models = {k: m._replace(**SMALL) for k, m in zoo.MODELS.items()}
+    monkeypatch.setattr(zoo, "MODELS", models)
+    for name, theirs, words in (
+        ("vit_small_patch14_dinov2.lvd142m", "vit_huge_patch14_224.mae", "ls1.gamma"),
+        ("vit_huge_patch14_224.mae", "vit_small_patch14_dinov2.lvd142m", "ls1.gamma"),
+        ("vit_small_patch16_dinov3.lvd1689m", "vit_base_patch16_224.mae", "pos_embed"),
+        ("vit_base_patch16_224.mae", "beitv2_base_patch16_224.in1k_ft_in1k", "relative.table"),
+    ):
+        path = write(timms(name), tmp_path)
+        with pytest.raises(ValueError, match=words):
+            build_vit(read_checkpoint(f"{theirs}={path}"), classes=0)
+
+
+def test_half_files_are_refused(small, tmp_path):
+    for name, gone, words in (
+        ("vit_base_patch16_224.mae", "blocks.1.attn.qkv.bias", "qkv.bias"),
+        ("vit_base_patch16_224.mae", "patch_embed.proj.bias", "proj.bias"),
+        ("beitv2_base_patch16_224.in1k_ft_in1k", "blocks.1.attn.v_bias", "qkv.bias"),
+        ("vit_base_patch16_224.mae", "cls_token", "pos_embed|cls_token"),
+    ):
+        state = timms(name).state_dict()
+        del state[gone]
+        torch.save(state, tmp_path / "x.pth")
+        with pytest.raises(ValueError, match=words):
+            build_vit(read_checkpoint(f"{name}={tmp_path / 'x.pth'}"), classes=0)
+    state = timms("vit_small_patch16_dinov3.lvd1689m").state_dict()
+    torch.save(state | {"storage_tokens": state["reg_token"]}, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match="two of its tensors are reg_token"):
+        read_checkpoint(f"vit_small_patch16_dinov3.lvd1689m={tmp_path / 'x.pth'}")
+
+
+def test_a_licence_that_forbids_commercial_use_is_said(small, tmp_path, capsys):
+    for name, forbidden in (("vit_base_patch16_224.mae", 1), ("vit_base_patch16_224.dino", 0)):
+        read_checkpoint(f"{name}={write(timms(name), tmp_path)}")
+        assert ("no commercial use" in capsys.readouterr().out) == forbidden
