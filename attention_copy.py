@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import data
+import recipes
 import train
 from common import checkpoints, launch
 from common.settings import merge_recipes, parse_settings
@@ -30,12 +31,12 @@ from vit import ViT
 
 
 @dataclass(frozen=True)
-class Settings(train.TransferSettings):
+class Settings(recipes.TransferSettings):
     method = "copy"
 
 
 RECIPES = merge_recipes(
-    train.RECIPES,
+    recipes.RECIPES,
     digits=dict(epochs=450, blr=0.02048, weight_decay=0.2),
     cifar=dict(epochs=100, blr=5e-4, weight_decay=0.05),
     imagenet=dict(  # the authors' README, ViT-L: 85.1 in the paper, not run here

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import data
+import recipes
 import train
 from common import launch
 from common.fused_loss import fused_attention_loss
@@ -33,14 +34,14 @@ from vit import QK, ViT
 
 
 @dataclass(frozen=True)
-class Settings(train.TransferSettings):
+class Settings(recipes.TransferSettings):
     method = "distill"
     layers: str = setting("75%", "layers to transfer: :18, 6:12, -6:, 0,2,4, 75% or all")
     attention_weight: float = setting(3.0, "weight of the attention loss")
 
 
 RECIPES = merge_recipes(
-    train.RECIPES,
+    recipes.RECIPES,
     digits=dict(epochs=450, blr=0.04096, weight_decay=0.2),
     cifar=dict(epochs=100, blr=5e-4, weight_decay=0.05),
     imagenet=dict(epochs=200, blr=1e-4, weight_decay=0.3),  # 85.7 in the paper, not run here

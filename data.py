@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 import torch
 from einops import rearrange
 from torch import Tensor
-from torchvision.transforms import v2
 
 from common.augment import (
     Augment, BatchRandom, Normalise, Normalization, hash_seed, reseed, seeded,
@@ -74,9 +73,9 @@ class Settings(Images):
     num_labels: int = setting(0, "labelled images, as many of each class (0: all)")
     subset_seed: int = setting(-1, low=-1)  # draws them (-1: seed does)
     seed: int = setting(0, "random seed of everything", high=2**63 - 1)
-    crop_area: float = setting(0.0, "smallest random crop, as a share (0: shifts)", high=1)
-    randaugment: int = setting(0, "magnitude of RandAugment (0: none)", high=10)
-    random_erase: float = setting(0.0, "probability of random erasing", high=1)
+    crop_area: float = setting(0.0, high=1)  # smallest random crop, as a share (0: shifts)
+    randaugment: int = setting(0, high=10)  # magnitude of RandAugment (0: none)
+    random_erase: float = setting(0.0, high=1)  # probability of random erasing
     mixup: float = setting(0.0, "alpha of MixUp (0: none)")
     cutmix: float = setting(0.0, "alpha of CutMix (0: none)")
     smoothing: float = setting(0.0, "label smoothing", high=0.99)
@@ -146,10 +145,13 @@ def load(settings, train: bool = True) -> Data:
     kind, device = DATA_SETS[settings.data], get_device(settings.device)
     size = settings.image_size or kind.image_size
     normalise, folder = Normalise(kind.normalization, device), get_data_dir(settings)
+    in_folders = not settings.data.startswith(("digits", "cifar")) or (folder / "val").is_dir()
+    if size != kind.image_size and not in_folders:
+        raise ValueError(f"--image-size {size}: --data {settings.data} has {kind.image_size}")
     if settings.data == "digits":
-        parts = load_digits(settings, size, normalise, device)
-    elif settings.data.startswith("cifar") and not (folder / "val").is_dir():
-        parts = load_cifar(settings, size, device)
+        parts = load_digits(settings, normalise, device)
+    elif not in_folders:
+        parts = load_cifar(settings, device)
     else:
         parts = load_folders(settings, folder, size, normalise)
     share = settings.holdout
@@ -228,10 +230,9 @@ class Train:
                 f"--batch {self.batch}: choose a multiple of the {self.world} processes, and at "
                 f"most the {len(source)} training images"
             )
-        mixes = []
-        for mix, alpha in ((v2.MixUp, settings.mixup), (v2.CutMix, settings.cutmix)):
-            mixes += [mix(alpha=alpha, num_classes=classes)] if alpha else []
-        self.mix = v2.RandomChoice(mixes) if mixes else None
+        self.mix = None
+        if settings.mixup or settings.cutmix:
+            self.mix = build_mix(settings.mixup, settings.cutmix, classes)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -266,6 +267,15 @@ class Train:
             epoch += 1
         images, labels = (torch.cat(parts)[:count] for parts in zip(*found, strict=True))
         return images, labels
+
+
+def build_mix(mixup: float, cutmix: float, classes: int) -> Callable:
+    """MixUp, CutMix, or for each batch one of the two."""
+    from torchvision.transforms import v2  # takes a second and a half to import
+
+    mixes = [v2.MixUp(alpha=mixup, num_classes=classes)] if mixup else []
+    mixes += [v2.CutMix(alpha=cutmix, num_classes=classes)] if cutmix else []
+    return v2.RandomChoice(mixes)
 
 
 def choose_batch(images: int, ranks: int) -> int:
@@ -327,31 +337,24 @@ def hold(source, device, centred: bool = False):
     return Tensors(images, source.labels.to(device), source)
 
 
-def load_digits(settings, size: int, normalise: Normalise, device) -> Parts:
+def load_digits(settings, normalise: Normalise, device) -> Parts:
     from common import digits
 
-    if size != digits.CANVAS:
-        raise ValueError(f"--image-size {size}: digits have {digits.CANVAS} pixels a side")
     split = digits.Split(settings.distractors, normalise, device)
     train, *placed = split.whole("train"), split.placed("val"), split.placed("test")
     classes = [str(i) for i in range(10)]
     return Parts(classes, Tensors(*train), *(Tensors(*part) for part in placed), split.clutter)
 
 
-def load_cifar(settings, size: int, device) -> Parts:
+def load_cifar(settings, device) -> Parts:
     from torchvision import datasets
 
-    if size != 32:
-        raise ValueError(f"--image-size {size}: CIFAR images have 32 pixels a side")
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[settings.data]
     folder = get_data_dir(settings)
-    try:
-        first_alone(lambda: kind(folder, download=True))
-        sets = [kind(folder, train=part) for part in (True, False)]
-    except (OSError, RuntimeError) as error:
-        raise ValueError(
-            f"{settings.data} is not in {folder} and cannot be downloaded ({error}): {FOLDERS}"
-        ) from error
+    if not folder.is_dir():
+        print0(f"downloading {settings.data} to {folder} (if it cannot be: {FOLDERS})")
+    first_alone(lambda: kind(folder, download=True))
+    sets = [kind(folder, train=part) for part in (True, False)]
     sources = []
     for part in sets:
         images = rearrange(torch.from_numpy(part.data), "b h w c -> b c h w").contiguous()

@@ -39,7 +39,7 @@ class Settings(data.Images):
 
 
 parse = partial(
-    parse_settings, __doc__, Settings, {}, positional=("checkpoints", "one or more model.pt")
+    parse_settings, __doc__, Settings, {}, positional=("checkpoints", "one or more model.pt", 0)
 )
 
 
@@ -47,12 +47,10 @@ def evaluate(paths, settings: Settings) -> dict:
     """Top-1 in per cent of each checkpoint, and of their averaged probabilities."""
     models = [open_model(path, launch.get_device(settings.device)) for path in paths]
     settings = choose_images(models[0].checkpoint, settings)
-    members, total, classes = [], torch.zeros(()), None
+    members, total = [], torch.zeros(())
     for model in models:
         p, labels, dataset = compute_probabilities(model, settings)
-        if classes not in (None, dataset.classes):
-            raise ValueError(f"{model.checkpoint.source} was evaluated on other classes")
-        classes, total = dataset.classes, total + p
+        total = total + p
         members.append({
             "checkpoint": model.checkpoint.source,
             "method": model.checkpoint.method,
@@ -95,12 +93,10 @@ def compute_probabilities(model: Model, settings) -> tuple[Tensor, Tensor, data.
 
 def load_images(model: Model, settings) -> data.Data:
     """The images at the size and with the normalisation that the model was trained with."""
-    config, checkpoint = model.net.config, model.checkpoint
-    if not config.classes:
-        raise ValueError(f"{checkpoint.source} has no head: fine-tune it before evaluation")
-    dataset = data.load(replace(settings, image_size=config.image_size), train=False)
-    if checkpoint.normalization:
-        dataset.set_normalization(checkpoint.normalization)
+    size, normalization = model.net.config.image_size, model.checkpoint.normalization
+    dataset = data.load(replace(settings, image_size=size), train=False)
+    if normalization:
+        dataset.set_normalization(normalization)
     return dataset
 
 
@@ -110,8 +106,8 @@ def choose_columns(model: Model, classes: list[str]) -> list[int]:
     strange = [name for name in classes if name not in known]
     if strange or len(known) != outputs:
         raise ValueError(
-            f"{model.checkpoint.source} has {outputs} outputs, for other classes than these "
-            f"{len(classes)}: it does not know {', '.join(strange[:3]) or 'their names'}"
+            f"{model.checkpoint.source} has {outputs} outputs (0: no head, fine-tune it first) and "
+            f"does not know these {len(classes)} classes ({', '.join(strange[:3])})"
         )
     return [known.index(name) for name in classes]
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import data
+import recipes
 import train
 from common import launch
 from common.settings import merge_recipes, parse_settings, setting
@@ -24,7 +25,7 @@ from vit import ViT
 
 
 @dataclass(frozen=True)
-class Settings(train.Settings):
+class Settings(recipes.Settings):
     teacher: str = setting(
         "auto", "auto, none, mae, NAME (python -m teachers) or a file", free=True
     )
@@ -35,7 +36,7 @@ class Settings(train.Settings):
 
 
 RECIPES = merge_recipes(
-    train.RECIPES,
+    recipes.RECIPES,
     digits=dict(epochs=450, blr=0.04096, weight_decay=0.5, layer_decay=0.75),
     cifar=dict(epochs=100, blr=5e-4, weight_decay=0.05, layer_decay=0.75),
     imagenet=dict(  # MAE's FINETUNE.md, ViT-L: 85.9 there, not run here
@@ -47,10 +48,10 @@ RECIPES = merge_recipes(
 
 
 def parse(argv: Sequence[str]) -> Settings:
-    """The settings of a command line. From scratch has its own recipe: train.RECIPES."""
+    """The settings of a command line. From scratch has its own recipe: recipes.RECIPES."""
     settings = parse_settings(__doc__, Settings, RECIPES, argv)
     if settings.teacher == "none":
-        return parse_settings(__doc__, Settings, train.RECIPES, argv)
+        return parse_settings(__doc__, Settings, recipes.RECIPES, argv)
     return settings
 
 

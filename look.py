@@ -8,17 +8,20 @@ A row for each head, first their mean; a column for each layer. The more orange
 a patch, the more all patches look at it.
 """
 
+import textwrap
 from dataclasses import dataclass
 from functools import partial
+from math import isqrt
 from pathlib import Path
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torchvision.transforms import v2
 
 import data
 from common import checkpoints, launch, pictures
-from common.augment import Normalise
+from common.augment import Normalise, Normalization, to_pixels
 from common.images import centre_crop, read_image
 from common.settings import Base, parse_layers, parse_settings, setting
 from teachers.load import Model, open_model
@@ -34,14 +37,13 @@ class Settings(Base):
     device: str = setting("auto", "cpu, cuda, mps, or auto")
 
 
-parse = partial(
-    parse_settings, __doc__, Settings, {}, positional=("photo", "PHOTO.jpg, then a ViT")
-)
+WORDS = "photo", "a photograph, then a ViT: photo.jpg model.pt", 2
+parse = partial(parse_settings, __doc__, Settings, {}, positional=WORDS)
 
 
 @torch.no_grad()
 def look(photo: str, model: Model) -> tuple[Tensor, list[Tensor], Tensor | None]:
-    """The input (1, C, H, W), each layer's maps (1, H, N, N), logits (classes,) if it has a head."""
+    """The input (1, C, H, W), each layer's maps (1, H, N, N), and logits (classes,) or None."""
     config, about = model.net.config, model.checkpoint
     kind = data.DATA_SETS[about.settings.get("data", "imagenet")]
     square = centre_crop(config.image_size, kind.crop_pct)(read_image(photo))
@@ -59,14 +61,13 @@ def draw(model: Model, x: Tensor, maps: list[Tensor], layers: list[int], heads: 
     """A matplotlib figure: a row for the mean of all heads and for each of `heads`."""
     prefix, rows = model.net.config.num_prefix_tokens, [None, *heads]
     looks = {
-        f"layer {i}": torch.cat([pictures.mean_look(maps[i], prefix, head) for head in rows])
-        for i in layers
+        f"layer {i}": torch.cat([mean_look(maps[i], prefix, head) for head in rows]) for i in layers
     }
     names = ["mean of heads", *(f"head {head}" for head in heads)]
     kind = data.DATA_SETS[model.checkpoint.settings.get("data", "imagenet")]
     normalization = model.checkpoint.normalization or kind.normalization
     images = x.expand(len(rows), -1, -1, -1)
-    return pictures.overlays(images, looks, normalization, prefix, names)
+    return overlays(images, looks, normalization, prefix, names)
 
 
 def name_likeliest(logits: Tensor, classes: list[str] | None) -> dict[str, float]:
@@ -78,8 +79,6 @@ def name_likeliest(logits: Tensor, classes: list[str] | None) -> dict[str, float
 
 def main(settings: Settings) -> dict[str, float]:
     launch.one_process()
-    if len(settings.photo) != 2:
-        raise ValueError("name a photograph and a ViT: python look.py photo.jpg model.pt")
     photo, source = settings.photo
     out = Path(settings.out or f"runs/look-{Path(photo).stem}.png")
     checkpoints.check_place(out, "--out", ".png", ".pdf", ".svg")
@@ -98,6 +97,61 @@ def main(settings: Settings) -> dict[str, float]:
     pictures.save(draw(model, x, maps, layers, heads), out)
     print(f"where it looks: {out}")
     return likeliest
+
+
+# Maps over images --------------------------------------------------------------------------------
+
+
+def mean_look(p: Tensor, prefix: int, head: int | None = None) -> Tensor:
+    """Where the patches look on average: maps (B, H, N, N) to (B, N), of one head or of all.
+
+    `prefix`: tokens before the patches.
+    """
+    p = p if head is None else p[:, head : head + 1]
+    return p[:, :, prefix:].mean(dim=(1, 2))
+
+
+def overlay(axis, pixels: Tensor, weights: Tensor, most: float):
+    """Weights (h, w) in orange over a gray image (H, W); none of them is above `most`."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    ink = LinearSegmentedColormap.from_list("ink", [(1, 0.5, 0, 0), (1, 0.5, 0, 0.9)])
+    whole = (0, pixels.shape[1], pixels.shape[0], 0)
+    axis.imshow(pixels, extent=whole, cmap="gray", vmin=-0.6, vmax=1)  # black would hide the orange
+    return axis.imshow(weights, extent=whole, cmap=ink, vmin=0, vmax=most)
+
+
+def overlays(
+    images: Tensor, looks: dict[str, Tensor], normalization: Normalization, prefix: int = 1, rows=()
+):
+    """A row for each image, a column for each of `looks`: weights (B, N) drawn over it.
+
+    The more orange, the more a ViT looks there. All share one scale: multiples of the share that
+    each token would get of uniform attention. The `prefix` tokens before the patches are left out.
+    `rows`: their names.
+    """
+    pixels = rearrange(to_pixels(images, normalization), "b c h w -> b h w c").cpu()
+    whole = (0, pixels.shape[2], pixels.shape[1], 0)
+    shares = {name: p[:, prefix:].detach().cpu() * p.shape[1] for name, p in looks.items()}
+    most = max(p.max() for p in shares.values()).item()
+    fig, axes = pictures.figure(
+        len(images), 1 + len(looks), 1.6 + len(looks), len(images) + 0.4, squeeze=False
+    )
+    for i, line in enumerate(axes):
+        line[0].imshow(pixels[i].expand(-1, -1, 3), extent=whole)
+        for axis, p in zip(line[1:], shares.values(), strict=True):
+            side = isqrt(p.shape[1])
+            drawn = overlay(axis, pixels[i].mean(-1), p[i].view(side, side), most)
+        for axis in line:
+            axis.set(xticks=[], yticks=[])
+    for axis, name in zip(axes[0], ("image", *looks), strict=True):
+        how = dict(break_long_words=False, break_on_hyphens=False)
+        axis.set_title(textwrap.fill(name, 9, **how), fontsize=8)
+    for axis, name in zip(axes[:, 0], rows, strict=False):
+        axis.set_ylabel(name, fontsize=8)
+    bar = fig.colorbar(drawn, ax=axes, shrink=0.8, aspect=30)
+    bar.set_label("attention (1: uniform)", fontsize=8)
+    return fig
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 import data
+import recipes
 import train
 import vit
 from common import checkpoints, launch, runs
@@ -30,7 +31,7 @@ from teachers.load import new_vit
 
 
 @dataclass(frozen=True)
-class Settings(train.Settings):
+class Settings(recipes.Settings):
     method = "pretrain"
     mask_ratio: float = setting(0.6, "share of the patches masked", low=0.05, high=0.95)
     decoder_dim: int = setting(48, "width of the decoder", low=4)
@@ -43,7 +44,7 @@ class Settings(train.Settings):
 SHARED = dict(num_labels=0, weight_decay=0.05, beta2=0.95, ema=0.0, final_lr=0.0, drop_path=0.0)
 PHOTOS = dict(random_erase=0.0, randaugment=0, mixup=0.0, cutmix=0.0, mask_ratio=0.75, clip=0.0)
 RECIPES = merge_recipes(
-    train.RECIPES,
+    recipes.RECIPES,
     digits=SHARED | dict(epochs=300, batch=128, blr=4e-3),
     cifar=SHARED | PHOTOS | dict(
         epochs=400, warmup=0.05, batch=1024, blr=2.5e-4, decoder_dim=128, decoder_depth=2,
@@ -68,8 +69,6 @@ class MAE(nn.Module):
         self.encoder, self.config = encoder, encoder.config
         grid, self.norm_pix_loss = self.config.grid_size, settings.norm_pix_loss
         self.patches, self.visible = grid**2, int(grid**2 * (1 - settings.mask_ratio))
-        if not 0 < self.visible < self.patches:
-            raise ValueError(f"--mask-ratio {settings.mask_ratio} leaves {self.visible} patches")
         dim, depth = settings.decoder_dim, settings.decoder_depth
         self.decoder_embed = nn.Linear(self.config.dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))

@@ -26,59 +26,7 @@ from common.launch import Failed, catch_signals, from_all, print0, rank, world
 from common.memory import find_micro_batch
 from common.precision import autocast, choose_compilation, choose_precision
 from common.progress import Clock, conclude, introduce, show_progress, show_row
-from common.settings import Recipes, setting, values_of
-
-
-@dataclass(frozen=True)
-class Settings(data.Settings):
-    method = ""  # names the run's folder
-    teacher = ""
-    model: str = setting("micro", "size of the ViT: nano to huge")
-    patch: int = setting(3, "pixels per side of a patch", low=1)
-    drop_path: float = setting(0.0, "probability of dropping the last branch", high=0.99)
-    epochs: int = setting(450, "passes over the training images", low=1)
-    warmup: float = setting(0.1, "share of the epochs with a rising rate", high=0.99)
-    blr: float = setting(0.0, "learning rate per 256 images of --batch")
-    lr: float = setting(0.0, "learning rate itself (0: from --blr)")
-    final_lr: float = setting(0.0, high=1)  # at the end of the cosine, as a share of the peak
-    weight_decay: float = setting(0.05, "AdamW's, for matrices only")
-    beta2: float = setting(0.999, high=0.9999)  # AdamW's second; the first is 0.9
-    layer_decay: float = setting(1.0, "factor on the rate per layer below the head", high=1)
-    clip: float = setting(0.0)  # largest gradient norm (0: no limit)
-    ema: float = setting(0.0, "decay of the average of the weights (0: none)", high=0.999999)
-    eval_every: int = setting(1, low=1)  # epochs between validations
-    out: str = setting("", "folder of the run [runs/METHOD-DATA-MODEL-sSEED]", free=True)
-    resume: bool = setting(False, "continue the run in --out", free=True)
-    overwrite: bool = setting(False, "start over, though --out holds a run", free=True)
-    save_every: int = setting(600, free=True)  # seconds between checkpoints within an epoch
-    amp: str = setting("auto", "mixed precision", ("auto", "off", "bf16", "fp16"))
-    micro_batch: int = setting(0, "images at a time per GPU (0: all that fit)", free=True)
-    compile: str = setting("auto", "torch.compile", ("auto", "off", "on", "graphs"), free=True)
-
-
-@dataclass(frozen=True)
-class TransferSettings(Settings):
-    teacher: str = setting(
-        "auto", "auto, random, mae, NAME (python -m teachers) or a file", free=True
-    )
-    layers: str = setting("all", "layers to transfer: :18, 6:12, -6:, 0,2,4, 75% or all")
-    teacher_layers: str = setting("", "the teacher's layers for these [the same]")
-    heads: str = setting("", "the teacher's heads to use, written like --layers [all]")
-
-
-PHOTOS = dict(random_erase=0.25, mixup=0.8, cutmix=1.0, smoothing=0.1)
-RECIPES: Recipes = {  # training from scratch; each method changes what differs
-    "digits": dict(num_labels=100, epochs=450, batch=50, blr=0.01024, weight_decay=1.5, clip=1.0,
-                   eval_every=45),
-    "cifar": dict(model="tiny", patch=4, drop_path=0.1, epochs=100, warmup=0.05, batch=512,
-                  blr=5e-4, final_lr=1e-3, clip=1.0, ema=0.999, **PHOTOS),
-    "imagenet": dict(model="large", patch=16, drop_path=0.2, epochs=200, batch=2048, blr=1e-4,
-                     final_lr=1e-3, weight_decay=0.3, beta2=0.95, ema=0.9999, crop_area=0.08,
-                     randaugment=9, **PHOTOS),
-    "folder": dict(model="mini", patch=16, drop_path=0.1, epochs=100, warmup=0.05, batch=0,
-                   blr=4e-3, final_lr=1e-3, clip=1.0, ema=0.999, eval_every=5, crop_area=0.3,
-                   **PHOTOS),
-}  # fmt: skip
+from common.settings import values_of
 
 
 @dataclass
@@ -133,14 +81,14 @@ def train(task: Task, settings, out: Path, test: Callable | None) -> dict:
                 rate = get_learning_rate(learner.done, steps, warmup, peak, settings.final_lr)
                 learner.train_step(*batch, rate)
                 if clock.second_passed():
-                    learner.check_finite()
+                    runs.check_finite(learner.sums)
                     show_progress(learner.sums, learner.done, per_epoch, epochs, clock)
                 ends_epoch = learner.done % per_epoch == 0
                 if not ends_epoch and (signals or clock.unsaved() > settings.save_every):
                     learner.save(out, rows, run, clock, signals)
 
             learner.average_over_ranks()
-            learner.check_finite()
+            runs.check_finite(learner.sums)
             row = {"epoch": epoch + 1} | {k: v.item() / per_epoch for k, v in learner.sums.items()}
             row |= {"lr": rate} | clock.row(learner.done)
             if task.predict and (epoch + 1 == epochs or (epoch + 1) % settings.eval_every == 0):
@@ -247,14 +195,6 @@ class Learner:
             for buffer in self.net.buffers():
                 dist.broadcast(buffer, 0)
 
-    def check_finite(self) -> None:
-        for name, value in self.sums.items():
-            if not torch.isfinite(value):
-                raise Failed(
-                    f"{name} is no longer finite at step {self.done}: try a lower learning rate, a "
-                    "longer --warmup or --amp off (last.pt holds the last good state)"
-                )
-
     def classify(self, predict: Callable, net: nn.Module, images) -> tuple[Tensor, Tensor]:
         return classify(predict, net, images, self.settings.amp, min(256, 4 * self.micro_batch))
 
@@ -272,7 +212,7 @@ class Learner:
 
     def save(self, out: Path, rows: list, run: dict, clock: Clock, signals: list[int]) -> None:
         """Writes last.pt, and leaves if a signal asked for it."""
-        self.check_finite()
+        runs.check_finite(self.sums)
         if rank() == 0:
             state = {name: part.state_dict() for name, part in self.parts().items()}
             state |= {"step": self.done, "sums": self.sums, "rows": rows, "run": run}
@@ -322,20 +262,19 @@ def group_parameters(net: nn.Module, weight_decay: float, layer_decay: float) ->
 @torch.no_grad()
 def classify(predict: Callable, net: nn.Module, images, amp: str, at_a_time: int = 256):
     """Predicted and true classes of all images, in order, on every process: two of (images,)."""
-    was_training, mixed = net.training, autocast(amp, net)
+    was_training, mixed, total = net.training, autocast(amp, net), torch.zeros(())
     net.eval()
     mine = [torch.zeros(2, 0, dtype=torch.long, device=next(net.parameters()).device)]
     for batch, labels in images.in_order(at_a_time):
         with mixed:
             logits = predict(net, batch)
-        predicted = logits.argmax(dim=-1).where(logits.isfinite().all(dim=-1), -1)
-        mine.append(torch.stack([predicted, labels]))
+        total = total + logits.float().sum()
+        mine.append(torch.stack([logits.argmax(dim=-1), labels]))
+    runs.check_finite({"the sum of all logits": total})
     net.train(was_training)
     found = torch.zeros(2, len(images), dtype=torch.long)
     for i, share in enumerate(from_all(torch.cat(mine, dim=1).cpu())):
         found[:, i :: world()] = share
-    if (found < 0).any():
-        raise Failed("logits are no longer finite: try a lower learning rate or a longer --warmup")
     return found[0], found[1]
 
 

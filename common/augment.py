@@ -2,13 +2,12 @@
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms import InterpolationMode, v2
 
 
 def hash_seed(*parts) -> int:
@@ -89,20 +88,22 @@ class Augment:
             images = crop_and_flip(images, draws, self.settings.crop_area)
         if self.settings.randaugment and not self.cropped:
             mean, _ = self.normalise.normalization
-            augment = rand_augment(self.settings.randaugment, mean, InterpolationMode.BILINEAR)
+            augment = rand_augment(self.settings.randaugment, mean, "bilinear")
             # One operation for 1/16 of the batch: a few kernels, not thousands.
             pixels = to_pixels(images, self.normalise.normalization).mul(255).round().byte()
             images = self.normalise(torch.cat([augment(group) for group in pixels.chunk(16)]))
         return random_erase(images, draws, self.settings.random_erase)
 
 
-def rand_augment(magnitude: int, mean: Sequence[float], interpolation) -> v2.Transform:
+def rand_augment(magnitude: int, mean: Sequence[float], interpolation: str) -> Callable:
     """RandAugment (Cubuk et al. 2020) as timm has it: two operations, each half the time.
 
     timm counts magnitudes to 10, torchvision to 30. `mean`: the colour that fills gaps.
     """
-    fill = [round(255 * x) for x in mean]
-    operation = v2.RandAugment(1, 3 * magnitude, interpolation=interpolation, fill=fill)
+    from torchvision.transforms import InterpolationMode, v2  # slow to import
+
+    how = dict(interpolation=InterpolationMode(interpolation), fill=[round(255 * x) for x in mean])
+    operation = v2.RandAugment(1, 3 * magnitude, **how)
     half = v2.RandomApply([operation], p=0.5)
     return v2.Compose([half, half])
 

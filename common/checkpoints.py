@@ -4,12 +4,9 @@ A model.pt of ours is a dict: `model` (weights), `architecture` (fields of vit.C
 `normalization`, `method`, `settings`. A student of attention copy also brings its `teacher`.
 """
 
-import contextlib
-import errno
 import hashlib
 import os
 import re
-import urllib.error
 import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -22,8 +19,6 @@ from torch import Tensor, nn
 
 from common import safetensors
 from common.launch import Failed, first_alone, is_out_of_memory
-
-DISK_ERRORS = (errno.EIO, errno.ESTALE, errno.EACCES, errno.ENOMEM)  # no fault of the file
 
 
 @dataclass(frozen=True)
@@ -65,8 +60,8 @@ def export(net: nn.Module, teacher=None, layers=()) -> dict[str, Any]:
     found: dict[str, Any] = {"model": net.state_dict(), "architecture": asdict(net.config)}
     if teacher:
         source = getattr(teacher, "teacher", teacher)  # inside an adapter
-        found |= {"teacher": export(source), "layers": tuple(layers)}
-        found |= {"adapted": getattr(teacher, "adapted", {})}
+        adapted = getattr(teacher, "adapted", {})
+        found |= {"teacher": export(source), "layers": tuple(layers), "adapted": adapted}
     return found
 
 
@@ -75,11 +70,10 @@ def parse_ours(found: dict[str, Any], source: str) -> Checkpoint:
     weights = found["model"]
     if odd := [name for name, value in weights.items() if not value.isfinite().all()]:
         raise ValueError(f"{source}: {odd[0]} is not finite, its training diverged")
-    names = ("classes", "normalization", "method", "settings", "learned_from", "adapted")
+    names = ("classes", "normalization", "method", "settings", "learned_from", "layers", "adapted")
     known = {name: found[name] for name in names if found.get(name) is not None}
     if "teacher" in found:
         known["teacher"] = parse_ours(found["teacher"], source)
-        known["layers"] = tuple(found["layers"])
     return Checkpoint(source, weights, found["architecture"], **known)
 
 
@@ -101,8 +95,7 @@ def write(path: Path, fill: Callable) -> None:
         kept = f"; the version saved before is intact: {path}" if path.is_file() else ""
         raise Failed(f"could not write {path}: {reason}{kept}") from error
     finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
 
 
 def save(contents: dict, path: Path) -> None:
@@ -125,8 +118,7 @@ def check_place(path: Path, name: str, *suffixes: str) -> None:
 def read_file(source: str | Path) -> Any:
     """What torch.save wrote to a path or URL, or the tensors of a safetensors file, on the CPU.
 
-    ValueError if it is damaged or holds more than tensors and plain values. FileNotFoundError if it
-    is not there.
+    ValueError if it is damaged or holds more than tensors and plain values.
     """
     path = download(str(source)) if is_url(source) else Path(source)
     if not path.is_file():
@@ -137,13 +129,11 @@ def read_file(source: str | Path) -> Any:
         check_bytes(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling errors are of many kinds
-        if is_out_of_memory(error) or getattr(error, "errno", None) in DISK_ERRORS:
-            raise  # the machine's fault, not the file's
+        if is_out_of_memory(error):  # not the file's fault
+            raise
+        reason = f"{type(error).__name__}: {str(error)[:80]}"
         advice = f". Remove {path} to download it again" if is_url(source) else ""
-        raise ValueError(
-            f"{source} cannot be read as a checkpoint ({type(error).__name__}: {str(error)[:80]})"
-            + advice
-        ) from error
+        raise ValueError(f"{source} cannot be read as a checkpoint ({reason}){advice}") from error
 
 
 def check_bytes(path: Path) -> None:
@@ -165,9 +155,9 @@ def is_url(source: str | Path) -> bool:
 
 
 def download(url: str) -> Path:
-    """The file at a URL, downloaded once to torch.hub's folder. A hash in its name is checked.
+    """The file at a URL, downloaded once to torch.hub's folder.
 
-    `#md5=1a2b3c` behind the URL is checked as well.
+    A hash in its name is checked, and one behind the URL (`#md5=1a2b3c`).
     """
     url, _, wanted = url.partition("#md5=")
     place = PurePosixPath(url.split("://")[1].partition("?")[0])
@@ -185,7 +175,7 @@ def download(url: str) -> Path:
     try:
         first_alone(get)
         get()  # on the other machines
-    except (urllib.error.URLError, OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(
             f"cannot download {url} ({error}): download it in a browser, accepting its licence "
             "where one is asked for, and write NAME=FILE"

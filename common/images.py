@@ -7,6 +7,8 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import io
 from torchvision.transforms import InterpolationMode, v2
 
-from common.augment import hash_seed, rand_augment, reseed
+from common.augment import Normalise, hash_seed, rand_augment, reseed
 from common.launch import count, print0
 
 BICUBIC = InterpolationMode.BICUBIC
@@ -36,9 +38,8 @@ def decode(path: str) -> Tensor:
     """uint8 (3, H, W), upright. torchvision decodes JPEGs, fast; PIL the rest."""
     if path.lower().endswith((".jpg", ".jpeg")):
         with contextlib.suppress(RuntimeError):  # such as PNGs called .jpg
-            return io.decode_jpeg(
-                io.read_file(path), mode=io.ImageReadMode.RGB, apply_exif_orientation=True
-            )
+            how = dict(mode=io.ImageReadMode.RGB, apply_exif_orientation=True)
+            return io.decode_jpeg(io.read_file(path), **how)
     with Image.open(path) as file:
         image = ImageOps.exif_transpose(file)
         if image.mode == "F":
@@ -62,29 +63,26 @@ def random_crop(size: int, settings, mean: Sequence[float]) -> v2.Transform:
     if settings.crop_area:
         steps = [v2.RandomResizedCrop(size, (settings.crop_area, 1.0), interpolation=BICUBIC)]
     else:
-        fill = [round(255 * x) for x in mean]
-        shift = v2.RandomCrop(size, padding=size // 8, fill=fill)
+        shift = v2.RandomCrop(size, padding=size // 8, fill=[round(255 * x) for x in mean])
         steps = [v2.Resize(size, interpolation=BICUBIC), v2.CenterCrop(size), shift]
     steps.append(v2.RandomHorizontalFlip())
     if settings.randaugment:  # faster on PIL images than on tensors
-        augment = rand_augment(settings.randaugment, mean, BICUBIC)
+        augment = rand_augment(settings.randaugment, mean, "bicubic")
         steps += [v2.ToPILImage(), augment, v2.PILToTensor()]
     return v2.Compose(steps)
 
 
+@dataclass(eq=False)
 class Files(Dataset):
-    """Images in files, cropped when a batch asks for them: at random to train, else in the centre.
+    """Images in files, cropped when a batch asks for them: at random to train, else in the centre."""
 
-    `samples`: paths and labels. `names`: the same wherever their folder lies.
-    """
-
-    def __init__(
-        self, samples, names: Sequence[str], size: int, crop_pct: float, settings, normalise
-    ):
-        self.samples, self.names, self.size, self.crop_pct = samples, names, size, crop_pct
-        self.settings, self.normalise = settings, normalise
-        self.crop = centre_crop(size, crop_pct)
-        self.held: list[Tensor] | None = None  # the decoded images, if they fit in memory
+    samples: list[tuple[str, int]]  # path, label
+    names: list[str]  # the same wherever their folder lies
+    size: int
+    crop_pct: float
+    settings: Any
+    normalise: Normalise
+    held: list[Tensor] | None = None  # the decoded images, if they fit in memory
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -101,7 +99,7 @@ class Files(Dataset):
 
     def subset(self, indices: Sequence[int]) -> "Files":
         samples, names = ([every[i] for i in indices] for every in (self.samples, self.names))
-        return Files(samples, names, self.size, self.crop_pct, self.settings, self.normalise)
+        return replace(self, samples=samples, names=names)
 
     def hold(self, centred: bool = False) -> bool:
         """Decodes all images now, if they fit in memory. Whether they do.
@@ -136,7 +134,7 @@ class Files(Dataset):
         return True
 
     def crop_centre(self, index: int) -> Tensor:
-        return self.crop(read_image(self.samples[index][0]))
+        return centre_crop(self.size, self.crop_pct)(read_image(self.samples[index][0]))
 
     def shrink(self, index: int) -> Tensor:
         """What training crops are cut from: as large as the smallest of them needs, no larger."""
@@ -155,10 +153,8 @@ class Files(Dataset):
         workers = min(self.settings.workers, len(order), count_cores())
         if self.held and not pin:
             workers = 0  # to crop alone is less work than to start them
-        if key:
-            mean, _ = self.normalise.normalization
-            self.random_crop = random_crop(self.size, self.settings, mean)
-        loader = DataLoader(
+        self.random_crop = random_crop(self.size, self.settings, self.normalise.normalization[0])
+        yield from DataLoader(
             self,
             batch_sampler=([(*key, i) for i in indices.tolist()] for indices in order),
             num_workers=workers,
@@ -166,7 +162,6 @@ class Files(Dataset):
             worker_init_fn=ignore_signals,
             multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         )
-        yield from loader
 
     def __getitem__(self, key: tuple) -> tuple[Tensor, int]:
         *seed, index = key
@@ -186,6 +181,4 @@ def ignore_signals(_: int) -> None:
 
 def count_cores() -> int:
     """CPU cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1

@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
@@ -19,21 +18,21 @@ class Failed(RuntimeError):
 
 
 def run(main: Callable, parse: Callable) -> None:
-    """Runs a script: `main(parse(argv))`. An error is one line on stderr.
+    """Runs `main(parse(argv))`. An error is one line on stderr; TRACEBACK=1 shows its traceback.
 
-    Exit code 2 means wrong input, 1 a failed run. TRACEBACK=1 shows the traceback.
+    Exit code 2 means wrong input, 1 a failed run. Under torchrun it joins the other processes.
     """
     os.environ.setdefault("MPLBACKEND", "Agg")  # pictures are files
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="backslashreplace")  # a file's name may be no UTF-8
     try:
-        start_ranks()
+        if "WORLD_SIZE" in os.environ:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         main(parse(sys.argv[1:]))
-        if sys.stdout:
-            sys.stdout.flush()
+        print(end="", flush=True)
     except BrokenPipeError:  # `| head`
         os._exit(141)
-    except (ValueError, OSError, RuntimeError, KeyboardInterrupt) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError, KeyboardInterrupt) as error:
         text, code = describe_error(error)
         if os.environ.get("TRACEBACK") or not code:
             raise
@@ -58,22 +57,17 @@ def describe_error(error: BaseException) -> tuple[str, int]:
         return "a worker that decodes images was killed (out of memory?): try fewer --workers", 1
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}", 2
-    bug = isinstance(error, RuntimeError) and not isinstance(error, Failed)
-    return str(error), 0 if bug else 1 if isinstance(error, Failed) else 2
+    if isinstance(error, Failed):
+        return str(error), 1
+    return str(error), 0 if isinstance(error, RuntimeError) else 2
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """CUDA has an error of its own for it. Other devices only say so."""
-    words = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
+    words = ("out of memory", "t allocate memory", "not enough memory", "ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError | OSError) and any(word in str(error) for word in words)
     )
-
-
-def start_ranks() -> None:
-    """Joins the other processes if `torchrun` started this one."""
-    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
 
 
 def rank() -> int:
@@ -115,27 +109,22 @@ def catch_signals() -> Iterator[list[int]]:
         if rank() == 0:  # the others would leave at other steps
             caught.append(number)
 
-    here = threading.current_thread() is threading.main_thread()
-    numbers = (signal.SIGTERM, signal.SIGINT) if here else ()
-    handlers = [signal.signal(number, receive) for number in numbers]
+    before = {n: signal.signal(n, receive) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield caught
     finally:
-        for number, handler in zip(numbers, handlers, strict=True):
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def get_device(name: str) -> torch.device:
-    """The device of a name. "auto": CUDA, MPS or CPU. Under torchrun each process has its own GPU.
-
-    ValueError if it is not there.
-    """
+    """The device of a name, or the best one for "auto". ValueError if it is not there."""
     here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     try:
         chosen = torch.device(here if name == "auto" else name)
         if chosen.type == "cuda":
-            index = os.environ.get("LOCAL_RANK", chosen.index or 0)
-            chosen = torch.device("cuda", int(index))
+            index = int(os.environ.get("LOCAL_RANK", chosen.index or 0))  # torchrun: one for each
+            chosen = torch.device("cuda", index)
             torch.cuda.set_device(chosen)
         torch.zeros(1, device=chosen).item()
     except (RuntimeError, AssertionError, ImportError) as error:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from common import checkpoints
-from common.launch import rank
+from common.launch import Failed, rank
 from common.settings import free_in, values_of
 
 FILES = ("last.pt", "model.pt", "test.pt", "log.jsonl", "curves.png", "config.json")
@@ -33,7 +33,8 @@ def get_folder(settings) -> Path:
 
 def describe_run(settings, dataset, teacher=None) -> dict[str, Any]:
     """The settings and inputs that must match for --resume."""
-    found = {
+    free = free_in(settings)
+    return {
         "method": settings.method,
         "classes": dataset.classes,
         "images": dataset.available,
@@ -42,23 +43,13 @@ def describe_run(settings, dataset, teacher=None) -> dict[str, Any]:
         "normalization": dataset.normalization,
         "teacher_weights": teacher.fingerprint if teacher else None,
         "teacher_family": teacher.method if teacher else None,
-    }
-    free = free_in(settings)
-    return found | {k: v for k, v in values_of(settings).items() if k not in free}
+    } | {k: v for k, v in values_of(settings).items() if k not in free}
 
 
 def list_differences(before: dict, now: dict) -> list[str]:
     """A setting that is newer than the run counts as unset in it."""
     odd = [k for k in before | now if (before.get(k) or None) != (now.get(k) or None)]
     return [f"{k} was {str(before.get(k))[:40]}, now {str(now.get(k))[:40]}" for k in odd]
-
-
-def read_config(out: Path) -> dict | None:
-    """What the run in a folder is, finished or not. None if there is none."""
-    try:
-        return dict(json.loads((out / "config.json").read_text())["run"])
-    except (OSError, ValueError, LookupError, TypeError):
-        return {} if any((out / name).exists() for name in FILES) else None
 
 
 def check_folder(settings) -> None:
@@ -71,19 +62,16 @@ def check_folder(settings) -> None:
         raise ValueError("--resume continues, --overwrite starts over: choose one")
     if Path(settings.teacher).resolve().parent == out.resolve():
         raise ValueError(f"--teacher {settings.teacher} lies in --out: choose another --out")
-    if read_config(out) is not None and not (settings.resume or settings.overwrite):
+    holds_run = any((out / name).exists() for name in FILES)
+    if holds_run and not (settings.resume or settings.overwrite):
         raise ValueError(
-            f"{out} already holds a run: continue with --resume, start over with --overwrite, or "
-            "choose another --out"
+            f"{out} already holds a run: choose --resume, --overwrite or another --out"
         )
 
 
 @contextlib.contextmanager
 def lock(out: Path, wait: bool = False) -> Iterator[Path]:
-    """The folder for this process alone, until the process ends. ValueError if another has it.
-
-    `wait`: until that one is done.
-    """
+    """A folder for this process alone. ValueError if another has it, unless it may `wait`."""
     out.mkdir(parents=True, exist_ok=True)
     with open(out / ".lock", "a") as file:
         try:
@@ -91,10 +79,8 @@ def lock(out: Path, wait: bool = False) -> Iterator[Path]:
 
             if rank() == 0:
                 fcntl.lockf(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise ValueError(
-                f"another process is training in {out}: wait for it, or choose another --out"
-            ) from None
+        except (BlockingIOError, PermissionError) as error:
+            raise ValueError(f"another process is training in {out}: wait for it") from error
         except (ImportError, OSError):  # Windows, or a disk without locks
             pass
         yield out
@@ -107,10 +93,17 @@ def load_state(out: Path, settings, run: dict) -> dict | None:
     state = checkpoints.read_file(out / "last.pt")
     if odd := list_differences(dict(state["run"]), run):
         raise ValueError(
-            f"{out} holds another run ({'; '.join(odd[:4])}): choose another --out, or start over "
-            "with --overwrite"
+            f"{out} holds another run ({'; '.join(odd[:4])}): choose another --out or --overwrite"
         )
     return state
+
+
+def check_finite(values: dict[str, Any]) -> None:
+    """Failed, before anything is saved, if one of these scalars is not finite."""
+    for name, value in values.items():
+        if not torch.isfinite(value):
+            remedy = "try a lower learning rate, a longer --warmup or --amp off"
+            raise Failed(f"{name} is no longer finite: {remedy} (last.pt is the last good state)")
 
 
 def clear(out: Path) -> None:
@@ -121,10 +114,10 @@ def clear(out: Path) -> None:
 
 
 def write_config(out: Path, run: dict, settings, device) -> None:
-    about = {"torch": torch.__version__, "on": str(device), "commit": read_commit(), "run": run}
     if rank() == 0:
-        text = json.dumps(values_of(settings) | about, indent=1)
-        checkpoints.write_text(out / "config.json", text)
+        about = {"torch": torch.__version__, "on": str(device), "commit": read_commit(), "run": run}
+        whole = values_of(settings) | about
+        checkpoints.write_text(out / "config.json", json.dumps(whole, indent=1))
 
 
 def write_rows(out: Path, rows: list[dict]) -> None:
@@ -142,13 +135,11 @@ def read_commit() -> str:
     """The commit of this repository, marked if the code has changed since."""
 
     def git(*words: str) -> str:
-        how: dict[str, Any] = dict(capture_output=True, text=True, cwd=Path(__file__).parent)
-        return subprocess.run(["git", *words], **how).stdout.strip()
+        command = ["git", "-C", str(Path(__file__).parents[1]), *words]
+        return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
 
     try:
-        head = git("rev-parse", "HEAD")
-        changed = git("status", "--porcelain", "--", "..")
-    except OSError:  # no git here
+        changed = git("status", "--porcelain", "--", "*.py", "*.npz")
+        return git("rev-parse", "HEAD") + (" with changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):  # no git, or no repository
         return "unknown"
-    code = any(line.endswith((".py", ".npz")) for line in changed.splitlines())
-    return (head or "unknown") + (" with changes" if code else "")

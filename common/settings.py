@@ -14,15 +14,16 @@ gives beats both.
 import argparse
 import dataclasses
 import math
+import re
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 Recipes = dict[str, dict[str, Any]]  # recipe: setting: default
 
 
-def setting(default, help: str = "", choices: Collection = (), low=0, high=math.inf, free=False):
+def setting(default, help="", choices=None, low=0, high=math.inf, free=False):
     """A field that is also a flag. Without help it works the same, but --help does not list it.
 
     `low`, `high`: bounds of a number. `free`: may change between a run and its --resume.
@@ -78,21 +79,26 @@ def parse_settings(
     cls: type,
     recipes: Recipes,
     argv: Sequence[str],
-    positional: tuple[str, str] | None = None,  # name and help of words that belong to no flag
+    positional: tuple | None = None,  # name, help and number (0: any) of words without a flag
 ) -> Any:
     """The settings of a command line. ValueError names a flag that is unknown or out of bounds."""
     flags = flags_of(cls)
     usual = flags["data"].default if "data" in flags else ""
     parser = build_parser(doc, flags, recipe_for(recipes, usual), positional)
-    given = vars(parser.parse_intermixed_args(argv))
-    if given.pop("help", False):
+    if {"--help", "-h"} & set(argv):
         print(parser.format_help(), end="")
         sys.exit(0)
-    words = {positional[0]: given.pop(positional[0], [])} if positional else {}
-    if positional and not words[positional[0]]:
-        raise ValueError(f"name {positional[1]} (--help shows how)")
+    given, words = vars(parser.parse_intermixed_args(argv)), {}
+    if positional:
+        name, about, number = positional
+        words[name] = given.pop(name, [])
+        if not words[name] or number not in (0, len(words[name])):
+            raise ValueError(f"name {about} (--help shows how)")
     for name, value in given.items():
-        check_bounds(name, value, flags[name].metadata)
+        low, high = (flags[name].metadata[bound] for bound in ("low", "high"))
+        if isinstance(value, int | float) and not low <= value <= high:
+            bounds = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+            raise ValueError(f"{flag(name)} {value}: must be {bounds}")
     recipe = recipe_for(recipes, given.get("data", usual))
     return cls(**recipe | given | words, given=frozenset(given))
 
@@ -103,7 +109,7 @@ def recipe_for(recipes: Recipes, data: str) -> dict[str, Any]:
 
 def build_parser(doc: str, flags: dict, recipe: dict, positional: tuple | None) -> Parser:
     words = f" {positional[0].upper()} ..." if positional else ""
-    end = "Defaults in [brackets] are those of the bundled digits. RECIPES has those of other data."
+    end = "Defaults in [brackets] are those of the bundled digits. Other data: see RECIPES."
     parser = Parser(
         description=doc,
         usage=f"%(prog)s{words} [--NAME VALUE ...]",
@@ -113,28 +119,19 @@ def build_parser(doc: str, flags: dict, recipe: dict, positional: tuple | None) 
         allow_abbrev=False,
         add_help=False,
     )
-    parser.add_argument("--help", "-h", action="store_true", help=argparse.SUPPRESS)
+    parser._negative_number_matcher = re.compile(r"-\d")  # as in --layers -6:
     if positional:
         parser.add_argument(positional[0], nargs="*", help=positional[1])
     for name, f in flags.items():
         default, about = recipe.get(name, f.default), f.metadata
         shown = "" if default in ("", -1) or default is False else f" [{default}]"
         text = (about["help"] + shown).replace("%", "%%") if about["help"] else argparse.SUPPRESS
-        how: dict[str, Any] = {"type": type(f.default), "metavar": "X"}
+        how: dict[str, Any] = dict(type=type(f.default), metavar="X", choices=about["choices"])
         if isinstance(f.default, bool):
-            how = {"action": argparse.BooleanOptionalAction if default else "store_true"}
-        elif about["choices"]:
-            how["choices"] = about["choices"]
+            how, no = dict(action="store_true"), dict(action="store_false", help=argparse.SUPPRESS)
+            parser.add_argument(flag(f"no_{name}"), dest=name, **no)
         parser.add_argument(flag(name), help=text, **how)
     return parser
-
-
-def check_bounds(name: str, value: Any, about) -> None:
-    if isinstance(value, int | float) and not about["low"] <= value <= about["high"]:
-        bounds = f"at least {about['low']}"
-        if about["high"] < math.inf:
-            bounds = f"between {about['low']} and {about['high']}"
-        raise ValueError(f"{flag(name)} {value}: must be {bounds}")
 
 
 def parse_layers(text: str, depth: int, name: str = "layers") -> list[int]:
@@ -155,10 +152,7 @@ def parse_layers(text: str, depth: int, name: str = "layers") -> list[int]:
             raise IndexError
         return found
     except (ValueError, TypeError):
-        raise ValueError(
-            f"{flag(name)} {text}: write :18, 6:12, -6:, 0,2,4:7, 75% or all"
-        ) from None
+        remedy = "write :18, 6:12, -6:, 0,2,4:7, 75% or all"
     except IndexError:
-        raise ValueError(
-            f"{flag(name)} {text}: choose some of 0 to {depth - 1}, in order, each once"
-        ) from None
+        remedy = f"choose some of 0 to {depth - 1}, in order, each once"
+    raise ValueError(f"{flag(name)} {text}: {remedy}")

@@ -8,7 +8,6 @@ import shlex
 import signal
 import sys
 import threading
-import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +21,7 @@ from common.launch import Failed
 from common.progress import format_minutes
 from common.settings import free_in, values_of
 
-RELATED = (
-    "activations", "attndistill", "dino", "integrated_gradients", "linear_attention", "reminders",
-)  # fmt: skip
+RELATED = "activations attndistill dino integrated_gradients linear_attention reminders".split()
 SCRIPTS = {  # imported when they are needed
     "pretrain": "pretrain",
     "finetune": "finetune",
@@ -97,34 +94,20 @@ class Job:
             weights = checkpoints.fingerprint(checkpoints.read_file(teacher)["model"])
         elif "teacher" in asked:
             counts |= {"teacher"}
-        # A run that is older than a setting had its default.
-        usual = values_of(load(self.script).parse(["--data", settings.data]))
-        same = all(config.get(k, usual[k]) == asked[k] for k in counts)
-        return same and weights_then == weights
+        return weights_then == weights and all(config.get(k) == asked[k] for k in counts)
 
 
 def compute_depth(job: Job, jobs: dict[str, Job]) -> int:
-    """How many jobs, one after the other, must be done before a job."""
+    """How many jobs in a row must be done before a job."""
     return max((1 + compute_depth(jobs[name], jobs) for name in job.after), default=0)
 
 
-def sort_jobs(jobs: dict[str, Job]) -> list[tuple[str, Job]]:
-    """Jobs that wait for none first, so that no thread blocks another. Then those that others need.
-
-    """
-    needed = {name for job in jobs.values() for name in job.after}
-    return sorted(
-        jobs.items(), key=lambda item: (compute_depth(item[1], jobs), item[0] not in needed)
-    )
-
-
 class Runner:
-    """Runs jobs, `workers` at a time, until `limit` minutes have passed (0: no limit)."""
+    """Runs jobs, `workers` at a time."""
 
-    def __init__(self, workers: int, limit: float, score: str):
+    def __init__(self, workers: int, score: str):
         on_gpu = torch.accelerator.is_available()
         self.workers = workers or (1 if on_gpu else os.cpu_count() or 1)
-        self.deadline = time.time() + 60 * limit if limit else None
         self.score = score  # what to print of each result
         self.processes: set[Any] = set()
         threads = max(1, (os.cpu_count() or 1) // self.workers)
@@ -133,7 +116,7 @@ class Runner:
         self.seconds: dict[Path, float] = {}  # of training, of each run
 
     def run(self, jobs: dict[str, Job]) -> dict[str, dict]:
-        """The results of all jobs by name. Failed if one of them fails, or if time is up."""
+        """The results of all jobs by name. Failed if one of them fails."""
         for job in jobs.values():
             job.get_settings()  # wrong settings are found before anything is trained
         self.done, self.total = 0, len(jobs)
@@ -141,7 +124,9 @@ class Runner:
         with ThreadPoolExecutor(self.workers) as pool:
             futures: dict[str, Future] = {}
             try:
-                for name, job in sort_jobs(jobs):
+                # Those that wait for none first, or threads would wait where others could train.
+                for name in sorted(jobs, key=lambda name: compute_depth(jobs[name], jobs)):
+                    job = jobs[name]
                     needed = [futures[other] for other in job.after]
                     futures[name] = pool.submit(self.run_one, name, job, needed)
                 return {name: future.result() for name, future in futures.items()}
@@ -158,8 +143,7 @@ class Runner:
         if result is None:
             self.start_process(name, job)
             result = job.read_result()
-            if result is None:
-                raise Failed(f"{name} left no result with its settings in {job.out}")
+            assert result, f"{name} left no result in {job.out}"
             note = f"{format_minutes(result['seconds'])} of training"
         self.done += 1
         self.seconds[job.out] = result["seconds"]
@@ -176,14 +160,8 @@ class Runner:
         process = FORKED.Process(target=work, args=(job.script, [*job.argv, again], output))
         process.start()
         self.processes.add(process)
-        process.join(max(0.1, self.deadline - time.time()) if self.deadline else None)
-        late = process.is_alive()
-        if late:
-            process.terminate()
-            process.join()
+        process.join()
         self.processes.discard(process)
-        if late:
-            raise Failed("time is up: the same command resumes")
         if process.exitcode:
             last = output.read_text().strip().splitlines()[-1:]
             raise Failed(f"{name} failed: {' '.join(last)} (see {output})")
@@ -192,9 +170,8 @@ class Runner:
         """What was found, and how: the contents of a file in results/."""
         command = f"python -m experiments.reproduce {name} --seeds {len(found['seeds'])}"
         command += f" --extra {shlex.quote(extra)}" if extra else ""
-        device = f"CPU, {os.cpu_count()} cores"
-        if torch.cuda.is_available():
-            device = torch.cuda.get_device_name()
+        gpu = torch.cuda.is_available()
+        device = torch.cuda.get_device_name() if gpu else f"CPU, {os.cpu_count()} cores"
         about = {
             "command": command,
             "commit": runs.read_commit(),  # of the code that evaluated

@@ -1,9 +1,7 @@
-"""Where trained models look: on the digits at ink, at scraps or at nothing; how like their teacher.
+"""Where trained ViTs look, and how similar they are to their teacher. Reads finished runs.
 
-All of it is read off finished runs; nothing is trained.
+On digits: the share of attention that goes to ink of the digit, to distractors, to blank patches.
 """
-
-import launch
 
 import math
 from pathlib import Path
@@ -14,122 +12,117 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor
 
-import checkpoints
 import data
-import digits
-import vit
-from attention import attention_map
-from augment import Normalise, number
-from checkpoints import Model
-from experiments.analysis import compare, entropy, jensen_shannon
-from experiments.estimates import over_seeds
-from experiments.jobs import Made
-from settings import Settings
+from common import digits
+from common.augment import Normalise, hash_seed
+from common.launch import get_device
+from experiments.estimates import estimate_over_seeds
+from experiments.measures import compare, entropy, jensen_shannon, renormalise
+from experiments.study import Runs
+from teachers.load import Model, build, open_model
 
-KINDS_OF_PATCH = ("digit", "scrap", "blank")
-AT_A_TIME, IMAGES = 100, 500  # of the test images; of the digits those of one place
+PATCHES = ("digit", "distractor", "blank")
+AT_A_TIME, IMAGES = 100, 500  # test images. Of the digits those of one place
 
 
-def looks(made: Made) -> dict:
-    """Of each row, and of its teachers: where they look, how like the first teacher.
+def find_looks(runs: Runs) -> dict:
+    """For each row and for its teachers, lists over layers: means over seeds, and intervals.
 
-    Of the digits: digit, scrap, blank: shares of the attention of patches, mean over images, heads
-    and patches, that go to patches with ink of the digit, of scraps only, or none; `patches` has
-    the shares of the patches. from_mean: how far a map is from the mean over images of these maps,
-    in nats (Jensen-Shannon): 0 if it does not depend on the image; of_image: the share of what
-    maps say that does. divergence, matched: of the maps from the teacher's, heads as they stand and
-    heads matched; cka: of the features. All are lists over layers: means over seeds, and their
-    intervals. What bounds the likeness: a random net, and a teacher of another seed, where each
-    seed has its own.
+    digit, distractor, blank: shares of the patches' attention, mean over images, heads, patches.
+    `patches` has the shares that uniform attention would give.
+    from_mean: the divergence of a map from the mean over images, in nats (Jensen-Shannon).
+    of_image: the share that the image adds to what a map says.
+    divergence, matched: of the maps from the teacher's, heads as they stand or matched.
+    cka: of the features with the teacher's. A random net and the teacher of another seed, where
+    each seed has its own, show what similarity to expect.
     """
     points = {}
-    for point, of_rows in made.items():
-        teachers = [job.settings().teacher for job in of_rows["attention copy"]]
+    for point, of_rows in runs.items():
+        teachers = [job.get_settings().teacher for job in of_rows["attention copy"]]
         if len(teachers) < 2:
             raise ValueError("looks are compared over seeds: ask for --seeds 2 or more")
-        found = []
+        seeds = []
         for i, jobs in enumerate(zip(*of_rows.values(), strict=True)):
             nets = {"teacher": teachers[i]}
             if len(set(teachers)) > 1:
                 nets["another teacher"] = teachers[(i + 1) % len(teachers)]
             by_row = dict(zip(of_rows, jobs, strict=True))
             nets |= {row: job.out / "model.pt" for row, job in by_row.items()}
-            found.append(of_seed(nets, by_row["attention copy"].settings()))
-        points[point] = summed_up(found)
+            seeds.append(find_of_seed(nets, by_row["attention copy"].get_settings()))
+        points[point] = average_seeds(seeds)
     return points
 
 
 @torch.no_grad()
-def of_seed(nets: dict[str, str | Path], settings: Settings) -> dict:
-    device = launch.device(settings.device)
-    teacher = checkpoints.open_model(nets["teacher"], device)
-    torch.manual_seed(number("random net", settings.seed))  # no training begins so
-    models = {"random net": Model(vit.ViT(teacher.net.config).to(device).eval())}
-    models |= {name: checkpoints.open_model(path, device) for name, path in nets.items()}
+def find_of_seed(nets: dict[str, str | Path], settings) -> dict:
+    device = get_device(settings.device)
+    teacher = open_model(nets["teacher"], device)
+    torch.manual_seed(hash_seed("random net", settings.seed))  # no training begins like this
+    models = {"random net": Model(build(teacher.net.config).to(device).eval())}
+    models |= {name: open_model(path, device) for name, path in nets.items()}
     found = {}
     if settings.data == "digits":
-        images, kinds = digits_and_kinds(settings, teacher.net.config.patch, device)
+        images, kinds = load_digits(settings, teacher.net.config.patch, device)
         shares = one_hot(kinds).mean(dim=(0, 1))
-        found["patches"] = dict(zip(KINDS_OF_PATCH, shares[:, None].tolist(), strict=True))
+        found["patches"] = dict(zip(PATCHES, shares[:, None].tolist(), strict=True))
     else:
-        images, kinds = photographs(settings, teacher, device), None
+        images, kinds = load_photographs(settings, teacher), None
     for name, model in models.items():
-        alike = compare(teacher, model, images.split(AT_A_TIME))
-        found[name] = where(model, images, kinds)
+        similar = compare(teacher, model, images.split(AT_A_TIME))
+        found[name] = measure_looks(model, images, kinds)
         for what in ("divergence", "matched"):
-            found[name][what] = [layer[what] for layer in alike["layers"]]
-        found[name]["cka"] = np.diag(alike["cka"]).tolist()
+            found[name][what] = [layer[what] for layer in similar["layers"]]
+        found[name]["cka"] = np.diag(similar["cka"]).tolist()
     return found
 
 
-def photographs(settings: Settings, teacher: Model, device) -> Tensor:
-    """IMAGES of the test images, of all classes alike."""
-    shown = data.load(settings, device, train=False)
-    shown.adopt(teacher.checkpoint)
-    images = torch.cat([some for some, _ in shown.test.in_order(256)])
+def load_photographs(settings, teacher: Model) -> Tensor:
+    """IMAGES of the test images, evenly spaced: a folder is sorted by class."""
+    dataset = data.load(settings, train=False)
+    dataset.set_normalization(teacher.checkpoint.normalization)
+    images = torch.cat([some for some, _ in dataset.test.in_order(256)])
     return images[:: max(1, len(images) // IMAGES)][:IMAGES]
 
 
-def digits_and_kinds(settings: Settings, patch: int, device) -> tuple[Tensor, Tensor]:
-    """IMAGES of the test digits, and of which kind each patch is."""
-    normalise = Normalise(data.KINDS["digits"].normalization, device)
-    split = digits.Split(settings.scraps, normalise, device)
+def load_digits(settings, patch: int, device) -> tuple[Tensor, Tensor]:
+    """IMAGES of the test digits, and the kind of each patch."""
+    normalise = Normalise(data.DATA_SETS["digits"].normalization, device)
+    split = digits.Split(settings.distractors, normalise, device)
     canvases = [canvas[:IMAGES] for canvas in split.layers("test")]
-    return normalise(torch.maximum(*canvases)), kinds_of_patches(*canvases, patch)
+    return normalise(torch.maximum(*canvases)), find_kinds(*canvases, patch)
 
 
-def kinds_of_patches(digit: Tensor, scraps: Tensor, patch: int) -> Tensor:
-    """Which of KINDS_OF_PATCH each patch is: (images, patches)."""
+def find_kinds(digit: Tensor, distractors: Tensor, patch: int) -> Tensor:
+    """Which of PATCHES each patch is: (images, patches)."""
 
-    def inked(canvas: Tensor) -> Tensor:
+    def has_ink(canvas: Tensor) -> Tensor:
         return rearrange(canvas, "b 1 (h p) (w q) -> b (h w) (p q)", p=patch, q=patch).amax(-1) > 0
 
-    return torch.where(inked(digit), 0, torch.where(inked(scraps), 1, 2))
+    return torch.where(has_ink(digit), 0, torch.where(has_ink(distractors), 1, 2))
 
 
-def where(model: Model, images: Tensor, kinds: Tensor | None) -> dict:
-    """Of each layer how far maps change with the image, and shares of attention, as in `looks`."""
+def measure_looks(model: Model, images: Tensor, kinds: Tensor | None) -> dict:
+    """For each layer how far maps change with the image, and shares of attention."""
     maps = [
-        torch.stack([attention_map(used) for _, used in model.run(some)])
+        torch.stack([qk.map() for _, qk in model.blockwise(some)])
         for some in images.split(AT_A_TIME)
     ]
     p = torch.cat(maps, dim=1)  # (layers, images, H, N, N)
-    found = changing(p)
+    found = measure_change(p)
     if kinds is None:
         return found
     patches = kinds.shape[1]
-    among = p[..., -patches:, -patches:]  # the class token is no place
-    among = among / among.sum(dim=-1, keepdim=True)
+    among = renormalise(p[..., -patches:, -patches:])  # the class token is no place
     shares = einsum(among, one_hot(kinds), "l b h q k, b k c -> c l b h q").mean(dim=(2, 3, 4))
-    return dict(zip(KINDS_OF_PATCH, shares.tolist(), strict=True)) | found
+    return dict(zip(PATCHES, shares.tolist(), strict=True)) | found
 
 
-def changing(p: Tensor) -> dict[str, list[float]]:
-    """How far maps (layers, images, H, N, N) are from their mean over images, of each layer.
+def measure_change(p: Tensor) -> dict[str, list[float]]:
+    """How far maps (layers, images, H, N, N) are from their mean over images, for each layer.
 
-    of_image: what a map says is its divergence (Kullback-Leibler) from looking everywhere alike.
-    Over images the mean of these is the divergence of the mean map, what position alone says, and
-    the mean divergence from that map, what the image adds: this, as a share of both.
+    A map says as much as its divergence (Kullback-Leibler) from uniform attention. The mean of that
+    over images has two parts: what the mean map says, by position alone, and the mean divergence
+    from the mean map, which the image adds. of_image: the second part as a share of both.
     """
     position = p.mean(dim=1, keepdim=True)
     from_mean = jensen_shannon(p, position).mean(dim=(1, 2, 3))
@@ -139,13 +132,13 @@ def changing(p: Tensor) -> dict[str, list[float]]:
 
 
 def one_hot(kinds: Tensor) -> Tensor:
-    return F.one_hot(kinds, len(KINDS_OF_PATCH)).float()
+    return F.one_hot(kinds, len(PATCHES)).float()
 
 
-def summed_up(seeds: list[dict]) -> dict:
+def average_seeds(seeds: list) -> dict:
     """Means over seeds, and intervals, of lists that lie equally deep in each."""
     first = seeds[0]
     if isinstance(first, dict):
-        return {key: summed_up([seed[key] for seed in seeds]) for key in first}
-    cells = [over_seeds(np.array(of_layer)) for of_layer in zip(*seeds, strict=True)]
+        return {key: average_seeds([seed[key] for seed in seeds]) for key in first}
+    cells = [estimate_over_seeds(np.array(of_layer)) for of_layer in zip(*seeds, strict=True)]
     return {what: [cell[what] for cell in cells] for what in ("mean", "interval")}

@@ -6,13 +6,12 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import storage
-from experiments.estimates import estimates, over_seeds
-from experiments.jobs import SCRIPTS, Made
-from experiments.rows import Row
-from experiments.tables import AT_BASE, DIGITS, Table, accuracies, classified, less
-from related import reminders, scenes
-from settings import Settings
+import data
+from common import checkpoints
+from experiments.estimates import estimate, estimate_over_seeds
+from experiments.jobs import Job, load
+from experiments.rows import AT_BASE
+from experiments.study import Row, Runs, Study, Table, estimate_accuracies, read_correct, subtract
 
 # The rows -----------------------------------------------------------------------------------------
 
@@ -38,7 +37,7 @@ GRADIENTS = {
 SOFTMAX, TAUGHT = "softmax", "linear, transfer"
 LINEAR = {
     SOFTMAX: Row("finetune", "pre-trained"),
-    "linear, untaught": Row("linear_attention", SOFTMAX, {"epochs": 1, "warmup": 0, "lr": 0.0}),
+    "linear, untaught": Row("linear_attention", SOFTMAX, {"epochs": 1, "warmup": 0, "blr": 0.0}),
     TAUGHT: Row("linear_attention", SOFTMAX),
     "linear, LoRA": Row("linear_attention", SOFTMAX, {"lora": True}),
     "linear, LoRA twice as long": Row("linear_attention", SOFTMAX, {"lora": True, "epochs": 120}),
@@ -48,7 +47,7 @@ DINO = "DINO, teacher"
 ATTNDISTILL = {
     DINO: Row("dino", ""),
     "DINO, student": Row("dino", "", {"model": "nano"}),
-    "random, student": Row("dino", "", {"model": "nano", "epochs": 1, "warmup": 0, "lr": 0.0}),
+    "random, student": Row("dino", "", {"model": "nano", "epochs": 1, "warmup": 0, "blr": 0.0}),
     "token": Row("attndistill", DINO, {"attention_weight": 0.0}),
     "token and map": Row("attndistill", DINO),
     "token, 2 heads": Row("attndistill", DINO, {"num_heads": 2, "attention_weight": 0.0}),
@@ -67,111 +66,114 @@ REMINDED = {
     "words to attention": Row("reminders", ""),
     "words to attention, its map untaught": Row("reminders", "", {"attention_weight": 0.0}),
 }
-STUDY = DIGITS._replace(  # settings as the scripts have them
-    rows=ACTIVATIONS | GRADIENTS | LINEAR | ATTNDISTILL | REMINDED,
-    base={"data": "digits"},
-    own={},
+STUDY = Study(  # settings as the scripts have them
+    rows=ACTIVATIONS | GRADIENTS | LINEAR | ATTNDISTILL | REMINDED, base={"data": "digits"}
 )
 
 # What is read off them ----------------------------------------------------------------------------
 
 
-def sized(table: Table, made: Made) -> dict:
-    """As `accuracies`; and of each row its parameters, and the multiply-adds of an image."""
-    found = accuracies(table, made)
-    for point, of_rows in made.items():
-        for row, (job, *_) in of_rows.items():
-            task = SCRIPTS[job.script].task(job.settings())
-            image, _ = next(task.data.test.in_order(1))
-            with FlopCounterMode(display=False) as counter, torch.no_grad():
-                task.predict(task.net.eval(), image)
-            cells = found["points"][point][row]
-            cells["parameters"] = sum(p.numel() for p in task.net.parameters())
-            cells["multiply-adds"] = counter.get_total_flops() // 2
+def rebuild(job: Job):
+    """The task of a finished run, untrained."""
+    settings, script = job.get_settings(), load(job.script)
+    dataset = data.load(settings)
+    return script.task(settings, dataset, script.find_teacher(settings, dataset))
+
+
+def find_sizes(table: Table, runs: Runs) -> dict:
+    """Accuracies; and for each row its parameters, and the multiply-adds of an image."""
+    found = estimate_accuracies(table, runs)
+    (of_rows,), (cells,) = runs.values(), found["points"].values()
+    for row, (job, *_) in of_rows.items():
+        task = rebuild(job)
+        image, _ = next(task.data.test.in_order(1))
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            task.predict(task.net.eval(), image)
+        cells[row]["parameters"] = sum(p.numel() for p in task.net.parameters())
+        cells[row]["multiply-adds"] = counter.get_total_flops() // 2
     return found
 
 
-def more_for(row: str, of: dict[str, np.ndarray]) -> np.ndarray:
+def compare_gains(row: str, of: dict[str, np.ndarray]) -> np.ndarray:
     return of[f"{row}, AT"] - of[row] - (of["small, AT"] - of["small"])
 
 
-def linear(table: Table, made: Made) -> dict:
-    """As `accuracies`; and how many parameters each row trained, beside those of the ViT."""
-    found = accuracies(table, made)
-    for point, of_rows in made.items():
-        cells = found["points"][point]
-        for row, (job, *_) in of_rows.items():
-            settings = job.settings()
-            net = SCRIPTS[job.script].task(settings).net
-            trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
-            before = cells.get(STUDY.rows[row].teacher, {}) if settings.lr else {}
-            own = row != SOFTMAX and bool(settings.lr)
-            cells[row]["trained parameters"] = own * trained + before.get("trained parameters", 0)
+def find_trained(table: Table, runs: Runs) -> dict:
+    """Accuracies; and how many parameters each row trained, besides those of the ViT."""
+    found, what = estimate_accuracies(table, runs), "trained parameters"
+    (of_rows,), (cells,) = runs.values(), found["points"].values()
+    for row, (job, *_) in of_rows.items():
+        net, of_row = rebuild(job).net, STUDY.rows[row]
+        cells[row][what] = 0
+        if row != SOFTMAX and "blr" not in (of_row.flags or {}):  # which is a rate of 0
+            own = sum(p.numel() for p in net.parameters() if p.requires_grad)
+            cells[row][what] = own + cells[of_row.teacher][what]
     return found
 
 
-def reminded(table: Table, made: Made) -> dict:
-    """As `accuracies`, compared with the first row; which of its failures are avoided.
+def find_reminded(table: Table, runs: Runs) -> dict:
+    """Accuracies, compared with the first row, and which of its failures are avoided.
 
-    And how often attention lands where it should, of what kind of words.
+    And how often attention lands where it should, for each kind of reminder.
     """
-    ((point, of_rows),) = made.items()
-    correct = classified(table, of_rows)
+    ((point, of_rows),) = runs.items()
+    correct = read_correct(table, of_rows)
     alone = table.rows[0]
     each = np.arange(correct[alone].shape[1])  # scene is a sample of its own
-    found = estimates({point: correct}, each, dict.fromkeys(correct, alone))
-    avoided, told = {}, kinds(of_rows[alone][0].settings())
+    found = estimate({point: correct}, each, dict.fromkeys(correct, alone))
+    avoided, told = {}, find_kinds(of_rows[alone][0].get_settings())
     for row, cells in found["points"][point].items():
         pairs = zip(correct[row], correct[alone], strict=True)
         avoided[row] = np.array([now[~before].mean() for now, before in pairs])
-        cells["failures avoided"] = percent(avoided[row])
-        tests = [storage.read(job.out / "test.pt") for job in of_rows[row]]
+        cells["failures avoided"] = estimate_percent(avoided[row])
+        tests = [checkpoints.read_file(job.out / "test.pt") for job in of_rows[row]]
         if all("looked" in test for test in tests):
             lands = np.stack([(t["looked"] == t["labels"]).numpy() for t in tests])
-            cells["attention lands right"] = percent(lands.mean(axis=1))
+            cells["attention lands right"] = estimate_percent(lands.mean(axis=1))
             for kind, of_kind in told.items():
-                cells[f"told {kind}"] = percent(lands[:, of_kind].mean(axis=1))
+                cells[f"told {kind}"] = estimate_percent(lands[:, of_kind].mean(axis=1))
     for other in ("words", "words to attention, its map untaught"):
-        paired = percent(avoided["words to attention"] - avoided[other])
+        paired = estimate_percent(avoided["words to attention"] - avoided[other])
         found["contrasts"][f"failures avoided: words to attention − {other}"] = paired
     return found
 
 
-def kinds(settings: Settings) -> dict[str, np.ndarray]:
+def find_kinds(settings) -> dict[str, np.ndarray]:
     """Which reminders of the test say beside what to look, where, or what: masks (scenes,)."""
-    said = reminders.trial_of("test", settings, "cpu").said
+    reminders = load("reminders")
+    said, scenes = reminders.make_trial("test", settings, "cpu").said, reminders.scenes
     beside = np.array([any(f" {words} the " in line for words in scenes.BESIDE) for line in said])
     where = np.array([any(row in line for row in scenes.ROWS) for line in said])
     return {"beside what": beside, "where": where, "what": ~(beside | where)}
 
 
-def percent(of_seeds: list) -> dict:
-    return over_seeds(100 * np.array(of_seeds))
+def estimate_percent(of_seeds: np.ndarray) -> dict:
+    return estimate_over_seeds(100 * of_seeds)
 
 
 # The tables ---------------------------------------------------------------------------------------
 
-related = partial(Table, study=STUDY, points=AT_BASE, seeds=5, first=1)  # 0: used in writing
+related = partial(Table, study=STUDY, points=AT_BASE, seeds=5, first=1)  # 0 was used while writing
 TABLES = {
     "related-activations": related(
         "where a CNN is active, and its softened classes, given to smaller ones",
-        rows=tuple(ACTIVATIONS), find=sized,
+        rows=tuple(ACTIVATIONS), find=find_sizes,
         against={row: row.split(",")[0] if "," in row else WIDE for row in ACTIVATIONS},
-        contrasts=less("small, AT and KD", "small, KD") | less("small, AT and KD", "small, AT")
-        | {f"gain of AT: {row} − small": partial(more_for, row)
+        contrasts=subtract(("small, AT and KD", "small, KD"), ("small, AT and KD", "small, AT"))
+        | {f"gain of AT: {row} − small": partial(compare_gains, row)
            for row in ("grouped", "bottleneck")},
     ),
     "related-gradients": related(
         "what contributed to a teacher's class, laid over images", rows=tuple(GRADIENTS),
         against=dict.fromkeys(GRADIENTS, "neither")
         | {"KD and IG": "KD", "KD, AT and IG": "KD and IG"},
-        contrasts=less("KD and IG", "neither"),
+        contrasts=subtract(("KD and IG", "neither")),
     ),
     "related-linear": related(
-        "softmax attention made linear", rows=tuple(LINEAR), find=linear,
+        "softmax attention made linear", rows=tuple(LINEAR), find=find_trained,
         against=dict.fromkeys(LINEAR, SOFTMAX),
-        contrasts=less("linear, transfer and LoRA", "linear, LoRA")
-        | less("linear, transfer and LoRA", "linear, LoRA twice as long"),
+        contrasts=subtract(("linear, transfer and LoRA", "linear, LoRA"),
+                           ("linear, transfer and LoRA", "linear, LoRA twice as long")),
     ),
     "related-attndistill": related(
         "without labels: class tokens and where they look; 20 nearest neighbours",
@@ -180,10 +182,10 @@ TABLES = {
         | {row: "token" for row in ATTNDISTILL if row.startswith("token,")}
         | {row: row.replace(" and map", "").removesuffix(", weight 10")
            for row in ATTNDISTILL if "map" in row},
-        contrasts=less("token", DINO) | less("DINO, student", DINO),
+        contrasts=subtract(("token", DINO), ("DINO, student", DINO)),
     ),
     "related-reminders": related(
         "reminders in words, to where a robot looks", rows=tuple(REMINDED), points={"": {}},
-        find=reminded,
+        find=find_reminded,
     ),
 }  # fmt: skip

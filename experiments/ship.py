@@ -3,59 +3,61 @@
     python -m experiments.ship digits
     python -m experiments.ship cifar10 --data-dir cifar10
 
-The teacher is that of seed 0, trained first if it is not there yet. Beside each
-file, in JSON: for which images and net it is, how it was made, its checksum.
+The teacher is that of seed 0, trained first if it is not there yet. A JSON file
+beside it says which images and net it fits, how it was made, and its checksum.
 """
-
-import launch
 
 import hashlib
 import json
 import shlex
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import storage
-from experiments.jobs import Runner
-from experiments.reproduce import SETTINGS, runs_of
+from common import checkpoints, launch
+from common.settings import parse_settings
+from experiments.jobs import ROOT, Runner
+from experiments.study import RunSettings, make_planner
 from experiments.tables import TABLES
-from settings import Settings, parse_settings
-from teachers import SHIPPED
 
+WEIGHTS = ROOT / "weights"
 TEACHERS = {"digits": TABLES["digits-main"], "cifar10": TABLES["cifar10-main"]}
-parse = partial(
-    parse_settings,
-    __doc__,
-    {name: SETTINGS[name] for name in ("jobs", "data_dir", "runs", "extra")},
-    positional=("teachers", "one or more of " + ", ".join(TEACHERS)),
-)
-# What a run must have in common with it.
-FOR = ("data", "model", "patch", "components", "image_size", "scraps")
 
 
-def ship(name: str, settings: Settings, folder: Path = SHIPPED) -> Path:
-    """Writes NAME.pt and NAME.json, and returns the path of the first."""
+@dataclass(frozen=True)
+class Settings(RunSettings):
+    teachers: tuple[str, ...] = ()
+
+
+WORDS = ("teachers", "one or more of " + ", ".join(TEACHERS), 0)
+parse = partial(parse_settings, __doc__, Settings, {}, positional=WORDS)
+FIT = ("data", "model", "patch", "image_size", "distractors")  # what a run must share with it
+
+
+def ship(name: str, settings: Settings, folder: Path = WEIGHTS) -> Path:
+    """Writes NAME.pt and NAME.json. Returns the path of the first."""
     table = TEACHERS[name]
     (point,) = table.points.values()
-    runs = runs_of(table.study, settings)
-    ((job, made),) = runs.pretraining(0, point).items()
-    found = Runner(1, 0, "").run({job: made})[job]
-    asked, file = made.settings(), folder / f"{name}.pt"
-    public = runs._replace(folder=Path("runs"), extra=tuple(settings.extra.split()))
-    ((_, plain),) = public.pretraining(0, point).items()
+    planner = make_planner(table.study, settings)
+    ((job, teacher),) = planner.plan_teacher(0, point).items()
+    found = Runner(1, "").run({job: teacher})[job]
+    asked, file = teacher.get_settings(), folder / f"{name}.pt"
+    public = planner._replace(folder=Path("runs"), extra=tuple(settings.extra.split()))
+    ((_, plain),) = public.plan_teacher(0, point).items()
+    fit = [key for key in FIT if key != "distractors" or name == "digits"]
     facts = {
-        "for": {key: getattr(asked, key) for key in FOR if key != "scraps" or name == "digits"},
+        "for": {key: getattr(asked, key) for key in fit},
         "command": f"python pretrain.py {shlex.join(plain.argv)}",
-        "commit": made.commit(),
+        "commit": teacher.read_commit(),
         "seconds": found["seconds"],
-        "pixels": found["pixels"],
+        "loss": found["loss"],
     }
     folder.mkdir(exist_ok=True)
-    model = storage.read(made.out / "model.pt")
-    model["settings"] |= {"data_dir": "", "out": ""}  # which are of one machine
-    storage.save(model, file)
+    model = checkpoints.read_file(teacher.out / "model.pt")
+    model["settings"] |= {"data_dir": "", "out": ""}  # places on one machine
+    checkpoints.save(model, file)
     facts["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
-    storage.write_text(file.with_suffix(".json"), json.dumps(facts, indent=1) + "\n")
+    checkpoints.write_text(file.with_suffix(".json"), json.dumps(facts, indent=1) + "\n")
     return file
 
 

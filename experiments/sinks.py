@@ -1,120 +1,114 @@
-"""Where attention goes that goes nowhere: class token, registers, single patches, of several ViTs.
+"""How much attention goes to the class token, to registers and to single patches.
 
     python -m experiments.sinks A/model.pt B/model.pt
     python -m experiments.sinks vit_small_patch14_dinov2.lvd142m \\
         vit_small_patch14_reg4_dinov2.lvd142m --data folder --data-dir photos
 
 Many ViTs look, from everywhere, at a few tokens that hold nothing of the image
-there (Xiao et al. 2024; Darcet et al. 2024). For each layer, the mean over
-heads, queries and images of the share of attention that goes to the class
-token, to all registers, and to the patch that is looked at most; and the norm
-of the values there, over the mean norm of a patch's: next to 0, looking there
-is looking away. Figures for each head are in --out.
+there (Xiao et al. 2024; Darcet et al. 2024). For each layer this prints the
+share of attention that goes to the class token, to all registers, and to the
+patch that gets most. It also prints the norm of the values there, relative to
+the mean patch's. A norm near 0 means that nothing is passed on. All are means
+over heads, queries and images. --out has them for each head.
 """
-
-import launch
 
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-import checkpoints
 import data
-import runs
-import storage
-from attention import Attended, attention_map
-from checkpoints import Model
-from experiments.analysis import first_images
-from settings import OPENING, Setting, Settings, parse_settings
-from vit import Config
+import ensemble
+from common import checkpoints, launch, runs
+from common.settings import parse_settings, setting
+from experiments.analysis import ImageSettings, pick_images
+from experiments.measures import list_prefix
+from teachers.load import Model, open_model
+from vit import QK
 
-SETTINGS = OPENING | {
-    "images": Setting(200, "how many of the test images", low=1),
-    "batch": Setting(50, "images at a time", low=1),
-    "out": Setting("runs/sinks.json", "where the figures of each head go"),
-}
-parse = partial(parse_settings, __doc__, SETTINGS, positional=("checkpoints", "one or more ViTs"))
+
+@dataclass(frozen=True)
+class Settings(ImageSettings):
+    out: str = setting("runs/sinks.json", "file for the figures of each head")
+
+
+parse = partial(
+    parse_settings, __doc__, Settings, {}, positional=("checkpoints", "one or more ViTs", 0)
+)
 PLACES = ("class token", "registers", "top patch")
 
 
 @torch.no_grad()
-def sinks(model: Model, batches: Iterable[Tensor]) -> list[dict[str, list[float]]]:
-    """Of each layer, for each of PLACES and head: share of attention, and relative norm of values.
+def measure_sinks(model: Model, batches: Iterable[Tensor]) -> list[dict[str, list[float]]]:
+    """For each layer, PLACE and head: the share of attention, and the relative norm of values.
 
     Places that a ViT does not have are left out.
     """
-    totals, count = {}, 0
+    net, count = model.net, 0
+    layers = [{} for _ in net.blocks]
     for images in batches:
         count += len(images)
-        for i, (_, attended) in enumerate(model.run(images)):
-            for name, value in of_layer(attended, model.net.config).items():
-                totals[i, name] = totals.get((i, name), 0) + value.sum(dim=0).double().cpu()
-    layers = [{} for _ in model.net.blocks]
-    for (i, name), total in totals.items():
-        layers[i][name] = (total / count).tolist()
-    return layers
+        x = net.embed(images)
+        for block, sums, (after, qk) in zip(
+            net.blocks, layers, model.blockwise(images), strict=True
+        ):
+            (v,) = block.attn.project(block.norm1(x), slice(2 * net.config.dim, None))
+            for name, value in measure_layer(qk, v, *list_prefix(net.config)).items():
+                sums[name] = sums.get(name, 0) + value.sum(dim=0).double().cpu()
+            x = after
+    return [{name: (total / count).tolist() for name, total in sums.items()} for sums in layers]
 
 
-def of_layer(attended: Attended, config: Config) -> dict[str, Tensor]:
+def measure_layer(qk: QK, v: Tensor, class_tokens: int, registers: int) -> dict[str, Tensor]:
     """The same of one layer for each image: (B, H)."""
-    looked_at = attention_map(attended).mean(dim=2)  # (B, H, N)
-    norms = attended.v.norm(dim=-1)
-    first, prefix = int(config.class_token), config.prefix
-    norms = norms / norms[:, :, prefix:].mean(dim=-1, keepdim=True)
-    patches = looked_at[:, :, prefix:]
-    most, where = patches.max(dim=-1)
-    shares = {"class token": looked_at[:, :, :first].sum(-1)} if first else {}
-    values = {"class token": norms[:, :, :first].mean(-1)} if first else {}
-    if config.registers:
-        shares["registers"] = looked_at[:, :, first:prefix].sum(-1)
-        values["registers"] = norms[:, :, first:prefix].mean(-1)
-    shares["top patch"] = most
-    values["top patch"] = norms[:, :, prefix:].gather(-1, where[..., None])[..., 0]
-    return {f"share: {place}": share for place, share in shares.items()} | {
-        f"values: {place}": value for place, value in values.items()
-    }
-
-
-def dataset_for(model: Model, settings: Settings, device) -> data.Data:
-    asked = model.checkpoint.images(settings)
-    dataset = data.load(asked, device, train=False)
-    dataset.adopt(model.checkpoint)
-    return dataset
+    share, norm, prefix = qk.map().mean(dim=2), v.norm(dim=-1), class_tokens + registers
+    norm = norm / norm[:, :, prefix:].mean(dim=-1, keepdim=True)
+    found = {}
+    for place, first, end in zip(PLACES, (0, class_tokens), (class_tokens, prefix), strict=False):
+        if end > first:
+            found[f"share: {place}"] = share[:, :, first:end].sum(-1)
+            found[f"values: {place}"] = norm[:, :, first:end].mean(-1)
+    most, where = share[:, :, prefix:].max(dim=-1, keepdim=True)
+    found["share: top patch"] = most[..., 0]
+    found["values: top patch"] = norm[:, :, prefix:].gather(-1, where)[..., 0]
+    return found
 
 
 def show(name: str, found: dict, tokens: int) -> None:
     layers = found["layers"]
     places = [place for place in PLACES if f"share: {place}" in layers[0]]
-    seen = f"{found['images']} images of {found['image_size']} pixels"
-    print(f"\n{name}\n{seen}; if all are looked at alike, a token gets {1 / tokens:.4f}")
+    print(f"\n{name}\n{found['images']} images of {found['image_size']} pixels a side")
+    print(f"uniform attention would give each token {1 / tokens:.4f}")
     print("       share of attention" + " " * (13 * len(places) - 18) + "norm of values")
     print("layer" + 2 * "".join(f"{place:>13}" for place in places))
     for i, layer in enumerate(layers):
         cells = [layer[f"{what}: {p}"] for what in ("share", "values") for p in places]
-        print(f"{i + 1:>5}" + "".join(f"{sum(cell) / len(cell):>13.3f}" for cell in cells))
+        print(f"{i:>5}" + "".join(f"{sum(cell) / len(cell):>13.3f}" for cell in cells))
 
 
 def main(settings: Settings) -> dict:
     launch.one_process()
-    storage.check_place(Path(settings.out), "--out", ".json")
-    device, found = launch.device(settings.device), {}
+    out, found = Path(settings.out), {}
+    checkpoints.check_place(out, "--out", ".json")
     for path in settings.checkpoints:
-        model = checkpoints.open_model(path, device, settings.num_heads)
-        dataset = dataset_for(model, settings, device)
+        model = open_model(path, launch.get_device(settings.device))
+        asked = ensemble.choose_images(model.checkpoint, settings)
+        dataset, config = data.load(asked, train=False), model.net.config
+        if model.checkpoint.normalization:
+            dataset.set_normalization(model.checkpoint.normalization)
         found[path] = {
             "images": min(settings.images, len(dataset.test)),
             "image_size": dataset.image_size,
-            "layers": sinks(model, first_images(dataset, settings)),
+            "layers": measure_sinks(model, pick_images(dataset, settings)),
         }
-        show(path, found[path], model.net.config.tokens)
-    result = {"commit": runs.commit(), "models": found}
-    out = Path(settings.out)
+        show(path, found[path], config.num_prefix_tokens + config.grid_size**2)
+    result = {"commit": runs.read_commit(), "models": found}
     out.parent.mkdir(parents=True, exist_ok=True)
-    storage.write_text(out, json.dumps(result, indent=1) + "\n")
+    checkpoints.write_text(out, json.dumps(result, indent=1) + "\n")
     print(f"\nwrote {out}")
     return result
 

@@ -1,66 +1,113 @@
 """Equal tuning: the same number of trials for every row, on validation images.
 
-One thing after the other: the rate; at the best rate weight decay; at the best of these one setting
-of the row's own. Its seeds are used by no table.
+First the rate. Then weight decay, at the best rate. Then one setting of the row's own, at the best
+of both. No table uses the seeds of tuning.
 """
 
 from collections.abc import Iterable
+from pathlib import Path
 
+from common.progress import get_validation
 from experiments.jobs import Runner
-from experiments.rows import Flags, Runs, Study
-from progress import validation
+from experiments.report import read_record
+from experiments.study import NEAREST, Flags, Planner, Study, Table, classify_by_nearest
 
 Tuned = dict[str, dict[str, dict]]  # point: row: what was chosen, and all that was tried
 
 
-def tune(
-    runs: Runs, runner: Runner, rows: Iterable[str], points: dict[str, Flags], known: Tuned
+def tune_table(
+    table: Table, planner: Planner, known: Tuned, runner: Runner, tables: dict[str, Table]
 ) -> Tuned:
-    """The flags chosen for each row at each point, with the validation accuracies of its trials.
+    """Settings for the rows of a table at all its points, and what was tried. `known`: so far."""
+    study = table.study
+    trained = [row for row in table.rows if row in study.rows]
+    others = [row for row in list_teachers(trained, study) if row not in trained]
+    for point in table.points:
+        check_tuned(get_chosen(known.get(point, {})), study, others, tables)
+    found = tune(planner, runner, trained, table.points, known)
+    if NEAREST in table.rows:
+        for point, flags in table.points.items():
+            best, scores = get_chosen(found[point]), []
+            for seed in study.seeds:
+                *_, scratch = planner.plan("from scratch", seed, flags, best).values()
+                scores.append(100 * classify_by_nearest(scratch.get_settings(), "val").mean())
+            found[point][NEAREST] = record_trials({}, {(): scores})
+    return found
 
-    `known`: of rows that were tuned before, whose nets others need.
-    """
-    study = runs.study
+
+def tune(
+    planner: Planner, runner: Runner, rows: Iterable[str], points: dict[str, Flags], known: Tuned
+) -> Tuned:
+    """The flags chosen for each row at each point, with the validation accuracies of its trials."""
+    study = planner.study
     found = {(point, row): {} for point in points for row in rows}
-    best = {key: first(key[1], study) for key in found}
+    best = {key: choose_first(key[1], study) for key in found}
     for stage in range(3):
         jobs, trials = {}, {}
         for point, row in found:
-            others = chosen(known.get(point, {}))
-            for flags in options(row, stage, best[point, row], study):
-                made = [
-                    runs.jobs(row, seed, points[point], others | {row: flags})
-                    for seed in study.seeds
-                ]
-                trials[point, row, tuple(flags.items())] = [list(job)[-1] for job in made]
-                jobs |= {name: job for some in made for name, job in some.items()}
+            others = get_chosen(known.get(point, {}))
+            for flags in list_options(row, stage, best[point, row], study):
+                own = others | {row: flags}
+                planned = [planner.plan(row, seed, points[point], own) for seed in study.seeds]
+                trials[point, row, tuple(flags.items())] = [list(some)[-1] for some in planned]
+                jobs |= {name: job for some in planned for name, job in some.items()}
         results = runner.run(jobs)
         for (point, row, flags), names in trials.items():
-            found[point, row][flags] = [validation(results[name]) for name in names]
+            found[point, row][flags] = [get_validation(results[name]) for name in names]
         for key, tried in found.items():
             best[key] = dict(max(tried, key=lambda flags: sum(tried[flags])))
     return {
-        point: {row: shown(best[point, row], found[point, row]) for row in rows} for point in points
+        point: {row: record_trials(best[point, row], found[point, row]) for row in rows}
+        for point in points
     }
 
 
-def first(row: str, study: Study) -> Flags:
+def choose_first(row: str, study: Study) -> Flags:
     name, values = study.own[row]
     return {"lr": study.rates[1], "weight_decay": study.decays[0], name: values[0]}
 
 
-def options(row: str, stage: int, best: Flags, study: Study) -> list[Flags]:
-    """What a stage tries: the rates; more of weight decay; more of the row's own setting."""
+def list_options(row: str, stage: int, best: Flags, study: Study) -> list[Flags]:
+    """What a stage tries: the rates; more weight decays; more of the row's own setting."""
     name, values = study.own[row]
     stages = (("lr", study.rates), ("weight_decay", study.decays[1:]), (name, values[1:]))
     what, tried = stages[stage]
     return [best | {what: value} for value in tried]
 
 
-def shown(best: Flags, tried: dict[tuple, list[float]]) -> dict:
+def record_trials(best: Flags, tried: dict[tuple, list[float]]) -> dict:
     trials = [{"flags": dict(flags), "validation": scores} for flags, scores in tried.items()]
     return {"chosen": best, "tried": trials}
 
 
-def chosen(rows: dict[str, dict]) -> dict[str, Flags]:
+def get_chosen(rows: dict[str, dict]) -> dict[str, Flags]:
     return {row: found["chosen"] for row, found in rows.items()}
+
+
+def read_tuning(study: Study, tables: dict[str, Table], results: Path) -> Tuned:
+    """What all tunings of a study have found so far."""
+    found = {}
+    for name, table in tables.items():
+        path = results / f"{name}.json"
+        if table.tunes and table.study is study and path.exists():
+            for point, of_rows in read_record(path)["points"].items():
+                found[point] = found.get(point, {}) | of_rows
+    return found
+
+
+def check_tuned(
+    chosen: dict[str, Flags], study: Study, needed: Iterable[str], tables: dict[str, Table]
+) -> None:
+    """ValueError unless the settings of these rows are known, in a study that tunes any."""
+    for row in needed if study.own else ():
+        source = row if row in study.own else study.rows[row].tuned_as
+        if source not in chosen:
+            of_study = {name: t for name, t in tables.items() if t.tunes and t.study is study}
+            first = next(name for name, t in of_study.items() if source in t.rows)
+            raise ValueError(f"'{source}' has no settings yet: first reproduce {first}")
+
+
+def list_teachers(asked: Iterable[str], study: Study) -> list[str]:
+    """The rows whose nets others need."""
+    teachers = (study.rows[row].teacher for row in asked)
+    return [teacher for teacher in teachers if teacher in study.rows]

@@ -4,268 +4,284 @@
     python -m experiments.variants --start teacher           copy, and weights too
     python -m experiments.variants --how distill --detach    only q and k follow
     python -m experiments.variants --how features            another target
-    python -m experiments.variants --how probe --teacher A/model.pt
+    python -m experiments.variants --how probe               only a head is trained
 
-Rows of the study (experiments/rows.py). Without a change, copy and distill are
+--maps other are the teacher's maps of other images, mean their mean. With
+impulse each head looks at one neighbour. Rows of the study (experiments/rows.py). Without a change, copy and distill are
 attention_copy.py and attention_distill.py.
 """
 
-import launch
-
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import zip_longest
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
+import attention_copy
 import attention_distill
-import checkpoints
 import data
 import finetune
-import runs
+import recipes
 import train
-from attention import Attended, attention_map, lend_map
-from attention_loss import attention_loss
-from settings import Setting, Settings, change, parse_settings
-from teachers import teacher_and_student
-from vit import ViT
+from common import checkpoints, launch
+from common.settings import parse_settings, setting
+from teachers.adapt import adapt, make_pair
+from teachers.find import find_teacher
+from teachers.load import Model, new_vit, open_model
+from vit import QK, ViT, attend
 
+
+HOW = ("copy", "distill", "features", "logits", "probe")
 MAPS = ("teacher", "other", "mean", "uniform", "impulse")
-INHERITED = {k: v for k, v in attention_distill.SETTINGS.items() if k != "until"}
-SETTINGS = change(INHERITED, layers="all") | {
-    "how": Setting(
-        "copy",
-        "what the student does with its teacher: copy or distill its maps; distill its features "
-        "or logits; or be the teacher, with a new head",
-        choices=("copy", "distill", "features", "logits", "probe"),
-    ),
-    "maps": Setting(
-        "teacher",
-        "the maps to copy or distill: the teacher's, of the image or of another one; the mean of "
-        "these; all alike; a random neighbour for each head",
-        choices=MAPS,
-    ),
-    "lend": Setting("qk", "what of q, k, v is copied", choices=("q", "k", "v", "qk", "qkv")),
-    "start": Setting("random", "the student's weights at first", choices=("random", "teacher")),
-    "detach": Setting(False, "distilling moves queries and keys, not the tokens they are made of"),
-    "class_weight": Setting(1.0, "weight of the classification loss"),
-    "attention_weight": Setting(3.0, "weight of the loss of distill, features and logits"),
-    "temperature": Setting(1.0, "of the softmax of the logits", low=0.01),
-    "bank": Setting(512, "training images whose maps are taken for another's, or the mean", low=2),
-}  # fmt: skip
-USES = {"copy": ("maps", "lend"), "distill": ("maps", "detach")}  # of what one can change
-parse = partial(parse_settings, __doc__, SETTINGS)
 
 
-# Whose maps -----------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Settings(recipes.TransferSettings):
+    how: str = setting("copy", "how: " + ", ".join(HOW), HOW)
+    maps: str = setting("teacher", "maps to copy or distill: " + ", ".join(MAPS), MAPS)
+    lend: str = setting("qk", "which of q, k, v are copied", ("qk", "q", "k", "v", "qkv"))
+    student: str = setting("", "plain: without the teacher's components", ("", "plain"))
+    start: str = setting("random", "the student's first weights", ("random", "teacher"))
+    detach: bool = setting(False, "distill: stop the gradient at queries and keys")
+    class_weight: float = setting(1.0, "weight of the classification loss")
+    attention_weight: float = setting(3.0, "weight of the loss of distill, features and logits")
+    bank: int = setting(512, "training images that other and mean maps are of", low=2)
+
+    @property
+    def method(self) -> str:
+        return self.how
 
 
-class Loans:
-    """What is lent for images: for each block q and k, a bias, or None where nothing is."""
+USES = {"copy": ("maps", "lend", "student"), "distill": ("maps", "detach", "student")}
+parse = partial(parse_settings, __doc__, Settings, attention_distill.RECIPES)
 
-    def __init__(self, teacher: ViT, layers: Sequence[int], dataset: data.Data, settings: Settings):
-        self.teacher, self.layers, self.parts = teacher, layers, settings.lend
-        self.share_drops = settings.share_drops
-        self.maps, self.bank, self.fixed = settings.maps, None, []
-        if self.maps in ("other", "mean"):
-            self.bank, _ = dataset.train.first(settings.bank)
-        if self.maps == "mean":
-            self.fixed = mean_maps(teacher, self.bank)
-        elif self.maps == "uniform":
-            self.fixed = [uniform_map(teacher) for _ in teacher.blocks]
-        elif self.maps == "impulse":
-            torch.manual_seed(settings.seed)
-            self.fixed = [impulse_map(teacher) for _ in teacher.blocks]
 
-    @torch.no_grad()
-    def __call__(
-        self, images: Tensor, mask: Tensor | None, training: bool
-    ) -> list[Attended | None]:
-        """`mask`: of drop path, the student's."""
-        if self.maps == "other":
-            images = self.others(len(images), training)
-        if self.fixed:
-            loans = [lend_map(p.expand(len(images), -1, -1, -1)) for p in self.fixed]
+# Whose maps: what lends as a ViT does -------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FixedMaps:
+    """Lends the same maps for every image."""
+
+    maps: list[Tensor]  # of each block: (1, H, N, N)
+
+    def lend(self, images: Tensor, layers, keep=None) -> Iterator[QK | None]:
+        for i, p in enumerate(self.maps):
+            yield QK.from_map(p.expand(len(images), -1, -1, -1)) if i in layers else None
+
+
+@dataclass(frozen=True)
+class OtherImages:
+    """Lends a teacher's maps of images in `bank`: at random, in evaluation always the same."""
+
+    teacher: ViT
+    bank: Tensor
+
+    def lend(self, images: Tensor, layers, keep=None) -> Iterator[QK | None]:
+        count, device = len(images), self.bank.device
+        if torch.is_grad_enabled():
+            chosen = torch.randint(len(self.bank), (count,), device=device)
         else:
-            mask = mask if self.share_drops else None
-            attended = [used._asdict() for _, used in self.teacher.run(images, (), mask)]
-            loans = [Attended(**{part: used[part] for part in self.parts}) for used in attended]
-        end = max(self.layers) + 1
-        return [loan if i in self.layers else None for i, loan in enumerate(loans[:end])]
-
-    def others(self, count: int, training: bool) -> Tensor:
-        """Images of the bank: any while training, in evaluation always the same."""
-        if training:
-            return self.bank[torch.randint(len(self.bank), (count,), device=self.bank.device)]
-        return self.bank[torch.arange(count, device=self.bank.device) % len(self.bank)]
+            chosen = torch.arange(count, device=device) % len(self.bank)
+        return self.teacher.lend(self.bank[chosen], layers, keep)
 
 
 @torch.no_grad()
-def mean_maps(teacher: ViT, images: Tensor) -> list[Tensor]:
-    """Of each block the mean of its maps of images: (1, H, N, N)."""
+def average_maps(teacher: ViT, images: Tensor) -> list[Tensor]:
+    """For each block the mean of its maps over images: (1, H, N, N)."""
     sums = [0.0] * len(teacher.blocks)
     for some in images.split(64):
-        for i, (_, used) in enumerate(teacher.run(some)):
-            sums[i] = sums[i] + attention_map(used).sum(dim=0, keepdim=True)
+        for i, (_, qk) in enumerate(teacher.blockwise(some)):
+            sums[i] = sums[i] + qk.map().sum(dim=0, keepdim=True)
     return [total / len(images) for total in sums]
 
 
-def uniform_map(teacher: ViT) -> Tensor:
-    """Every query looks at all tokens alike: (1, H, N, N)."""
+def make_uniform_map(teacher: ViT) -> Tensor:
+    """Every query attends to all tokens equally: (1, H, N, N)."""
+    config = teacher.config
+    tokens = config.num_prefix_tokens + config.grid_size**2
     device = next(teacher.parameters()).device
-    heads, tokens = teacher.config.heads, teacher.config.tokens
-    return torch.full((1, heads, tokens, tokens), 1 / tokens, device=device)
+    return torch.full((1, config.heads, tokens, tokens), 1 / tokens, device=device)
 
 
-def impulse_map(teacher: ViT) -> Tensor:
-    """Each head looks at one neighbour of each patch, the same way for all: (1, H, N, N).
+def draw_impulse_map(teacher: ViT) -> Tensor:
+    """Each head looks at one neighbour of a patch, in the same direction for all: (1, H, N, N).
 
     The maps that a structured initialisation begins with (arXiv 2505.19985), here without noise.
     """
-    p, side, first = 0.1 * uniform_map(teacher), teacher.config.side, teacher.config.prefix
-    p[:, :, :first] *= 10  # what is no patch has no neighbours
-    line, patches = torch.arange(side), torch.arange(first, teacher.config.tokens)
+    p, grid = 0.1 * make_uniform_map(teacher), teacher.config.grid_size
+    first = teacher.config.num_prefix_tokens
+    p[:, :, :first] *= 10  # tokens that are no patches have no neighbours
+    line, patches = torch.arange(grid), torch.arange(first, p.shape[-1])
     for head in range(teacher.config.heads):
         down, right = torch.randint(-1, 2, (2,)).tolist()
-        rows, columns = ((line + step).clamp(0, side - 1) for step in (down, right))
-        p[:, head, patches, first + (rows[:, None] * side + columns).flatten()] += 0.9
+        rows, columns = ((line + step).clamp(0, grid - 1) for step in (down, right))
+        p[:, head, patches, first + (rows[:, None] * grid + columns).flatten()] += 0.9
     return p
 
 
-# What is done with them -------------------------------------------------------------------------
+def choose_lender(teacher: ViT, dataset: data.Data, settings: Settings):
+    if settings.maps == "teacher":
+        return teacher
+    if settings.maps in ("other", "mean"):
+        bank, _ = dataset.train.first(settings.bank)
+        if settings.maps == "other":
+            return OtherImages(teacher, bank)
+        return FixedMaps(average_maps(teacher, bank))
+    if settings.maps == "uniform":
+        return FixedMaps([make_uniform_map(teacher)] * len(teacher.blocks))
+    torch.manual_seed(settings.seed)
+    return FixedMaps([draw_impulse_map(teacher) for _ in teacher.blocks])
 
 
-def predict_copy(student: ViT, images: Tensor, loans: Loans) -> Tensor:
-    mask = student.draw_drop_path_mask(len(images), images.device)
-    given = loans(images, mask, student.training)
-    return student(images, given=given, drop_path_mask=mask)
+# What is done with them ---------------------------------------------------------------------------
 
 
-def loss_copy(student: ViT, images, labels, loans: Loans, settings: Settings):
-    return of_class(predict_copy(student, images, loans), labels, settings), {}
+def predict_with_parts(student: ViT, images: Tensor, teacher: ViT, layers, parts: str) -> Tensor:
+    """As attention_copy.predict, but `parts` of q, k and v are the teacher's."""
+    keep = student.draw_drop_path(len(images))
+    x, y = student.embed(images), teacher.embed(images)
+    for i, (ours, theirs) in enumerate(zip(student.blocks, teacher.blocks, strict=True)):
+        if i in layers:
+            own, lent = ours.attn.project(ours.norm1(x)), theirs.attn.project(theirs.norm1(y))
+            pairs = zip("qkv", own, lent, strict=True)
+            q, k, v = (b if part in parts else a for part, a, b in pairs)
+            seen = rearrange(attend(QK(q, k), v), "b h n d -> b n (h d)")
+            x = x + keep[i][0] * ours.attn.proj(seen)
+            x = x + keep[i][1] * ours.mlp(ours.norm2(x))
+        else:
+            x, _ = ours(x, None, keep[i])
+        y, _ = theirs(y, None, keep[i])
+    return student.classify(x)
 
 
-def loss_distill(student: ViT, images, labels, loans: Loans, settings: Settings):
-    mask = student.draw_drop_path_mask(len(images), images.device)
+def loss_copy(student: ViT, images, labels, predict: Callable, settings: Settings):
+    return compute_class_loss(predict(student, images), labels, settings), {}
+
+
+def loss_distill(student: ViT, images, labels, teacher, layers, settings: Settings):
+    """As attention_distill.loss, with --detach and --class-weight."""
+    keep = student.draw_drop_path(len(images))
     x, attention = student.embed(images), 0.0
-    blocks = zip(student.blocks, student.through(x, drop_path_mask=mask), strict=True)
-    for (block, (made, ours)), target in zip_longest(blocks, loans(images, mask, training=True)):
-        if target is not None:
-            if settings.detach:
-                ours = Attended(*block.attn.project(block.norm1(x.detach()), 0, 2))
-            attention = attention + attention_loss(ours, target)[0]
-        x = made
-    terms = of_class(student.classify(x), labels, settings)
-    return terms | {"attention": settings.attention_weight * attention}, {}
+    lent = teacher.lend(images, layers, keep)
+    for block, factors, theirs in zip(student.blocks, keep, lent, strict=True):
+        before = x
+        x, ours = block(x, None, factors)
+        if theirs is not None:
+            if settings.detach:  # moves queries and keys, not the tokens they are made of
+                _, ours = block.attn(block.norm1(before.detach()))
+            attention = attention + attention_distill.compare_maps(ours, theirs)[0]
+    classes = compute_class_loss(student.classify(x), labels, settings)
+    return classes + settings.attention_weight * attention, {"class": classes, "maps": attention}
 
 
 def loss_features(student: ViT, images, labels, teacher: ViT, layers, settings: Settings):
     """The tokens after each of `layers`, normalised, are pulled to the teacher's."""
     with torch.no_grad():
-        theirs = [normalised(x) for x, _ in teacher.run(images)]
+        theirs = [normalise(x) for x, _ in teacher.blockwise(images)]
     features = 0.0
-    for i, (x, _) in enumerate(student.run(images)):
+    for i, (x, _) in enumerate(student.blockwise(images)):
         if i in layers:
-            features = features + F.mse_loss(normalised(x), theirs[i])
-    terms = of_class(student.classify(x), labels, settings)
-    return terms | {"features": settings.attention_weight * features}, {}
+            features = features + F.mse_loss(normalise(x), theirs[i])
+    classes = compute_class_loss(student.classify(x), labels, settings)
+    total = classes + settings.attention_weight * features
+    return total, {"class": classes, "features": features}
 
 
-def normalised(x: Tensor) -> Tensor:
+def normalise(x: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:])
 
 
-def loss_logits(student: ViT, images, labels, teacher: checkpoints.Model, settings: Settings):
-    """Hinton et al. 2015, equation 4: the classes, softened, of a teacher that has learned them."""
-    logits, t = student(images), settings.temperature
+def loss_logits(student: ViT, images, labels, teacher: Model, settings: Settings):
+    """The class probabilities of a fine-tuned teacher (Hinton et al. 2015, temperature 1)."""
+    logits = student(images)
     with torch.no_grad():
-        theirs = (teacher(images) / t).softmax(dim=-1)
-    soft = F.cross_entropy(logits / t, theirs) * t**2
-    return of_class(logits, labels, settings) | {"logits": settings.attention_weight * soft}, {}
+        theirs = teacher(images).softmax(dim=-1)
+    soft = F.cross_entropy(logits, theirs)
+    classes = compute_class_loss(logits, labels, settings)
+    return classes + settings.attention_weight * soft, {"class": classes, "logits": soft}
 
 
 def loss_probe(net: ViT, images, labels, settings: Settings):
     with torch.no_grad():
-        x = net.encode(net.embed(images))
-    return of_class(net.classify(x), labels, settings), {}
+        x = net.forward_features(images)
+    return compute_class_loss(net.classify(x), labels, settings), {}
 
 
-def of_class(logits: Tensor, labels: Tensor, settings: Settings) -> dict[str, Tensor]:
+def compute_class_loss(logits: Tensor, labels: Tensor, settings: Settings) -> Tensor:
     loss = F.cross_entropy(logits, labels, label_smoothing=settings.smoothing)
-    return {"class": settings.class_weight * loss}
+    return settings.class_weight * loss
 
 
 # Tasks --------------------------------------------------------------------------------------------
 
 
-def task(settings: Settings, dataset: data.Data | None = None) -> train.Task:
-    """Everything that train.fit needs. `dataset`: used instead of what the settings name."""
-    for name in ("maps", "lend", "detach"):
-        if name not in USES.get(settings.how, ()) and getattr(settings, name) != SETTINGS[name].of(
-            0
-        ):
-            raise ValueError(
-                f"--{name} changes nothing of --how {settings.how}: leave one of them out"
-            )
-    if settings.lend != "qk" and settings.maps in ("mean", "uniform", "impulse"):
-        raise ValueError(
-            f"--lend {settings.lend}: --maps {settings.maps} are made of no q, k and v"
-        )
+def task(settings: Settings, dataset: data.Data, checkpoint=None) -> train.Task:
+    check(settings)
     if settings.how == "probe":
-        return probe(settings, dataset)
-    teacher, student, layers, dataset, source = teacher_and_student(settings, dataset)
-    if not isinstance(teacher, ViT) or teacher.config.positions != "absolute":
-        raise ValueError(
-            "variants are of teachers with absolute positions, whose maps a student takes as they "
-            "stand"
-        )
-    if settings.start == "teacher":
-        if not source:
-            raise ValueError("--start teacher: name a --teacher with weights of its own")
+        return make_probe(settings, dataset, checkpoint)
+    teacher, student, layers = make_pair(settings, dataset, checkpoint)
+    if settings.student == "plain":
         torch.manual_seed(settings.seed)
-        student = finetune.from_teacher(source, settings, dataset).to(
-            launch.device(settings.device)
-        )
-    export, predict = checkpoints.export, finetune.predict
-    if settings.how == "logits":
-        if not source or source.architecture["classes"] != len(dataset.classes):
+        size = settings.model.partition("+")[0]
+        student = new_vit(replace(settings, model=size), dataset).to(dataset.train.device)
+        teacher = adapt(teacher, student, layers)
+    if settings.start == "teacher":
+        if not checkpoint:
+            raise ValueError("--start teacher: name a --teacher with weights")
+        student = finetune.task(settings, dataset, checkpoint).net
+    unchanged = settings.maps == "teacher" and settings.lend == "qk"
+    if type(teacher) is not ViT and not (unchanged and settings.how in USES):
+        raise ValueError("name a plain ViT as --teacher, with the layers and heads of --model")
+    how = dict(teacher=choose_lender(teacher, dataset, settings), layers=layers)
+    predict, export = ViT.__call__, checkpoints.export
+    if settings.how == "copy":
+        parts = partial(predict_with_parts, parts=settings.lend)
+        predict = partial(attention_copy.predict if settings.lend == "qk" else parts, **how)
+        loss = partial(loss_copy, predict=predict)
+        export = partial(checkpoints.export, **how) if unchanged else export_changed
+    elif settings.how == "logits":
+        if not checkpoint or checkpoint.architecture["classes"] != len(dataset.classes):
             raise ValueError("--how logits: name a --teacher that was fine-tuned on these classes")
-        device = launch.device(settings.device)
-        loss = partial(loss_logits, teacher=checkpoints.open_model(source.source, device))
-    elif settings.how == "features":
-        loss = partial(loss_features, teacher=teacher, layers=layers)
+        loss = partial(loss_logits, teacher=open_model(checkpoint, dataset.train.device))
     else:
-        loans = Loans(teacher, layers, dataset, settings)
-        loss = partial(loss_distill, loans=loans)
-        if settings.how == "copy":
-            predict, loss = partial(predict_copy, loans=loans), partial(loss_copy, loans=loans)
-            export = partial(export_copy, loans=loans)
+        loss = partial(loss_distill if settings.how == "distill" else loss_features, **how)
     loss = partial(loss, settings=settings)
-    return train.Task(settings.how, student, dataset, loss, predict, export, teacher=source)
+    return train.Task(student, dataset, loss, predict, export, checkpoint)
 
 
-def probe(settings: Settings, dataset: data.Data | None) -> train.Task:
-    """The teacher as it is: only a head, and the norm before it, are trained."""
-    made = finetune.task(settings, dataset)
-    made.net.requires_grad_(False)
-    for part in (made.net.fc_norm, made.net.head):
+def check(settings: Settings) -> None:
+    """ValueError for a change that would silently have no effect."""
+    names = {name for names in USES.values() for name in names}
+    changed = {name for name in names if getattr(settings, name) != getattr(Settings, name)}
+    if idle := changed - set(USES.get(settings.how, ())):
+        raise ValueError(f"--{min(idle)} changes nothing of --how {settings.how}")
+    if {"maps", "lend"} <= changed:
+        raise ValueError("--lend takes the teacher's own q, k and v: leave out --maps")
+
+
+def make_probe(settings: Settings, dataset: data.Data, checkpoint) -> train.Task:
+    """The teacher as it is. Only a head, and the norm before it, are trained."""
+    probe = finetune.task(settings, dataset, checkpoint)
+    probe.net.requires_grad_(False)
+    for part in (probe.net.fc_norm, probe.net.head):
         part.requires_grad_(True)
-    made.name, made.loss = "probe", partial(loss_probe, settings=settings)
-    return made
+    probe.loss = partial(loss_probe, settings=settings)
+    return probe
 
 
-def export_copy(student: ViT, loans: Loans) -> dict:
-    """As of attention copy; where other things were lent, weights that no one takes for a ViT."""
-    if loans.maps == "teacher" and loans.parts == "qk":
-        return checkpoints.export(student, loans.teacher, loans.layers)
+def export_changed(student: ViT) -> dict:
+    """Weights that are never taken for a ViT's: they need what was lent."""
     return {"student": student.state_dict()}
 
 
 def main(settings: Settings) -> dict:
-    runs.check(settings, settings.how)
-    return train.fit(task(settings), settings)
+    dataset = data.load(settings)
+    teacher = find_teacher(settings, dataset)
+    return train.fit(task(settings, dataset, teacher), settings)
 
 
 if __name__ == "__main__":

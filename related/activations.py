@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import data
+import recipes
 import train
 from common import checkpoints, launch
 from common.settings import merge_recipes, parse_settings, setting
@@ -39,7 +40,7 @@ from teachers.find import make_teacher
 
 
 @dataclass(frozen=True)
-class Settings(train.Settings):
+class Settings(recipes.Settings):
     method = "activations"
     model: str = setting("small", "the student, or the teacher alone: " + ", ".join(MODELS), MODELS)
     patch: int = setting(0)  # a CNN has no patches
@@ -58,13 +59,13 @@ class Settings(train.Settings):
 
 
 SHARED = dict(model="small", weight_decay=0.05)
-PHOTOS = SHARED | dict(at_weight=1000.0)  # 32 x 32 places, of which each counts less than of 12 x 12
+PHOTOS = SHARED | dict(at_weight=1000.0)  # theirs, for the mean of 32 x 32 places
 RECIPES = merge_recipes(
-    train.RECIPES,
+    recipes.RECIPES,
     digits=SHARED | dict(num_labels=300, epochs=60, blr=0.02048, eval_every=20),
-    cifar=PHOTOS | dict(blr=1e-3, eval_every=5),
+    cifar=PHOTOS | dict(blr=1e-3, final_lr=5e-4, eval_every=5),
     imagenet=PHOTOS,
-    folder=PHOTOS | dict(blr=8e-3),
+    folder=PHOTOS | dict(blr=8e-3, final_lr=5e-4),
 )
 parse = partial(parse_settings, __doc__, Settings, RECIPES)
 
@@ -125,7 +126,6 @@ def task(settings: Settings, dataset: data.Data, checkpoint=None) -> train.Task:
         student.to(dataset.train.device),
         dataset,
         loss=partial(loss, teacher=teacher, settings=settings),
-        predict=WideResNet.forward,
         export=export,
         teacher=checkpoint,
     )

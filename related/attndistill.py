@@ -30,6 +30,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 import data
+import recipes
 import train
 from common import checkpoints, launch
 from common.settings import merge_recipes, parse_settings, setting
@@ -42,7 +43,7 @@ TEMPERATURE = 10.0  # of merged heads, in the authors' scripts
 
 
 @dataclass(frozen=True)
-class Settings(train.Settings):
+class Settings(recipes.Settings):
     method = "attndistill"
     teacher: str = setting("auto", "a ViT with a class token, or auto: DINO's", free=True)
     num_heads: int = setting(0, "heads of the student (0: as --model has them)")
@@ -129,6 +130,7 @@ def task(settings: Settings, dataset: data.Data, checkpoint) -> train.Task:
         net.to(dataset.train.device),
         dataset,
         loss=partial(loss, teacher=teacher, weight=settings.attention_weight),
+        predict=None,
         export=export,
         teacher=checkpoint,
     )

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import data
+import recipes
 import train
 from common import checkpoints, launch
 from common.settings import merge_recipes, parse_settings, setting
@@ -33,7 +34,7 @@ from vit import Config, ViT
 
 
 @dataclass(frozen=True)
-class Settings(train.Settings):
+class Settings(recipes.Settings):
     method = "dino"
     prototypes: int = setting(256, "invented classes", low=2)
     momentum: float = setting(0.99, "of the teacher as an average of the student", high=1)
@@ -45,11 +46,11 @@ class Settings(train.Settings):
 SHARED = dict(num_labels=0, weight_decay=0.05, beta2=0.95, ema=0.0, final_lr=0.0, drop_path=0.0)
 PHOTOS = SHARED | dict(random_erase=0.0, randaugment=0, mixup=0.0, cutmix=0.0, clip=0.0)
 RECIPES = merge_recipes(  # but for the epochs those of pretrain.py
-    train.RECIPES,
+    recipes.RECIPES,
     digits=SHARED | dict(epochs=100, batch=128, blr=4e-3),
     cifar=PHOTOS | dict(epochs=200, warmup=0.05, batch=1024, blr=2.5e-4),
     imagenet=PHOTOS | dict(epochs=800, warmup=0.05, batch=4096, blr=1.5e-4, crop_area=0.2),
-    folder=PHOTOS | dict(epochs=150, warmup=0.067, blr=4e-3, crop_area=0.2),
+    folder=PHOTOS | dict(epochs=150, warmup=1 / 15, blr=4e-3, crop_area=0.2),
 )
 parse = partial(parse_settings, __doc__, Settings, RECIPES)
 
@@ -137,6 +138,7 @@ def task(settings: Settings, dataset: data.Data) -> train.Task:
         net.to(dataset.train.device),
         show_two_views(dataset),
         loss=partial(loss, batch=dataset.train.batch // launch.world()),
+        predict=None,
         export=export,
     )
 

@@ -107,7 +107,6 @@ def task(settings: Settings, dataset: data.Data, checkpoint) -> train.Task:
         student.to(dataset.train.device),
         add_maps(dataset, teacher, checkpoint, settings),
         loss=partial(loss, teacher=teacher, settings=settings),
-        predict=WideResNet.forward,
         export=activations.export,
         teacher=checkpoint,
     )

@@ -30,6 +30,7 @@ from torch.nn.utils import parametrize
 
 import data
 import finetune
+import recipes
 import train
 from common import checkpoints, launch
 from common.settings import merge_recipes, parse_settings, setting
@@ -39,7 +40,7 @@ from vit import QK, Attention, ViT, attend
 
 
 @dataclass(frozen=True)
-class Settings(train.Settings):
+class Settings(recipes.Settings):
     teacher: str = setting(
         "auto", "a ViT with a head, or for --lora the result of step 1 (auto: made here)", free=True
     )
@@ -52,12 +53,13 @@ class Settings(train.Settings):
 
 
 SHARED = dict(drop_path=0.0, weight_decay=0.0)
+PHOTOS = SHARED | dict(warmup=0.1, final_lr=1e-4)
 RECIPES = merge_recipes(
-    train.RECIPES,
+    recipes.RECIPES,
     digits=SHARED | dict(epochs=60, blr=0.0512, eval_every=20),
-    cifar=SHARED | dict(epochs=10, warmup=0.1, blr=5e-3),
-    imagenet=SHARED | dict(epochs=2, warmup=0.0, blr=1.25e-3),
-    folder=SHARED | dict(epochs=10, warmup=0.1, blr=0.04, eval_every=1),
+    cifar=PHOTOS | dict(epochs=10, blr=5e-3),
+    imagenet=PHOTOS | dict(epochs=2, warmup=0.0, blr=1.25e-3),
+    folder=PHOTOS | dict(epochs=10, blr=0.04),
 )
 parse = partial(parse_settings, __doc__, Settings, RECIPES)
 FEATURES = "features."  # feature maps in a file, by the block. No ViT has weights of that name
@@ -164,7 +166,6 @@ def task(settings: Settings, dataset: data.Data, checkpoint) -> train.Task:
         student,
         dataset,
         loss=loss,
-        predict=finetune.predict,
         export=export,
         teacher=checkpoint,
     )
@@ -177,8 +178,8 @@ def find_teacher(settings: Settings, dataset: data.Data) -> checkpoints.Checkpoi
         made = find.make_teacher(script, settings, model=settings.model, patch=settings.patch)
         settings = replace(settings, teacher=str(made))
     found, count = find.find_teacher(settings, dataset), len(dataset.classes)
-    heads = found and (found.architecture["classes"], found.classes or dataset.classes)
-    if heads != (count, dataset.classes):
+    head = found and (found.architecture["classes"], found.classes or dataset.classes)
+    if head != (count, dataset.classes):
         raise ValueError(
             f"--teacher {settings.teacher}: has no head for the {count} classes of --data "
             f"{settings.data}"

@@ -9,7 +9,7 @@ from torch import Tensor
 NAMES = "zero one two three four five six seven eight nine".split()
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "centre", "right")
 BESIDE = {"left of": (0, 1), "right of": (0, -1), "above": (1, 0), "below": (-1, 0)}
-KNOWN = (  # of which "one" means a digit
+KNOWN = (  # phrasings heard in training, where "one" means a digit
     "the {what}", "look at the {what}", "it is the {what}", "take the {what} please",
     "not that but the {what}", "{row} {column}", "look at the {row} {column}",
     "no what is at the {row} {column}", "over there at the {row} {column}",
@@ -26,7 +26,7 @@ HEARD = {*NAMES, *ROWS, *COLUMNS, *" ".join((*KNOWN, *BESIDE)).split()}  # in tr
 HEARD = sorted(word for word in HEARD if "{" not in word)
 VOCABULARY = {word: number for number, word in enumerate(HEARD, 2)}
 LONGEST = 10  # words of a reminder
-PLACE = 10  # pixels a side of one of nine
+PLACE = 10  # pixels per side of each of nine places
 
 
 def remind(scene: dict[int, int], target: int, phrasings: tuple[str, ...], draw) -> str:
@@ -42,8 +42,8 @@ def remind(scene: dict[int, int], target: int, phrasings: tuple[str, ...], draw)
     return draw.choice(fitting).format(**facts, **(draw.choice(beside) if beside else {}))
 
 
-def numbers(reminder: str, draw, unheard: float) -> list[int]:
-    """Of its words; some, drawn by chance, are not understood."""
+def number_words(reminder: str, draw, unheard: float) -> list[int]:
+    """Its words as numbers. Some, drawn by chance, are not understood."""
     words = [UNKNOWN if draw.random() < unheard else VOCABULARY.get(word, UNKNOWN)
              for word in reminder.split()]  # fmt: skip
     return words + [NOTHING] * (LONGEST - len(words))
@@ -56,7 +56,7 @@ class Scenes(NamedTuple):
     said: list[str]
 
 
-def make(
+def make_scenes(
     count: int, images: Tensor, labels: Tensor, phrasings: tuple[str, ...], seed, unheard: float = 0
 ) -> Scenes:
     """Scenes of these digits (m, 8, 8), with a reminder each. `unheard`: share of its words."""
@@ -71,5 +71,5 @@ def make(
             picture[0, y : y + 8, x : x + 8] = images[draw.choice(of_kind[kind])]
         targets.append(next(iter(scene)))
         said.append(remind(scene, targets[-1], phrasings, draw))
-    words = torch.tensor([numbers(reminder, draw, unheard) for reminder in said])
+    words = torch.tensor([number_words(reminder, draw, unheard) for reminder in said])
     return Scenes(drawn, torch.tensor(targets), words, said)

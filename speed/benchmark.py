@@ -4,30 +4,27 @@
     python -m speed.benchmark --method distill --model large --batch 8,16,32
     python -m speed.benchmark --method finetune --data cifar10 --compile graphs
 
-Variants, side by side in one run, each in a process of its own, a few steps in
-turn:
+Variants take turns, a few steps each, in processes of their own:
 
-    plain       the usual way, as the published implementation has it: float32,
+    plain       the usual way, as in the published implementation: float32,
                 eager, maps of teacher and student stored, the teacher run to
                 its last block, the loss read at every step (speed/plain.py)
-    plain-amp   the same under autocast to bfloat16
-    ours        what the scripts run: their task, and learner.Learner
+    plain-amp   the same under autocast to bfloat16, where the hardware has it
+    ours        what the scripts run: their task and train.Learner
 
 Of several batch sizes the best of each variant counts. images/s is the median
-over steps after warm-up, a whole step with optimiser and, where the recipe has
-one, the average of the weights. The share of the hardware is that of its own
-rate of multiplying matrices, measured in the same run (in bf16 where that is
-faster). It counts the operations that a method needs, whatever a variant does
-beyond (measure.operations). --record keeps the figures in
+over steps after warm-up. A step includes the optimizer and, where the recipe
+has one, the average of the weights. The share of the hardware is relative to
+its own rate of multiplying matrices, measured in the same run (in bf16 where
+that is faster). It counts the operations that a method needs, whatever a
+variant does beyond (measure.count_operations). --record keeps the figures in
 results/benchmark-DEVICE.json.
 """
-
-import launch
-from launch import Failed, print0
 
 import math
 import multiprocessing
 import statistics
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -39,11 +36,14 @@ import data
 import finetune
 import pretrain
 import vit
-from augment import Normalise
-from learner import Learner
-from settings import Setting, Settings, parse_settings, pick, to_argv
-from speed.measure import RECORD, Records, classes_of, matrix_rate, operations, peak, seconds
-from speed.plain import PlainLearner, plain_task
+from common import launch
+from common.augment import Normalise
+from common.launch import Failed, print0
+from common.precision import has_bf16
+from common.settings import parse_settings, setting, to_argv
+from speed import measure
+from speed.plain import PlainLearner, make_plain_task
+from train import Learner
 
 SCRIPTS = {
     "finetune": finetune,
@@ -51,84 +51,86 @@ SCRIPTS = {
     "distill": attention_distill,
     "pretrain": pretrain,
 }
-SETTINGS = pick("image_size", "device", "amp", "compile") | {
-    "data": Setting("imagenet", "whose recipe, on made-up images", choices=("cifar10", "imagenet")),
-    "method": Setting("all", "finetune, copy, distill, pretrain, several with commas, or all"),
-    "variant": Setting("all", "plain, plain-amp, ours, several with commas, or all"),
-    "model": Setting("", "size of the ViT (empty: the recipe's)", choices=("", *vit.SIZES)),
-    "patch": Setting(0, "side of a patch (0: the recipe's)"),
-    "batch": Setting("64", "images at a time; of several (32,64,128) the best counts"),
-    "steps": Setting(20, "steps that are timed, of each variant", low=1),
-    "layers": Setting("", "layers to transfer (empty: the recipe's)"),
-    **RECORD,
-}
-parse = partial(parse_settings, __doc__, SETTINGS)
+
+
+@dataclass(frozen=True)
+class Settings(measure.Settings):
+    data: str = setting("imagenet", "whose recipe, on made-up images", ("cifar10", "imagenet"))
+    image_size: int = setting(0, "pixels per side [the data set's own]", high=4096)
+    method: str = setting("all", "finetune, copy, distill, pretrain, several with commas, or all")
+    variant: str = setting("all", "plain, plain-amp, ours, several with commas, or all")
+    model: str = setting("", "size of the ViT [the recipe's]", ("", *vit.SIZES))
+    patch: int = setting(0, "pixels per side of a patch (0: the recipe's)")
+    batch: str = setting("64", "images at a time: of several (32,64,128) the best counts")
+    steps: int = setting(20, "timed steps of each variant", low=1)
+    layers: str = setting("", "layers to transfer [the recipe's]")
+    amp: str = setting("auto", "mixed precision of ours", ("auto", "off", "bf16", "fp16"))
+    compile: str = setting("auto", "torch.compile of ours", ("auto", "off", "on", "graphs"))
+
+
+parse = partial(parse_settings, __doc__, Settings, {})
 VARIANTS = ("plain", "plain-amp", "ours")
-STEPS_A_TURN = 4
+STEPS_PER_TURN = 4
 IMAGES = 1_281_167  # in an epoch of ImageNet
 
 
-def recipe_of(method: str, settings: Settings, batch: int) -> Settings:
-    """The method's own recipe, at this model and size, with a random net and teacher."""
-    asked = {"data": settings.data, "batch": batch, "device": settings.device}
-    asked |= {"amp": settings.amp, "compile": settings.compile}
-    asked |= {k: v for k in ("model", "patch", "image_size") if (v := getattr(settings, k))}
-    transfers = method in ("copy", "distill")
-    if transfers and settings.layers:
-        asked["layers"] = settings.layers
-    recipe = SCRIPTS[method].parse(to_argv(asked))
-    return recipe.but(teacher="random" if transfers else "none")
+def get_recipe(method: str, settings: Settings, batch: int):
+    """The method's own recipe, at this model and size."""
+    names = ["data", "device", "amp", "compile", "model", "patch", "image_size"]
+    names += ["layers"] if method in ("copy", "distill") else []
+    asked = {name: value for name in names if (value := getattr(settings, name))}
+    return SCRIPTS[method].parse(to_argv(asked | {"batch": batch, "micro_batch": batch}))
 
 
-def build(method: str, variant: str, recipe: Settings) -> tuple[Learner, Tensor, Tensor]:
-    """A learner, and images and labels (mixed ones, as MixUp makes them) to learn from."""
-    device = launch.device(recipe.device)
-    kind, classes = data.KINDS[recipe.data], classes_of(recipe)
+def build(method: str, variant: str, recipe) -> tuple[Learner, Tensor, Tensor]:
+    """A learner of a random net, with images and labels (mixed as by MixUp) to learn from."""
+    device, classes = launch.get_device(recipe.device), measure.count_classes(recipe)
+    kind = data.DATA_SETS[recipe.data]
     size = recipe.image_size or kind.image_size
-    names = [str(i) for i in range(classes)]
-    normalise = Normalise(kind.normalization, device)
-    made_up = data.Data(names, kind.channels, size, normalise)
-    if variant != "ours":
-        recipe = recipe.but(amp={"plain": "off", "plain-amp": "bf16"}[variant], compile="off")
-    task = SCRIPTS[method].task(recipe, made_up)
-    make = Learner
-    if variant != "ours":
-        task, make = plain_task(task, recipe), PlainLearner
-    learner = make(task.net.train(), task.loss, recipe, 10**6)  # steps: as in a long run
     images = torch.randn(recipe.batch, kind.channels, size, size, device=device)
     labels = torch.rand(recipe.batch, classes, device=device).softmax(-1)
-    return learner, images, labels
+    view = data.Train(data.Tensors(images, labels), lambda x, _: x, recipe, classes, device)
+    names, normalise = [str(i) for i in range(classes)], Normalise(kind.normalization, device)
+    made_up = data.Data(names, kind.channels, size, normalise, view)
+    if variant != "ours":
+        amp = {"plain": "off", "plain-amp": "bf16"}[variant]
+        recipe = replace(recipe, amp=amp, compile="off")
+    task, make = SCRIPTS[method].task(recipe, made_up), Learner
+    if variant != "ours":
+        task, make = make_plain_task(task, recipe), PlainLearner
+    task.net.train()
+    return make(task, recipe, 10**6), images, labels  # steps: as in a long run
 
 
-def work(pipe, method: str, variant: str, recipe: Settings, steps: int) -> None:
+def work(pipe, method: str, variant: str, recipe, steps: int) -> None:
     """One variant, in a process and memory of its own: sends its peak, then times of steps."""
-    device = launch.device(recipe.device)
-    before = peak(device)
+    device = launch.get_device(recipe.device)
+    before = measure.read_peak(device)
     try:
         learner, *batch = build(method, variant, recipe)
-        step = partial(learner.learn, *batch, recipe.lr * 1e-3)
+        step = partial(learner.train_step, *batch, 1e-6)
         for _ in range(3):  # the warm-up, and compilation
             step()
-        answer = peak(device) - before
+        answer = measure.read_peak(device) - before
         while True:
             if device.type == "cuda":
-                torch.cuda.empty_cache()  # to the others
+                torch.cuda.empty_cache()  # for the others
             pipe.send(answer)
             if not pipe.recv():
                 break
             step()  # not timed: others have used the device in between
-            answer = [seconds(step, device) for _ in range(steps)]
+            answer = [measure.measure_seconds(step, device) for _ in range(steps)]
     except (torch.OutOfMemoryError, ValueError) as error:
         pipe.send(error)
 
 
-def measure(method: str, variants: list[str], settings: Settings, batch: int) -> dict[str, dict]:
+def time_variants(method: str, variants: list[str], settings: Settings, batch: int) -> dict:
     """A row for each variant whose batch fits: one process each, timed in turns."""
-    recipe, spawn = recipe_of(method, settings, batch), multiprocessing.get_context("spawn")
+    recipe, spawn = get_recipe(method, settings, batch), multiprocessing.get_context("spawn")
     rows, times, pipes = {}, {}, {}
     for variant in variants:
         pipe, theirs = spawn.Pipe()
-        arguments = (theirs, method, variant, recipe, STEPS_A_TURN)
+        arguments = (theirs, method, variant, recipe, STEPS_PER_TURN)
         spawn.Process(target=work, args=arguments, daemon=True).start()
         theirs.close()  # so that a worker that died is the end of the file
         try:
@@ -137,7 +139,7 @@ def measure(method: str, variants: list[str], settings: Settings, batch: int) ->
             pipes[variant], times[variant] = pipe, []
         except torch.OutOfMemoryError:
             print0(f"{method:9} {variant:10} {batch:5} images do not fit")
-    for _ in range(math.ceil(settings.steps / STEPS_A_TURN)):
+    for _ in range(math.ceil(settings.steps / STEPS_PER_TURN)):
         for variant, pipe in pipes.items():
             pipe.send(True)
             times[variant] += receive(pipe, method, variant)
@@ -159,19 +161,17 @@ def receive(pipe, method: str, variant: str):
     return answer
 
 
-def best_of_batches(
-    method: str, variants: list[str], settings: Settings, batches: list[int]
-) -> dict[str, dict]:
+def find_best(method: str, variants: list[str], settings: Settings, batches: list[int]) -> dict:
     """For each variant the row of the batch at which it was fastest."""
-    best = {}
+    best: dict[str, dict] = {}
     for batch in batches:
-        for variant, row in measure(method, variants, settings, batch).items():
+        for variant, row in time_variants(method, variants, settings, batch).items():
             if variant not in best or row["images_per_s"] > best[variant]["images_per_s"]:
                 best[variant] = row
     return best
 
 
-def rate(best: dict[str, dict], flop: float, matrix: float) -> None:
+def add_ratios(best: dict[str, dict], flop: float, matrix: float) -> None:
     """Adds to each row its share of the hardware and its speed relative to the others."""
     for variant, row in best.items():
         row["gflop_per_image"] = round(flop / 1e9, 4)
@@ -202,18 +202,16 @@ def choose(text: str, known, flag: str) -> list[str]:
 
 
 def main(settings: Settings) -> dict:
-    device = launch.device(settings.device)
+    device = launch.get_device(settings.device)
     methods = choose(settings.method, SCRIPTS, "--method")
     variants = choose(settings.variant, VARIANTS, "--variant")
-    try:
-        batches = [int(b) for b in settings.batch.split(",")]
-        if min(batches) < 1:
-            raise ValueError
-    except ValueError:
-        raise ValueError(
-            f"--batch {settings.batch}: write a number, or several with commas"
-        ) from None
-    records, matrix = Records(settings, device), matrix_rate(device)
+    if "plain-amp" in variants and not has_bf16(device.type):
+        variants.remove("plain-amp")
+        print0("no plain-amp: this hardware has no bf16, and would only emulate it")
+    if not all(word.isdigit() and int(word) for word in settings.batch.split(",")):
+        raise ValueError(f"--batch {settings.batch}: write a number, or several with commas")
+    batches = [int(word) for word in settings.batch.split(",")]
+    records, matrix = measure.Records(settings, device), measure.measure_matrix_rate(device)
     print0(
         f"matrix rate {matrix / 1e12:.4g} Tflop/s; "
         f"{settings.steps} steps of each variant, in turns\n"
@@ -221,9 +219,9 @@ def main(settings: Settings) -> dict:
     print0("method    variant    batch  images/s    GiB  share  x plain  x plain-amp")
     rows = {}
     for method in methods:
-        recipe = recipe_of(method, settings, batches[0])
-        best = rows[method] = best_of_batches(method, variants, settings, batches)
-        rate(best, operations(method, recipe), matrix)
+        recipe = get_recipe(method, settings, batches[0])
+        best = rows[method] = find_best(method, variants, settings, batches)
+        add_ratios(best, measure.count_operations(method, recipe), matrix)
         show(method, best)
         if settings.data == "imagenet" and "ours" in best:
             hours = round(recipe.epochs * IMAGES / best["ours"]["images_per_s"] / 3600, 1)
@@ -231,22 +229,10 @@ def main(settings: Settings) -> dict:
                 "recipe_epochs": recipe.epochs,
                 "projected_hours_of_this_device": hours,
             }
-            print0(
-                f"          {recipe.epochs} epochs of ImageNet at this rate: {hours:,.0f} hours "
-                "of this device"
-            )
-    size = recipe.image_size or data.KINDS[settings.data].image_size
-    about = {
-        "data": settings.data,
-        "model": recipe.model,
-        "patch": recipe.patch,
-        "image_size": size,
-    }
-    about |= {
-        "compile": settings.compile,
-        "steps": settings.steps,
-        "matrix_tflops": round(matrix / 1e12, 3),
-    }
+            print0(f"          {recipe.epochs} epochs of ImageNet: {hours:,.0f} hours at this rate")
+    about = {name: getattr(recipe, name) for name in ("data", "model", "patch", "compile")}
+    about["image_size"] = recipe.image_size or data.DATA_SETS[settings.data].image_size
+    about |= {"steps": settings.steps, "matrix_tflops": round(matrix / 1e12, 3)}
     return records.add("speed.benchmark", about | {"rows": rows})
 
 

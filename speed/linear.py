@@ -3,49 +3,53 @@
 python -m speed.linear                a random ViT-S, as related/linear_attention.py makes it linear
 """
 
-import launch
-from launch import print0
-
 import statistics
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 
-import families
-import pictures
-from related.linear_attention import linearised
-from settings import Settings, change, parse_settings, pick
-from speed.measure import RECORD, Records, seconds
-from vit import Config, ViT
+from common import launch, pictures
+from common.launch import print0
+from common.settings import parse_settings, setting
+from related.linear_attention import linearise
+from speed import measure
+from vit import SIZES, Config, ViT
 
-SETTINGS = change(pick("device", "model", "patch"), model="small", patch=16) | RECORD
-parse = partial(parse_settings, __doc__, SETTINGS)
+
+@dataclass(frozen=True)
+class Settings(measure.Settings):
+    model: str = setting("small", "size of the ViT", SIZES)
+    patch: int = setting(16, "pixels per side of a patch", low=1)
+
+
+parse = partial(parse_settings, __doc__, Settings, {})
 TOKENS, AT_A_TIME, TIMES = (64, 256, 1024, 4096), 4096, 7  # AT_A_TIME: tokens of a batch
 
 
 @torch.no_grad()
-def speeds(settings: Settings, device: torch.device) -> dict[str, list[float]]:
-    """Images/s in evaluation, without classes or registers, of both at each of TOKENS patches."""
+def measure_speeds(settings: Settings, device: torch.device) -> dict[str, list[float]]:
+    """Images/s in evaluation, for each of TOKENS patches, of softmax and of linear attention."""
     found = {"softmax": [], "linear": []}
     for tokens in TOKENS:
         side = round(tokens**0.5) * settings.patch
-        config = Config(side, settings.patch, 3, 10, *families.size(settings.model))
+        config = Config(side, settings.patch, 3, 10, *SIZES[settings.model])
         batch = torch.randn(max(1, AT_A_TIME // tokens), 3, side, side, device=device)
-        nets = {"softmax": ViT(config), "linear": linearised(ViT(config))}
-        took = {name: [] for name in nets}
+        nets = {"softmax": ViT(config), "linear": linearise(ViT(config))}
+        times = {name: [] for name in nets}
         nets = {name: net.to(device).eval() for name, net in nets.items()}
         for _ in range(TIMES):
             for name, net in nets.items():
-                took[name].append(seconds(partial(net, batch), device))
-        for name, lasted in took.items():
-            found[name].append(round(len(batch) / statistics.median(lasted[1:]), 3))
+                times[name].append(measure.measure_seconds(partial(net, batch), device))
+        for name, took in times.items():
+            found[name].append(round(len(batch) / statistics.median(took[1:]), 3))
     return found
 
 
 def draw(found: dict[str, list[float]]):
     fig, axis = pictures.figure()
-    for name, of_tokens in found.items():
-        axis.plot(TOKENS, of_tokens, marker="o", label=f"{name} attention")
+    for name, speeds in found.items():
+        axis.plot(TOKENS, speeds, marker="o", label=f"{name} attention")
     axis.set(xscale="log", yscale="log", xlabel="patches", ylabel="images/s")
     axis.set_xticks(TOKENS, TOKENS)
     axis.minorticks_off()
@@ -55,16 +59,17 @@ def draw(found: dict[str, list[float]]):
 
 def main(settings: Settings) -> dict:
     launch.one_process()
-    device = launch.device(settings.device)
-    records = Records(settings, device)
-    found = speeds(settings, device)
+    device = launch.get_device(settings.device)
+    records = measure.Records(settings, device)
+    found = measure_speeds(settings, device)
     print0(f"{'patches':>8}  softmax   linear  images/s")
     for tokens, one, other in zip(TOKENS, found["softmax"], found["linear"], strict=True):
         print0(f"{tokens:>8} {one:8.2f} {other:8.2f}  {other / one:.2f} times as fast")
+    about = {"tokens": TOKENS, "model": settings.model, "patch": settings.patch}
+    record = records.add("speed.linear", about | {"images_per_s": found})
     if records.path:
         pictures.save(draw(found), records.path.with_name(f"linear-{device.type}.png"))
-    about = {"tokens": TOKENS, "model": settings.model, "patch": settings.patch}
-    return records.add("speed.linear", about | {"images_per_s": found})
+    return record
 
 
 if __name__ == "__main__":

@@ -1,68 +1,75 @@
-"""What the data can deliver: images/s as a method gets them, and no more to do.
+"""What the data can deliver: images/s as a method gets them, with nothing else to do.
 
 python -m speed.loader                         images in memory
 python -m speed.loader --data-dir /imagenet    JPEG files too
 """
 
-import launch
-from launch import print0
-
 import statistics
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 
 import data
-import finetune
-from augment import Augment, Normalise
-from image_files import cores
-from settings import Setting, Settings, parse_settings, pick
-from speed.measure import RECORD, Records, seconds
-
-SETTINGS = pick("data_dir", "workers", "device") | {
-    "batch": Setting(64, "images at a time", low=1),
-    **RECORD,
-}
-parse = partial(parse_settings, __doc__, SETTINGS)
+import recipes
+from common import launch
+from common.augment import Augment, Normalise
+from common.images import count_cores
+from common.launch import print0
+from common.settings import parse_settings, setting
+from speed import measure
 
 
-def rate(view: data.Train, device: torch.device, least: float = 5.0) -> float:
-    """images/s over at least `least` seconds, once the first batch, with its workers, is there."""
-    if len(view) < view.batch:
-        raise ValueError(f"--batch {view.batch} is more than the {len(view)} training images")
-    begun, count = None, 0
+@dataclass(frozen=True)
+class Settings(measure.Settings):
+    data_dir: str = setting("data/imagenet", "holds train/CLASS/* and val/CLASS/*")
+    workers: int = setting(8, "processes that decode images", low=1)
+    batch: int = setting(64, "JPEG images at a time", low=1)
+
+
+parse = partial(parse_settings, __doc__, Settings, {})
+
+
+def measure_rate(view: data.Train, device: torch.device, least: float = 5.0) -> float:
+    """images/s over at least `least` seconds, after the first batch, which starts the workers."""
+    began, count = None, 0
     for epoch in range(10**6):
         for images, _ in view.epoch(epoch):
-            if begun:
+            if began:
                 count += len(images)
             else:
-                begun = time.perf_counter()
-            if time.perf_counter() - begun > least:
+                began = time.perf_counter()
+            if time.perf_counter() - began > least:
                 if device.type == "cuda":
                     torch.cuda.synchronize()
-                return count / (time.perf_counter() - begun)
+                return count / (time.perf_counter() - began)
 
 
-def cifar_rate(device: torch.device) -> float:
-    """Of made-up images of CIFAR's size, on the device."""
-    recipe = finetune.parse(["--data", "cifar10", "--device", device.type])
+def view_cifar(device: torch.device) -> data.Train:
+    """Made-up images of CIFAR's size, on the device."""
+    recipe = recipes.Settings(**recipes.RECIPES["cifar"])
     images = torch.randint(0, 256, (50_000, 3, 32, 32), dtype=torch.uint8)
     labels = torch.randint(0, 10, (50_000,))
     source = data.Tensors(images.to(device), labels.to(device))
-    augment = Augment(recipe, Normalise(data.KINDS["cifar10"].normalization, device))
-    return rate(data.Train(source, augment, recipe, 10, device), device)
+    augment = Augment(recipe, Normalise(data.DATA_SETS["cifar10"].normalization, device))
+    return data.Train(source, augment, recipe, 10, device)
 
 
-def jpeg_view(settings: Settings, folder: Path, workers: int, device: torch.device) -> data.Train:
-    argv = ["--data", "imagenet", "--data-dir", str(folder), "--device", settings.device]
-    argv += ["--batch", str(settings.batch), "--memory", "0", "--workers", str(workers)]
-    return data.load(finetune.parse(argv), device).train
+def view_jpegs(settings: Settings, folder: Path, workers: int, device) -> data.Train:
+    """Files as training on ImageNet streams them, even if few would fit in memory."""
+    changes = dict(data="imagenet", batch=settings.batch, workers=workers)
+    recipe = recipes.Settings(**recipes.RECIPES["imagenet"] | changes)
+    kind = data.DATA_SETS["imagenet"]
+    normalise = Normalise(kind.normalization, device)
+    parts = data.load_folders(recipe, folder, kind.image_size, normalise)
+    augment = Augment(recipe, normalise, cropped=True)
+    return data.Train(parts.train, augment, recipe, len(parts.classes), device)
 
 
-def gpu_decoding_rate(view: data.Train, device: torch.device) -> float:
-    """Of JPEG files decoded, and nothing else, on the GPU."""
+def measure_gpu_decoding(view: data.Train, device: torch.device) -> float:
+    """JPEG files decoded on the GPU, and nothing else."""
     from torchvision import io
 
     paths = [
@@ -70,33 +77,29 @@ def gpu_decoding_rate(view: data.Train, device: torch.device) -> float:
     ]
     files = [io.read_file(path) for path in paths]
     decode = partial(io.decode_jpeg, files, mode=io.ImageReadMode.RGB, device="cuda")
-    return len(files) / statistics.median(seconds(decode, device) for _ in range(5))
+    return len(files) / statistics.median(measure.measure_seconds(decode, device) for _ in range(5))
 
 
 def main(settings: Settings) -> dict:
-    device, table = launch.device(settings.device), {}
-    records = Records(settings, device)
+    device, table = launch.get_device(settings.device), {}
+    records = measure.Records(settings, device)
 
     def note(name: str, speed: float) -> None:
         table[name] = round(speed, 1)
         print0(f"{name:52} {speed:12,.0f} images/s")
 
-    note("CIFAR on the device, augmented and mixed", cifar_rate(device))
-    folder = Path(settings.data_dir or "data/imagenet")
+    note("CIFAR on the device, augmented and mixed", measure_rate(view_cifar(device), device))
+    folder, cores = Path(settings.data_dir), count_cores()
     if folder.is_dir():
-        for workers in dict.fromkeys((1, min(settings.workers, cores()))):
-            view = jpeg_view(settings, folder, workers, device)
-            note(
-                f"JPEG files, {workers} worker{'s' * (workers > 1)} on {cores()} cores",
-                rate(view, device),
-            )
+        for workers in dict.fromkeys((1, min(settings.workers, cores))):
+            view = view_jpegs(settings, folder, workers, device)
+            name = f"JPEG files, {workers} worker{'s' * (workers > 1)} on {cores} cores"
+            note(name, measure_rate(view, device))
         if device.type == "cuda":
-            note("JPEG files, decoded alone, on the GPU", gpu_decoding_rate(view, device))
+            note("JPEG files, decoded alone, on the GPU", measure_gpu_decoding(view, device))
     else:
-        print0(
-            f"no folder {folder}: point --data-dir at train/CLASS/* and val/CLASS/* to time JPEGs"
-        )
-    return records.add("speed.loader", {"images_per_s": table, "cores": cores()})
+        print0(f"no folder {folder}: to time JPEGs, let --data-dir hold train/CLASS/*")
+    return records.add("speed.loader", {"images_per_s": table, "cores": cores})
 
 
 if __name__ == "__main__":

@@ -3,11 +3,9 @@
 python -m speed.loss_forms            milliseconds of one layer of ViT-L
 """
 
-import launch
-from launch import print0
-
 import statistics
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -15,25 +13,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import vit
-from attention import Attended
-from attention_loss import attention_loss, attention_loss_plain
-from settings import Setting, Settings, parse_settings, pick
-from speed.measure import RECORD, Records, seconds
+from attention_distill import attention_loss
+from common import launch
+from common.fused_loss import fused_attention_loss
+from common.launch import print0
+from common.settings import parse_settings, setting
+from speed import measure
+from vit import QK
 
-SETTINGS = pick("device") | {
-    "steps": Setting(20, "steps that are timed, of each form", low=1),
-    **RECORD,
-}
-parse = partial(parse_settings, __doc__, SETTINGS)
+
+@dataclass(frozen=True)
+class Settings(measure.Settings):
+    steps: int = setting(20, "timed steps of each form", low=1)
+
+
+parse = partial(parse_settings, __doc__, Settings, {})
 TOKENS = (197, 577, 1025)
 
 
-def at_once(student: Attended, teacher: Attended) -> Tensor:
+def fused(student: QK, teacher: QK) -> Tensor:
     """What training calls."""
-    return attention_loss(student, teacher)[0]
+    return fused_attention_loss(student.q, student.k, teacher.q, teacher.k)[0]
 
 
-def two_fused_calls(student: Attended, teacher: Attended) -> Tensor:
+def two_fused_calls(student: QK, teacher: QK) -> Tensor:
     """The gradient by two calls of fused attention. Its value is not the loss."""
     q, k = student.q, student.k
     own = F.scaled_dot_product_attention(q.detach(), k.detach(), k)
@@ -41,26 +44,26 @@ def two_fused_calls(student: Attended, teacher: Attended) -> Tensor:
     return q.shape[-1] ** -0.5 * (q * gap).sum(dim=-1).mean()
 
 
-def log_sum_exp(student: Attended, teacher: Attended) -> Tensor:
-    """log(sum(exp(scores))) less what the teacher's map makes of them: one map instead of two."""
+def log_sum_exp(student: QK, teacher: QK) -> Tensor:
+    """log(sum(exp(scores))) minus the mean score under the teacher's map: one map, not two."""
     q, k = student.q * student.q.shape[-1] ** -0.5, student.k
-    seen = F.scaled_dot_product_attention(teacher.q, teacher.k, k)
-    return ((q @ k.mT).float().logsumexp(dim=-1) - (q * seen).float().sum(dim=-1)).mean()
+    found = F.scaled_dot_product_attention(teacher.q, teacher.k, k)
+    return ((q @ k.mT).float().logsumexp(dim=-1) - (q * found).float().sum(dim=-1)).mean()
 
 
-def flexible(student: Attended, teacher: Attended) -> Tensor:
-    """The same, and the log(sum(exp)) by flex_attention: no map at all. To be compiled."""
+def flexible(student: QK, teacher: QK) -> Tensor:
+    """The same, with log(sum(exp)) by flex_attention: no map at all. To be compiled."""
     from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
     q, k = student.q, student.k
     _, aux = flex_attention(q, k, k, return_aux=AuxRequest(lse=True))
-    seen = F.scaled_dot_product_attention(teacher.q, teacher.k, k)
-    return (aux.lse - q.shape[-1] ** -0.5 * (q * seen).float().sum(dim=-1)).mean()
+    found = F.scaled_dot_product_attention(teacher.q, teacher.k, k)
+    return (aux.lse - q.shape[-1] ** -0.5 * (q * found).float().sum(dim=-1)).mean()
 
 
 FORMS = {
-    "plain": attention_loss_plain,
-    "at once": at_once,
+    "plain": attention_loss,
+    "at once": fused,
     "two fused calls": two_fused_calls,
     "log-sum-exp": log_sum_exp,
 }
@@ -77,24 +80,22 @@ def time_forms(
 
     def work(form: Callable) -> None:
         with torch.autocast(device.type, dtype, enabled=on_gpu):
-            loss = form(Attended(q, k), Attended(q_t, k_t))
+            loss = form(QK(q, k), QK(q_t, k_t))
         torch.autograd.grad(loss, (q, k))
 
-    took = {name: [] for name in forms}
+    times = {name: [] for name in forms}
     for step in range(3 + steps):
         for name, form in forms.items():
-            lasted = seconds(partial(work, form), device)
-            took[name] += [lasted] if step >= 3 else []
-    return {
-        name: round(1000 * statistics.median(lasted) / images, 4) for name, lasted in took.items()
-    }
+            took = measure.measure_seconds(partial(work, form), device)
+            times[name] += [took] if step >= 3 else []
+    return {name: round(1000 * statistics.median(took) / images, 4) for name, took in times.items()}
 
 
 def main(settings: Settings) -> dict:
-    """Each form, plain and on a GPU compiled too."""
-    device = launch.device(settings.device)
+    """Each form, and on a GPU also compiled."""
+    device = launch.get_device(settings.device)
     on_gpu = device.type == "cuda"
-    records, forms = Records(settings, device), dict(FORMS)
+    records, forms = measure.Records(settings, device), dict(FORMS)
     if on_gpu:
         forms |= {f"{name}, compiled": torch.compile(form) for name, form in FORMS.items()}
         forms["flex, compiled"] = torch.compile(flexible)

@@ -1,7 +1,5 @@
 """Methods and loop as they are usually written: maps stored, the teacher run to its end."""
 
-from launch import Failed
-
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -11,28 +9,26 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from attention import OWN, Attended, Attention
-from learner import Learner, parameter_groups
-from settings import Settings
-from train import Task
-from vit import Block
+from common.launch import Failed
+from train import Learner, Task, group_parameters
+from vit import Attention, Block
 
 
 class PlainAttention(nn.Module):
-    """Attention that stores its map: scores (B, H, N, N) go out, and may come in, as a bias."""
+    """Attention that stores its map. Scores (B, H, N, N) go out, and may come in."""
 
     def __init__(self, attention: Attention):
         super().__init__()
         self.heads, self.qkv, self.proj = attention.heads, attention.qkv, attention.proj
 
-    def forward(self, x: Tensor, given: Attended = OWN, _=None) -> tuple[Tensor, Attended]:
+    def forward(self, x: Tensor, given: Tensor | None = None, visible_ids=None):
         q, k, v = rearrange(self.qkv(x), "b n (p h d) -> p b h n d", p=3, h=self.heads)
-        scores = q * q.shape[-1] ** -0.5 @ k.mT if given.bias is None else given.bias
+        scores = q * q.shape[-1] ** -0.5 @ k.mT if given is None else given
         y = scores.softmax(dim=-1) @ v
-        return self.proj(rearrange(y, "b h n d -> b n (h d)")), Attended(bias=scores)
+        return self.proj(rearrange(y, "b h n d -> b n (h d)")), scores
 
 
-def plain(net: nn.Module) -> nn.Module:
+def make_plain(net: nn.Module) -> nn.Module:
     """The same net with attention that stores its maps."""
     for module in net.modules():
         if isinstance(module, Block):
@@ -40,60 +36,61 @@ def plain(net: nn.Module) -> nn.Module:
     return net
 
 
-def plain_task(task: Task, settings: Settings) -> Task:
+def make_plain_task(task: Task, recipe) -> Task:
     """The same method, written the usual way."""
-    plain(task.net)
-    if task.name not in ("copy", "distill"):
-        return task
-    teacher, layers = plain(task.loss.keywords["teacher"]), task.loss.keywords["layers"]
-    loss = {"copy": copy_loss, "distill": distill_loss}[task.name]
-    task.loss = partial(loss, teacher=teacher, layers=layers, settings=settings)
+    make_plain(task.net)
+    losses: dict[str, Callable] = {"copy": copy_loss, "distill": distill_loss}
+    if recipe.method in losses:
+        teacher, layers = (task.loss.keywords[name] for name in ("teacher", "layers"))
+        how = dict(teacher=make_plain(teacher), layers=layers, settings=recipe)
+        task.loss = partial(losses[recipe.method], **how)
     return task
 
 
-def copy_loss(student, images, labels, teacher, layers: Sequence[int], settings: Settings):
-    mask = student.draw_drop_path_mask(len(images), images.device)
+def copy_loss(student, images, labels, teacher, layers: Sequence[int], settings):
+    keep = student.draw_drop_path(len(images))
     with torch.no_grad():
-        theirs = [used for _, used in teacher.run(images, drop_path_mask=mask)]
-    given = [used if i in layers else None for i, used in enumerate(theirs)]
-    logits = student(images, given, mask)
-    return {"class": F.cross_entropy(logits, labels, label_smoothing=settings.smoothing)}, {}
+        theirs = [scores for _, scores in teacher.blockwise(images, keep=keep)]
+    given = [scores if i in layers else None for i, scores in enumerate(theirs)]
+    logits = student(images, given, keep)
+    return F.cross_entropy(logits, labels, label_smoothing=settings.smoothing), {}
 
 
-def distill_loss(student, images, labels, teacher, layers: Sequence[int], settings: Settings):
-    mask = student.draw_drop_path_mask(len(images), images.device)
+def distill_loss(student, images, labels, teacher, layers: Sequence[int], settings):
+    keep = student.draw_drop_path(len(images))
     with torch.no_grad():
-        theirs = [used.bias for _, used in teacher.run(images, drop_path_mask=mask)]
-    tokens, ours = zip(*student.run(images, drop_path_mask=mask), strict=True)
-    pairs = [(theirs[i].softmax(-1), ours[i].bias.log_softmax(-1)) for i in layers]
+        theirs = [scores for _, scores in teacher.blockwise(images, keep=keep)]
+    tokens, ours = zip(*student.blockwise(images, keep=keep), strict=True)
+    pairs = [(theirs[i].softmax(-1), ours[i].log_softmax(-1)) for i in layers]
     attention = sum(-(p_t * log_p).sum(-1).mean() for p_t, log_p in pairs)
     logits = student.classify(tokens[-1])
-    return {
-        "class": F.cross_entropy(logits, labels, label_smoothing=settings.smoothing),
-        "attention": settings.attention_weight * attention,
-    }, {}
+    classification = F.cross_entropy(logits, labels, label_smoothing=settings.smoothing)
+    return classification + settings.attention_weight * attention, {"class": classification}
 
 
 class PlainLearner(Learner):
-    """The optimiser as it comes, the average tensor by tensor, the loss read at each step."""
+    """The optimizer as it comes, the average tensor by tensor, the loss read at each step."""
 
-    def __init__(self, net: nn.Module, loss: Callable, settings: Settings, steps: int):
-        super().__init__(net, loss, settings, steps)
-        groups = parameter_groups(net, settings.weight_decay, settings.layer_decay)
-        self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, settings.beta2))
+    def __init__(self, task: Task, settings, steps: int):
+        super().__init__(task, settings, steps)
+        groups = group_parameters(task.net, settings.weight_decay, settings.layer_decay)
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, settings.beta2))
 
-    def learn(self, images: Tensor, labels: Tensor, rate: float) -> None:
-        with self.autocast:
-            loss = sum(self.step(images, labels)[0].values())
+    def train_step(self, images: Tensor, labels: Tensor, rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["scale"]
+        loss = self.compute_loss(images, labels)
         loss.backward()
         if not math.isfinite(loss.item()):
             raise Failed("the loss is not finite")
-        nn.utils.get_total_norm([p.grad for p in self.net.parameters() if p.grad is not None])
+        if self.settings.clip:
+            nn.utils.clip_grad_norm_(self.net.parameters(), self.settings.clip)
+        else:  # only for the log
+            nn.utils.get_total_norm([p.grad for p in self.net.parameters() if p.grad is not None])
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.average:
             with torch.no_grad():
-                for average, p in zip(
-                    self.average.parameters(), self.net.parameters(), strict=True
-                ):
+                pairs = zip(self.average.parameters(), self.net.parameters(), strict=True)
+                for average, p in pairs:
                     average.mul_(self.settings.ema).add_(p, alpha=1 - self.settings.ema)

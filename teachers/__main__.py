@@ -11,8 +11,8 @@ def main(word: str = "") -> None:
         models = [model for model in list_models(family) if word in model.name]
         if models:
             hosts = ", ".join(sorted({model.url.split("/")[2] for model in models}))
-            print(f"\n{family.title}: adds {family.description}. Licence: {family.licence}")
-            print(f"  code {family.source}, files {hosts}")
+            print(f"\n{family.title}: adds {family.description}")
+            print(f"  licence {family.licence}, files at {hosts}")
         for name, _, dim, depth, heads, patch, size, _ in models:
             print(f"  {name:<43} {dim:>4} x {depth}, {heads:>2} heads, patch {patch:>2}, {size}")
 

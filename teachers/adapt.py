@@ -39,32 +39,23 @@ class TeacherAdapter:
 
     def match(self, qk: vit.QK) -> vit.QK:
         q, k, bias = qk  # with registers there is no bias
+        end = self.teacher.config.num_prefix_tokens  # of the registers
+        first = slice(0, end - self.registers)
         if self.registers:  # the softmax over the other tokens: the map, cut and renormalised
-            q, k = self.cut(q), self.cut(k)
-        if self.heads:
-            q, k, bias = self.pick(q), self.pick(k), None if bias is None else self.pick(bias)
-        return vit.QK(q, k, bias)
-
-    def cut(self, x: Tensor) -> Tensor:  # registers stand between the class token and the patches
-        prefix = self.teacher.config.num_prefix_tokens
-        return torch.cat([x[:, :, : prefix - self.registers], x[:, :, prefix:]], dim=2)
-
-    def pick(self, x: Tensor) -> Tensor:  # by slices: indices would have to travel to the GPU
-        return torch.cat([x[:, i : i + 1] for i in self.heads], dim=1)
+            q, k = (torch.cat([x[:, :, first], x[:, :, end:]], dim=2) for x in (q, k))
+        if not self.heads:
+            return vit.QK(q, k, bias)
+        picks = [slice(i, i + 1) for i in self.heads]  # indices would have to travel to the GPU
+        parts = (q, k) if bias is None else (q, k, bias)
+        return vit.QK(*(torch.cat([x[:, pick] for pick in picks], dim=1) for x in parts))
 
     @property
     def adapted(self) -> dict[str, list[int]]:  # what `adapt` needs to make it again
         return {"teacher_layers": list(self.layers.values()), "heads": list(self.heads)}
 
 
-def adapt(
-    teacher: vit.ViT,
-    student: vit.ViT,
-    layers: Sequence[int],
-    teacher_layers: Sequence[int] = (),
-    heads: Sequence[int] = (),
-) -> vit.ViT | TeacherAdapter:
-    """Who lends a teacher's maps to a student: the teacher itself where both agree.
+def adapt(teacher: vit.ViT, student: vit.ViT, layers, teacher_layers=(), heads=()):
+    """Who lends a teacher's maps to a student: the teacher itself, or a TeacherAdapter.
 
     `layers` of the student take the maps of `teacher_layers` (none: of the same numbers). `heads`:
     which of the teacher's (none: all). ValueError where a map of one cannot be one of the other's.
@@ -92,10 +83,7 @@ def adapt(
 
 
 def make_pair(settings, dataset, checkpoint) -> tuple[vit.ViT | TeacherAdapter, vit.ViT, list[int]]:
-    """A frozen teacher, a random student, and the student's layers that take the teacher's maps.
-
-    Both are on the device. The teacher is random too if `checkpoint` is None.
-    """
+    """A frozen teacher (random without a checkpoint), a random student, and its layers to teach."""
     if settings.teacher == "none":
         raise ValueError("--teacher none: no teacher, no maps (finetune.py can do without)")
     config = make_config(settings, dataset)
@@ -107,7 +95,7 @@ def make_pair(settings, dataset, checkpoint) -> tuple[vit.ViT | TeacherAdapter, 
     teacher = teacher if checkpoint else build(config)
     layers, sources = parse_layers(settings.layers, config.depth), settings.teacher_layers
     sources = parse_layers(sources, teacher.config.depth, "teacher_layers") if sources else ()
-    heads = parse_layers(settings.heads, teacher.config.heads, "heads")
+    heads = parse_layers(settings.heads or "all", teacher.config.heads, "heads")
     device = get_device(settings.device)
     teacher.to(device).eval().requires_grad_(False)
     return adapt(teacher, student, layers, sources, heads), student.to(device), layers

@@ -1,8 +1,4 @@
-"""Files of others, in our names: renamed tensors, and biases or positions that are missing zeros.
-
-timm's names are ours, so most of this is about the files that the authors of a family publish. What
-changes the computation stays, as a field of teachers.vit.Config.
-"""
+"""Files of others, in our names (which are timm's), and as what kind of ViT."""
 
 import math
 import re
@@ -10,23 +6,21 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from common.checkpoints import Checkpoint
+from common.launch import print0
 from teachers.vit import Config
 from teachers.zoo import PublicViT
 
-PATCHES = ("patch_embed.proj.weight", "conv_proj.weight", "conv1.weight")  # torchvision's, CLIP's
 DROPPED = re.compile(  # pre-training's, and heads that read other tokens than ours does
     r"decoder|mask_token|(encoder\.)?(norm|ln)\.|ln_post|proj$|attn_pool|lm_head|cls_pt_layers|"
-    r"projectors|local_cls_norm|rope_embed|head_dist|.*(relative_position_index|rope\.|num_batches)"
-)
-OTHER_NETS = re.compile(
-    r"(module\.)?(momentum_encoder|predictor|base_encoder\.head|head\.mlp|head\.last_layer)"
+    r"projectors|local_cls_norm|rope_embed|head_dist|momentum_encoder|predictor|"
+    r".*(relative_position_index|rope\.|num_batches)"
 )
 RENAMED = {
     r"^(module\.|backbone\.|base_encoder\.|visual\.)+": "",
-    # torchvision, CLIP
     r"^class_token$|^class_embedding$": "cls_token",
     r"^encoder\.pos_embedding$|^positional_embedding$": "pos_embed",
     r"^conv_proj\.|^conv1\.": "patch_embed.proj.",
@@ -39,7 +33,6 @@ RENAMED = {
     r"\.mlp\.w1\.": ".mlp.fc1_g.",
     r"\.mlp\.w2\.": ".mlp.fc1_x.",
     r"^ln_pre\.": "norm_pre.",
-    # families
     r"^blocks\.\d+\.(\d+)\.": r"blocks.\1.",  # DINOv2's code may keep them in chunks
     r"^(register_tokens|storage_tokens)$": "reg_token",
     r"\.gamma_([12])$": r".ls\1.gamma",
@@ -47,43 +40,38 @@ RENAMED = {
 }
 
 
-def parse_foreign(found: Any, source: str, model: PublicViT | None, size=None) -> Checkpoint:
-    """The contents of a file by others: of a public ViT, or of a plain one of a size of vit.py.
-
-    ValueError if it is no ViT, another than `model`, or does not say what its shapes do not tell.
-    """
-    about = found if isinstance(found, dict) else {}
+def parse_foreign(found: dict, source: str, model: PublicViT | None, size=None) -> Checkpoint:
+    """The contents of a file by others: of a public ViT, or of a plain one with a known size."""
     wrappers = ("model", "state_dict", "module", "teacher")
-    weights = next((about[key] for key in wrappers if isinstance(about.get(key), dict)), about)
-    if not any(str(name).endswith(PATCHES) for name in weights):
-        raise ValueError(f"{source} holds no ViT: nothing in it embeds patches")
+    weights = next((found[key] for key in wrappers if isinstance(found.get(key), dict)), found)
     try:
         weights = rename(weights)
         architecture = asdict(describe(weights, model, size))
     except KeyError as error:
-        raise ValueError(f"{source} is no ViT we know: {error} is missing") from None
+        raise ValueError(f"{source} holds no ViT we know: {error} is missing") from None
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
     if not model:
         return Checkpoint(source, weights, architecture)
     family = model.family
+    if "no commercial use" in family.licence:
+        print0(f"note: the licence of {model.name} is {family.licence}")
+    if family.note:
+        print0(f"note: {model.name} {family.note}")
     known = dict(normalization=family.normalization, method=family.title, resize=family.resize)
     return Checkpoint(source, weights, architecture, **known)
 
 
 def rename(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a ViT's file by our names, with zeros for biases that no block has.
-
-    ValueError if two of them have the same name then.
-    """
+    """The tensors of a ViT's file by our names, with zeros for biases that no block has."""
     found: dict[str, Tensor] = {}
     images_alone = any(name.startswith("visual.") for name in weights)  # CLIP reads text as well
     for theirs, value in weights.items():
         name = theirs
-        if OTHER_NETS.match(name) or (images_alone and not name.startswith("visual.")):
-            continue
         for pattern, ours in RENAMED.items():
             name = re.sub(pattern, ours, name)
+        if images_alone and not theirs.startswith("visual."):
+            continue
         if name in found:
             raise ValueError(f"two of its tensors are {name}, one of them {theirs}")
         if not DROPPED.match(name):
@@ -93,14 +81,15 @@ def rename(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     shared = found.pop("rel_pos_bias.relative.table", None)
     biased = any(name.endswith(("qkv.bias", "q_bias")) for name in found)
     for i in range(count_blocks(found)):
-        rename_in_block(found, f"blocks.{i}.", shared, biased)
+        rename_in_block(found, f"blocks.{i}.", biased)
+        if shared is not None:
+            found[f"blocks.{i}.attn.relative.table"] = shared
     if "cls_token" in found:
         found["cls_token"] = found["cls_token"].reshape(1, 1, -1)
     if "pos_embed" in found:
         positions = found["pos_embed"].reshape(1, -1, found["pos_embed"].shape[-1])
-        count = positions.shape[1]
-        if "cls_token" in found and math.isqrt(count) ** 2 == count:  # none for the class token
-            positions = torch.cat([torch.zeros_like(positions[:, :1]), positions], dim=1)
+        if "cls_token" in found and math.isqrt(positions.shape[1]) ** 2 == positions.shape[1]:
+            positions = F.pad(positions, (0, 0, 1, 0))  # none for the class token
         found["pos_embed"] = positions
     if "norm_pre.weight" in found:  # CLIP has no bias of patches
         patches = found["patch_embed.proj.weight"]
@@ -108,25 +97,21 @@ def rename(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def rename_in_block(found: dict, block: str, shared: Tensor | None, biased: bool) -> None:
+def rename_in_block(found: dict[str, Tensor], block: str, biased: bool) -> None:
     """Changes the tensors of one block, in place. `biased`: some block has a bias of q, k, v."""
-    qkv, mlp = f"{block}attn.qkv.", f"{block}mlp.fc1"
+    weight, bias = f"{block}attn.qkv.weight", f"{block}attn.qkv.bias"
     q, v = (f"{block}attn.{part}_bias" for part in "qv")
     if q in found and v in found:  # the key's is 0
-        q, v = found.pop(q), found.pop(v)
-        found[f"{qkv}bias"] = torch.cat([q, torch.zeros_like(q), v])
-    elif not biased and f"{qkv}weight" in found:
-        found[f"{qkv}bias"] = found[f"{qkv}weight"].new_zeros(len(found[f"{qkv}weight"]))
-    mask = found.pop(f"{qkv}bias_mask", None)
-    if mask is not None and f"{qkv}bias" in found:
-        bias = found[f"{qkv}bias"]
-        found[f"{qkv}bias"] = torch.where(mask == 1, bias, torch.zeros_like(bias))
+        found[bias] = torch.cat([found[q], torch.zeros_like(found[q]), found[v]])
+        del found[q], found[v]
+    elif not biased and weight in found:
+        found[bias] = found[weight].new_zeros(len(found[weight]))
+    if f"{bias}_mask" in found:
+        found[bias] = found[bias].where(found.pop(f"{bias}_mask") == 1, 0)
     for part in ("weight", "bias"):
-        gate, value = (found.pop(f"{mlp}_{which}.{part}", None) for which in "gx")
-        if gate is not None and value is not None:
-            found[f"{mlp}.{part}"] = torch.cat([gate, value])
-    if shared is not None:
-        found[f"{block}attn.relative.table"] = shared
+        gate, value = (f"{block}mlp.fc1_{which}.{part}" for which in "gx")
+        if gate in found and value in found:
+            found[f"{block}mlp.fc1.{part}"] = torch.cat([found.pop(gate), found.pop(value)])
 
 
 def count_blocks(weights: dict[str, Tensor]) -> int:
@@ -146,17 +131,15 @@ def describe(weights: dict[str, Tensor], model: PublicViT | None, size=None) -> 
     if "pos_embed" in weights:
         patches = weights["pos_embed"].shape[1] - found["class_token"]
         found["image_size"] = math.isqrt(patches) * patch
-    if not model:
-        if not size or size[0] != dim:
-            raise ValueError(
-                "it does not say how many attention heads it has, and the shapes do not tell (384 "
-                f"wide: 6 or 12). Write SIZE=FILE with a size of vit.py that is {dim} wide, such "
-                "as small=FILE, or NAME=FILE for a public ViT (python -m teachers lists them)"
-            )
-        return Config(**{"image_size": 0} | found, heads=size[2])
-    names = ("dim", "depth", "patch")
-    if odd := [name for name in names if found[name] != getattr(model, name)]:
-        theirs = ", ".join(f"{name} {found[name]}, not {getattr(model, name)}" for name in odd)
-        raise ValueError(f"it is not {model.name}: {theirs}")
-    usual = dict(image_size=model.image_size, heads=model.heads)
-    return Config(**usual | found | model.family.overrides)
+    if model:
+        theirs = dict(dim=model.dim, depth=model.depth, patch=model.patch)
+        if odd := {name: found[name] for name in theirs if found[name] != theirs[name]}:
+            raise ValueError(f"it has {odd}, but {model.name} has {theirs}")
+        usual = dict(image_size=model.image_size, heads=model.heads)
+        return Config(**usual | found | model.family.overrides)
+    if not size or size[0] != dim:
+        raise ValueError(
+            f"neither it nor its width of {dim} tells how many attention heads it has: write "
+            "SIZE=FILE, such as small=FILE, or NAME=FILE (python -m teachers lists names)"
+        )
+    return Config(**{"image_size": 0} | found, heads=size[2])

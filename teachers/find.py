@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -11,10 +10,9 @@ from common.checkpoints import Checkpoint
 from common.launch import first_alone, print0
 from common.settings import free_in, values_of
 from data import Images
-from teachers.load import read_checkpoint
+from teachers.load import make_config, read_checkpoint
 
 BUNDLED = Path(__file__).parent.parent / "weights"  # made by experiments/ship.py
-MAE_SIZES = ("base", "large", "huge")
 
 
 def find_teacher(settings, dataset) -> Checkpoint | None:
@@ -27,24 +25,23 @@ def find_teacher(settings, dataset) -> Checkpoint | None:
     if source in ("none", "random"):
         return None
     if source == "mae" or (source, settings.data) == ("auto", "imagenet"):
-        if settings.model not in MAE_SIZES:
-            raise ValueError(
-                f"MAE published no '{settings.model}' teacher: choose --model base, large or huge, "
-                "or name another with --teacher"
-            )
         source = f"mae_pretrain_vit_{settings.model}"
     elif source == "auto" and (file := find_bundled(settings)):
         source = file
     elif source in ("auto", "pretrain"):
         import pretrain
 
-        source = make_teacher(pretrain, settings, model=settings.model, patch=settings.patch)
+        own = dict(model=settings.model, patch=settings.patch, num_labels=0, subset_seed=-1)
+        source = make_teacher(pretrain, settings, **own)
     checkpoint = read_checkpoint(source)
+    asked, found = make_config(settings, dataset), checkpoint.architecture
+    names = ("patch",) * ("patch" in settings.given)
+    names += ("dim", "depth", "heads") * ("model" in settings.given)
+    odd = [name for name in names if getattr(asked, name) != found[name]]
+    if odd and not hasattr(settings, "layers"):  # fine-tuning takes the weights as they are
+        raise ValueError(f"{source} has another {odd[0]} than --model and --patch: leave these out")
     if checkpoint.teacher:
-        raise ValueError(
-            f"{source} is a student of attention copy, which never learned where to look: name the "
-            "teacher it had"
-        )
+        raise ValueError(f"{source} is a student of attention copy: name the teacher it had")
     if checkpoint.normalization:
         dataset.set_normalization(checkpoint.normalization)
     else:
@@ -68,12 +65,12 @@ def find_bundled(settings) -> Path | None:
 def make_teacher(script, settings, **changes) -> Path:
     """The model.pt of a script's own recipe on the same images, trained now if need be."""
     own = script.parse(["--data", settings.data])
-    shared = {f.name for f in fields(Images)} - {"given"} | {"seed", "device", "amp", "compile"}
+    shared = {f.name for f in fields(Images)} - {"given"} | {"seed", "amp", "compile"}
+    shared |= {"num_labels", "subset_seed"}
     own = replace(own, **{name: getattr(settings, name) for name in shared} | changes)
-    free = free_in(own) | {"amp"}
-    counts = {name: value for name, value in values_of(own).items() if name not in free}
+    counts = {k: v for k, v in values_of(own).items() if k not in free_in(own) | {"amp"}} | changes
     counts |= {"method": own.method, "folder": own.data == "folder" and own.data_dir}
-    model = re.sub(r"[^\w.+=-]", "-", own.model)
+    model = own.model.replace(":", "-").replace("/", "-")
     out = Path("runs") / f"teacher-{own.data}-{model}-{runs.hash_settings(counts)}"
 
     def wait() -> None:

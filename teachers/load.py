@@ -1,10 +1,6 @@
-"""Opens any ViT: a run's model.pt, a public one by name, or the file of another.
+"""Opens any ViT: open_model("runs/.../model.pt"), or a public one by its name."""
 
->>> model = open_model("runs/.../model.pt")  # of any method
->>> logits = model(images)
->>> for x, qk in model.blockwise(images): ...  # as vit.ViT.blockwise
-"""
-
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -15,68 +11,53 @@ from torch import Tensor
 import vit
 from common import checkpoints
 from common.checkpoints import Checkpoint
-from common.launch import print0
 
 
 def read_checkpoint(source: str | Path) -> Checkpoint:
     """A checkpoint by NAME (python -m teachers lists them), path or URL. Nothing in it is run.
 
     NAME=FILE reads a file as a public ViT's, SIZE=FILE as a plain ViT with the heads of a size.
-    ValueError if it holds no ViT, FileNotFoundError if it is not there.
     """
     source = place = str(source)
-    named, model, size = not (checkpoints.is_url(place) or Path(place).is_file()), None, None
-    if named:
+    model = size = None
+    if named := not (checkpoints.is_url(place) or Path(place).is_file()):
         from teachers import zoo
 
         name, _, file = place.partition("=")
-        if file and name in zoo.ALL_SIZES:
-            size, place = zoo.ALL_SIZES[name], file
-        else:
-            model, place = zoo.locate(place)
+        size = zoo.ALL_SIZES.get(name) if file else None
+        model, place = (None, file) if size else zoo.locate(place)
     found = checkpoints.read_file(place)
-    about = found if isinstance(found, dict) else {}
-    if "optimizer" in about and "run" in about:
-        raise ValueError(f"{source} is the state of a run: name the model.pt beside it")
-    if "architecture" in about:  # ours, whatever it is called
+    if not isinstance(found, dict) or {"optimizer", "run"} <= found.keys():
+        raise ValueError(f"{source} is no model: name the model.pt of a run")
+    if "architecture" in found:  # ours, whatever it is called
         return checkpoints.parse_ours(found, source)
     from teachers import convert, zoo
 
     model = model if named else zoo.recognise(place)
-    for note in zoo.list_notes(model) if model else ():
-        print0(f"note: {note}")
-    return convert.parse_foreign(about, source, model, size)
+    return convert.parse_foreign(found, source, model, size)
 
 
-def build_vit(
-    checkpoint: Checkpoint,
-    image_size: int | None = None,
-    classes: int | None = None,
-    drop_path: float = 0.0,
-) -> vit.ViT:
+def build_vit(checkpoint: Checkpoint, image_size=None, classes=None, drop_path=0.0) -> vit.ViT:
     """The ViT of a checkpoint. Positions are interpolated for another image size.
 
     With `classes` the head is new, for so many (0: no head). Otherwise it is the file's.
-    ValueError, which names keys and shapes, if the file does not fit.
     """
     arch, weights = checkpoint.architecture, checkpoint.weights
-    new_head = classes is not None or not arch["classes"]
-    classes = arch["classes"] if classes is None else classes
-    sizes = dict(image_size=image_size or arch["image_size"], classes=classes)
-    net = build(to_config(arch | sizes), drop_path)
-    if sizes["image_size"] != arch["image_size"]:
-        from teachers.positions import resize_all
+    new = {"image_size": image_size or arch["image_size"]}
+    new["classes"] = arch["classes"] if classes is None else classes
+    net = build(to_config(arch | new), drop_path)
+    if new["image_size"] != arch["image_size"]:
+        from teachers.positions import resize
 
-        weights = resize_all(weights, net.config.grid_size, checkpoint.resize)
-    if new_head:  # with the norm before it, unless the file has that one
+        weights = resize(weights, net.config.grid_size, checkpoint.resize)
+    if classes is not None or not arch["classes"]:  # a new head, and its norm if the file has none
         random = {k: v for k, v in net.state_dict().items() if k.startswith(("head.", "fc_norm."))}
         found = {k: v for k, v in weights.items() if not k.startswith(("head.", "norm."))}
         weights = random | found
     try:
         net.load_state_dict(weights)
     except RuntimeError as error:  # it names keys and shapes
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{checkpoint.source} is no ViT we know. {reason[:400]}") from None
+        raise ValueError(f"{checkpoint.source} is no ViT we know: {str(error)[:400]}") from None
     return net
 
 
@@ -100,7 +81,7 @@ def build(config: vit.Config, drop_path: float = 0.0) -> vit.ViT:
 def to_config(architecture: dict[str, Any]) -> vit.Config:
     """The Config of a plain ViT, unless a field of a family differs from its default."""
     plain = {f.name: architecture[f.name] for f in fields(vit.Config) if f.name in architecture}
-    if architecture.keys() == plain.keys():
+    if len(plain) == len(architecture):
         return vit.Config(**plain)
     from teachers.vit import Config
 
@@ -110,14 +91,19 @@ def to_config(architecture: dict[str, Any]) -> vit.Config:
 
 def make_config(settings, dataset, **changes) -> vit.Config:
     """The ViT that --model and --patch ask for, for these images and classes."""
-    if settings.model in vit.SIZES:
-        found = dict(zip(("dim", "depth", "heads"), vit.SIZES[settings.model], strict=True))
-    else:  # with components
-        from teachers.vit import parse_model
+    images = dict(image_size=dataset.image_size, patch=settings.patch, channels=dataset.channels)
+    images["classes"] = len(dataset.classes)
+    name, *parts = re.split(r"\+(?=\w+=)", settings.model, maxsplit=1)
+    sizes = vit.SIZES
+    if parts or name not in sizes:
+        from teachers.vit import parse_components
+        from teachers.zoo import ALL_SIZES as sizes
 
-        found = parse_model(settings.model)
-    images = dict(image_size=dataset.image_size, channels=dataset.channels, patch=settings.patch)
-    return to_config(found | images | {"classes": len(dataset.classes)} | changes)
+        images |= parse_components(*parts) if parts else {}
+    if name not in sizes:
+        raise ValueError(f"--model {settings.model}: choose a size from {', '.join(sizes)}")
+    size = dict(zip(("dim", "depth", "heads"), sizes[name], strict=True))
+    return to_config(images | size | changes)
 
 
 def new_vit(settings, dataset, **changes) -> vit.ViT:
@@ -147,8 +133,8 @@ class Model:
 def open_model(source: str | Path | Checkpoint, device="cpu", image_size=None) -> Model:
     """A checkpoint as a Model, frozen, at its own or another image size."""
     found = source if isinstance(source, Checkpoint) else read_checkpoint(source)
-    nets = [build_vit(one, image_size) for one in (found, found.teacher) if one]
-    net, *teacher = (one.to(device).eval().requires_grad_(False) for one in nets)
+    nets = [build_vit(one, image_size).to(device) for one in (found, found.teacher) if one]
+    net, *teacher = (one.eval().requires_grad_(False) for one in nets)
     if not teacher:
         return Model(net, found)
     from teachers.adapt import adapt

@@ -38,13 +38,9 @@ def compute_rope_angles(grid_size: int, width: int, base: float) -> Tensor:
 
 def rotate(x: Tensor, angles: Tensor, num_prefix_tokens: int) -> Tensor:
     """Turns the patches of queries or keys (B, H, N, d): channel i with channel i + d / 2."""
-    first, patches = x[:, :, :num_prefix_tokens], x[:, :, num_prefix_tokens:]
-    a, b = patches.chunk(2, dim=-1)
+    first, (a, b) = x[:, :, :num_prefix_tokens], x[:, :, num_prefix_tokens:].chunk(2, dim=-1)
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     return torch.cat([first, torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)], dim=2)
-
-
-# Another image size -------------------------------------------------------------------------------
 
 
 class Resize(NamedTuple):
@@ -56,24 +52,21 @@ class Resize(NamedTuple):
     align_corners: bool = False
 
 
-def resize_all(weights: dict[str, Tensor], grid_size: int, how: Resize | None) -> dict[str, Tensor]:
-    """The weights of a ViT with positions for another square grid of patches."""
+def resize(weights: dict[str, Tensor], grid_size: int, how: Resize | None) -> dict[str, Tensor]:
+    """The weights of a ViT, with positions for another square grid of patches."""
     found = dict(weights)
-    for name, value in weights.items():
-        if name == "pos_embed":
-            found[name] = resize(value, grid_size, how or Resize())
-        if name.endswith("relative.table"):
-            found[name] = resize_relative(value, grid_size)
-    return found
+    if "pos_embed" in weights:
+        found["pos_embed"] = resize_absolute(weights["pos_embed"], grid_size, how or Resize())
+    tables = {k: resize_relative(v, grid_size) for k, v in weights.items() if ".relative." in k}
+    return found | tables
 
 
-def resize(pos_embed: Tensor, grid_size: int, how: Resize) -> Tensor:
-    """Absolute positions (1, prefix + g*g, D)."""
-    count = pos_embed.shape[1]
-    old = math.isqrt(count)  # the class token is less than a row
-    first, grid = pos_embed[:, : count - old**2], pos_embed[:, count - old**2 :]
+def resize_absolute(pos_embed: Tensor, grid_size: int, how: Resize) -> Tensor:
+    """(1, g*g, D), or (1, 1 + g*g, D) with a class token."""
+    old = math.isqrt(pos_embed.shape[1])
+    first, grid = pos_embed[:, : -(old**2)], pos_embed[:, -(old**2) :]
     if first.shape[1] > 1:
-        raise ValueError(f"{count} position embeddings form no square grid of patches")
+        raise ValueError(f"{pos_embed.shape[1]} position embeddings form no square grid of patches")
     if old == grid_size:
         return pos_embed
     grid, size = rearrange(grid, "one (h w) d -> one d h w", h=old).float(), (grid_size, grid_size)
@@ -84,27 +77,22 @@ def resize(pos_embed: Tensor, grid_size: int, how: Resize) -> Tensor:
 
 
 def resize_relative(table: Tensor, grid_size: int) -> Tensor:
-    """A table of relative positions ((2g - 1)^2 + 3, H) for another grid, linearly, as timm.
+    """A table of biases ((2g - 1)^2 + 3, H) for another grid, as timm.
 
     As in BEiT the old steps lie in the new grid at distances that grow geometrically: far steps are
-    known more coarsely. (BEiT's own code takes cubic splines between them.)
+    known more coarsely. Between them linearly (BEiT's own code: cubic splines).
     """
     steps, old = 2 * grid_size - 1, round((len(table) - 3) ** 0.5)
     if old == steps:
         return table
-    spots = spread_geometrically(old, steps)
+    low, high, half = 1.01, 1.5, old // 2  # of the ratio of a gap to the one before
+    while high - low > 1e-6:
+        q = (low + high) / 2
+        low, high = (low, q) if (1 - q**half) / (1 - q) > steps // 2 else (q, high)
+    out = np.cumsum([q**i for i in range(half)])
+    spots = [*-out[::-1], 0.0, *out]
     weigh = [np.interp(np.arange(steps) - grid_size + 1, spots, unit) for unit in np.eye(old)]
     weigh = torch.tensor(np.stack(weigh, axis=1), dtype=torch.float32)  # (new, old)
     grid = rearrange(table[:-3], "(h w) heads -> h w heads", h=old).float()
     grid = einsum(weigh, weigh, grid, "i h, j w, h w heads -> i j heads")
     return torch.cat([rearrange(grid, "i j heads -> (i j) heads").to(table.dtype), table[-3:]])
-
-
-def spread_geometrically(old: int, new: int) -> list[float]:
-    """`old` places whose gaps are powers of a number, and which reach as far as `new` steps."""
-    low, high, half = 1.01, 1.5, old // 2
-    while high - low > 1e-6:
-        q = (low + high) / 2
-        low, high = (low, q) if (1 - q**half) / (1 - q) > new // 2 else (q, high)
-    out = np.cumsum([q**i for i in range(half)]).tolist()
-    return [-x for x in reversed(out)] + [0.0] + out

@@ -1,11 +1,10 @@
-"""What families of public ViTs add to a plain one. Attention copy and distillation never see it.
+"""What families of public ViTs add to a plain one, each by overriding a method of vit.py.
 
-Each class overrides one method of vit.py. Rope and relative positions are part of attention: they
-change where a token looks, so a teacher lends them.
+Rope and relative positions change where a token looks, so a teacher lends them.
 """
 
 import re
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -129,12 +128,9 @@ class ViT(plain.ViT):
 
     def add_tokens(self) -> None:
         config, dim = self.config, self.config.dim
-        absolute = "absolute" in config.positions
-        counts = {
-            "cls_token": int(config.class_token),
-            "reg_token": config.registers,
-            "pos_embed": absolute * (config.class_token + config.grid_size**2),
-        }
+        positions = config.class_token + config.grid_size**2
+        counts = {"cls_token": int(config.class_token), "reg_token": config.registers}
+        counts["pos_embed"] = positions if "absolute" in config.positions else 0
         for name, count in counts.items():
             token = nn.init.trunc_normal_(torch.empty(1, count, dim), std=0.02)
             self.register_parameter(name, nn.Parameter(token) if count else None)
@@ -151,22 +147,15 @@ class ViT(plain.ViT):
         return self.norm_pre(torch.cat([*(t.expand(len(x), -1, -1) for t in first), x], dim=1))
 
 
-COMPONENTS = ("mlp", "eps", *(f.name for f in fields(Config)[len(fields(plain.Config)) :]))
+COMPONENTS = {f.name: f.default for f in fields(Config) if f.default is not MISSING}
 
 
-def parse_model(text: str) -> dict:
-    """Fields of Config from a size and components: "micro+registers=4+positions=rope"."""
-    from teachers.zoo import ALL_SIZES
-
-    size, *parts = re.split(r"\+(?=\w+=)", text)
-    if size not in ALL_SIZES:
-        raise ValueError(f"--model {text}: choose a size from {', '.join(ALL_SIZES)}")
-    found = dict(zip(("dim", "depth", "heads"), ALL_SIZES[size], strict=True))
-    defaults = {f.name: f.default for f in fields(Config) if f.name in COMPONENTS}
-    words = {"positions": POSITIONS, "activation": ACTIVATIONS}
-    for name, _, value in (part.partition("=") for part in parts):
-        if name not in defaults or value.removeprefix("absolute+") not in words.get(name, value):
-            known = ", ".join((*defaults, *POSITIONS, *ACTIVATIONS))
-            raise ValueError(f"--model {text}: choose from {known}")
-        found[name] = value if name in words else type(defaults[name])(float(value))
+def parse_components(text: str) -> dict:
+    """Fields of Config from the end of --model: "registers=4+positions=rope"."""
+    found, words = {}, {"positions": POSITIONS, "activation": ACTIVATIONS}
+    for name, _, value in (part.partition("=") for part in re.split(r"\+(?=\w+=)", text)):
+        if name not in COMPONENTS or value.removeprefix("absolute+") not in words.get(name, value):
+            known = ", ".join((*COMPONENTS, *POSITIONS, *ACTIVATIONS))
+            raise ValueError(f"--model ...+{text}: choose from {known}")
+        found[name] = value if name in words else type(COMPONENTS[name])(float(value))
     return found

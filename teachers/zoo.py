@@ -1,7 +1,4 @@
-"""Public ViTs by name: what each family adds to a plain one, and where its files are.
-
-To add a model: a row below. Where its file has tensor names of its own, also a line in convert.py.
-"""
+"""Public ViTs by name: what each family adds to a plain one, and where its files are."""
 
 import difflib
 from dataclasses import dataclass, field
@@ -27,7 +24,7 @@ ALL_SIZES = SIZES | {
 
 @dataclass(frozen=True)
 class Family:
-    """What the shapes in a file do not tell.
+    """What the shapes in a file do not tell. To add a model: a row, and its tensors in convert.py.
 
     `models`: rows "SIZES PATCHES IMAGE_SIZES NAME [FILE]", for all combinations. {} is the size, or
     WORD where it is written SIZE=WORD, {p} the patch and {i} the image size. Without FILE, NAME is
@@ -51,11 +48,10 @@ FAMILIES = (
     huge       14 224 vit_{}_patch14_224.mae
     base       16 224 mae_pretrain_vit_{} {name}.pth#md5=8cad7c
     large      16 224 mae_pretrain_vit_{} {name}.pth#md5=b8b06e
-    huge       14 224 mae_pretrain_vit_{} {name}.pth#md5=9bdbb0""",
-        files=FAIR + "mae/pretrain/{}"),
+    huge       14 224 mae_pretrain_vit_{} {name}.pth#md5=9bdbb0""", files=FAIR + "mae/pretrain/{}"),
     Family("Web-MAE", "nothing", NO_COMMERCE, """
-    large=300m                16 224 webssl_mae{}_full2b_224 {name}.pth
-    huge=700m,giant=1b,2b,3b  14 224 webssl_mae{}_full2b_224 {name}.pth""",
+    large=300m               16 224 webssl_mae{}_full2b_224 {name}.pth
+    huge=700m,giant=1b,2b,3b 14 224 webssl_mae{}_full2b_224 {name}.pth""",
         files=FAIR + "webssl/{}"),
     Family("Web-DINO", "LayerScale, SwiGLU", NO_COMMERCE, """
     large=300m,giant=1b,2b,3b 14 224 webssl_dino{}_full2b_224 {name}.pth""",
@@ -69,8 +65,7 @@ FAMILIES = (
         resize=Resize(offset=0.1),
         files="https://lf3-nlp-opensource.bytetos.com/obj/nlp-opensource/archive/2022/ibot/{}"),
     Family("MoCo v3", "nothing", NO_COMMERCE, """
-    small/12=s,base=b 16 224 vit-{}-300ep {name}/{name}.pth.tar""",
-        files=FAIR + "moco-v3/{}"),
+    small/12=s,base=b 16 224 vit-{}-300ep {name}/{name}.pth.tar""", files=FAIR + "moco-v3/{}"),
     Family("DeiT", "nothing", APACHE, """
     tiny,small,base 16 224 deit_{}_patch16_224.fb_in1k
     base            16 384 deit_{}_patch16_384.fb_in1k
@@ -109,14 +104,12 @@ FAMILIES = (
     Family("CLIP (OpenAI's)", "a norm before the blocks, QuickGELU", "MIT", """
     base  32,16 224  vit_{}_patch{p}_clip_quickgelu_{i}.openai vit_{}_patch{p}_clip_{i}.openai
     large 14 224,336 vit_{}_patch{p}_clip_quickgelu_{i}.openai vit_{}_patch{p}_clip_{i}.openai""",
-        dict(norm_pre=True, eps=1e-5, activation="quick_gelu"), CLIP, Resize(antialias=True),
-        files=TIMM),
-    Family("CLIP (OpenAI's, with GELU, as timm reads these names)", "a norm before the blocks",
-        "MIT", """
+        dict(norm_pre=True, eps=1e-5, activation="quick_gelu"), CLIP, Resize(antialias=True), TIMM),
+    Family("CLIP (OpenAI's, with GELU as in timm)", "a norm before the blocks", "MIT", """
     base  32,16 224 vit_{}_patch{p}_clip_224.openai
     large 14    224 vit_{}_patch{p}_clip_224.openai""",
         dict(norm_pre=True, eps=1e-5), CLIP, Resize(antialias=True),
-        note="read with GELU, as timm does. It was trained with QuickGELU (clip_quickgelu_224)"),
+        note="is read with GELU, as timm does. It was trained with QuickGELU (clip_quickgelu_224)"),
     Family("CLIP (LAION's)", "a norm before the blocks", "MIT", """
     base 32,16 224 vit_{}_patch{p}_clip_224.laion2b
     huge 14    224 vit_{}_patch{p}_clip_224.laion2b""",
@@ -134,7 +127,7 @@ FAMILIES = (
     base,large 16 256,384 vit_{}_patch{p}_siglip_{i}.v2_webli
     so400m     14 224     vit_{}_patch{p}_siglip_{i}.v2_webli""",
         normalization=HALF, resize=Resize(mode="bilinear", align_corners=True)),
-    Family("torchvision's", "nothing", "BSD 3-Clause (that of its SWAG weights is CC-BY-NC 4.0)", """
+    Family("torchvision's", "nothing", "BSD 3-Clause (SWAG weights: CC-BY-NC 4.0)", """
     base  16 224 torchvision:vit_b_16 vit_b_16-c867db91.pth
     base  32 224 torchvision:vit_b_32 vit_b_32-d86f8d99.pth
     large 16 224 torchvision:vit_l_16 vit_l_16-852ce7e3.pth
@@ -173,8 +166,7 @@ MODELS = {model.name: model for family in FAMILIES for model in list_models(fami
 def locate(source: str) -> tuple[PublicViT, str]:
     """The model that NAME or NAME=FILE names, and the path or URL of its file.
 
-    What follows NAME's dot may be left out where only one matches. FileNotFoundError, with close
-    matches, if there is no such model.
+    What follows the dot of NAME may be left out where only one matches.
     """
     name, _, file = source.partition("=")
     alike = [model for full, model in MODELS.items() if full.split(".")[0] == name]
@@ -186,21 +178,10 @@ def locate(source: str) -> tuple[PublicViT, str]:
 
 
 def recognise(place: str) -> PublicViT | None:
-    """The model whose file this path or URL is, by its authors' name for the file.
-
-    timm's model.safetensors is known by a folder it lies in.
-    """
-    path = PurePosixPath(place.partition("?")[0].partition("#")[0])
-    for name, model in MODELS.items():
-        file = PurePosixPath(model.url.partition("#")[0]).name
-        shared = file in ("model.safetensors", "checkpoint_teacher.pth")
-        if path.stem == name or (path.name == file and (not shared or name in path.parts)):
-            return model
-    return None
-
-
-def list_notes(model: PublicViT) -> list[str]:
-    """What its users should know."""
-    licence = model.family.licence
-    notes = [f"its licence is {licence}"] if "no commercial use" in licence else []
-    return [f"{model.name}: {note}" for note in (*notes, model.family.note) if note]
+    """The model whose file this path or URL is: by its authors' name, or a folder's for timm's."""
+    path = PurePosixPath(place.partition("?")[0])
+    shared = path.name in ("model.safetensors", "checkpoint_teacher.pth")  # names of many files
+    known = {PurePosixPath(model.url.partition("#")[0]).name: model for model in MODELS.values()}
+    known |= MODELS
+    names = path.parts[:-1] if shared else (path.name, path.stem)
+    return next((known[name] for name in names if name in known), None)

@@ -1,7 +1,6 @@
 import os
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 # The nets of the tests are tiny: more threads would only wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -11,24 +10,17 @@ import pytest
 import torch
 from PIL import Image
 
+import pretrain
 import train
+from common import launch
 
 torch.set_num_threads(1)
 
-LONGEST = (
-    "test_gpu test_tutorial test_runs test_reproduce test_families test_inputs test_related".split()
-)
-
-
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: more than about 2 s (leave out: -m 'not slow')")
+LONGEST = "test_gpu test_tutorial test_runs test_reproduce test_teachers test_related".split()
 
 
 def pytest_collection_modifyitems(items):
-    """The longest files first: each goes to one process, and both shall end together.
-
-    test_gpu is first: a process that has hidden the GPU cannot see it again.
-    """
+    """The longest first, as each file goes to one process; a hidden GPU cannot be seen again."""
     items.sort(key=lambda item: [item.path.stem != name for name in LONGEST])
 
 
@@ -73,8 +65,6 @@ def small(photos):
 @pytest.fixture(scope="session")
 def teacher(small, tmp_path_factory):
     """A teacher pre-trained (hardly) on the photos."""
-    import pretrain
-
     out = tmp_path_factory.mktemp("teacher")
     more = f"--decoder-dim 16 --decoder-depth 1 --out {out}".split()
     pretrain.main(pretrain.parse([*small, *more]))
@@ -84,7 +74,6 @@ def teacher(small, tmp_path_factory):
 @pytest.fixture
 def failing(capsys, monkeypatch):
     """Runs a script with arguments that must fail: the exit code, and the one line on stderr."""
-    from common import launch
 
     def run(script, argv):
         monkeypatch.setattr(sys, "argv", ["script", *map(str, argv)])
@@ -103,20 +92,18 @@ def stopped(monkeypatch):
 
     def run(script, settings) -> dict:
         whole = script.main(replace(settings, out="whole"))
-        save, cut = train.save_state, replace(settings, out="cut")
+        save, cut = train.Learner.save, replace(settings, out="cut")
 
         def stop(*state):
             save(*state)
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(train, "save_state", stop)
+            patch.setattr(train.Learner, "save", stop)
             script.main(cut)
         assert script.main(replace(cut, resume=True))["test_top1"] == whole["test_top1"]
-        nets = [torch.load(Path(out) / "last.pt")["net"] for out in ("whole", "cut")]
-        assert nets[0].keys() == nets[1].keys()
-        for name, value in nets[0].items():
-            assert torch.equal(value, nets[1][name]), name
+        nets = [torch.load(f"{out}/last.pt")["net"] for out in ("whole", "cut")]
+        torch.testing.assert_close(*nets, rtol=0, atol=0)
         return whole
 
     return run

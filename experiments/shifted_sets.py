@@ -1,0 +1,111 @@
+"""Evaluates checkpoints on shifted test sets, and by the labels of ImageNet-ReaL.
+
+    python -m experiments.shifted_sets model.pt \\
+        --sets /imagenet-a,/imagenet-r,/imagenet-sketch,/imagenet-v2
+    python -m experiments.shifted_sets a/model.pt b/model.pt --real real.json
+
+A set is a folder CLASS/* or val/CLASS/*. If it has only some of the classes,
+probabilities are taken over these, as ImageNet-A and -R are scored. Folders 0 to
+999 are ImageNet's classes in their order, as ImageNet-V2 names them. The first
+set is always the images that the first checkpoint was trained for.
+"""
+
+import json
+import re
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+import data
+import ensemble
+from common import checkpoints, folders, launch
+from common.settings import parse_settings, setting
+from teachers.load import Model, open_model
+
+
+@dataclass(frozen=True)
+class Settings(ensemble.Settings):
+    sets: str = setting("", "folders of test images, separated by commas")
+    real: str = setting("", "real.json with the labels of ImageNet-ReaL")
+    json: str = setting("runs/shifted-sets.json", "file for the results")
+
+
+WORDS = ("checkpoints", "one or more model.pt", 0)
+parse = partial(parse_settings, __doc__, Settings, {}, positional=WORDS)
+NUMBERS = [str(i) for i in range(1000)]
+NAME = re.compile(r"ILSVRC2012_val_(\d{8})")
+
+
+def score(models: list[Model], settings: Settings) -> dict:
+    """Top-1 in per cent of each model and, last, of their averaged probabilities."""
+    if settings.data == "folder" and has_numbers(settings.data_dir):
+        models = [number_classes(model) for model in models]
+    found = [ensemble.compute_probabilities(model, settings) for model in models]
+    _, labels, dataset = found[0]
+    every = [p for p, _, _ in found]
+    every += [sum(every)] if len(every) > 1 else []
+    result = {"images": len(labels), "top1": [ensemble.compute_top1(p, labels) for p in every]}
+    if settings.real:
+        result["real_top1"] = [compute_real_top1(p, dataset, settings.real) for p in every]
+    return result
+
+
+def has_numbers(folder: str) -> bool:
+    """Whether the classes in a folder are called by ImageNet's numbers."""
+    parts = folders.list_parts(Path(folder), data.FOLDERS).values()
+    return all(name in NUMBERS for part in parts for name in part.classes)
+
+
+def number_classes(model: Model) -> Model:
+    """The model with its classes called by their numbers: the order of ImageNet's WordNet ids."""
+    names = model.checkpoint.classes
+    if len(names or NUMBERS) != len(NUMBERS):
+        return model
+    order = {name: str(i) for i, name in enumerate(sorted(names or []))}
+    classes = [order[name] for name in names] if names else NUMBERS
+    return replace(model, checkpoint=replace(model.checkpoint, classes=classes))
+
+
+def compute_real_top1(p: Tensor, dataset: data.Data, path: str) -> float:
+    """How often the likeliest class is among the labels of an image (Beyer et al. 2020).
+
+    The file lists the classes of each validation image, in the order of their numbers. Images
+    without any are left out. ValueError if the images have other names or classes.
+    """
+    names = [NAME.fullmatch(Path(name).stem) for name in dataset.test.source.names]
+    if len(dataset.classes) != len(NUMBERS) or not all(names):
+        raise ValueError(f"--real {path}: takes ImageNet's validation images, by their names")
+    labels = json.loads(Path(path).read_text())
+    given = [labels[int(name[1]) - 1] for name in names]
+    # The columns are WordNet ids in order, which is that of ImageNet's numbers.
+    pairs = zip(p.argmax(dim=-1).tolist(), given, strict=True)
+    right = [best in some for best, some in pairs if some]
+    return 100 * sum(right) / len(right)
+
+
+def main(settings: Settings) -> dict:
+    launch.one_process()
+    checkpoints.check_place(Path(settings.json), "--json", ".json")
+    device = launch.get_device(settings.device)
+    models = [open_model(path, device) for path in settings.checkpoints]
+    own = ensemble.choose_images(models[0].checkpoint, settings)
+    found = {own.data: score(models, own)}
+    for folder in filter(None, settings.sets.split(",")):
+        asked = replace(settings, data="folder", data_dir=folder, holdout=0.0, real="")
+        found[folder] = score(models, asked)
+    names = [*settings.checkpoints, "together"]
+    for name, result in found.items():
+        for what in (what for what in ("top1", "real_top1") if what in result):
+            print(f"\n{name}: {result['images']:,} images, {what} in %")
+            for model, value in zip(names, result[what], strict=False):
+                print(f"{value:7.2f}  {model}")
+    Path(settings.json).parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"checkpoints": settings.checkpoints, "sets": found}, indent=1)
+    checkpoints.write_text(Path(settings.json), text + "\n")
+    return found
+
+
+if __name__ == "__main__":
+    launch.run(main, parse)

@@ -1,0 +1,176 @@
+"""What a study is made of: its rows, their runs, its tables, and the accuracies of a table."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+import data
+from common.settings import Base, flags_of, setting, to_argv
+from experiments.estimates import compute_share, estimate
+from experiments.jobs import Job, load
+
+Flags = Mapping[str, Any]  # settings by name
+Runs = dict[str, dict[str, list[Job]]]  # point: row: its runs, one for each seed
+NEAREST = "1-nearest neighbour of pixels"  # a row without runs
+PLACEMENTS = 60  # of its labelled images, augmented as in training
+DIGITS_TESTED = 500  # test digits, each in four places
+
+
+@dataclass(frozen=True)
+class RunSettings(Base):
+    jobs: int = setting(0, "runs at a time [one per CPU core, or one on a GPU]")
+    data_dir: str = setting("", "where the images of cifar10 are")
+    runs: str = setting("runs/reproduce", "folder of the runs")
+    extra: str = setting("", "more arguments for every training: '--device cpu'")
+
+
+class Row(NamedTuple):
+    script: str  # of jobs.SCRIPTS
+    teacher: str  # none, random, pre-trained, the row whose net it is, or "" for no such setting
+    flags: Flags | None = None  # what makes it this row
+    tuned_as: str = ""  # the row whose settings it takes if it is not tuned itself
+
+
+class Study(NamedTuple):
+    """A data set: its rows, what all of them share, and what is tuned of each."""
+
+    rows: dict[str, Row]
+    base: Flags  # of all rows, unless a point overrides it
+    teacher: Flags = MappingProxyType({})
+    images: tuple[str, ...] = ("data", "distractors", "model")  # settings the teacher shares
+    own_teachers: bool = True  # one for each seed. Or one for all: the bundled one if it fits
+    seeds: tuple[int, ...] = ()  # of tuning, which no table uses
+    rates: tuple[float, ...] = ()  # tried for every row,
+    decays: tuple[float, ...] = ()  # weight decays,
+    own: Mapping[str, tuple[str, tuple]] = MappingProxyType({})  # one more: its default first
+
+
+class Planner(NamedTuple):
+    """Plans the runs of a study."""
+
+    study: Study
+    folder: Path
+    extra: tuple[str, ...] = ()
+    find_bundled: Callable = lambda settings: None  # teachers.find.find_bundled
+
+    def plan(self, row: str, seed: int, point: Flags, tuned: dict[str, Flags]) -> dict[str, Job]:
+        """Jobs by name: those whose nets a run needs, then the run. `tuned`: settings of rows."""
+        study, (script, source, flags, tuned_as) = self.study, self.study.rows[row]
+        needed, teacher = {}, source
+        if source == "pre-trained":
+            needed = self.plan_teacher(seed, point)
+            (job,) = needed.values()
+            if not study.own_teachers and (file := self.find_bundled(job.get_settings())):
+                needed, teacher = {}, file
+        elif source in study.rows:
+            needed = self.plan(source, seed, point, tuned)
+        if after := list(needed)[-1:]:
+            teacher = needed[after[0]].out / "model.pt"
+        own = tuned[row if row in study.own else tuned_as] if study.own else {}
+        own = own | (flags or {})
+        given = (
+            study.base | point | own | {"seed": seed} | ({"teacher": teacher} if teacher else {})
+        )
+        if "epochs" in given and "eval_every" in flags_of(load(script).Settings):
+            given["eval_every"] = given["epochs"]
+        if row.endswith(" again"):
+            given |= {"seed": seed + 1000, "subset_seed": seed}
+        special = {k: v for k, v in (point | own).items() if study.base.get(k) != v}
+        name = f"{row}{format_flags(special)} s{seed}"
+        return needed | {name: self.make_job(script, name, given, tuple(after))}
+
+    def plan_teacher(self, seed: int, point: Flags) -> dict[str, Job]:
+        study, seed = self.study, seed if self.study.own_teachers else 0
+        which = {k: v for k, v in point.items() if k in study.images}
+        shared = {k: v for k, v in (study.base | point).items() if k in study.images}
+        name = f"teacher{format_flags(which)} s{seed}"
+        return {name: self.make_job("pretrain", name, shared | study.teacher | {"seed": seed})}
+
+    def make_job(self, script: str, name: str, given: Flags, after: tuple[str, ...] = ()) -> Job:
+        out = self.folder / name.replace(":", "-")
+        return Job(script, [*to_argv(given | {"out": out}), *self.extra], out, after)
+
+
+def make_planner(study: Study, settings: RunSettings, **how) -> Planner:
+    extra = tuple(settings.extra.split())
+    if study.base["data"] != "digits" and settings.data_dir:
+        extra += ("--data-dir", settings.data_dir)
+    return Planner(study, Path(settings.runs) / study.base["data"], extra, **how)
+
+
+def format_flags(flags: Flags) -> str:
+    return "".join(f", {name} {value}" for name, value in flags.items())
+
+
+# A table ------------------------------------------------------------------------------------------
+
+
+class Table(NamedTuple):
+    """Rows at points of a study."""
+
+    about: str
+    study: Study
+    rows: tuple[str, ...]
+    points: dict[str, Flags]
+    seeds: int = 10
+    first: int = 0  # of the seeds
+    tunes: bool = False  # finds settings on validation images, and tests nothing
+    tuned_at: str = ""  # the point whose settings all points take (empty: each its own)
+    against: dict[str, str] | None = None  # what a row is compared with, if not BASELINE
+    find: Callable[["Table", Runs], dict] | None = None  # something else than accuracies
+    contrasts: Mapping[str, Callable[..., np.ndarray]] = MappingProxyType({})  # by their names
+
+
+def estimate_accuracies(table: Table, runs: Runs) -> dict:
+    """Estimates of the rows at each point, then contrasts across points."""
+    correct = {point: read_correct(table, of_rows) for point, of_rows in runs.items()}
+    return estimate(correct, group_images(table, runs), table.against, table.contrasts)
+
+
+def group_images(table: Table, runs: Runs) -> np.ndarray:
+    """The sample that each test image belongs to: a digit lies in four places."""
+    images = len(next(iter(next(iter(runs.values())).values()))[0].read_correct())
+    return np.arange(images) % (DIGITS_TESTED if table.study.base["data"] == "digits" else images)
+
+
+def read_correct(table: Table, of_rows: dict[str, list[Job]]) -> dict[str, np.ndarray]:
+    """Whether each row classified each test image correctly, (seeds, images)."""
+    correct = {row: np.stack([job.read_correct() for job in jobs]) for row, jobs in of_rows.items()}
+    if NEAREST in table.rows:
+        with_labels = [job.get_settings() for job in of_rows["from scratch"]]
+        correct[NEAREST] = np.stack([classify_by_nearest(settings) for settings in with_labels])
+    return correct
+
+
+@torch.no_grad()
+def classify_by_nearest(settings, part: str = "test") -> np.ndarray:
+    """Whether each image of a part has the class of its nearest labelled image: (images,).
+
+    By pixels. `settings`: those of a run with these images and labels.
+    """
+    dataset = data.load(replace(settings, mixup=0.0, cutmix=0.0))
+    batches = [batch for epoch in range(PLACEMENTS) for batch in dataset.train.epoch(epoch)]
+    known, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    correct = [
+        labels[torch.cdist(x.flatten(1), known.flatten(1)).argmin(dim=1)] == y
+        for x, y in getattr(dataset, part).in_order(256)
+    ]
+    return torch.cat(correct).cpu().numpy()
+
+
+def subtract(*pairs: tuple[str, str]) -> dict[str, Callable]:
+    def compute(of, row, other):
+        return of[row] - of[other]
+
+    return {f"{row} − {one}": partial(compute, row=row, other=one) for row, one in pairs}
+
+
+def share_of_gain(row: str, other: str) -> dict[str, Callable]:
+    name = f"share of the gain of {other} that {row} has"
+    return {name: partial(compute_share, row=row, other=other)}
