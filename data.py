@@ -73,8 +73,8 @@ class Settings(Images):
     num_labels: int = setting(0, "labelled images, as many of each class (0: all)")
     subset_seed: int = setting(-1, low=-1)  # draws them (-1: seed does)
     seed: int = setting(0, "random seed of everything", high=2**63 - 1)
-    crop_area: float = setting(0.0, high=1)  # smallest random crop, as a share (0: shifts)
-    randaugment: int = setting(0, high=10)  # magnitude of RandAugment (0: none)
+    crop_area: float = setting(0.0, "smallest random crop, as a share (0: shifts)", high=1)
+    randaugment: int = setting(0, "magnitude of RandAugment (0: none)", high=10)
     random_erase: float = setting(0.0, high=1)  # probability of random erasing
     mixup: float = setting(0.0, "alpha of MixUp (0: none)")
     cutmix: float = setting(0.0, "alpha of CutMix (0: none)")

@@ -244,12 +244,12 @@ def get_learning_rate(step: int, steps: int, warmup: int, peak: float, final: fl
 def group_parameters(net: nn.Module, weight_decay: float, layer_decay: float) -> list[dict]:
     """Weight decay for matrices only. Layer decay: a factor per layer below the head."""
     groups: dict[tuple, list] = {}
-    head = len(getattr(net, "blocks", ())) + 1
+    head = len(getattr(getattr(net, "encoder", net), "blocks", ())) + 1
     for name, p in net.named_parameters():
         if p.requires_grad:
-            block = re.match(r"blocks\.(\d+)", name)
-            layer = head if name.startswith(("fc_norm", "head")) else 0
-            layer = int(block[1]) + 1 if block else layer
+            block = re.match(r"(encoder\.)?blocks\.(\d+)", name)
+            on_top = re.match(r"(encoder\.)?(fc_norm|head)|decoder|mask_token", name)
+            layer = int(block[2]) + 1 if block else head if on_top else 0
             bare = p.ndim <= 1 or name.endswith(("pos_embed", "_token", "relative.table"))
             key = layer_decay ** (head - layer), 0.0 if bare else weight_decay
             groups.setdefault(key, []).append(p)

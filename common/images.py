@@ -3,7 +3,6 @@
 import contextlib
 import math
 import os
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -159,7 +158,7 @@ class Files(Dataset):
             batch_sampler=([(*key, i) for i in indices.tolist()] for indices in order),
             num_workers=workers,
             pin_memory=pin,
-            worker_init_fn=ignore_signals,
+            worker_init_fn=leave_group,
             multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         )
 
@@ -173,10 +172,10 @@ class Files(Dataset):
         return self.random_crop(image), label
 
 
-def ignore_signals(_: int) -> None:
-    """Workers serve until the run has saved: torchrun and Ctrl-C send signals to them as well."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+def leave_group(_: int) -> None:
+    """Workers serve until the run has saved: torchrun and Ctrl-C send signals to a whole group."""
+    if hasattr(os, "setsid"):
+        os.setsid()
 
 
 def count_cores() -> int:

@@ -140,10 +140,11 @@ def parse_layers(text: str, depth: int, name: str = "layers") -> list[int]:
     Also `75%`, the first three quarters, and `all`. ValueError names the flag.
     """
     try:
+        spans, found = {"all": ":"}.get(text, text), []
         if text.endswith("%"):
-            text = f":{max(1, int(depth * float(text[:-1]) / 100))}"
-        found = []
-        for part in ":".join(text.split("all")).split(","):
+            share = int(text[:-1])
+            spans = f":{min(depth + 1, max(share > 0, depth * share // 100))}"
+        for part in spans.split(","):
             bounds = [int(bound) if bound else None for bound in part.split(":")]
             if any(bound is not None and not -depth <= bound <= depth for bound in bounds):
                 raise IndexError

@@ -7,10 +7,7 @@
 
 For each layer: how far the maps of both are apart, head by head and with heads
 matched; the entropy of the maps and how far they look; the similarity (CKA) of
-the features. It prints a table and writes analysis.json and pictures to --out.
-
-Any checkpoint will do. A student of attention copy attends with its teacher's
-maps. B may be "random".
+the features. Any checkpoint will do, and B may be "random".
 """
 
 import sys
@@ -62,25 +59,21 @@ parse = partial(parse_settings, __doc__, Settings, {}, positional=WORDS)
 def open_pair(settings: Settings) -> tuple[Model, Model, data.Data, str]:
     """The two models, the images that both can see, and their data set's name.
 
-    A model of others sees images of the size that the other one was trained with. ValueError if
-    the two cannot be compared.
+    A public model sees images of the other one's size. ValueError if they cannot be compared.
     """
     device = launch.get_device(settings.device)
     files = [read_checkpoint(name) for name in settings.checkpoints if name != "random"]
-    ours = next((file for file in files if file.settings), files[0])
-    size = ours.architecture["image_size"]
+    trained = next((file for file in files if file.settings), files[0])
+    size = trained.architecture["image_size"]
     models = [open_model(file, device, None if file.settings else size) for file in files]
     if len(models) == 1:
         torch.manual_seed(hash_seed("random net"))  # no training begins like this
         models.append(Model(build(models[0].net.config).to(device).eval()))
     a, b = models
     for what in ("image_size", "patch", "channels", "heads"):
-        values = [getattr(model.net.config, what) for model in (a, b)]
-        if values[0] != values[1]:
-            raise ValueError(
-                f"the maps of these two cannot be compared: their {what} differ "
-                f"({values[0]} and {values[1]})"
-            )
+        ours, theirs = (getattr(model.net.config, what) for model in models)
+        if ours != theirs:
+            raise ValueError(f"their maps cannot be compared: {what} differ ({ours}, {theirs})")
     normalizations = [file.normalization for file in files if file.normalization]
     if len({str(one) for one in normalizations}) > 1:
         raise ValueError("these two were trained on images normalised differently")
@@ -88,7 +81,7 @@ def open_pair(settings: Settings) -> tuple[Model, Model, data.Data, str]:
     for name, count in (("layer", depth), ("head", a.net.config.heads)):
         if getattr(settings, name) >= count:
             raise ValueError(f"--{name} {getattr(settings, name)}: there are 0 to {count - 1}")
-    settings = choose_images(ours, settings)
+    settings = choose_images(trained, settings)
     dataset = data.load(settings, train=False)
     if normalizations:
         dataset.set_normalization(normalizations[0])
@@ -128,39 +121,28 @@ def show(found: dict, names: list[str]) -> None:
     print("       divergence, nats     entropy, nats   distance, pixels   features")
     print("layer  as is    matched       A       B        A       B       CKA A, B")
     for i, (layer, similar) in enumerate(zip(found["layers"], found["cka"], strict=False)):
-        entropies, distances = (
-            [np.mean(side) for side in layer[what]] for what in ("entropy", "distance")
-        )
-        print(
-            f"{i:5}  {layer['divergence']:.3f}    {layer['matched']:7.3f}   "
-            f"{entropies[0]:5.2f}   {entropies[1]:5.2f}    "
-            f"{distances[0]:5.1f}   {distances[1]:5.1f}      {similar[i]:9.2f}"
-        )
+        a, b = np.mean(layer["entropy"], axis=1)
+        line = f"{i:5}  {layer['divergence']:.3f}    {layer['matched']:7.3f}   {a:5.2f}   {b:5.2f}"
+        a, b = np.mean(layer["distance"], axis=1)
+        print(f"{line}    {a:5.1f}   {b:5.1f}      {similar[i]:9.2f}")
 
 
 @torch.no_grad()
 def draw(found: dict, a: Model, b: Model, dataset: data.Data, settings: Settings, out: Path):
     some = next(pick_images(dataset, replace(settings, images=6, batch=6)))
     cut, patches = choose_cut(a, b), a.net.config.grid_size**2
-    maps = {
-        name: [cut(qk.map()) for _, qk in model.blockwise(some)]
-        for name, model in (("A", a), ("B", b))
-    }
-    prefix = maps["A"][0].shape[-1] - patches
     which = "last layer" if settings.layer < 0 else f"layer {settings.layer}"
     head = None if settings.head < 0 else settings.head
     which += "" if head is None else f" head {head}"
-    one_layer = {
-        f"{name} {which}": look.mean_look(p[settings.layer], prefix, head)
-        for name, p in maps.items()
-    }
-    drawn = {
-        "maps": look.overlays(some, one_layer, dataset.normalization, prefix),
-        "layers": figures.draw_layers(found["layers"]),
-        "cka": figures.draw_similarity(found["cka"]),
-    }
-    for name, picture in drawn.items():
-        pictures.save(picture, out / f"{name}.png")
+    one_layer = {}
+    for name, model in (("A", a), ("B", b)):
+        p = [cut(qk.map()) for _, qk in model.blockwise(some)][settings.layer]
+        prefix = p.shape[-1] - patches
+        one_layer[f"{name} {which}"] = look.mean_look(p, prefix, head)
+    overlays = look.overlays(some, one_layer, dataset.normalization, prefix)
+    pictures.save(overlays, out / "maps.png")
+    pictures.save(figures.draw_layers(found["layers"]), out / "layers.png")
+    pictures.save(figures.draw_similarity(found["cka"]), out / "cka.png")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
 """Accuracies of several seeds: means, paired differences, recovery, 95 % intervals.
 
 Seeds and test images are both drawn by chance, so both are resampled (Owen 2007, "The pigeonhole
-bootstrap", which errs on the side of wide intervals). All rows are resampled alike. Differences are
-therefore paired: the same seeds, the same images.
+bootstrap"). All rows are resampled alike, so differences are paired.
 """
 
 import math
@@ -29,15 +28,9 @@ def estimate(
     contrasts: functions of the resampled accuracies, with one argument for each point.
     """
     resampled = {point: resample(correct, groups) for point, correct in points.items()}
-    return {
-        "points": {
-            point: estimate_rows(correct, resampled[point], against or {})
-            for point, correct in points.items()
-        },
-        "contrasts": {
-            name: summarise(function(*resampled.values())) for name, function in contrasts.items()
-        },
-    }
+    rows = {k: estimate_rows(correct, resampled[k], against or {}) for k, correct in points.items()}
+    asked = {name: summarise(compute(*resampled.values())) for name, compute in contrasts.items()}
+    return {"points": rows, "contrasts": asked}
 
 
 def estimate_rows(correct: Correct, resampled: Correct, against: dict[str, str]) -> dict[str, dict]:
@@ -51,22 +44,19 @@ def estimate_rows(correct: Correct, resampled: Correct, against: dict[str, str])
     values = {row: 100 * found.mean(axis=1) for row, found in correct.items()}
     rows = {}
     for row, accuracies in resampled.items():
-        rows[row] = summarise(accuracies) | {"values": round_values(values[row])}
+        rows[row] = summarise(accuracies) | {"values": values[row].round(4).tolist()}
         other = against.get(row, BASELINE)
         if other in correct and other != row:
             paired = summarise(accuracies - resampled[other])
-            paired |= {"from": other, "values": round_values(values[row] - values[other])}
+            paired |= {"from": other, "values": (values[row] - values[other]).round(4).tolist()}
             rows[row]["difference"] = paired
         if {BASELINE, CEILING} <= correct.keys() and row != BASELINE:
-            rows[row]["recovery"] = summarise(compute_recovery(resampled, row))
+            rows[row]["recovery"] = summarise(compute_share(resampled, row, CEILING))
     return rows
 
 
 def resample(correct: Correct, groups: np.ndarray) -> Correct:
-    """Accuracies of rows in per cent: of the sample, then of resamples, alike for all rows.
-
-    One seed gives no resamples.
-    """
+    """Accuracies of rows in per cent: of the sample, then of resamples. One seed gives none."""
     seeds, samples = len(next(iter(correct.values()))), groups.max() + 1
     sizes = np.bincount(groups, minlength=samples)
     sums = {
@@ -87,10 +77,6 @@ def resample(correct: Correct, groups: np.ndarray) -> Correct:
 def widen(figures: np.ndarray, seeds: int) -> np.ndarray:
     """A bootstrap of n values underestimates their deviation by the root of (n - 1) / n."""
     return figures[0] + math.sqrt(seeds / max(seeds - 1, 1)) * (figures - figures[0])
-
-
-def compute_recovery(accuracies: dict[str, np.ndarray], row: str) -> np.ndarray:
-    return compute_share(accuracies, row, CEILING)
 
 
 def compute_share(accuracies: dict[str, np.ndarray], row: str, other: str) -> np.ndarray:
@@ -131,7 +117,3 @@ def estimate_over_seeds(values: np.ndarray) -> dict:
     """The mean of one value for each seed, with its interval."""
     seeds = len(values)
     return summarise(widen(draw_seeds(seeds) @ values / seeds, seeds))
-
-
-def round_values(values: np.ndarray) -> list[float]:
-    return [round(float(value), 4) for value in values]

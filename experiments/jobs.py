@@ -62,7 +62,7 @@ class Job:
     script: str
     argv: list[str]
     out: Path
-    after: tuple[str, ...] = ()  # names of jobs whose models it needs
+    after: tuple[str, ...] = ()  # names of all jobs that must be done before
 
     def get_settings(self) -> Any:
         return load(self.script).parse(self.argv)
@@ -78,13 +78,13 @@ class Job:
         tested = checkpoints.read_file(self.out / "test.pt")
         return (tested["predicted"] == tested["labels"]).numpy()
 
-    def read_commit(self) -> str:
-        return json.loads((self.out / "config.json").read_text())["commit"]
+    def read_config(self) -> dict:
+        return json.loads((self.out / "config.json").read_text())
 
     def has_begun(self) -> bool:
         """Whether its folder holds a run, finished or not, with exactly these settings."""
         try:
-            config = json.loads((self.out / "config.json").read_text())
+            config = self.read_config()
             weights_then = config["run"]["teacher_weights"]
         except (OSError, ValueError, LookupError, TypeError):
             return False
@@ -97,11 +97,6 @@ class Job:
         return weights_then == weights and all(config.get(k) == asked[k] for k in counts)
 
 
-def compute_depth(job: Job, jobs: dict[str, Job]) -> int:
-    """How many jobs in a row must be done before a job."""
-    return max((1 + compute_depth(jobs[name], jobs) for name in job.after), default=0)
-
-
 class Runner:
     """Runs jobs, `workers` at a time."""
 
@@ -112,7 +107,7 @@ class Runner:
         self.processes: set[Any] = set()
         threads = max(1, (os.cpu_count() or 1) // self.workers)
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # which the processes inherit
-        self.commits: set[str] = set()
+        self.commits: set[str] = set()  # of the code that trained
         self.seconds: dict[Path, float] = {}  # of training, of each run
 
     def run(self, jobs: dict[str, Job]) -> dict[str, dict]:
@@ -125,8 +120,7 @@ class Runner:
             futures: dict[str, Future] = {}
             try:
                 # Those that wait for none first, or threads would wait where others could train.
-                for name in sorted(jobs, key=lambda name: compute_depth(jobs[name], jobs)):
-                    job = jobs[name]
+                for name, job in sorted(jobs.items(), key=lambda item: len(item[1].after)):
                     needed = [futures[other] for other in job.after]
                     futures[name] = pool.submit(self.run_one, name, job, needed)
                 return {name: future.result() for name, future in futures.items()}
@@ -147,7 +141,7 @@ class Runner:
             note = f"{format_minutes(result['seconds'])} of training"
         self.done += 1
         self.seconds[job.out] = result["seconds"]
-        self.commits.add(job.read_commit())
+        self.commits.add(job.read_config()["commit"])
         score = f"{result[self.score]:6.2f} %" if self.score in result else " " * 8
         print(f"{self.done:>3}/{self.total}  {score}  {name:<40} {note}", flush=True)
         return result
@@ -172,14 +166,7 @@ class Runner:
         command += f" --extra {shlex.quote(extra)}" if extra else ""
         gpu = torch.cuda.is_available()
         device = torch.cuda.get_device_name() if gpu else f"CPU, {os.cpu_count()} cores"
-        about = {
-            "command": command,
-            "commit": runs.read_commit(),  # of the code that evaluated
-            "commits": sorted(self.commits),  # of the code that trained
-            "device": device,
-            "torch": torch.__version__,
-            "runs": len(self.seconds),
-            "runs_at_a_time": self.workers,
-            "training_minutes": round(sum(self.seconds.values()) / 60, 1),
-        }
-        return about | found
+        minutes = round(sum(self.seconds.values()) / 60, 1)
+        about = {"command": command, "commit": runs.read_commit(), "commits": sorted(self.commits)}
+        about |= {"device": device, "torch": torch.__version__, "runs": len(self.seconds)}
+        return about | {"runs_at_a_time": self.workers, "training_minutes": minutes} | found

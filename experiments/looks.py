@@ -33,8 +33,7 @@ def find_looks(runs: Runs) -> dict:
     from_mean: the divergence of a map from the mean over images, in nats (Jensen-Shannon).
     of_image: the share that the image adds to what a map says.
     divergence, matched: of the maps from the teacher's, heads as they stand or matched.
-    cka: of the features with the teacher's. A random net and the teacher of another seed, where
-    each seed has its own, show what similarity to expect.
+    cka: of the features with the teacher's.
     """
     points = {}
     for point, of_rows in runs.items():
@@ -42,13 +41,12 @@ def find_looks(runs: Runs) -> dict:
         if len(teachers) < 2:
             raise ValueError("looks are compared over seeds: ask for --seeds 2 or more")
         seeds = []
-        for i, jobs in enumerate(zip(*of_rows.values(), strict=True)):
-            nets = {"teacher": teachers[i]}
+        for i, teacher in enumerate(teachers):
+            nets = {"teacher": teacher}
             if len(set(teachers)) > 1:
                 nets["another teacher"] = teachers[(i + 1) % len(teachers)]
-            by_row = dict(zip(of_rows, jobs, strict=True))
-            nets |= {row: job.out / "model.pt" for row, job in by_row.items()}
-            seeds.append(find_of_seed(nets, by_row["attention copy"].get_settings()))
+            nets |= {row: jobs[i].out / "model.pt" for row, jobs in of_rows.items()}
+            seeds.append(find_of_seed(nets, of_rows["attention copy"][i].get_settings()))
         points[point] = average_seeds(seeds)
     return points
 
@@ -103,10 +101,8 @@ def find_kinds(digit: Tensor, distractors: Tensor, patch: int) -> Tensor:
 
 def measure_looks(model: Model, images: Tensor, kinds: Tensor | None) -> dict:
     """For each layer how far maps change with the image, and shares of attention."""
-    maps = [
-        torch.stack([qk.map() for _, qk in model.blockwise(some)])
-        for some in images.split(AT_A_TIME)
-    ]
+    some = images.split(AT_A_TIME)
+    maps = [torch.stack([qk.map() for _, qk in model.blockwise(x)]) for x in some]
     p = torch.cat(maps, dim=1)  # (layers, images, H, N, N)
     found = measure_change(p)
     if kinds is None:
@@ -120,9 +116,9 @@ def measure_looks(model: Model, images: Tensor, kinds: Tensor | None) -> dict:
 def measure_change(p: Tensor) -> dict[str, list[float]]:
     """How far maps (layers, images, H, N, N) are from their mean over images, for each layer.
 
-    A map says as much as its divergence (Kullback-Leibler) from uniform attention. The mean of that
-    over images has two parts: what the mean map says, by position alone, and the mean divergence
-    from the mean map, which the image adds. of_image: the second part as a share of both.
+    What a map says is its divergence (Kullback-Leibler) from uniform attention. On average over
+    images that is what the mean map says, plus the mean divergence from it. of_image: the share of
+    the second part, which the image adds.
     """
     position = p.mean(dim=1, keepdim=True)
     from_mean = jensen_shannon(p, position).mean(dim=(1, 2, 3))

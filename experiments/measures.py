@@ -91,10 +91,9 @@ def hsic(a: Tensor, b: Tensor) -> Tensor:
 def compare(a, b, batches: Iterable[Tensor]) -> dict:
     """Compares two teachers.load.Model on the same images. Means over images and queries.
 
-    layers: for each layer `divergence` of the maps, head by head, and `matched` (a's heads with
-    those of b that `pairs` names), in nats. `entropy` of a's and b's heads, in nats. `distance`
-    they look, in pixels.
-    cka: a's layers by b's, of the features' mean over patches, which a ViT's head reads.
+    layers: `divergence` of the maps, head by head, and `matched` (a's heads with those of b that
+    `pairs` names), `entropy` of a's and b's heads, all in nats; `distance` they look, in pixels.
+    cka: a's layers by b's, of the features' mean over patches.
     """
     sums, features, count = {}, ([], []), 0
     cut = choose_cut(a, b)
@@ -120,10 +119,7 @@ def compare(a, b, batches: Iterable[Tensor]) -> dict:
 
 
 def choose_cut(a, b) -> Callable[[Tensor], Tensor]:
-    """What makes the maps of both comparable.
-
-    Nothing if both have the same tokens. Otherwise maps of patches to patches, renormalised.
-    """
+    """Makes the maps of both comparable: whole if both have the same tokens, else of patches."""
     if list_prefix(a.net.config) == list_prefix(b.net.config):
         return lambda p: p
     patches = a.net.config.grid_size**2
@@ -149,11 +145,6 @@ def compare_maps(p: Tensor, q: Tensor, config) -> dict[str, Tensor]:
 
 def summarise_layer(pairs: Tensor, entropies: Tensor, distances: Tensor) -> dict:
     columns = match(pairs.numpy())
-    return {
-        "divergence": pairs.diagonal().mean().item(),
-        "by_head": pairs.diagonal().tolist(),
-        "pairs": columns,
-        "matched": pairs[range(len(pairs)), columns].mean().item(),
-        "entropy": entropies.tolist(),
-        "distance": distances.tolist(),
-    }
+    matched, by_head = pairs[range(len(pairs)), columns].mean().item(), pairs.diagonal()
+    found = dict(divergence=by_head.mean().item(), by_head=by_head.tolist(), pairs=columns)
+    return found | dict(matched=matched, entropy=entropies.tolist(), distance=distances.tolist())

@@ -1,9 +1,7 @@
-"""What finished runs say together, and of shifted images.
+"""Readings of finished runs: averaged probabilities of pairs, and accuracy on shifted images.
 
-Pairs: averaged probabilities, with their control: two nets of the same method.
-Shift: a better model is better on shifted images too. So a row is compared with a net from scratch
-of the same usual accuracy. That is the line, on the logit scale, through all runs from scratch
-(Miller et al. 2021, "Accuracy on the line").
+A better model is better on shifted images too. So a row is compared with a net from scratch of its
+usual accuracy: the line, in logits, through all runs from scratch (Miller et al. 2021).
 """
 
 from collections.abc import Callable
@@ -56,12 +54,10 @@ def find_pairs(runs: Runs, groups: np.ndarray) -> dict:
     correct = {point: classify_pairs(of_rows) for point, of_rows in runs.items()}
     points = estimate(correct, groups, AGAINST)["points"]
     for point, right in correct.items():
-        phi = {
-            name: np.array(
-                [np.corrcoef(*nets)[0, 1] for nets in zip(right[one], right[other], strict=True)]
-            )
-            for name, (one, other) in PAIRS.items()
-        }
+        phi = {}
+        for name, (one, other) in PAIRS.items():
+            nets = zip(right[one], right[other], strict=True)
+            phi[name] = np.array([np.corrcoef(*pair)[0, 1] for pair in nets])
         for name, values in phi.items():
             points[point][name]["error_correlation"] = estimate_over_seeds(values) | {
                 "difference": estimate_over_seeds(values - phi[CONTROL]) | {"from": CONTROL}
@@ -98,9 +94,9 @@ USUAL, MORE = "usual", "two more distractors"
 def find_shifts(runs: Runs) -> dict:
     """For each shift and row: mean accuracy, and the mean difference from the line, in points.
 
-    All points of a table count together, each of its runs a point of the line. `usual` is the range
-    of a row's accuracies without shift. Beyond that of BASELINE the line is extrapolated. The
-    interval of the difference is over seeds, and the line is fitted to each resample.
+    Each run is a point of the line, at all points of a table. `usual`: the range of a row's
+    accuracies without shift. Beyond that of BASELINE the line is extrapolated. The interval is over
+    seeds, and the line is fitted to each resample.
     """
     found = {row: [] for row in next(iter(runs.values()))}
     for row, of_seeds in found.items():
@@ -110,9 +106,8 @@ def find_shifts(runs: Runs) -> dict:
     def tabulate(row: str, what: str) -> np.ndarray:  # (seeds, points)
         return np.array([[run[what] for run in of_seed] for of_seed in found[row]])
 
-    count = estimates.draw_seeds(len(found[BASELINE]))
-    result = {}
-    for shift in (name for name in found[BASELINE][0][0] if name != USUAL):
+    count, result = estimates.draw_seeds(len(found[BASELINE])), {}
+    for shift in list(found[BASELINE][0][0])[1:]:  # the first is USUAL
         x, y = (logit(tabulate(BASELINE, what)) for what in (USUAL, shift))
         slope, height = fit_lines(x, y, count)
         result[shift] = {}
@@ -157,8 +152,9 @@ def measure_shifts(job: Job) -> dict[str, float]:
 
     found = {USUAL: 100 * job.read_correct().mean()}
     for shift, change in SHIFTS.items():
-        how = partial(predict, change=change), model.net, dataset.test, job.get_settings().amp
-        found[shift] = train.compute_top1(*train.classify(*how))
+        changed = partial(predict, change=change)
+        tested = train.classify(changed, model.net, dataset.test, job.get_settings().amp)
+        found[shift] = train.compute_top1(*tested)
     if asked.data == "digits":
         harder = replace(asked, distractors=asked.distractors + 2)
         p, labels, _ = ensemble.compute_probabilities(model, harder)

@@ -43,7 +43,7 @@ LINEAR = {
     "linear, LoRA twice as long": Row("linear_attention", SOFTMAX, {"lora": True, "epochs": 120}),
     "linear, transfer and LoRA": Row("linear_attention", TAUGHT, {"lora": True}),
 }
-DINO = "DINO, teacher"
+DINO, BOTH = "DINO, teacher", "token and map, 2 heads"
 ATTNDISTILL = {
     DINO: Row("dino", ""),
     "DINO, student": Row("dino", "", {"model": "nano"}),
@@ -51,10 +51,9 @@ ATTNDISTILL = {
     "token": Row("attndistill", DINO, {"attention_weight": 0.0}),
     "token and map": Row("attndistill", DINO),
     "token, 2 heads": Row("attndistill", DINO, {"num_heads": 2, "attention_weight": 0.0}),
-    "token and map, 2 heads": Row("attndistill", DINO, {"num_heads": 2}),
-    "token and map, 2 heads, weight 10": Row(  # one map of all heads differs by less
-        "attndistill", DINO, {"num_heads": 2, "attention_weight": 10.0}
-    ),
+    BOTH: Row("attndistill", DINO, {"num_heads": 2}),
+    # One map of all heads differs by less.
+    f"{BOTH}, weight 10": Row("attndistill", DINO, {"num_heads": 2, "attention_weight": 10.0}),
     "token, patch 4": Row("attndistill", DINO, {"patch": 4, "attention_weight": 0.0}),
     "token and map, patch 4": Row("attndistill", DINO, {"patch": 4}),
 }
@@ -105,17 +104,14 @@ def find_trained(table: Table, runs: Runs) -> dict:
     for row, (job, *_) in of_rows.items():
         net, of_row = rebuild(job).net, STUDY.rows[row]
         cells[row][what] = 0
-        if row != SOFTMAX and "blr" not in (of_row.flags or {}):  # which is a rate of 0
+        if row != SOFTMAX and "blr" not in of_row.flags:  # which is a rate of 0
             own = sum(p.numel() for p in net.parameters() if p.requires_grad)
             cells[row][what] = own + cells[of_row.teacher][what]
     return found
 
 
 def find_reminded(table: Table, runs: Runs) -> dict:
-    """Accuracies, compared with the first row, and which of its failures are avoided.
-
-    And how often attention lands where it should, for each kind of reminder.
-    """
+    """Accuracies, the first row's failures that are avoided, and where attention lands."""
     ((point, of_rows),) = runs.items()
     correct = read_correct(table, of_rows)
     alone = table.rows[0]
@@ -125,15 +121,15 @@ def find_reminded(table: Table, runs: Runs) -> dict:
     for row, cells in found["points"][point].items():
         pairs = zip(correct[row], correct[alone], strict=True)
         avoided[row] = np.array([now[~before].mean() for now, before in pairs])
-        cells["failures avoided"] = estimate_percent(avoided[row])
+        cells["failures avoided"] = estimate_over_seeds(100 * avoided[row])
         tests = [checkpoints.read_file(job.out / "test.pt") for job in of_rows[row]]
         if all("looked" in test for test in tests):
-            lands = np.stack([(t["looked"] == t["labels"]).numpy() for t in tests])
-            cells["attention lands right"] = estimate_percent(lands.mean(axis=1))
+            lands = 100 * np.stack([(t["looked"] == t["labels"]).numpy() for t in tests])
+            cells["attention lands right"] = estimate_over_seeds(lands.mean(axis=1))
             for kind, of_kind in told.items():
-                cells[f"told {kind}"] = estimate_percent(lands[:, of_kind].mean(axis=1))
+                cells[f"told {kind}"] = estimate_over_seeds(lands[:, of_kind].mean(axis=1))
     for other in ("words", "words to attention, its map untaught"):
-        paired = estimate_percent(avoided["words to attention"] - avoided[other])
+        paired = estimate_over_seeds(100 * (avoided["words to attention"] - avoided[other]))
         found["contrasts"][f"failures avoided: words to attention − {other}"] = paired
     return found
 
@@ -145,10 +141,6 @@ def find_kinds(settings) -> dict[str, np.ndarray]:
     beside = np.array([any(f" {words} the " in line for words in scenes.BESIDE) for line in said])
     where = np.array([any(row in line for row in scenes.ROWS) for line in said])
     return {"beside what": beside, "where": where, "what": ~(beside | where)}
-
-
-def estimate_percent(of_seeds: np.ndarray) -> dict:
-    return estimate_over_seeds(100 * of_seeds)
 
 
 # The tables ---------------------------------------------------------------------------------------

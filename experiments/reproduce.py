@@ -54,8 +54,8 @@ def describe_cost(path: Path) -> str:
         record = read_record(path)
     except ValueError as error:
         return str(error)
-    cost = f"{record['runs']}, {record['training_minutes']:.0f} min on {record['device']}"
-    return f"seeds: {len(record['seeds'])}; runs: {cost}"
+    seeds, minutes = len(record["seeds"]), record["training_minutes"]
+    return f"seeds: {seeds}; runs: {record['runs']}, {minutes:.0f} min on {record['device']}"
 
 
 def train(table: Table, planner: Planner, tuned: tune.Tuned, runner: Runner, seeds) -> Runs:
@@ -140,8 +140,8 @@ def format_row(cells: dict) -> str:
     if "mean" not in cells:  # lists over layers
         return "; ".join(f"{what} {format_means(cell)}" for what, cell in cells.items())
     difference, recovery = cells.get("difference"), cells.get("recovery")
-    figures = (cells, ".1f"), (difference, "+.1f"), (recovery, ".2f")
-    return "  ".join(format_cell(*figure) for figure in figures)
+    parts = (cells, ".1f"), (difference, "+.1f"), (recovery, ".2f")
+    return "  ".join(format_cell(*part) for part in parts)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ NAME = re.compile(r"ILSVRC2012_val_(\d{8})")
 
 def score(models: list[Model], settings: Settings) -> dict:
     """Top-1 in per cent of each model and, last, of their averaged probabilities."""
-    if settings.data == "folder" and has_numbers(settings.data_dir):
+    if settings.data == "folder" and has_numbers(data.get_data_dir(settings)):
         models = [number_classes(model) for model in models]
     found = [ensemble.compute_probabilities(model, settings) for model in models]
     _, labels, dataset = found[0]
@@ -52,19 +52,18 @@ def score(models: list[Model], settings: Settings) -> dict:
     return result
 
 
-def has_numbers(folder: str) -> bool:
+def has_numbers(folder: Path) -> bool:
     """Whether the classes in a folder are called by ImageNet's numbers."""
-    parts = folders.list_parts(Path(folder), data.FOLDERS).values()
+    parts = folders.list_parts(folder, data.FOLDERS).values()
     return all(name in NUMBERS for part in parts for name in part.classes)
 
 
 def number_classes(model: Model) -> Model:
     """The model with its classes called by their numbers: the order of ImageNet's WordNet ids."""
     names = model.checkpoint.classes
-    if len(names or NUMBERS) != len(NUMBERS):
+    if len(names or NUMBERS) != 1000:
         return model
-    order = {name: str(i) for i, name in enumerate(sorted(names or []))}
-    classes = [order[name] for name in names] if names else NUMBERS
+    classes = [str(sorted(names).index(name)) for name in names] if names else NUMBERS
     return replace(model, checkpoint=replace(model.checkpoint, classes=classes))
 
 
@@ -74,20 +73,24 @@ def compute_real_top1(p: Tensor, dataset: data.Data, path: str) -> float:
     The file lists the classes of each validation image, in the order of their numbers. Images
     without any are left out. ValueError if the images have other names or classes.
     """
-    names = [NAME.fullmatch(Path(name).stem) for name in dataset.test.source.names]
-    if len(dataset.classes) != len(NUMBERS) or not all(names):
+    files = getattr(dataset.test.source, "files", dataset.test.source)
+    names = [NAME.fullmatch(Path(name).stem) for name in files.names]
+    if len(dataset.classes) != 1000 or not all(names):
         raise ValueError(f"--real {path}: takes ImageNet's validation images, by their names")
     labels = json.loads(Path(path).read_text())
-    given = [labels[int(name[1]) - 1] for name in names]
-    # The columns are WordNet ids in order, which is that of ImageNet's numbers.
-    pairs = zip(p.argmax(dim=-1).tolist(), given, strict=True)
-    right = [best in some for best, some in pairs if some]
+    # WordNet ids in order have ImageNet's numbers.
+    numbers = [int(one) if one in NUMBERS else i for i, one in enumerate(dataset.classes)]
+    pairs = zip(
+        p.argmax(dim=-1).tolist(), (labels[int(name[1]) - 1] for name in names), strict=True
+    )
+    right = [numbers[best] in some for best, some in pairs if some]
     return 100 * sum(right) / len(right)
 
 
 def main(settings: Settings) -> dict:
     launch.one_process()
-    checkpoints.check_place(Path(settings.json), "--json", ".json")
+    out = Path(settings.json)
+    checkpoints.check_place(out, "--json", ".json")
     device = launch.get_device(settings.device)
     models = [open_model(path, device) for path in settings.checkpoints]
     own = ensemble.choose_images(models[0].checkpoint, settings)
@@ -97,13 +100,13 @@ def main(settings: Settings) -> dict:
         found[folder] = score(models, asked)
     names = [*settings.checkpoints, "together"]
     for name, result in found.items():
-        for what in (what for what in ("top1", "real_top1") if what in result):
+        for what, values in list(result.items())[1:]:
             print(f"\n{name}: {result['images']:,} images, {what} in %")
-            for model, value in zip(names, result[what], strict=False):
+            for model, value in zip(names, values, strict=False):
                 print(f"{value:7.2f}  {model}")
-    Path(settings.json).parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"checkpoints": settings.checkpoints, "sets": found}, indent=1)
-    checkpoints.write_text(Path(settings.json), text + "\n")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    contents = {"checkpoints": settings.checkpoints, "sets": found}
+    checkpoints.write_text(out, json.dumps(contents, indent=1) + "\n")
     return found
 
 

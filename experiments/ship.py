@@ -9,7 +9,6 @@ beside it says which images and net it fits, how it was made, and its checksum.
 
 import hashlib
 import json
-import shlex
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,6 @@ from experiments.jobs import ROOT, Runner
 from experiments.study import RunSettings, make_planner
 from experiments.tables import TABLES
 
-WEIGHTS = ROOT / "weights"
 TEACHERS = {"digits": TABLES["digits-main"], "cifar10": TABLES["cifar10-main"]}
 
 
@@ -34,7 +32,7 @@ parse = partial(parse_settings, __doc__, Settings, {}, positional=WORDS)
 FIT = ("data", "model", "patch", "image_size", "distractors")  # what a run must share with it
 
 
-def ship(name: str, settings: Settings, folder: Path = WEIGHTS) -> Path:
+def ship(name: str, settings: Settings, folder: Path = ROOT / "weights") -> Path:
     """Writes NAME.pt and NAME.json. Returns the path of the first."""
     table = TEACHERS[name]
     (point,) = table.points.values()
@@ -42,13 +40,11 @@ def ship(name: str, settings: Settings, folder: Path = WEIGHTS) -> Path:
     ((job, teacher),) = planner.plan_teacher(0, point).items()
     found = Runner(1, "").run({job: teacher})[job]
     asked, file = teacher.get_settings(), folder / f"{name}.pt"
-    public = planner._replace(folder=Path("runs"), extra=tuple(settings.extra.split()))
-    ((_, plain),) = public.plan_teacher(0, point).items()
-    fit = [key for key in FIT if key != "distractors" or name == "digits"]
+    fit = FIT if name == "digits" else FIT[:-1]
     facts = {
         "for": {key: getattr(asked, key) for key in fit},
-        "command": f"python pretrain.py {shlex.join(plain.argv)}",
-        "commit": teacher.read_commit(),
+        "command": f"python -m experiments.ship {name}",
+        "commit": teacher.read_config()["commit"],
         "seconds": found["seconds"],
         "loss": found["loss"],
     }
@@ -63,9 +59,9 @@ def ship(name: str, settings: Settings, folder: Path = WEIGHTS) -> Path:
 
 def main(settings: Settings) -> None:
     launch.one_process()
+    if unknown := set(settings.teachers) - TEACHERS.keys():
+        raise ValueError(f"no teacher '{min(unknown)}': choose from {', '.join(TEACHERS)}")
     for name in settings.teachers:
-        if name not in TEACHERS:
-            raise ValueError(f"no teacher '{name}': choose from {', '.join(TEACHERS)}")
         print(f"wrote {ship(name, settings)}")
 
 

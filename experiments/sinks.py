@@ -5,11 +5,10 @@
         vit_small_patch14_reg4_dinov2.lvd142m --data folder --data-dir photos
 
 Many ViTs look, from everywhere, at a few tokens that hold nothing of the image
-there (Xiao et al. 2024; Darcet et al. 2024). For each layer this prints the
-share of attention that goes to the class token, to all registers, and to the
-patch that gets most. It also prints the norm of the values there, relative to
-the mean patch's. A norm near 0 means that nothing is passed on. All are means
-over heads, queries and images. --out has them for each head.
+there (Xiao et al. 2024; Darcet et al. 2024). For each layer: the share of
+attention that goes to the class token, to all registers, and to the patch that
+gets most. And the norm of the values there, relative to the mean patch's: near 0,
+nothing is passed on. Means over heads, queries, images. --out has each head.
 """
 
 import json
@@ -21,7 +20,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import data
 import ensemble
 from common import checkpoints, launch, runs
 from common.settings import parse_settings, setting
@@ -36,26 +34,21 @@ class Settings(ImageSettings):
     out: str = setting("runs/sinks.json", "file for the figures of each head")
 
 
-parse = partial(
-    parse_settings, __doc__, Settings, {}, positional=("checkpoints", "one or more ViTs", 0)
-)
+WORDS = ("checkpoints", "one or more ViTs", 0)
+parse = partial(parse_settings, __doc__, Settings, {}, positional=WORDS)
 PLACES = ("class token", "registers", "top patch")
 
 
 @torch.no_grad()
 def measure_sinks(model: Model, batches: Iterable[Tensor]) -> list[dict[str, list[float]]]:
-    """For each layer, PLACE and head: the share of attention, and the relative norm of values.
-
-    Places that a ViT does not have are left out.
-    """
+    """For each layer, place and head: share of attention, relative norm of values."""
     net, count = model.net, 0
     layers = [{} for _ in net.blocks]
     for images in batches:
         count += len(images)
         x = net.embed(images)
-        for block, sums, (after, qk) in zip(
-            net.blocks, layers, model.blockwise(images), strict=True
-        ):
+        blocks = zip(net.blocks, layers, model.blockwise(images), strict=True)
+        for block, sums, (after, qk) in blocks:
             (v,) = block.attn.project(block.norm1(x), slice(2 * net.config.dim, None))
             for name, value in measure_layer(qk, v, *list_prefix(net.config)).items():
                 sums[name] = sums.get(name, 0) + value.sum(dim=0).double().cpu()
@@ -67,8 +60,8 @@ def measure_layer(qk: QK, v: Tensor, class_tokens: int, registers: int) -> dict[
     """The same of one layer for each image: (B, H)."""
     share, norm, prefix = qk.map().mean(dim=2), v.norm(dim=-1), class_tokens + registers
     norm = norm / norm[:, :, prefix:].mean(dim=-1, keepdim=True)
-    found = {}
-    for place, first, end in zip(PLACES, (0, class_tokens), (class_tokens, prefix), strict=False):
+    found, places = {}, {"class token": (0, class_tokens), "registers": (class_tokens, prefix)}
+    for place, (first, end) in places.items():
         if end > first:
             found[f"share: {place}"] = share[:, :, first:end].sum(-1)
             found[f"values: {place}"] = norm[:, :, first:end].mean(-1)
@@ -97,9 +90,7 @@ def main(settings: Settings) -> dict:
     for path in settings.checkpoints:
         model = open_model(path, launch.get_device(settings.device))
         asked = ensemble.choose_images(model.checkpoint, settings)
-        dataset, config = data.load(asked, train=False), model.net.config
-        if model.checkpoint.normalization:
-            dataset.set_normalization(model.checkpoint.normalization)
+        dataset, config = ensemble.load_images(model, asked), model.net.config
         found[path] = {
             "images": min(settings.images, len(dataset.test)),
             "image_size": dataset.image_size,

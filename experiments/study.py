@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 import data
-from common.settings import Base, flags_of, setting, to_argv
+from common.settings import Base, setting, to_argv
 from experiments.estimates import compute_share, estimate
-from experiments.jobs import Job, load
+from experiments.jobs import Job
 
 Flags = Mapping[str, Any]  # settings by name
 Runs = dict[str, dict[str, list[Job]]]  # point: row: its runs, one for each seed
@@ -33,7 +33,7 @@ class RunSettings(Base):
 class Row(NamedTuple):
     script: str  # of jobs.SCRIPTS
     teacher: str  # none, random, pre-trained, the row whose net it is, or "" for no such setting
-    flags: Flags | None = None  # what makes it this row
+    flags: Flags = MappingProxyType({})  # what makes it this row
     tuned_as: str = ""  # the row whose settings it takes if it is not tuned itself
 
 
@@ -70,20 +70,19 @@ class Planner(NamedTuple):
                 needed, teacher = {}, file
         elif source in study.rows:
             needed = self.plan(source, seed, point, tuned)
-        if after := list(needed)[-1:]:
-            teacher = needed[after[0]].out / "model.pt"
-        own = tuned[row if row in study.own else tuned_as] if study.own else {}
-        own = own | (flags or {})
-        given = (
-            study.base | point | own | {"seed": seed} | ({"teacher": teacher} if teacher else {})
-        )
-        if "epochs" in given and "eval_every" in flags_of(load(script).Settings):
+        if needed:
+            teacher = list(needed.values())[-1].out / "model.pt"
+        own = (tuned[row if row in study.own else tuned_as] if study.own else {}) | flags
+        given = study.base | point | own | {"seed": seed}
+        if teacher:
+            given["teacher"] = teacher
+        if "epochs" in given:
             given["eval_every"] = given["epochs"]
         if row.endswith(" again"):
             given |= {"seed": seed + 1000, "subset_seed": seed}
         special = {k: v for k, v in (point | own).items() if study.base.get(k) != v}
         name = f"{row}{format_flags(special)} s{seed}"
-        return needed | {name: self.make_job(script, name, given, tuple(after))}
+        return needed | {name: self.make_job(script, name, given, tuple(needed))}
 
     def plan_teacher(self, seed: int, point: Flags) -> dict[str, Job]:
         study, seed = self.study, seed if self.study.own_teachers else 0
@@ -98,9 +97,8 @@ class Planner(NamedTuple):
 
 
 def make_planner(study: Study, settings: RunSettings, **how) -> Planner:
-    extra = tuple(settings.extra.split())
-    if study.base["data"] != "digits" and settings.data_dir:
-        extra += ("--data-dir", settings.data_dir)
+    data_dir = ("--data-dir", settings.data_dir) if settings.data_dir else ()
+    extra = *settings.extra.split(), *(data_dir if study.base["data"] != "digits" else ())
     return Planner(study, Path(settings.runs) / study.base["data"], extra, **how)
 
 
@@ -141,26 +139,23 @@ def group_images(table: Table, runs: Runs) -> np.ndarray:
 
 def read_correct(table: Table, of_rows: dict[str, list[Job]]) -> dict[str, np.ndarray]:
     """Whether each row classified each test image correctly, (seeds, images)."""
-    correct = {row: np.stack([job.read_correct() for job in jobs]) for row, jobs in of_rows.items()}
+    correct = {row: [job.read_correct() for job in jobs] for row, jobs in of_rows.items()}
     if NEAREST in table.rows:
-        with_labels = [job.get_settings() for job in of_rows["from scratch"]]
-        correct[NEAREST] = np.stack([classify_by_nearest(settings) for settings in with_labels])
-    return correct
+        labelled = [job.get_settings() for job in of_rows["from scratch"]]
+        correct[NEAREST] = [classify_by_nearest(settings) for settings in labelled]
+    return {row: np.stack(found) for row, found in correct.items()}
 
 
 @torch.no_grad()
 def classify_by_nearest(settings, part: str = "test") -> np.ndarray:
-    """Whether each image of a part has the class of its nearest labelled image: (images,).
-
-    By pixels. `settings`: those of a run with these images and labels.
-    """
+    """Whether each image has the class of its nearest labelled one, by pixels: (images,)."""
     dataset = data.load(replace(settings, mixup=0.0, cutmix=0.0))
     batches = [batch for epoch in range(PLACEMENTS) for batch in dataset.train.epoch(epoch)]
     known, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    correct = [
-        labels[torch.cdist(x.flatten(1), known.flatten(1)).argmin(dim=1)] == y
-        for x, y in getattr(dataset, part).in_order(256)
-    ]
+    correct = []
+    for x, y in getattr(dataset, part).in_order(256):
+        nearest = torch.cdist(x.flatten(1), known.flatten(1)).argmin(dim=1)
+        correct.append(labels[nearest] == y)
     return torch.cat(correct).cpu().numpy()
 
 

@@ -6,7 +6,7 @@ from functools import partial
 import numpy as np
 
 from experiments import rows
-from experiments.estimates import compute_recovery
+from experiments.estimates import compute_share
 from experiments.looks import find_looks
 from experiments.readings import find_pairs, find_shifts
 from experiments.rows import AT_BASE, BASE, CLUTTER, MAIN
@@ -74,8 +74,8 @@ def along(points: Iterable[str]) -> dict[str, Callable]:
         "fine-tuning − from scratch": lambda of: of[TUNED] - of[SCRATCH],
         "fine-tuning − copy": lambda of: of[TUNED] - of[COPY],
         "fine-tuning − distillation": lambda of: of[TUNED] - of[DISTILLATION],
-        "recovery of copy": lambda of: compute_recovery(of, COPY),
-        "recovery of distillation": lambda of: compute_recovery(of, DISTILLATION),
+        "recovery of copy": lambda of: compute_share(of, COPY, TUNED),
+        "recovery of distillation": lambda of: compute_share(of, DISTILLATION, TUNED),
     }
 
     def change(*at: dict, compute: Callable) -> np.ndarray:
@@ -91,81 +91,68 @@ LABELS = {
     f"{labels} labels": CLUTTER[BASE] | {"num_labels": labels, "epochs": epochs}
     for labels, epochs in STEPS.items()
 }
-MOST = list(LABELS)[-1]
 LENGTHS = {f"{epochs} epochs": CLUTTER[BASE] | {"epochs": epochs} for epochs in (150, 450, 1350)}
 COMPONENTS = {
-    "LayerScale": "layer_scale=1e-5", "registers": "registers=4",
-    "relative positions": "positions=relative", "rope": "positions=rope",
-    "a norm before": "norm_pre=1",
+    name: CLUTTER[BASE] | {"model": f"micro+{component}"}
+    for name, component in (
+        ("LayerScale", "layer_scale=1e-5"), ("registers", "registers=4"),
+        ("relative positions", "positions=relative"), ("rope", "positions=rope"),
+        ("a norm before", "norm_pre=1"),
+    )
 }  # fmt: skip
-WITH_COMPONENTS = {
-    name: CLUTTER[BASE] | {"model": f"micro+{component}"} for name, component in COMPONENTS.items()
-}
-AT_PHOTOS = {"5,000 labels": {}}
+AT_PHOTOS, SHORT = {"5,000 labels": {}}, {"5,000 labels": {"epochs": 12}}  # short: for tuning
 PHOTO_LENGTHS = {"25 epochs": {}, "75 epochs": {"epochs": 75}}
 PHOTO_LABELS = {  # at about 1,250 steps
     "1,000 labels": {"num_labels": 1000, "epochs": 125},
     "5,000 labels": {},
     "41,600 labels": {"num_labels": 41_600, "epochs": 3},
 }
-SHORT = {"5,000 labels": {"epochs": 12}}  # for tuning
-at_base = partial(Table, study=DIGITS, points=AT_BASE)
-photos = partial(Table, study=CIFAR, points=AT_PHOTOS)
+digits = partial(Table, study=DIGITS, points=AT_BASE, rows=tuple(MAIN))
+photos = partial(Table, study=CIFAR, points=AT_PHOTOS, rows=tuple(MAIN))
 LOOKS = "of each layer: shares of attention; divergence, nats; CKA"
 looked = {"find": lambda _, runs: {"points": find_looks(runs), "measure": LOOKS}}
 AXES = {"clutter": "digits-clutter", "labels": "digits-labels", "length": "digits-length"}
 TABLES = {
-    "digits-tuning": Table(
+    "digits-tuning": digits(
         "settings of the main rows for 0, 1 and 2 distractors; and which of these is the base task",
-        DIGITS, (*MAIN, *rows.PROBE, NEAREST), CLUTTER, tunes=True,
+        rows=(*MAIN, *rows.PROBE, NEAREST), points=CLUTTER, tunes=True,
     ),
-    "digits-clutter": Table(
-        "the main rows for 0, 1 and 2 distractors", DIGITS, tuple(MAIN), CLUTTER,
-        contrasts=along(CLUTTER),
-    ),
-    "digits-labels": Table(
-        "the main rows for 50 to 997 labels, at equal steps", DIGITS, tuple(MAIN), LABELS,
-        tuned_at=BASE, contrasts=along(LABELS),
-    ),
-    "digits-length": Table(
-        "the main rows for 150, 450 and 1,350 epochs", DIGITS, tuple(MAIN), LENGTHS,
-        tuned_at=BASE, contrasts=along(LENGTHS),
-    ),
-    "digits-tuning-others": at_base(
-        "settings of baselines and controls", tunes=True,
-        rows=(*rows.BASELINES, *rows.CONTROLS, "copy, mean maps", "distillation, detached"),
-    ),
-    "digits-main": at_base(
+    "digits-clutter": digits("the main rows for 0, 1 and 2 distractors", points=CLUTTER,
+        contrasts=along(CLUTTER)),
+    "digits-labels": digits("the main rows for 50 to 997 labels, at equal steps", points=LABELS,
+        tuned_at=BASE, contrasts=along(LABELS)),
+    "digits-length": digits("the main rows for 150, 450 and 1,350 epochs", points=LENGTHS,
+        tuned_at=BASE, contrasts=along(LENGTHS)),
+    "digits-tuning-others": digits("settings of baselines and controls", tunes=True,
+        rows=(*rows.BASELINES, *rows.CONTROLS, "copy, mean maps", "distillation, detached")),
+    "digits-main": digits(
         "main rows, baselines and controls",
         rows=(*MAIN, *rows.PROBE, *rows.BASELINES, *rows.CONTROLS, NEAREST),
         contrasts=INTERACTION | subtract(
             ("feature distillation", DISTILLATION), ("copy, fine-tuned teacher", COPY),
-            ("copy, fine-tuned teacher", TUNED), ("teacher's maps and weights", TUNED),
-        ),
+            ("copy, fine-tuned teacher", TUNED), ("teacher's maps and weights", TUNED)),
     ),
-    "digits-maps": at_base(
+    "digits-maps": digits(
         "other maps, copied and distilled: uniform to fine-tuned", rows=(*MAIN, *rows.LADDER),
         contrasts=share_of_gain("copy, mean maps", COPY)
         | subtract(("copy, mean maps", COPY), ("copy, impulse maps", TUNED))
         | share_of_gain("distillation, mean maps", DISTILLATION)
         | subtract(("distillation, fine-tuned teacher", DISTILLATION)),
     ),
-    "digits-parts": at_base(
-        "q, k, v or several copied", rows=(*MAIN, *rows.PARTS), seeds=5,
+    "digits-parts": digits("q, k, v or several copied", rows=(*MAIN, *rows.PARTS), seeds=5,
         contrasts=subtract(("copy of q", COPY), ("copy of v", COPY), ("copy of qkv", COPY),
-                           ("copy of k", "copy of q")),
-    ),
-    "digits-layers": at_base(
-        "which layers are copied (all, if not said) or distilled (3)",
+                           ("copy of k", "copy of q"))),
+    "digits-layers": digits(
+        "which layers are copied (all, if not said) or distilled (:3)",
         rows=(*MAIN, *rows.LAYERS), seeds=5,
         contrasts=subtract(("copy, layers 2:4", "copy, layers :2"),
                            ("distillation, layers 2:4", "distillation, layers :2"),
                            ("distillation, layers all", DISTILLATION)),
     ),
-    "digits-explained": at_base(
+    "digits-explained": digits(
         "distillation detached; without labels, then a probe",
         rows=(*MAIN, *rows.PROBE, *rows.EXPLAINED, "copy, layers :2", "distillation, layers :2"),
-        against={"distillation, detached": "attention distillation",
+        against={"distillation, detached": DISTILLATION,
                  "linear probe of that": "linear probe of the teacher",
                  "linear probe of a random net": "linear probe of that"},
         contrasts=share_of_gain("distillation, detached", DISTILLATION)
@@ -173,60 +160,48 @@ TABLES = {
                    ("distillation, detached", "copy, layers :2"),
                    ("distillation, detached", "distillation, layers :2")),
     ),
-    "digits-looks": at_base(
+    "digits-looks": digits(
         "where rows and teachers look; how like the teacher's are maps and features",
         rows=(*MAIN, "distillation, detached"), **looked,
     ),
-    "digits-ensembles": at_base(
+    "digits-ensembles": digits(
         "pairs of nets and their controls; do they err together?", rows=(*MAIN, *rows.AGAIN),
         find=lambda table, runs: {"points": find_pairs(runs, group_images(table, runs))},
     ),
-    "digits-shift": Table(
-        "noise, contrast, more clutter, at matched accuracy", DIGITS, tuple(MAIN),
-        LENGTHS | {MOST: LABELS[MOST]}, tuned_at=BASE,
-        find=lambda _, runs: {"points": find_shifts(runs)},
+    "digits-shift": digits("noise, contrast, more clutter, at matched accuracy", tuned_at=BASE,
+        points=LENGTHS | {"997 labels": LABELS["997 labels"]},
+        find=lambda _, runs: {"points": find_shifts(runs)}),
+    "digits-components": digits(
+        "teachers with a component, students with and without it", points=COMPONENTS,
+        rows=(*MAIN, *rows.MISMATCHED), seeds=5, tuned_at=BASE,
+        against={SCRATCH: "from scratch, plain", "copy, plain student": COPY,
+                 "distillation, plain student": DISTILLATION},
     ),
-    "digits-components": Table(
-        "teachers with a component, students with and without it", DIGITS,
-        (*MAIN, *rows.MISMATCHED), WITH_COMPONENTS, seeds=5, tuned_at=BASE,
-        against={"from scratch": "from scratch, plain", "copy, plain student": "attention copy",
-                 "distillation, plain student": "attention distillation"},
-    ),
-    "cifar10-gate": photos(
-        "settings of the two ends; go on if they differ by 6 points", points=SHORT,
-        rows=("from scratch", "fine-tuning"), tunes=True,
-    ),
-    "cifar10-tuning": photos(
-        "settings of copy and distillation", points=SHORT,
-        rows=("attention copy", "attention distillation"), tunes=True,
-    ),
-    "cifar10-main": photos("the main rows on photographs", rows=tuple(MAIN), seeds=5),
+    "cifar10-gate": photos("settings of the two ends; go on if they differ by 6 points",
+        points=SHORT, rows=(SCRATCH, TUNED), tunes=True),
+    "cifar10-tuning": photos("settings of copy and distillation",
+        points=SHORT, rows=(COPY, DISTILLATION), tunes=True),
+    "cifar10-main": photos("the main rows on photographs", seeds=5),
     "cifar10-controls": photos(
-        "random teachers, the mean map, another image's, the teacher's weights as well",
+        "random teachers, the mean map, another image's, the teacher's weights as well", seeds=3,
         rows=(*MAIN, "copy, random teacher", "distillation, random teacher", "copy, mean maps",
               "copy, other maps", "copy, impulse maps", "distillation, mean maps",
               "teacher's maps and weights"),
-        against={"copy, mean maps": "attention copy", "copy, other maps": "attention copy",
-                 "copy, impulse maps": "attention copy",
-                 "distillation, mean maps": "attention distillation",
-                 "teacher's maps and weights": "fine-tuning"}, seeds=3,
+        against={"copy, mean maps": COPY, "copy, other maps": COPY, "copy, impulse maps": COPY,
+                 "distillation, mean maps": DISTILLATION, "teacher's maps and weights": TUNED},
         contrasts=INTERACTION | share_of_gain("copy, mean maps", COPY)
         | share_of_gain("distillation, mean maps", DISTILLATION),
     ),
     "cifar10-looks": photos(
         "how like the teacher's are maps and features; do maps depend on the image?",
-        rows=tuple(MAIN), seeds=5, **looked,
+        seeds=5, **looked,
     ),
-    "cifar10-length": photos(
-        "the main rows, three times as long", rows=tuple(MAIN), seeds=3,
-        points=PHOTO_LENGTHS, tuned_at="5,000 labels", contrasts=along(PHOTO_LENGTHS),
-    ),
-    "cifar10-labels": photos(
-        "the main rows with 1,000 to 41,600 labels, at equal steps", rows=tuple(MAIN), seeds=1,
-        points=PHOTO_LABELS, tuned_at="5,000 labels", contrasts=along(PHOTO_LABELS),
-    ),
-    "cifar10-recipe": Table(
+    "cifar10-length": photos("the main rows, three times as long", seeds=3, points=PHOTO_LENGTHS,
+        tuned_at="5,000 labels", contrasts=along(PHOTO_LENGTHS)),
+    "cifar10-labels": photos("the main rows with 1,000 to 41,600 labels, at equal steps", seeds=1,
+        points=PHOTO_LABELS, tuned_at="5,000 labels", contrasts=along(PHOTO_LABELS)),
+    "cifar10-recipe": photos(
         "the main rows as --data cifar10 has them: 50,000 labels, 100 epochs (takes a GPU)",
-        RECIPE, tuple(MAIN), {"50,000 labels": {"model": "tiny"}}, seeds=3,
+        study=RECIPE, points={"50,000 labels": {"model": "tiny"}}, seeds=3,
     ),
 }  # fmt: skip

@@ -100,11 +100,10 @@ def check_tuned(
 ) -> None:
     """ValueError unless the settings of these rows are known, in a study that tunes any."""
     for row in needed if study.own else ():
-        source = row if row in study.own else study.rows[row].tuned_as
-        if source not in chosen:
-            of_study = {name: t for name, t in tables.items() if t.tunes and t.study is study}
-            first = next(name for name, t in of_study.items() if source in t.rows)
-            raise ValueError(f"'{source}' has no settings yet: first reproduce {first}")
+        row = row if row in study.own else study.rows[row].tuned_as
+        if row not in chosen:
+            tunes = [k for k, t in tables.items() if t.tunes and t.study is study and row in t.rows]
+            raise ValueError(f"'{row}' has no settings yet: first reproduce {tunes[0]}")
 
 
 def list_teachers(asked: Iterable[str], study: Study) -> list[str]:

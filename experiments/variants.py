@@ -7,8 +7,8 @@
     python -m experiments.variants --how probe               only a head is trained
 
 --maps other are the teacher's maps of other images, mean their mean. With
-impulse each head looks at one neighbour. Rows of the study (experiments/rows.py). Without a change, copy and distill are
-attention_copy.py and attention_distill.py.
+impulse each head looks at one neighbour. Rows of the study: experiments/rows.py.
+Without a change, copy and distill are attention_copy.py, attention_distill.py.
 """
 
 from collections.abc import Callable, Iterator
@@ -33,7 +33,6 @@ from teachers.find import find_teacher
 from teachers.load import Model, new_vit, open_model
 from vit import QK, ViT, attend
 
-
 HOW = ("copy", "distill", "features", "logits", "probe")
 MAPS = ("teacher", "other", "mean", "uniform", "impulse")
 
@@ -55,7 +54,7 @@ class Settings(recipes.TransferSettings):
         return self.how
 
 
-USES = {"copy": ("maps", "lend", "student"), "distill": ("maps", "detach", "student")}
+USES = {"copy": {"maps", "lend", "student"}, "distill": {"maps", "detach", "student"}}
 parse = partial(parse_settings, __doc__, Settings, attention_distill.RECIPES)
 
 
@@ -81,11 +80,9 @@ class OtherImages:
     bank: Tensor
 
     def lend(self, images: Tensor, layers, keep=None) -> Iterator[QK | None]:
-        count, device = len(images), self.bank.device
+        chosen = torch.arange(len(images)) % len(self.bank)
         if torch.is_grad_enabled():
-            chosen = torch.randint(len(self.bank), (count,), device=device)
-        else:
-            chosen = torch.arange(count, device=device) % len(self.bank)
+            chosen = torch.randint(len(self.bank), (len(images),))
         return self.teacher.lend(self.bank[chosen], layers, keep)
 
 
@@ -101,10 +98,9 @@ def average_maps(teacher: ViT, images: Tensor) -> list[Tensor]:
 
 def make_uniform_map(teacher: ViT) -> Tensor:
     """Every query attends to all tokens equally: (1, H, N, N)."""
-    config = teacher.config
-    tokens = config.num_prefix_tokens + config.grid_size**2
-    device = next(teacher.parameters()).device
-    return torch.full((1, config.heads, tokens, tokens), 1 / tokens, device=device)
+    tokens = teacher.config.num_prefix_tokens + teacher.config.grid_size**2
+    shape, device = (1, teacher.config.heads, tokens, tokens), teacher.fc_norm.weight.device
+    return torch.full(shape, 1 / tokens, device=device)
 
 
 def draw_impulse_map(teacher: ViT) -> Tensor:
@@ -112,8 +108,8 @@ def draw_impulse_map(teacher: ViT) -> Tensor:
 
     The maps that a structured initialisation begins with (arXiv 2505.19985), here without noise.
     """
-    p, grid = 0.1 * make_uniform_map(teacher), teacher.config.grid_size
-    first = teacher.config.num_prefix_tokens
+    p, first = 0.1 * make_uniform_map(teacher), teacher.config.num_prefix_tokens
+    grid = teacher.config.grid_size
     p[:, :, :first] *= 10  # tokens that are no patches have no neighbours
     line, patches = torch.arange(grid), torch.arange(first, p.shape[-1])
     for head in range(teacher.config.heads):
@@ -180,27 +176,21 @@ def loss_distill(student: ViT, images, labels, teacher, layers, settings: Settin
 
 def loss_features(student: ViT, images, labels, teacher: ViT, layers, settings: Settings):
     """The tokens after each of `layers`, normalised, are pulled to the teacher's."""
-    with torch.no_grad():
-        theirs = [normalise(x) for x, _ in teacher.blockwise(images)]
     features = 0.0
-    for i, (x, _) in enumerate(student.blockwise(images)):
+    both = zip(student.blockwise(images), teacher.blockwise(images), strict=True)
+    for i, ((x, _), (theirs, _)) in enumerate(both):
         if i in layers:
-            features = features + F.mse_loss(normalise(x), theirs[i])
+            ours, theirs = (F.layer_norm(tokens, x.shape[-1:]) for tokens in (x, theirs))
+            features = features + F.mse_loss(ours, theirs)
     classes = compute_class_loss(student.classify(x), labels, settings)
     total = classes + settings.attention_weight * features
     return total, {"class": classes, "features": features}
 
 
-def normalise(x: Tensor) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:])
-
-
 def loss_logits(student: ViT, images, labels, teacher: Model, settings: Settings):
     """The class probabilities of a fine-tuned teacher (Hinton et al. 2015, temperature 1)."""
     logits = student(images)
-    with torch.no_grad():
-        theirs = teacher(images).softmax(dim=-1)
-    soft = F.cross_entropy(logits, theirs)
+    soft = F.cross_entropy(logits, teacher(images).softmax(dim=-1))
     classes = compute_class_loss(logits, labels, settings)
     return classes + settings.attention_weight * soft, {"class": classes, "logits": soft}
 
@@ -255,20 +245,18 @@ def task(settings: Settings, dataset: data.Data, checkpoint=None) -> train.Task:
 
 def check(settings: Settings) -> None:
     """ValueError for a change that would silently have no effect."""
-    names = {name for names in USES.values() for name in names}
+    names = ("maps", "lend", "detach", "student")
     changed = {name for name in names if getattr(settings, name) != getattr(Settings, name)}
-    if idle := changed - set(USES.get(settings.how, ())):
-        raise ValueError(f"--{min(idle)} changes nothing of --how {settings.how}")
-    if {"maps", "lend"} <= changed:
-        raise ValueError("--lend takes the teacher's own q, k and v: leave out --maps")
+    if not changed <= USES.get(settings.how, set()) or {"maps", "lend"} <= changed:
+        raise ValueError(f"--how {settings.how} does not go with --{' --'.join(sorted(changed))}")
 
 
 def make_probe(settings: Settings, dataset: data.Data, checkpoint) -> train.Task:
     """The teacher as it is. Only a head, and the norm before it, are trained."""
     probe = finetune.task(settings, dataset, checkpoint)
     probe.net.requires_grad_(False)
-    for part in (probe.net.fc_norm, probe.net.head):
-        part.requires_grad_(True)
+    probe.net.fc_norm.requires_grad_(True)
+    probe.net.head.requires_grad_(True)
     probe.loss = partial(loss_probe, settings=settings)
     return probe
 

@@ -17,7 +17,7 @@ convolutions cheap: --model grouped or bottleneck.
     python -m related.activations --at-weight 0 --out runs/alone        control
     python -m related.activations --model grouped --out runs/grouped
 
-The authors use SGD. Here the optimiser is AdamW, as everywhere in this
+The authors use SGD. Here the optimizer is AdamW, as everywhere in this
 repository. Batch norms see only their own GPU's share of a batch.
 """
 

@@ -50,7 +50,7 @@ RECIPES = merge_recipes(  # but for the epochs those of pretrain.py
     digits=SHARED | dict(epochs=100, batch=128, blr=4e-3),
     cifar=PHOTOS | dict(epochs=200, warmup=0.05, batch=1024, blr=2.5e-4),
     imagenet=PHOTOS | dict(epochs=800, warmup=0.05, batch=4096, blr=1.5e-4, crop_area=0.2),
-    folder=PHOTOS | dict(epochs=150, warmup=1 / 15, blr=4e-3, crop_area=0.2),
+    folder=PHOTOS | dict(epochs=150, warmup=0.0667, blr=4e-3, crop_area=0.2),
 )
 parse = partial(parse_settings, __doc__, Settings, RECIPES)
 

@@ -17,9 +17,9 @@ Both are of the image itself.
 
 A map belongs to one fixed image. So the images of the first epochs (--bank) are
 cropped and placed once, and then used in all epochs. Here F is the logit of the
-true class, and x0 is black. The authors' code differs: it takes gradients of
-all classes' probabilities at the mean colour, leaves out (x - x0), and raises
-the map to a random power between 1 and 2.
+true class, and x0 is black. The authors' code takes gradients of all classes'
+probabilities at the mean colour, and leaves out (x - x0). It raises the map to
+a random power between 1 and 2.
 """
 
 from collections.abc import Callable
@@ -51,7 +51,7 @@ class Settings(activations.Settings):
 SHARED = dict(at_weight=0.0, temperature=2.5, mixup=0.0, cutmix=0.0)
 RECIPES = merge_recipes(
     activations.RECIPES,
-    digits=SHARED | dict(epochs=12, warmup=1 / 12, eval_every=4, bank=5),  # five places of a digit
+    digits=SHARED | dict(epochs=12, warmup=0.0833, eval_every=4, bank=5),  # five places of a digit
     cifar=SHARED,
     imagenet=SHARED,
     folder=SHARED,

@@ -57,7 +57,7 @@ class Settings(recipes.Settings):
 RECIPES = merge_recipes(
     recipes.RECIPES,
     digits=dict(
-        num_labels=0, patch=scenes.PLACE // 2, epochs=14, warmup=1 / 14, batch=100, blr=5.12e-3,
+        num_labels=0, patch=scenes.PLACE // 2, epochs=14, warmup=0.0714, batch=100, blr=5.12e-3,
         weight_decay=0.05,
     ),
 )  # fmt: skip

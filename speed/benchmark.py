@@ -56,7 +56,7 @@ SCRIPTS = {
 @dataclass(frozen=True)
 class Settings(measure.Settings):
     data: str = setting("imagenet", "whose recipe, on made-up images", ("cifar10", "imagenet"))
-    image_size: int = setting(0, "pixels per side [the data set's own]", high=4096)
+    image_size: int = setting(0, "pixels per side (0: the data set's own)", high=4096)
     method: str = setting("all", "finetune, copy, distill, pretrain, several with commas, or all")
     variant: str = setting("all", "plain, plain-amp, ours, several with commas, or all")
     model: str = setting("", "size of the ViT [the recipe's]", ("", *vit.SIZES))

@@ -40,8 +40,6 @@ def test_every_setting_is_read(script, extra, small, teacher):
     needless = {"distractors", "overwrite"}  # for digits only; without --resume only
     if script is pretrain:
         needless |= {"smoothing", "eval_every"}  # for classes only
-    elif settings.method == "finetune":
-        needless |= {"patch"}  # the teacher's
     assert flags_of(script.Settings).keys() - read == needless
 
 

@@ -1,0 +1,92 @@
+"""Pictures of where a ViT looks."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import finetune
+import look
+from common import folders, pictures
+from teachers.load import open_model
+
+
+@pytest.fixture(scope="module")
+def trained(small, tmp_path_factory):
+    out = str(tmp_path_factory.mktemp("trained"))
+    finetune.main(finetune.parse([*small, "--teacher", "none", "--out", out]))
+    return f"{out}/model.pt"
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are saved."""
+    found, save = [], pictures.save
+    monkeypatch.setattr(pictures, "save", lambda fig, path: (found.append(fig), save(fig, path)))
+    return found
+
+
+def run(*argv):
+    return look.main(look.parse(list(map(str, argv))))
+
+
+def get_weights(fig) -> list[torch.Tensor]:
+    """What is drawn over the photograph, panel by panel."""
+    panels = [axis.images for axis in fig.axes if len(axis.images) == 2]
+    return [torch.as_tensor(drawn[1].get_array().data) for drawn in panels]
+
+
+def test_the_likeliest_classes_are_those_of_the_model(trained, small, photos, capsys):
+    photo = photos / "val" / "red" / "1.jpg"
+    seen, out = run(photo, trained), capsys.readouterr().out
+    dataset = data.load(finetune.parse(small))
+    paths = [path for path, _ in folders.list_images(photos / "val").samples]
+    images = torch.cat([x for x, _ in dataset.test.in_order(5)])
+    p = open_model(trained)(images)[paths.index(str(photo))].softmax(-1)
+    expected = {name: 100 * p[i].item() for i, name in enumerate(dataset.classes)}
+    assert seen == pytest.approx(expected, abs=1e-3)
+    assert list(seen.values()) == sorted(seen.values(), reverse=True)
+    assert all(f"%  {name}" in out for name in dataset.classes)
+    assert Path("runs/look-1.png").stat().st_size > 5000 and "runs/look-1.png" in out
+
+
+def test_what_is_drawn_is_the_mean_of_the_maps(trained, photos, figures):
+    """Over queries that are patches; of all heads, then of each; as multiples of uniform."""
+    photo = str(photos / "val" / "red" / "1.jpg")
+    run(photo, trained, "--layers", "-3:", "--heads", "0,2", "--out", "a.png")
+    maps = look.look(photo, open_model(trained))[1]
+    expected = []
+    for heads in (slice(None), slice(0, 1), slice(2, 3)):
+        expected += [17 * p[0, heads, 1:, 1:].mean(dim=(0, 1)).view(4, 4) for p in maps[-3:]]
+    for ours, theirs in zip(get_weights(figures[0]), expected, strict=True):
+        torch.testing.assert_close(ours.float(), theirs)
+    titles = [axis.get_title() for axis in figures[0].axes]
+    assert titles[1:4] == ["layer 1", "layer 2", "layer 3"]
+
+
+def test_a_teacher_without_a_head_still_shows_where_it_looks(teacher, photos, figures, capsys):
+    photo = photos / "val" / "red" / "1.jpg"
+    assert run(photo, teacher, "--image-size", "32", "--heads", "all") == {}
+    assert "%" not in capsys.readouterr().out and Path("runs/look-1.png").exists()
+    drawn = get_weights(figures[0])
+    assert len(drawn) == 5 * 4 and drawn[0].shape == (8, 8)
+
+
+def test_digits_are_looked_at_in_grey(photos, tmp_path):
+    argv = "--teacher none --epochs 1 --warmup 0 --num-labels 50 --out digits".split()
+    finetune.main(finetune.parse(argv))
+    assert len(run(photos / "val" / "red" / "1.jpg", "digits/model.pt")) == 5
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["{photo}"], "name a photograph"),
+    (["{model}", "{model}"], "cannot read image"),
+    (["{photo}", "{model}", "--layers", "4"], "choose some of 0 to 3"),
+    (["{photo}", "{model}", "--heads", "one"], "--heads one: write"),
+    (["{photo}", "{model}", "--out", "x.txt"], "ends in .png"),
+])  # fmt: skip
+def test_what_cannot_be_drawn_is_refused(argv, words, trained, photos, failing):
+    names = {"photo": photos / "val" / "red" / "1.jpg", "model": trained}
+    code, line = failing(look, [word.format(**names) for word in argv])
+    assert code == 2 and words in line
