@@ -67,21 +67,22 @@ def compare_maps(student: QK, teacher: QK) -> tuple[Tensor, Tensor]:
     return attention_loss(student, teacher), entropy.detach()
 
 
-def loss(student: ViT, images, labels, teacher: ViT, layers: list[int], settings: Settings):
+def loss(student: ViT, images, labels, teacher, layers: list[int], settings: Settings):
     """Student and teacher run side by side, block by block. In `layers` their maps are compared."""
     keep = student.draw_drop_path(len(images))  # both drop the same branches
-    attention = kl = 0.0
+    losses, divergences = [], []
     for (x, ours), theirs in zip(
         student.blockwise(images, keep=keep), teacher.lend(images, layers, keep), strict=True
     ):
         if theirs is not None:
             cross_entropy, entropy = compare_maps(ours, theirs)
-            attention = attention + cross_entropy
-            kl = kl + (cross_entropy - entropy).detach() / len(layers)
+            losses.append(cross_entropy)
+            divergences.append((cross_entropy - entropy).detach())
     logits = student.classify(x)
     classification = F.cross_entropy(logits, labels, label_smoothing=settings.smoothing)
-    total = classification + settings.attention_weight * attention
-    return total, {"class": classification, "kl": kl}  # kl in nats: 0 where the maps agree
+    total = classification + settings.attention_weight * sum(losses)
+    kl = sum(divergences) / len(layers)  # in nats: 0 where the maps agree
+    return total, {"class": classification, "kl": kl}
 
 
 def task(settings: Settings, dataset: data.Data, checkpoint=None) -> train.Task:

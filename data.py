@@ -13,7 +13,9 @@ numbers are drawn for the whole batch over all GPUs, so crops do not depend on t
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,9 +24,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from common.augment import (
-    Augment, BatchRandom, Normalise, Normalization, hash_seed, reseed, seeded,
-)  # fmt: skip
+from common.augment import Augment, BatchRandom, Normalise, Normalization, hash_seed, reseed, seeded
 from common.launch import first_alone, get_device, print0, rank, world
 from common.settings import Base, setting
 
@@ -44,9 +44,7 @@ DATA_SETS = {
     "digits": DataSet(12, 1, ([0.25], [0.35])),
     "cifar10": DataSet(32, 3, ([0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616])),
     "cifar100": DataSet(32, 3, ([0.5071, 0.4865, 0.4409], [0.2673, 0.2564, 0.2762])),
-    "imagenet": DataSet(
-        224, 3, IMAGENET, 0.875, f"get ImageNet-1K at image-net.org, and {FOLDERS}"
-    ),
+    "imagenet": DataSet(224, 3, IMAGENET, 0.875, f"get it at image-net.org, and {FOLDERS}"),
     "folder": DataSet(96, 3, IMAGENET, 0.875),
 }
 
@@ -58,9 +56,8 @@ class Images(Base):
     data: str = setting("digits", "data set: " + ", ".join(DATA_SETS), tuple(DATA_SETS))
     data_dir: str = setting("", "where the images are, or go [data/DATA]", free=True)
     image_size: int = setting(0, "pixels per side (0: the data set's own)", high=4096)
-    holdout: float = setting(
-        -1.0, "share of the training images to validate on", low=-1, high=0.9
-    )  # -1: a fifth of a folder without val/ or test/, else none
+    # holdout -1: a fifth of a folder without val/ or test/, else none
+    holdout: float = setting(-1.0, "share of the training images to validate on", low=-1, high=0.9)
     distractors: int = setting(1, "distractors beside a digit, for --data digits", high=20)
     workers: int = setting(8, "processes that decode images, per GPU", free=True)
     device: str = setting("auto", "cpu, cuda, mps, or auto", free=True)
@@ -94,19 +91,18 @@ class Data(NamedTuple):
     test: Any = None  # the same as `val` if there is no third part, as usual on ImageNet
     holdout: float = 0.0  # share of the training images that was held out
     available: int = 0  # images to train on, before --num-labels takes some
-    fingerprint: str = ""  # of the names of all images
+    fingerprint: str = ""  # of the names of all image files; a bundled or downloaded set has none
 
     def describe(self, labels: bool) -> str:
         """How many images there are, and of how many classes if `labels` matter."""
         text = f"{self.image_size} x {self.image_size}: {len(self.train):,} to train on"
         if not labels:
             return text
-        if self.val is self.test:
-            held = " held out" if self.holdout else ""
-            text += f", {len(self.test):,}{held} to validate and test on"
-        else:
-            text += f", {len(self.val):,} to validate on, {len(self.test):,} to test on"
-        return f"{text}; {len(self.classes)} classes"
+        held = " held out" if self.holdout else ""
+        parts = f"{len(self.test):,}{held} to validate and test on"
+        if self.val is not self.test:
+            parts = f"{len(self.val):,} to validate on, {len(self.test):,} to test on"
+        return f"{text}, {parts}; {len(self.classes)} classes"
 
     @property
     def normalization(self) -> Normalization:
@@ -114,10 +110,10 @@ class Data(NamedTuple):
 
     def set_normalization(self, normalization: Normalization) -> None:
         """Normalises all images as a teacher is used to."""
-        if len(normalization[0]) != self.channels:
+        taken = len(normalization[0])
+        if taken != self.channels:
             raise ValueError(
-                f"the teacher takes images of {len(normalization[0])} channels, these have "
-                f"{self.channels}: change --data or --teacher"
+                f"--data: the teacher takes {taken} channels, these have {self.channels}"
             )
         self.normalise.set(normalization)
 
@@ -138,52 +134,38 @@ class Parts(NamedTuple):
 
 
 def load(settings, train: bool = True) -> Data:
-    """The data set of the settings. With train=False its test images only.
-
-    ValueError or FileNotFoundError say what is wrong and how to mend it.
-    """
+    """The data set of the settings. With train=False its validation and test images only."""
     kind, device = DATA_SETS[settings.data], get_device(settings.device)
     size = settings.image_size or kind.image_size
-    normalise, folder = Normalise(kind.normalization, device), get_data_dir(settings)
+    normalise = Normalise(kind.normalization, device)
+    folder = Path(settings.data_dir or f"data/{settings.data}")
     in_folders = not settings.data.startswith(("digits", "cifar")) or (folder / "val").is_dir()
     if size != kind.image_size and not in_folders:
         raise ValueError(f"--image-size {size}: --data {settings.data} has {kind.image_size}")
     if settings.data == "digits":
         parts = load_digits(settings, normalise, device)
     elif not in_folders:
-        parts = load_cifar(settings, device)
+        parts = load_cifar(settings.data, folder, device)
     else:
         parts = load_folders(settings, folder, size, normalise)
-    share = settings.holdout
-    if share < 0:
-        share = 0.0 if parts.test else 0.2
+    if train and not parts.train:
+        raise ValueError(f"{folder} has no train/")
+    share = settings.holdout if settings.holdout >= 0 else 0.0 if parts.test else 0.2
     source, val, test = hold_out(parts, share)
     test = test or val or source
-    test_view = Eval(hold(test, device, centred=True), normalise, device)
-    val_view = test_view
+    test_view = val_view = Eval(hold(test, device, centred=True), normalise, device)
     if val not in (None, test):
         val_view = Eval(hold(val, device, centred=True), normalise, device)
-    view, available, fingerprint = None, 0, ""
-    if train:
-        available, fingerprint = len(source), hash_names(source, val, test)
-        source = hold(draw_labels(source, settings), device)
-        in_files = not isinstance(source, Tensors)
-        augment = parts.augment or Augment(settings, normalise, cropped=in_files)
-        view = Train(source, augment, settings, len(parts.classes), device)
-    return Data(
-        parts.classes, kind.channels, size, normalise, view, val_view, test_view, share, available,
-        fingerprint,
-    )  # fmt: skip
-
-
-def get_data_dir(settings) -> Path:
-    return Path(settings.data_dir or f"data/{settings.data}")
-
-
-def hash_names(*sources) -> str:
-    """Of the names of image files. A bundled or downloaded set has none."""
-    named = [source.names for source in sources if source and not isinstance(source, Tensors)]
-    return f"{hash_seed(*named):014x}" if named else ""
+    found = Data(parts.classes, kind.channels, size, normalise, None, val_view, test_view, share)
+    if not train:
+        return found
+    names = [x.names for x in (source, val, test) if x and not isinstance(x, Tensors)]
+    names_hash, available = f"{hash_seed(*names):014x}" if names else "", len(source)
+    source = hold(draw_labels(source, settings), device)
+    in_files = not isinstance(source, Tensors)
+    augment = parts.augment or Augment(settings, normalise, cropped=in_files)
+    view = Train(source, augment, settings, len(parts.classes), device)
+    return found._replace(train=view, available=available, fingerprint=names_hash)
 
 
 def hold_out(parts: Parts, share: float) -> tuple:
@@ -215,20 +197,18 @@ def draw_labels(source, settings):
     return source.subset(order[rounds.argsort(stable=True)][: settings.num_labels].tolist())
 
 
-# Two views of a source: shuffled and augmented, or in order and as it is --------------------------
-
-
 class Train:
     """Training images: shuffled, augmented, mixed; each process gets its share of every batch."""
 
     def __init__(self, source, augment: Callable, settings, classes: int, device):
         self.source, self.augment, self.device = source, augment, device
         self.rank, self.world, self.seed = rank(), world(), settings.seed
-        self.batch = settings.batch or choose_batch(len(source), self.world)
+        eighth = min(64, len(source) // 8)
+        self.batch = settings.batch or max(1, eighth // self.world) * self.world
         if self.batch % self.world or self.batch > len(source):
+            most = f"at most the {len(source)} training images"
             raise ValueError(
-                f"--batch {self.batch}: choose a multiple of the {self.world} processes, and at "
-                f"most the {len(source)} training images"
+                f"--batch {self.batch}: {most}, and a multiple of {self.world} processes"
             )
         self.mix = None
         if settings.mixup or settings.cutmix:
@@ -256,15 +236,10 @@ class Train:
 
     def first(self, count: int) -> tuple[Tensor, Tensor]:
         """The first images that training shows, over all processes, unmixed; and their labels."""
-        whole, found, seen, epoch = copy.copy(self), [], 0, 0
+        whole = copy.copy(self)
         whole.rank, whole.world, whole.mix = 0, 1, None
-        while seen < count:
-            for some in whole.epoch(epoch):
-                found.append(some)
-                seen += len(some[0])
-                if seen >= count:
-                    break
-            epoch += 1
+        batches = itertools.chain.from_iterable(map(whole.epoch, itertools.count()))
+        found = itertools.islice(batches, math.ceil(count / self.batch))
         images, labels = (torch.cat(parts)[:count] for parts in zip(*found, strict=True))
         return images, labels
 
@@ -276,11 +251,6 @@ def build_mix(mixup: float, cutmix: float, classes: int) -> Callable:
     mixes = [v2.MixUp(alpha=mixup, num_classes=classes)] if mixup else []
     mixes += [v2.CutMix(alpha=cutmix, num_classes=classes)] if cutmix else []
     return v2.RandomChoice(mixes)
-
-
-def choose_batch(images: int, ranks: int) -> int:
-    """The batch of --batch 0: an eighth of the images, but at most 64."""
-    return max(1, min(64, images // 8) // ranks) * ranks
 
 
 class Eval:
@@ -306,7 +276,7 @@ class Tensors:
 
     def __init__(self, images: Tensor, labels: Tensor, files=None):
         self.images, self.labels, self.files = images, labels, files
-        self.names: Sequence = range(len(images))
+        self.names = range(len(images))
 
     def __len__(self) -> int:
         return len(self.images)
@@ -327,14 +297,10 @@ class Tensors:
 
 def hold(source, device, centred: bool = False):
     """Decodes image files once, if they fit in memory. `centred`: as evaluation sees them."""
-    if isinstance(source, Tensors) or not source.hold(centred):
-        return source
-    sizes = {image.shape[1:] for image in source.held}
-    if sizes != {(source.size, source.size)}:
-        return source
-    images = torch.stack(source.held).to(device)
-    source.held = None
-    return Tensors(images, source.labels.to(device), source)
+    images = None if isinstance(source, Tensors) else source.hold(centred)
+    return (
+        source if images is None else Tensors(images.to(device), source.labels.to(device), source)
+    )
 
 
 def load_digits(settings, normalise: Normalise, device) -> Parts:
@@ -342,17 +308,16 @@ def load_digits(settings, normalise: Normalise, device) -> Parts:
 
     split = digits.Split(settings.distractors, normalise, device)
     train, *placed = split.whole("train"), split.placed("val"), split.placed("test")
-    classes = [str(i) for i in range(10)]
-    return Parts(classes, Tensors(*train), *(Tensors(*part) for part in placed), split.clutter)
+    val, test = (Tensors(*part) for part in placed)
+    return Parts(list("0123456789"), Tensors(*train), val, test, split.clutter)
 
 
-def load_cifar(settings, device) -> Parts:
+def load_cifar(name: str, folder: Path, device) -> Parts:
     from torchvision import datasets
 
-    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[settings.data]
-    folder = get_data_dir(settings)
+    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
     if not folder.is_dir():
-        print0(f"downloading {settings.data} to {folder} (if it cannot be: {FOLDERS})")
+        print0(f"downloading {name} to {folder} (if it cannot be: {FOLDERS})")
     first_alone(lambda: kind(folder, download=True))
     sets = [kind(folder, train=part) for part in (True, False)]
     sources = []
@@ -370,9 +335,5 @@ def load_folders(settings, folder: Path, size: int, normalise: Normalise) -> Par
     how, sources = (size, kind.crop_pct, settings, normalise), {}
     for part, found in listings.items():
         sources[part] = images.Files(found.samples, folders.name_images(found), *how)
-    if "train" not in sources:
-        print0(f"note: {folder} has no train/")
-    classes = next(iter(listings.values())).classes
-    if "test" in sources:
-        return Parts(classes, sources.get("train"), sources.get("val"), sources["test"])
-    return Parts(classes, sources.get("train"), None, sources.get("val"))
+    train, val, test = (sources.get(part) for part in ("train", "val", "test"))
+    return Parts(found.classes, train, val if test else None, test or val)

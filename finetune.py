@@ -64,7 +64,9 @@ def task(settings: Settings, dataset: data.Data, checkpoint=None) -> train.Task:
     if checkpoint:
         how = dict(image_size=dataset.image_size, classes=len(dataset.classes))
         net = build_vit(checkpoint, **how, drop_path=settings.drop_path)
-        nn.init.trunc_normal_(net.head.weight, std=2e-5)  # as in MAE: small, to spare the rest
+        nn.init.trunc_normal_(
+            net.get_parameter("head.weight"), std=2e-5
+        )  # as in MAE: small, to spare the rest
     else:
         net = new_vit(settings, dataset)
     return train.Task(

@@ -145,8 +145,8 @@ def overlays(
         for axis in line:
             axis.set(xticks=[], yticks=[])
     for axis, name in zip(axes[0], ("image", *looks), strict=True):
-        how = dict(break_long_words=False, break_on_hyphens=False)
-        axis.set_title(textwrap.fill(name, 9, **how), fontsize=8)
+        title = textwrap.fill(name, 9, break_long_words=False, break_on_hyphens=False)
+        axis.set_title(title, fontsize=8)
     for axis, name in zip(axes[:, 0], rows, strict=False):
         axis.set_ylabel(name, fontsize=8)
     bar = fig.colorbar(drawn, ax=axes, shrink=0.8, aspect=30)

@@ -161,7 +161,8 @@ def task(settings: Settings, dataset: data.Data) -> train.Task:
 def main(settings: Settings) -> dict | None:
     dataset = data.load(settings)
     if settings.reconstruct:
-        return draw_reconstructions(settings, dataset)
+        draw_reconstructions(settings, dataset)
+        return None
     return train.fit(task(settings, dataset), settings)
 
 

@@ -12,8 +12,7 @@ from common.settings import Recipes, setting
 
 @dataclass(frozen=True)
 class Settings(data.Settings):
-    method = ""  # names the run's folder
-    teacher = ""
+    teacher = ""  # a setting of most methods
     model: str = setting("micro", "size of the ViT: nano to huge")
     patch: int = setting(3, "pixels per side of a patch", low=1)
     drop_path: float = setting(0.0, "probability of dropping the last branch", high=0.99)
@@ -35,6 +34,10 @@ class Settings(data.Settings):
     amp: str = setting("auto", "mixed precision", ("auto", "off", "bf16", "fp16"))
     micro_batch: int = setting(0, free=True)  # images at a time per GPU (0: all that fit)
     compile: str = setting("auto", "torch.compile", ("auto", "off", "on", "graphs"), free=True)
+
+    @property
+    def method(self) -> str:  # names the run's folder
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)

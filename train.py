@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -38,9 +39,9 @@ class Task:
 
     net: nn.Module
     data: data.Data
-    loss: Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, dict]]  # images, labels: loss, shown
-    predict: Callable[[nn.Module, Tensor], Tensor] | None = nn.Module.__call__  # images: logits
-    export: Callable[[nn.Module], dict] = checkpoints.export  # what model.pt holds
+    loss: Callable[..., tuple[Tensor, dict]]  # of the net, images and labels: loss, shown
+    predict: Callable[..., Tensor] | None = nn.Module.__call__  # of the net and images: logits
+    export: Callable[..., dict] = checkpoints.export  # of the net: what model.pt holds
     teacher: checkpoints.Checkpoint | None = None  # must be the same for --resume
 
 
@@ -77,9 +78,9 @@ def train(task: Task, settings, out: Path, test: Callable | None) -> dict:
     task.net.train()
     with catch_signals() as signals:
         for epoch in range(learner.done // per_epoch, epochs):
-            for batch in images.epoch(epoch, start=learner.done % per_epoch):
+            for batch, labels in images.epoch(epoch, start=learner.done % per_epoch):
                 rate = get_learning_rate(learner.done, steps, warmup, peak, settings.final_lr)
-                learner.train_step(*batch, rate)
+                learner.train_step(batch, labels, rate)
                 if clock.second_passed():
                     runs.check_finite(learner.sums)
                     show_progress(learner.sums, learner.done, per_epoch, epochs, clock)
@@ -131,7 +132,7 @@ class Learner:
         fp16 = choose_precision(settings.amp, net) is torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
         self.autocast = autocast(settings.amp, net)
-        self.loss_module: nn.Module = LossModule(net, task.loss)
+        self.loss_module: Any = LossModule(net, task.loss)
         share, size = task.data.train.batch // world(), task.data.image_size
         blank = torch.zeros(share, task.data.channels, size, size, device=self.device)
         search = find_micro_batch(net, self.compute_loss, blank) if not settings.micro_batch else 0
@@ -195,7 +196,7 @@ class Learner:
             for buffer in self.net.buffers():
                 dist.broadcast(buffer, 0)
 
-    def classify(self, predict: Callable, net: nn.Module, images) -> tuple[Tensor, Tensor]:
+    def classify(self, predict: Any, net: nn.Module, images) -> tuple[Tensor, Tensor]:
         return classify(predict, net, images, self.settings.amp, min(256, 4 * self.micro_batch))
 
     def validate(self, task: Task) -> dict[str, float]:

@@ -28,10 +28,7 @@ def reseed(device: torch.device, *parts) -> None:
 
 @dataclass
 class BatchRandom:
-    """The random numbers of one batch, however many processes share it.
-
-    Each draws those of the whole batch and takes the rows of its own images.
-    """
+    """The random numbers of one batch. Each process draws all, and takes those of its images."""
 
     generator: torch.Generator
     batch: int
@@ -44,7 +41,6 @@ class BatchRandom:
         return numbers[self.mine].to(self.device, non_blocking=True)
 
 
-LOG_4_3 = math.log(4 / 3)
 Normalization = tuple[list[float], list[float]]  # mean and deviation per channel, of pixels in 0..1
 
 
@@ -56,7 +52,6 @@ class Normalise:
         self.set(normalization)
 
     def set(self, normalization: Normalization) -> None:
-        """From now on another one, such as a teacher's."""
         self.normalization = normalization
         mean, std = (torch.tensor(x, device=self.device) for x in normalization)
         self.mean, self.std = mean[:, None, None], std[:, None, None]
@@ -75,8 +70,7 @@ def to_pixels(images: Tensor, normalization: Normalization) -> Tensor:
 class Augment:
     """Crop, flip, RandAugment, normalisation and random erasing, as a recipe has them.
 
-    `cropped`: the first three were done image by image (images.random_crop). The random numbers
-    differ, the distribution does not.
+    `cropped`: images.random_crop did the first three, one by one. The distribution is the same.
     """
 
     def __init__(self, settings, normalise: Normalise, cropped: bool = False):
@@ -87,37 +81,32 @@ class Augment:
         if not self.cropped:
             images = crop_and_flip(images, draws, self.settings.crop_area)
         if self.settings.randaugment and not self.cropped:
-            mean, _ = self.normalise.normalization
-            augment = rand_augment(self.settings.randaugment, mean, "bilinear")
+            normalization = self.normalise.normalization
+            augment = rand_augment(self.settings.randaugment, normalization[0], "bilinear")
             # One operation for 1/16 of the batch: a few kernels, not thousands.
-            pixels = to_pixels(images, self.normalise.normalization).mul(255).round().byte()
+            pixels = to_pixels(images, normalization).mul(255).round().byte()
             images = self.normalise(torch.cat([augment(group) for group in pixels.chunk(16)]))
         return random_erase(images, draws, self.settings.random_erase)
 
 
 def rand_augment(magnitude: int, mean: Sequence[float], interpolation: str) -> Callable:
-    """RandAugment (Cubuk et al. 2020) as timm has it: two operations, each half the time.
-
-    timm counts magnitudes to 10, torchvision to 30. `mean`: the colour that fills gaps.
-    """
+    """RandAugment (Cubuk et al. 2020) as timm has it. `mean`: the colour that fills gaps."""
     from torchvision.transforms import InterpolationMode, v2  # slow to import
 
     how = dict(interpolation=InterpolationMode(interpolation), fill=[round(255 * x) for x in mean])
-    operation = v2.RandAugment(1, 3 * magnitude, **how)
+    operation = v2.RandAugment(1, 3 * magnitude, **how)  # timm counts to 10, torchvision to 30
     half = v2.RandomApply([operation], p=0.5)
     return v2.Compose([half, half])
 
 
 def crop_and_flip(images: Tensor, draws: BatchRandom, area: float) -> Tensor:
-    """RandomResizedCrop of at least `area` of each square image, and a flip half the time.
-
-    With `area` 0 a shift by up to 1/8 of the side. All in one affine resampling.
-    """
+    """RandomResizedCrop of at least `area` of each square (0: a shift), and a random flip."""
     size = images.shape[-1]
     if area:
         left, top, w, h = crop_boxes(draws, area, size)
     else:
-        left, top = shifts(draws, size).unbind(1)
+        reach = size // 8  # pixels
+        left, top = ((draws.uniform(2) * (2 * reach + 1)).floor() - reach).unbind(1)
         w = h = torch.full_like(left, size)
     zero, flip = torch.zeros_like(w), torch.where(draws.uniform(1)[:, 0] < 0.5, -1.0, 1.0)
     columns = torch.stack([w / size * flip, zero, (2 * left + w) / size - 1], 1)
@@ -132,19 +121,13 @@ def crop_boxes(draws: BatchRandom, area: float, size: int) -> tuple[Tensor, ...]
     The first of ten boxes of random area and aspect ratio that fits; the whole image if none does.
     """
     u = draws.uniform(20)
-    share, ratio = area + (1 - area) * u[:, :10], torch.exp((2 * u[:, 10:] - 1) * LOG_4_3)
+    share, ratio = area + (1 - area) * u[:, :10], torch.exp((2 * u[:, 10:] - 1) * math.log(4 / 3))
     w, h = ((x.sqrt() * size).round() for x in (share * ratio, share / ratio))
     fits = (torch.maximum(w, h) <= size) & (torch.minimum(w, h) > 0)
     first = fits.float().argmax(dim=1, keepdim=True)
     w, h = (torch.where(fits.any(1), x.gather(1, first)[:, 0], float(size)) for x in (w, h))
     left, top = (draws.uniform(2) * (size + 1 - torch.stack([w, h], 1))).floor().unbind(1)
     return left, top, w, h
-
-
-def shifts(draws: BatchRandom, size: int) -> Tensor:
-    """By how many pixels to shift each image: (B, 2)."""
-    reach = size // 8
-    return (draws.uniform(2) * (2 * reach + 1)).floor() - reach
 
 
 def random_erase(images: Tensor, draws: BatchRandom, probability: float) -> Tensor:

@@ -11,7 +11,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -78,10 +78,7 @@ def parse_ours(found: dict[str, Any], source: str) -> Checkpoint:
 
 
 def write(path: Path, fill: Callable) -> None:
-    """`fill(file)` fills a new file, which replaces the old one only when it is complete.
-
-    Failed if the disk is full or the folder is not writable.
-    """
+    """`fill(file)` fills a new file. It replaces the old one when it is complete, else: Failed."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         with open(part, "wb") as file:
@@ -116,10 +113,7 @@ def check_place(path: Path, name: str, *suffixes: str) -> None:
 
 
 def read_file(source: str | Path) -> Any:
-    """What torch.save wrote to a path or URL, or the tensors of a safetensors file, on the CPU.
-
-    ValueError if it is damaged or holds more than tensors and plain values.
-    """
+    """What torch.save or safetensors wrote to a path or URL. ValueError for any other file."""
     path = download(str(source)) if is_url(source) else Path(source)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {source}")
@@ -155,13 +149,9 @@ def is_url(source: str | Path) -> bool:
 
 
 def download(url: str) -> Path:
-    """The file at a URL, downloaded once to torch.hub's folder.
-
-    A hash in its name is checked, and one behind the URL (`#md5=1a2b3c`).
-    """
+    """The file at a URL, downloaded once. A hash in its name or behind it (#md5=) is checked."""
     url, _, wanted = url.partition("#md5=")
-    place = PurePosixPath(url.split("://")[1].partition("?")[0])
-    path = Path(torch.hub.get_dir()) / "checkpoints" / place
+    path = Path(torch.hub.get_dir(), "checkpoints", url.split("://")[1].partition("?")[0])
     named = re.search(r"-([0-9a-f]{8,})\.", path.name)
 
     def get() -> None:
@@ -176,8 +166,6 @@ def download(url: str) -> Path:
         first_alone(get)
         get()  # on the other machines
     except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"cannot download {url} ({error}): download it in a browser, accepting its licence "
-            "where one is asked for, and write NAME=FILE"
-        ) from error
+        remedy = "accept its licence in a browser if it has one, download it, and write NAME=FILE"
+        raise ValueError(f"cannot download {url} ({error}): {remedy}") from error
     return path

@@ -22,13 +22,6 @@ PLACES = 4  # of each digit of validation and test
 FILE = Path(__file__).parent / "digits.npz"
 
 
-def read_digits(device) -> tuple[Tensor, Tensor]:
-    """All digits (1797, 8, 8) in 0..1, and their labels (1797,)."""
-    file = np.load(FILE)
-    images = torch.from_numpy(file["images"]).to(device) / 16
-    return images, torch.from_numpy(file["labels"]).long().to(device)
-
-
 class Clutter:
     """Places digits and distractors, then normalises: this task's augmentation."""
 
@@ -36,11 +29,8 @@ class Clutter:
         self.pool, self.distractors, self.normalise = pool, distractors, normalise
 
     def __call__(self, digits: Tensor, draws: BatchRandom) -> Tensor:
-        return self.normalise(self.place(digits, draws))
-
-    def place(self, digits: Tensor, draws: BatchRandom) -> Tensor:
-        """Digits (B, 8, 8) on their canvases (B, 1, 12, 12), not yet normalised."""
-        return torch.maximum(*self.layers(digits, draws))
+        """Digits (B, 8, 8) on their canvases (B, 1, 12, 12)."""
+        return self.normalise(torch.maximum(*self.layers(digits, draws)))
 
     def layers(self, digits: Tensor, draws: BatchRandom) -> tuple[Tensor, Tensor]:
         """The digits alone, and the distractors alone, on their canvases: two of (B, 1, 12, 12)."""
@@ -58,7 +48,8 @@ class Split:
     """The digits in three parts; validation and test lie in four fixed places each."""
 
     def __init__(self, distractors: int, normalise: Normalise, device):
-        self.images, self.labels = read_digits(device)
+        images, labels = (torch.from_numpy(np.load(FILE)[name]) for name in ("images", "labels"))
+        self.images, self.labels = images.to(device) / 16, labels.long().to(device)  # in 0..1
         order = torch.randperm(len(self.images), generator=seeded("digits"))
         parts = (part.to(device) for part in order.split([500, 300, 997]))
         self.parts = dict(zip(("test", "val", "train"), parts, strict=True))
@@ -66,7 +57,7 @@ class Split:
         self.clutter = Clutter(self.images[self.parts["train"]], distractors, normalise)
 
     def layers(self, name: str) -> tuple[Tensor, Tensor]:
-        """As of Clutter, of validation or test."""
+        """Clutter.layers of validation or test."""
         part = self.parts[name].repeat(PLACES)
         draws = BatchRandom(seeded("digits", name), len(part), slice(None), self.images.device)
         return self.clutter.layers(self.images[part], draws)

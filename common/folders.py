@@ -10,11 +10,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from common.augment import hash_seed
 from common.launch import print0
 
-PARTS = {
-    "train": ("train", "training"),
-    "val": ("val", "valid", "validation"),
-    "test": ("test", "testing"),
-}
+PARTS = {"train": "train training", "val": "val valid validation", "test": "test testing"}
 
 
 class Listing(NamedTuple):
@@ -24,26 +20,22 @@ class Listing(NamedTuple):
 
 
 def list_parts(root: Path, advice: str) -> dict[str, Listing]:
-    """The images of root/train/CLASS/*, root/val/CLASS/* and root/test/CLASS/*, as far as there.
+    """The images of root/PART/CLASS/* for train, val and test; else those of root/CLASS/* as train.
 
-    Without train/ and val/ those of root/CLASS/*, as "train". Without labels they may lie in one
-    flat folder. FileNotFoundError, with `advice`, if there are none.
+    Without labels they may lie in one flat folder. FileNotFoundError, with `advice`, without any.
     """
     if not root.is_dir():
         raise FileNotFoundError(f"no folder {root}: {advice}")
-    folders = list_subfolders(root)
-    parts = {}
+    folders, parts = list_subfolders(root), {}
     for part, names in PARTS.items():
-        fit = [root / name for name in folders if name.lower() in names]
+        fit = [root / name for name in folders if name.lower() in names.split()]
         if fit and list_subfolders(fit[0]):  # without subfolders it is a class called so
             parts[part] = list_images(fit[0])
     if not parts:
         return {"train": list_images(root)}
-    if beside := [
-        name for name in folders if root / name not in [p.folder for p in parts.values()]
-    ]:
-        used = ", ".join(str(listing.folder) for listing in parts.values())
-        print0(f"note: {used} are used, and {', '.join(beside[:5])} beside them not")
+    used = [str(listing.folder) for listing in parts.values()]
+    if beside := [name for name in folders if str(root / name) not in used]:
+        print0(f"note: {', '.join(used)} are used, and {', '.join(beside[:5])} beside them not")
     classes = [set(listing.classes) for listing in parts.values()]
     if odd := sorted(set.union(*classes) - set.intersection(*classes)):
         raise ValueError(f"{root}: {' and '.join(parts)} have different classes ({odd[0]})")
@@ -51,20 +43,20 @@ def list_parts(root: Path, advice: str) -> dict[str, Listing]:
 
 
 def list_subfolders(folder: Path) -> list[str]:
-    """Their names, in order, without hidden ones such as .ipynb_checkpoints."""
+    """Their names, without hidden ones (.ipynb_checkpoints)."""
     return sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
 
 
 def list_images(folder: Path) -> Listing:
     """FileNotFoundError names a class without images."""
-    others = []
+    others: list[str] = []
 
     def is_image(path: str) -> bool:
-        name = os.path.basename(path)
-        known = name.lower().endswith(IMG_EXTENSIONS)
-        if not known and not name.startswith("."):
+        if f"{os.sep}." in path.removeprefix(str(folder)):  # hidden, or in a hidden folder
+            return False
+        if not path.lower().endswith(IMG_EXTENSIONS):
             others.append(path)
-        return known and not name.startswith(".")
+        return path.lower().endswith(IMG_EXTENSIONS)
 
     classes = list_subfolders(folder)
     numbers = {name: number for number, name in enumerate(classes)}

@@ -25,7 +25,7 @@ HELD = 2**31  # bytes of decoded images that are kept in memory
 
 
 def read_image(path: str) -> Tensor:
-    """As `decode`, but what cannot be read is a ValueError that names it."""
+    """As `decode`. ValueError names an image that cannot be read."""
     try:
         return decode(path)
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, ...
@@ -55,10 +55,7 @@ def centre_crop(size: int, crop_pct: float) -> v2.Transform:
 
 
 def random_crop(size: int, settings, mean: Sequence[float]) -> v2.Transform:
-    """RandomResizedCrop of at least --crop-area, a flip, RandAugment.
-
-    With --crop-area 0 the central square, shifted by up to 1/8 of its side.
-    """
+    """RandomResizedCrop (with --crop-area 0 the central square, shifted), a flip, RandAugment."""
     if settings.crop_area:
         steps = [v2.RandomResizedCrop(size, (settings.crop_area, 1.0), interpolation=BICUBIC)]
     else:
@@ -73,7 +70,7 @@ def random_crop(size: int, settings, mean: Sequence[float]) -> v2.Transform:
 
 @dataclass(eq=False)
 class Files(Dataset):
-    """Images in files, cropped when a batch asks for them: at random to train, else in the centre."""
+    """Images in files, cropped when a batch asks: at random to train, else in the centre."""
 
     samples: list[tuple[str, int]]  # path, label
     names: list[str]  # the same wherever their folder lies
@@ -100,13 +97,13 @@ class Files(Dataset):
         samples, names = ([every[i] for i in indices] for every in (self.samples, self.names))
         return replace(self, samples=samples, names=names)
 
-    def hold(self, centred: bool = False) -> bool:
-        """Decodes all images now, if they fit in memory. Whether they do.
+    def hold(self, centred: bool = False) -> Tensor | None:
+        """Decodes all images now, if they fit in memory. Returns them if all have the final size.
 
         What cannot be read is left out, and named. `centred`: cropped as evaluation sees them.
         """
         if len(self) * 3 * self.size**2 > HELD:
-            return False
+            return None
         found, bad, left = [], [], HELD
 
         def prepare(index: int) -> Tensor | None:
@@ -122,15 +119,18 @@ class Files(Dataset):
                 left -= 0 if image is None else image.numel()
                 if left < 0:
                     pool.shutdown(cancel_futures=True)
-                    return False
+                    return None
         kept = [i for i, image in enumerate(found) if image is not None]
         if not kept:
             raise bad[0]
         if bad:
             print0(f"note: {len(bad)} images are left out: {bad[0]}")
         self.samples, self.names = [self.samples[i] for i in kept], [self.names[i] for i in kept]
-        self.held = [found[i] for i in kept]
-        return True
+        images = [found[i] for i in kept]
+        if {image.shape[1:] for image in images} == {(self.size, self.size)}:
+            return torch.stack(images)
+        self.held = images
+        return None
 
     def crop_centre(self, index: int) -> Tensor:
         return centre_crop(self.size, self.crop_pct)(read_image(self.samples[index][0]))
@@ -144,10 +144,7 @@ class Files(Dataset):
         return v2.functional.resize(image, [side], interpolation=BICUBIC)
 
     def batches(self, order, key: tuple = ()) -> Iterator[tuple[Tensor, Tensor]]:
-        """The images (uint8) and labels of each row of `order`, on the CPU.
-
-        With a key (seed, epoch) they are cropped at random, each seeded by the key and its number.
-        """
+        """Images (uint8) and labels of each row of `order`. key: (seed, epoch) of random crops."""
         pin = self.normalise.mean.is_cuda
         workers = min(self.settings.workers, len(order), count_cores())
         if self.held and not pin:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import sys
@@ -18,15 +19,12 @@ class Failed(RuntimeError):
 
 
 def run(main: Callable, parse: Callable) -> None:
-    """Runs `main(parse(argv))`. An error is one line on stderr; TRACEBACK=1 shows its traceback.
-
-    Exit code 2 means wrong input, 1 a failed run. Under torchrun it joins the other processes.
-    """
+    """Runs `main(parse(argv))`. An error is one line, and exit code 2 (input) or 1 (failed run)."""
     os.environ.setdefault("MPLBACKEND", "Agg")  # pictures are files
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="backslashreplace")  # a file's name may be no UTF-8
     try:
-        if "WORLD_SIZE" in os.environ:
+        if "WORLD_SIZE" in os.environ:  # torchrun
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         main(parse(sys.argv[1:]))
         print(end="", flush=True)
@@ -34,7 +32,7 @@ def run(main: Callable, parse: Callable) -> None:
         os._exit(141)
     except (ValueError, OSError, RuntimeError, MemoryError, KeyboardInterrupt) as error:
         text, code = describe_error(error)
-        if os.environ.get("TRACEBACK") or not code:
+        if os.environ.get("TRACEBACK") or not code:  # TRACEBACK=1 python ...
             raise
         who = f"error (rank {rank()}): " if rank() else "error: "
         print(who + " ".join(text.split()), file=sys.stderr, flush=True)
@@ -64,10 +62,9 @@ def describe_error(error: BaseException) -> tuple[str, int]:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """CUDA has an error of its own for it. Other devices only say so."""
-    words = ("out of memory", "t allocate memory", "not enough memory", "ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError | OSError) and any(word in str(error) for word in words)
-    )
+    words = "out of memory|t allocate memory|not enough memory|ALLOC_FAILED"
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or bool(re.search(words, str(error)))
 
 
 def rank() -> int:
@@ -135,9 +132,9 @@ def get_device(name: str) -> torch.device:
 
 def device_name(where: torch.device) -> str:
     """A GPU by its name, a CPU by its threads, times the number of processes."""
-    name = f"{where.type}, {torch.get_num_threads()} thread(s)"
-    if where.type != "cpu":
-        name = torch.cuda.get_device_name(where) if where.type == "cuda" else where.type
+    name = torch.cuda.get_device_name(where) if where.type == "cuda" else where.type
+    if where.type == "cpu":
+        name += f", {torch.get_num_threads()} thread(s)"
     return f"{world()} x ({name})" if world() > 1 else name
 
 

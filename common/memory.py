@@ -12,11 +12,11 @@ from common.launch import Failed, is_out_of_memory
 def find_micro_batch(net: nn.Module, compute: Callable, images: Tensor) -> int:
     """The largest share of these images whose gradients fit, by halving; equal on all ranks.
 
-    `compute(images, labels)` returns the loss. Room is left for AdamW's two moments. Failed if one
-    image does not fit.
+    `compute(images, labels)` returns the loss. Failed if one image does not fit.
     """
     size = len(images)
-    moments = [torch.empty_like(p) for p in net.parameters() if p.requires_grad for _ in range(2)]
+    learned = [p for p in net.parameters() if p.requires_grad]
+    moments = [torch.empty_like(p) for p in learned * 2]  # leaves room for AdamW's
     if dist.is_initialized():
         dist.all_reduce(images.new_zeros(1))  # NCCL takes its memory at its first use
     while not all_fit(net, compute, images[:size]):

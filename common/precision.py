@@ -9,14 +9,13 @@ from torch import nn
 
 def choose_precision(amp: str, net: nn.Module) -> torch.dtype:
     """The dtype of matrix products. auto: bf16 in hardware, else fp16 on a GPU, else float32."""
-    if amp != "auto":
-        return {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
     where = next(net.parameters()).device.type
-    if sum(p.numel() for p in net.parameters()) < 1e6:  # the time goes into calls, not products
-        return torch.float32
-    if has_bf16(where):
-        return torch.bfloat16
-    return torch.float16 if where == "cuda" else torch.float32
+    small = sum(p.numel() for p in net.parameters()) < 1e6  # its time goes into calls, not products
+    if amp == "auto":
+        amp = (
+            "off" if small else "bf16" if has_bf16(where) else "fp16" if where == "cuda" else "off"
+        )
+    return {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
 
 
 def has_bf16(where: str) -> bool:
@@ -35,6 +34,5 @@ def autocast(amp: str, net: nn.Module):
 
 def choose_compilation(choice: str, where: torch.device, steps: int) -> str:
     """--compile, with auto decided. Compiling takes minutes: only long GPU runs earn them back."""
-    if choice == "auto":
-        return "on" if where.type == "cuda" and steps >= 5000 else "off"
-    return choice
+    long = where.type == "cuda" and steps >= 5000
+    return choice if choice != "auto" else "on" if long else "off"

@@ -8,10 +8,8 @@ from pathlib import Path
 from common.launch import Every, device_name, on_terminal, print0, rewrite, world
 from common.precision import choose_precision
 
-NOT_SHOWN = {  # in the log, beside the loss and what a method watches
-    "epoch", "gradient_norm", "lr", "images_per_s", "seconds", "val_top1", "val_top1_ema",
-    "test_top1",
-}  # fmt: skip
+# In the log, beside the loss and what a method watches.
+NOT_SHOWN = "epoch gradient_norm lr images_per_s seconds val_top1 val_top1_ema test_top1".split()
 
 
 class Clock:
@@ -97,9 +95,8 @@ def introduce(task, settings, out: Path, micro_batch: int, rate: float) -> None:
         steps += f", {micro_batch} images at a time"
     shape = f"{sum(p.numel() for p in net.parameters() if p.requires_grad):,} parameters"
     if config := getattr(net, "config", None):
-        shape = f"{config.dim} wide, {config.depth} deep, {config.heads} heads, patches of " + (
-            f"{config.patch} x {config.patch}; {shape}"
-        )
+        patches = f"patches of {config.patch} x {config.patch}"
+        shape = f"{config.dim} wide, {config.depth} deep, {config.heads} heads, {patches}; {shape}"
     lines = {
         "net": shape,
         "teacher": teacher,
@@ -108,9 +105,9 @@ def introduce(task, settings, out: Path, micro_batch: int, rate: float) -> None:
         "steps": f"{steps}; learning rate {rate:.3g}, warm-up {settings.warmup:.0%}",
     }
     print0(f"{settings.method} -> {out}")
+    how = dict(break_on_hyphens=False, break_long_words=False)  # paths can be copied
     for name, line in lines.items():
         if line:
-            how = dict(break_on_hyphens=False, break_long_words=False)  # paths can be copied
             print0(textwrap.fill(f"  {name:<8} {line}", 79, subsequent_indent=" " * 11, **how))
 
 

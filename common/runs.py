@@ -5,7 +5,7 @@ log.jsonl     one row per epoch: [json.loads(line) for line in open("log.jsonl")
 curves.png    the same as a picture
 last.pt       the state to resume from
 model.pt      the weights to share
-test.pt       predicted and true classes of the test images, in order
+test.pt       predicted and true classes of the test images
 """
 
 import contextlib
@@ -26,8 +26,7 @@ FILES = ("last.pt", "model.pt", "test.pt", "log.jsonl", "curves.png", "config.js
 
 
 def get_folder(settings) -> Path:
-    model = settings.model.replace(":", "-")
-    name = f"{settings.method}-{settings.data}-{model}-s{settings.seed}"
+    name = f"{settings.method}-{settings.data}-{settings.model}-s{settings.seed}"
     return Path(settings.out or f"runs/{name}")
 
 
@@ -92,9 +91,8 @@ def load_state(out: Path, settings, run: dict) -> dict | None:
         return None
     state = checkpoints.read_file(out / "last.pt")
     if odd := list_differences(dict(state["run"]), run):
-        raise ValueError(
-            f"{out} holds another run ({'; '.join(odd[:4])}): choose another --out or --overwrite"
-        )
+        remedy = "choose another --out, or start over with --overwrite"
+        raise ValueError(f"{out} holds another run ({'; '.join(odd[:4])}): {remedy}")
     return state
 
 
@@ -116,8 +114,8 @@ def clear(out: Path) -> None:
 def write_config(out: Path, run: dict, settings, device) -> None:
     if rank() == 0:
         about = {"torch": torch.__version__, "on": str(device), "commit": read_commit(), "run": run}
-        whole = values_of(settings) | about
-        checkpoints.write_text(out / "config.json", json.dumps(whole, indent=1))
+        text = json.dumps(values_of(settings) | about, indent=1)
+        checkpoints.write_text(out / "config.json", text)
 
 
 def write_rows(out: Path, rows: list[dict]) -> None:

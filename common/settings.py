@@ -1,14 +1,12 @@
 """Settings: a frozen dataclass for each script, with type, default and help side by side.
 
     @dataclass(frozen=True)
-    class Settings(train.Settings):
+    class Settings(recipes.Settings):
         attention_weight: float = setting(3.0, "weight of the attention loss")
 
-    RECIPES = {"digits": dict(epochs=450), "imagenet": dict(epochs=200)}
-    parse_settings(__doc__, Settings, RECIPES, ["--data", "imagenet"]).epochs      # 200
+    RECIPES = {"digits": dict(epochs=450), "cifar": dict(epochs=100)}      # cifar10 and cifar100
 
-A recipe changes defaults for the data sets whose name begins with its own. What the command line
-gives beats both.
+A recipe changes defaults. What the command line gives beats both.
 """
 
 import argparse
@@ -75,13 +73,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_settings(
-    doc: str,
-    cls: type,
-    recipes: Recipes,
-    argv: Sequence[str],
-    positional: tuple | None = None,  # name, help and number (0: any) of words without a flag
+    doc: str, cls: type, recipes: Recipes, argv: Sequence[str], positional=()
 ) -> Any:
-    """The settings of a command line. ValueError names a flag that is unknown or out of bounds."""
+    """The settings of a command line. ValueError names a flag that is unknown or out of bounds.
+
+    `positional`: name, help and number (0: any) of the words without a flag, if there are some.
+    """
     flags = flags_of(cls)
     usual = flags["data"].default if "data" in flags else ""
     parser = build_parser(doc, flags, recipe_for(recipes, usual), positional)
@@ -107,7 +104,7 @@ def recipe_for(recipes: Recipes, data: str) -> dict[str, Any]:
     return next((recipe for name, recipe in recipes.items() if data.startswith(name)), {})
 
 
-def build_parser(doc: str, flags: dict, recipe: dict, positional: tuple | None) -> Parser:
+def build_parser(doc: str, flags: dict, recipe: dict, positional: tuple) -> Parser:
     words = f" {positional[0].upper()} ..." if positional else ""
     end = "Defaults in [brackets] are those of the bundled digits. Other data: see RECIPES."
     parser = Parser(
@@ -135,15 +132,12 @@ def build_parser(doc: str, flags: dict, recipe: dict, positional: tuple | None) 
 
 
 def parse_layers(text: str, depth: int, name: str = "layers") -> list[int]:
-    """Numbers counted from 0, written as Python slices: `:18`, `6:12`, `-6:`, `3`, `0,2,4:7`.
-
-    Also `75%`, the first three quarters, and `all`. ValueError names the flag.
-    """
+    """Numbers from 0, written as Python slices (`:18`, `-6:`, `3`, `0,2,4:7`), `75%` or `all`."""
     try:
         spans, found = {"all": ":"}.get(text, text), []
         if text.endswith("%"):
             share = int(text[:-1])
-            spans = f":{min(depth + 1, max(share > 0, depth * share // 100))}"
+            spans = f":{min(depth + 1, max(int(share > 0), depth * share // 100))}"
         for part in spans.split(","):
             bounds = [int(bound) if bound else None for bound in part.split(":")]
             if any(bound is not None and not -depth <= bound <= depth for bound in bounds):

@@ -37,12 +37,11 @@ FORKED.set_forkserver_preload([__name__, SCRIPTS["variants"]])
 
 
 def load(script: str) -> Any:
-    """The module of a script."""
     return importlib.import_module(SCRIPTS[script])
 
 
 def work(script: str, argv: list[str], output: Path) -> None:
-    """Runs a script with these arguments. In a process of its own."""
+    """Runs a script with these arguments, in a process of its own."""
     threading.Thread(target=leave_with_parent, daemon=True).start()
     with open(output, "w") as file:
         os.dup2(file.fileno(), 1)

@@ -61,8 +61,8 @@ def find_of_seed(nets: dict[str, str | Path], settings) -> dict:
     found = {}
     if settings.data == "digits":
         images, kinds = load_digits(settings, teacher.net.config.patch, device)
-        shares = one_hot(kinds).mean(dim=(0, 1))
-        found["patches"] = dict(zip(PATCHES, shares[:, None].tolist(), strict=True))
+        shares = kinds.mean(dim=(0, 1))[:, None].tolist()
+        found["patches"] = dict(zip(PATCHES, shares, strict=True))
     else:
         images, kinds = load_photographs(settings, teacher), None
     for name, model in models.items():
@@ -91,12 +91,13 @@ def load_digits(settings, patch: int, device) -> tuple[Tensor, Tensor]:
 
 
 def find_kinds(digit: Tensor, distractors: Tensor, patch: int) -> Tensor:
-    """Which of PATCHES each patch is: (images, patches)."""
+    """1 where a patch is that of PATCHES, else 0: (images, patches, 3)."""
 
     def has_ink(canvas: Tensor) -> Tensor:
         return rearrange(canvas, "b 1 (h p) (w q) -> b (h w) (p q)", p=patch, q=patch).amax(-1) > 0
 
-    return torch.where(has_ink(digit), 0, torch.where(has_ink(distractors), 1, 2))
+    kinds = torch.where(has_ink(digit), 0, torch.where(has_ink(distractors), 1, 2))
+    return F.one_hot(kinds, len(PATCHES)).float()
 
 
 def measure_looks(model: Model, images: Tensor, kinds: Tensor | None) -> dict:
@@ -109,7 +110,7 @@ def measure_looks(model: Model, images: Tensor, kinds: Tensor | None) -> dict:
         return found
     patches = kinds.shape[1]
     among = renormalise(p[..., -patches:, -patches:])  # the class token is no place
-    shares = einsum(among, one_hot(kinds), "l b h q k, b k c -> c l b h q").mean(dim=(2, 3, 4))
+    shares = einsum(among, kinds, "l b h q k, b k c -> c l b h q").mean(dim=(2, 3, 4))
     return dict(zip(PATCHES, shares.tolist(), strict=True)) | found
 
 
@@ -125,10 +126,6 @@ def measure_change(p: Tensor) -> dict[str, list[float]]:
     least, most = (entropy(maps).mean(dim=(1, 2, 3)) for maps in (p, position))
     of_image = (most - least) / (math.log(p.shape[-1]) - least)
     return {"from_mean": from_mean.tolist(), "of_image": of_image.tolist()}
-
-
-def one_hot(kinds: Tensor) -> Tensor:
-    return F.one_hot(kinds, len(PATCHES)).float()
 
 
 def average_seeds(seeds: list) -> dict:

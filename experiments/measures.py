@@ -70,8 +70,7 @@ def cka(x: Tensor, y: Tensor) -> float:
     """Linear centred kernel alignment of features x (n, D1) and y (n, D2) of the same n images.
 
     1 for a rotation, 0 for no relation (Kornblith et al. 2019). HSIC is estimated without bias
-    (Song et al. 2012, equation 5). The usual estimate finds any two representations similar that
-    have more features than images.
+    (Song et al. 2012, equation 5), because there may be more features than images.
     """
     x, y = x.double() - x.double().mean(0), y.double() - y.double().mean(0)
     gram_x, gram_y = (gram - gram.diag().diag() for gram in (x @ x.T, y @ y.T))
@@ -127,9 +126,8 @@ def choose_cut(a, b) -> Callable[[Tensor], Tensor]:
 
 
 def list_prefix(config) -> tuple[int, int]:
-    """How many class tokens and registers a ViT has."""
     registers = getattr(config, "registers", 0)
-    return config.num_prefix_tokens - registers, registers
+    return config.num_prefix_tokens - registers, registers  # class tokens, registers
 
 
 def compare_maps(p: Tensor, q: Tensor, config) -> dict[str, Tensor]:

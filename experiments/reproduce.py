@@ -39,6 +39,7 @@ def parse(argv: Sequence[str]) -> Settings:
 
 def list_tables() -> str:
     how = dict(width=72, initial_indent="    ", subsequent_indent="    ")
+    how |= dict(break_on_hyphens=False, break_long_words=False)  # paths can be copied
     lines = []
     for name, table in TABLES.items():
         lines += ["", f"  {name}", *textwrap.wrap(table.about, **how)]

@@ -4,10 +4,9 @@
         --sets /imagenet-a,/imagenet-r,/imagenet-sketch,/imagenet-v2
     python -m experiments.shifted_sets a/model.pt b/model.pt --real real.json
 
-A set is a folder CLASS/* or val/CLASS/*. If it has only some of the classes,
-probabilities are taken over these, as ImageNet-A and -R are scored. Folders 0 to
-999 are ImageNet's classes in their order, as ImageNet-V2 names them. The first
-set is always the images that the first checkpoint was trained for.
+The first set is the images that the first checkpoint was trained for. If a set has
+only some of the classes, probabilities are taken over these, as for ImageNet-A.
+Folders 0 to 999 are ImageNet's classes in their order, as in ImageNet-V2.
 """
 
 import json
@@ -40,12 +39,11 @@ NAME = re.compile(r"ILSVRC2012_val_(\d{8})")
 
 def score(models: list[Model], settings: Settings) -> dict:
     """Top-1 in per cent of each model and, last, of their averaged probabilities."""
-    if settings.data == "folder" and has_numbers(data.get_data_dir(settings)):
+    if settings.data == "folder" and has_numbers(Path(settings.data_dir or "data/folder")):
         models = [number_classes(model) for model in models]
     found = [ensemble.compute_probabilities(model, settings) for model in models]
     _, labels, dataset = found[0]
-    every = [p for p, _, _ in found]
-    every += [sum(every)] if len(every) > 1 else []
+    every = [p for p, _, _ in found] + ([sum(p for p, _, _ in found)] if len(found) > 1 else [])
     result = {"images": len(labels), "top1": [ensemble.compute_top1(p, labels) for p in every]}
     if settings.real:
         result["real_top1"] = [compute_real_top1(p, dataset, settings.real) for p in every]
@@ -63,7 +61,8 @@ def number_classes(model: Model) -> Model:
     names = model.checkpoint.classes
     if len(names or NUMBERS) != 1000:
         return model
-    classes = [str(sorted(names).index(name)) for name in names] if names else NUMBERS
+    order = {name: str(i) for i, name in enumerate(sorted(names or []))}
+    classes = [order[name] for name in names or []] or NUMBERS
     return replace(model, checkpoint=replace(model.checkpoint, classes=classes))
 
 

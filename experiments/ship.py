@@ -39,15 +39,11 @@ def ship(name: str, settings: Settings, folder: Path = ROOT / "weights") -> Path
     planner = make_planner(table.study, settings)
     ((job, teacher),) = planner.plan_teacher(0, point).items()
     found = Runner(1, "").run({job: teacher})[job]
-    asked, file = teacher.get_settings(), folder / f"{name}.pt"
+    config, file = teacher.read_config(), folder / f"{name}.pt"
     fit = FIT if name == "digits" else FIT[:-1]
-    facts = {
-        "for": {key: getattr(asked, key) for key in fit},
-        "command": f"python -m experiments.ship {name}",
-        "commit": teacher.read_config()["commit"],
-        "seconds": found["seconds"],
-        "loss": found["loss"],
-    }
+    facts = {"for": {key: config[key] for key in fit}, "commit": config["commit"]}
+    facts |= {"command": f"python -m experiments.ship {name}"}
+    facts |= {"seconds": found["seconds"], "loss": found["loss"]}
     folder.mkdir(exist_ok=True)
     model = checkpoints.read_file(teacher.out / "model.pt")
     model["settings"] |= {"data_dir": "", "out": ""}  # places on one machine
@@ -59,8 +55,8 @@ def ship(name: str, settings: Settings, folder: Path = ROOT / "weights") -> Path
 
 def main(settings: Settings) -> None:
     launch.one_process()
-    if unknown := set(settings.teachers) - TEACHERS.keys():
-        raise ValueError(f"no teacher '{min(unknown)}': choose from {', '.join(TEACHERS)}")
+    if set(settings.teachers) - TEACHERS.keys():
+        raise ValueError(f"choose from {', '.join(TEACHERS)}")
     for name in settings.teachers:
         print(f"wrote {ship(name, settings)}")
 

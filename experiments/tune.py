@@ -1,7 +1,7 @@
 """Equal tuning: the same number of trials for every row, on validation images.
 
-First the rate. Then weight decay, at the best rate. Then one setting of the row's own, at the best
-of both. No table uses the seeds of tuning.
+First the rate, then weight decay at the best rate, then one setting of the row's own at the best of
+both. No table uses the seeds of tuning.
 """
 
 from collections.abc import Iterable

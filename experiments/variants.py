@@ -58,7 +58,7 @@ USES = {"copy": {"maps", "lend", "student"}, "distill": {"maps", "detach", "stud
 parse = partial(parse_settings, __doc__, Settings, attention_distill.RECIPES)
 
 
-# Whose maps: what lends as a ViT does -------------------------------------------------------------
+# Whose maps: lenders, as a ViT is one -------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -108,8 +108,8 @@ def draw_impulse_map(teacher: ViT) -> Tensor:
 
     The maps that a structured initialisation begins with (arXiv 2505.19985), here without noise.
     """
-    p, first = 0.1 * make_uniform_map(teacher), teacher.config.num_prefix_tokens
-    grid = teacher.config.grid_size
+    grid, first = teacher.config.grid_size, teacher.config.num_prefix_tokens
+    p = 0.1 * make_uniform_map(teacher)
     p[:, :, :first] *= 10  # tokens that are no patches have no neighbours
     line, patches = torch.arange(grid), torch.arange(first, p.shape[-1])
     for head in range(teacher.config.heads):
@@ -188,7 +188,7 @@ def loss_features(student: ViT, images, labels, teacher: ViT, layers, settings: 
 
 
 def loss_logits(student: ViT, images, labels, teacher: Model, settings: Settings):
-    """The class probabilities of a fine-tuned teacher (Hinton et al. 2015, temperature 1)."""
+    """Hinton et al. 2015, with a temperature of 1."""
     logits = student(images)
     soft = F.cross_entropy(logits, teacher(images).softmax(dim=-1))
     classes = compute_class_loss(logits, labels, settings)
@@ -261,8 +261,7 @@ def make_probe(settings: Settings, dataset: data.Data, checkpoint) -> train.Task
     return probe
 
 
-def export_changed(student: ViT) -> dict:
-    """Weights that are never taken for a ViT's: they need what was lent."""
+def export_changed(student: ViT) -> dict:  # no one takes it for a ViT: it needs what was lent
     return {"student": student.state_dict()}
 
 

@@ -28,6 +28,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+import torchvision.transforms.v2  # noqa: F401  loaded before memory is first read
 from torch import Tensor
 
 import attention_copy

@@ -1,5 +1,6 @@
 """Finds the teacher that --teacher asks for, or pre-trains one."""
 
+import contextlib
 import hashlib
 import json
 from dataclasses import fields, replace
@@ -72,15 +73,13 @@ def make_teacher(script, settings, **changes) -> Path:
     counts |= {"method": own.method, "folder": own.data == "folder" and own.data_dir}
     model = own.model.replace(":", "-").replace("/", "-")
     out = Path("runs") / f"teacher-{own.data}-{model}-{runs.hash_settings(counts)}"
-
-    def wait() -> None:
-        with runs.lock(out, wait=True):  # another process may be making it
-            pass
-
-    first_alone(wait)
-    if not (out / "model.pt").is_file():
-        runs.check_folder(settings)
-        print0(f"No teacher in {out} yet: making one first.")
-        script.main(replace(own, out=str(out), resume=True))
-        print0("The teacher is ready. Now the student:")
+    own = replace(own, out=str(out), resume=True)
+    for one in (settings, own):
+        runs.check_folder(one)
+    with contextlib.ExitStack() as stack:  # locked until it is made: other processes wait for it
+        first_alone(lambda: stack.enter_context(runs.lock(out, wait=True)))
+        if not (out / "model.pt").is_file():
+            print0(f"No teacher in {out} yet: making one first.")
+            script.main(own)
+            print0("The teacher is ready. Now the student:")
     return out / "model.pt"

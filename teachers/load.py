@@ -116,7 +116,7 @@ class Model:
     """A trained ViT of any method. A student of attention copy brings its teacher."""
 
     net: vit.ViT
-    checkpoint: Checkpoint | None = None
+    checkpoint: Any = None  # a Checkpoint; None for a random net
     teacher: Any = None  # a ViT or an adapt.TeacherAdapter
     layers: Sequence[int] = ()
 

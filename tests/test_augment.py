@@ -82,8 +82,7 @@ def test_randaugment_is_as_strong_as_timms(ours, timms):
 
 
 def test_each_operation_of_randaugment_is_done_half_the_time(monkeypatch):
-    calls = []
-    twice = augment.rand_augment(9, [0, 0, 0], InterpolationMode.BILINEAR)
+    calls, twice = [], augment.rand_augment(9, [0, 0, 0], InterpolationMode.BILINEAR)
     monkeypatch.setattr(v2.RandAugment, "forward", lambda _, x: (calls.append(0), x)[1])
     for _ in range(1000):
         twice(torch.zeros(3, 8, 8, dtype=torch.uint8))

@@ -7,15 +7,13 @@ from experiments import estimates
 
 
 def of(correct, groups, against=None):
-    return estimates.estimates({"": correct}, groups, against)["points"][""]
+    return estimates.estimate({"": correct}, groups, against)["points"][""]
 
 
 def simulated(random, seeds=10, digits=500, places=4, gain=0.05):
     """Two rows whose true difference is `gain`: seeds and digits have effects of their own."""
-    of_seed, of_digit = (
-        random.normal(0, 0.02, (2, seeds, 1, 1)),
-        random.normal(0, 0.3, (1, digits, 1)),
-    )
+    of_seed = random.normal(0, 0.02, (2, seeds, 1, 1))
+    of_digit = random.normal(0, 0.3, (1, digits, 1))
     chance = 0.5 + of_digit + np.stack([of_seed[0], of_seed[1] + gain])
     noise = random.uniform(size=(2, seeds, digits, places))
     correct = noise < np.clip(chance, 0, 1)
@@ -26,7 +24,7 @@ GROUPS = np.repeat(np.arange(500), 4)
 
 
 def contrasts(points, asked):
-    return estimates.estimates(points, GROUPS, asked=asked)["contrasts"]
+    return estimates.estimate(points, GROUPS, contrasts=asked)["contrasts"]
 
 
 def test_resampled_accuracies_are_those_of_loops(monkeypatch):
@@ -87,7 +85,7 @@ def test_contrasts_are_resampled_alike_at_all_points():
 def test_a_share_of_perhaps_nothing_has_no_interval():
     correct = simulated(np.random.default_rng(7), gain=0.1)
     correct["half"] = np.where(np.arange(2000) % 2, correct["copy"], correct["from scratch"])
-    asked = {"half": lambda of: estimates.share(of, "half", "copy")}
+    asked = {"half": lambda of: estimates.compute_share(of, "half", "copy")}
     found = contrasts({"": correct}, asked)["half"]
     low, high = found["interval"]
     assert low < found["mean"] < high

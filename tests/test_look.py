@@ -71,22 +71,3 @@ def test_a_teacher_without_a_head_still_shows_where_it_looks(teacher, photos, fi
     assert "%" not in capsys.readouterr().out and Path("runs/look-1.png").exists()
     drawn = get_weights(figures[0])
     assert len(drawn) == 5 * 4 and drawn[0].shape == (8, 8)
-
-
-def test_digits_are_looked_at_in_grey(photos, tmp_path):
-    argv = "--teacher none --epochs 1 --warmup 0 --num-labels 50 --out digits".split()
-    finetune.main(finetune.parse(argv))
-    assert len(run(photos / "val" / "red" / "1.jpg", "digits/model.pt")) == 5
-
-
-@pytest.mark.parametrize("argv, words", [
-    (["{photo}"], "name a photograph"),
-    (["{model}", "{model}"], "cannot read image"),
-    (["{photo}", "{model}", "--layers", "4"], "choose some of 0 to 3"),
-    (["{photo}", "{model}", "--heads", "one"], "--heads one: write"),
-    (["{photo}", "{model}", "--out", "x.txt"], "ends in .png"),
-])  # fmt: skip
-def test_what_cannot_be_drawn_is_refused(argv, words, trained, photos, failing):
-    names = {"photo": photos / "val" / "red" / "1.jpg", "model": trained}
-    code, line = failing(look, [word.format(**names) for word in argv])
-    assert code == 2 and words in line
