@@ -25,7 +25,7 @@ import recipes
 import train
 from common import checkpoints, launch
 from common.settings import merge_recipes, parse_settings
-from teachers.adapt import make_pair
+from teachers.adapt import Teacher, make_pair
 from teachers.find import find_teacher
 from vit import ViT
 
@@ -47,14 +47,14 @@ RECIPES = merge_recipes(
 parse = partial(parse_settings, __doc__, Settings, RECIPES)
 
 
-def predict(student: ViT, images: Tensor, teacher, layers: list[int]) -> Tensor:
+def predict(student: ViT, images: Tensor, teacher: Teacher, layers: list[int]) -> Tensor:
     """Logits of a student that attends with the teacher's maps in `layers`, else with its own."""
     keep = student.draw_drop_path(len(images))  # both drop the same branches
     theirs = teacher.lend(images, layers, keep)
     return student(images, given=theirs, keep=keep)
 
 
-def loss(student: ViT, images, labels, teacher, layers: list[int], smoothing: float):
+def loss(student: ViT, images, labels, teacher: Teacher, layers: list[int], smoothing: float):
     logits = predict(student, images, teacher, layers)
     return F.cross_entropy(logits, labels, label_smoothing=smoothing), {}
 

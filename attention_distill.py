@@ -28,7 +28,7 @@ import train
 from common import launch
 from common.fused_loss import fused_attention_loss
 from common.settings import merge_recipes, parse_settings, setting
-from teachers.adapt import make_pair
+from teachers.adapt import Teacher, make_pair
 from teachers.find import find_teacher
 from vit import QK, ViT
 
@@ -67,7 +67,7 @@ def compare_maps(student: QK, teacher: QK) -> tuple[Tensor, Tensor]:
     return attention_loss(student, teacher), entropy.detach()
 
 
-def loss(student: ViT, images, labels, teacher, layers: list[int], settings: Settings):
+def loss(student: ViT, images, labels, teacher: Teacher, layers: list[int], settings: Settings):
     """Student and teacher run side by side, block by block. In `layers` their maps are compared."""
     keep = student.draw_drop_path(len(images))  # both drop the same branches
     losses, divergences = [], []

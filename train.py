@@ -152,14 +152,11 @@ class Learner:
             group["lr"] = rate * group["scale"]
         pieces = [x.split(self.micro_batch) for x in (images, labels)]
         last = len(pieces[0]) - 1  # it exchanges the sum of the gradients
-        for i, piece in enumerate(zip(*pieces, strict=True)):
-            with (
-                contextlib.nullcontext()
-                if i == last or world() == 1
-                else self.loss_module.no_sync()
-            ):
-                share = len(piece[0]) / len(images)
-                self.scaler.scale(self.compute_loss(*piece, share) * share).backward()
+        for i, (some, theirs) in enumerate(zip(*pieces, strict=True)):
+            apart = i < last and world() > 1
+            with self.loss_module.no_sync() if apart else contextlib.nullcontext():
+                share = len(some) / len(images)
+                self.scaler.scale(self.compute_loss(some, theirs, share) * share).backward()
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.settings.clip or math.inf)
         if not self.scaler.is_enabled():  # it skips steps with infinite gradients by itself
@@ -302,8 +299,9 @@ def finish(task: Task, learner: Learner, rows: list, out: Path, test: Callable |
     if rank() == 0:
         if found:
             checkpoints.save(found, out / "test.pt")
-        about = {"classes": task.data.classes, "normalization": task.data.normalization}
-        about |= {"method": settings.method, "learned_from": task.data.train.source.hashes}
+        about: dict[str, Any] = {"method": settings.method, "classes": task.data.classes}
+        about["normalization"] = task.data.normalization
+        about["learned_from"] = task.data.train.source.hashes
         about |= {"settings": values_of(settings) | {"holdout": task.data.holdout}}
         checkpoints.save(task.export(net) | about, out / "model.pt")
     draw(rows, out)

@@ -54,7 +54,7 @@ class QK(NamedTuple):
 
     @staticmethod
     def from_map(p: Tensor) -> "QK":  # any map: scores of 0, and a bias whose softmax it is
-        return QK(*p.new_zeros(2, *p.shape[:-1], 8), p.log())  # 8: the fewest that kernels take
+        return QK._make([*p.new_zeros(2, *p.shape[:-1], 8), p.log()])  # kernels take 8 at least
 
 
 def attend(qk: QK, v: Tensor) -> Tensor:
@@ -187,4 +187,4 @@ class ViT(nn.Module):
 def initialise(module: nn.Module) -> None:  # as MAE: Xavier; patch embeddings count as Linear
     if isinstance(module, nn.Linear | nn.Conv2d):
         nn.init.xavier_uniform_(module.weight.flatten(1))
-        nn.init.zeros_(module.bias)
+        nn.init.zeros_(module.get_parameter("bias"))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from common import safetensors
 from common.launch import Failed, first_alone, is_out_of_memory
@@ -51,11 +51,11 @@ def fingerprint(weights: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(weights.items()):
         digest.update(name.encode())
-        digest.update(value.contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(value.contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:12]
 
 
-def export(net: nn.Module, teacher=None, layers=()) -> dict[str, Any]:
+def export(net, teacher=None, layers=()) -> dict[str, Any]:
     """What model.pt holds of a ViT. `teacher`: of a student of attention copy, in `layers`."""
     found: dict[str, Any] = {"model": net.state_dict(), "architecture": asdict(net.config)}
     if teacher:

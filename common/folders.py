@@ -37,7 +37,7 @@ def list_parts(root: Path, advice: str) -> dict[str, Listing]:
     if beside := [name for name in folders if str(root / name) not in used]:
         print0(f"note: {', '.join(used)} are used, and {', '.join(beside[:5])} beside them not")
     classes = [set(listing.classes) for listing in parts.values()]
-    if odd := sorted(set.union(*classes) - set.intersection(*classes)):
+    if odd := sorted(classes[0].union(*classes) - classes[0].intersection(*classes)):
         raise ValueError(f"{root}: {' and '.join(parts)} have different classes ({odd[0]})")
     return parts
 

@@ -94,8 +94,8 @@ class Files(Dataset):
         return torch.tensor([hash_seed(name, os.path.getsize(path)) for name, (path, _) in pairs])
 
     def subset(self, indices: Sequence[int]) -> "Files":
-        samples, names = ([every[i] for i in indices] for every in (self.samples, self.names))
-        return replace(self, samples=samples, names=names)
+        names = [self.names[i] for i in indices]
+        return replace(self, samples=[self.samples[i] for i in indices], names=names)
 
     def hold(self, centred: bool = False) -> Tensor | None:
         """Decodes all images now, if they fit in memory. Returns them if all have the final size.
@@ -124,7 +124,7 @@ class Files(Dataset):
         if not kept:
             raise bad[0]
         if bad:
-            print0(f"note: {len(bad)} images are left out: {bad[0]}")
+            print0(f"note: {len(bad)} unreadable image(s) left out: {bad[0]}")
         self.samples, self.names = [self.samples[i] for i in kept], [self.names[i] for i in kept]
         images = [found[i] for i in kept]
         if {image.shape[1:] for image in images} == {(self.size, self.size)}:

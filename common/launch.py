@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -36,7 +37,7 @@ def run(main: Callable, parse: Callable) -> None:
             raise
         who = f"error (rank {rank()}): " if rank() else "error: "
         print(who + " ".join(text.split()), file=sys.stderr, flush=True)
-        if dist.is_initialized() or "DataLoader worker (pid" in str(error):
+        if dist.is_initialized() or "DataLoader worker" in str(error):
             os._exit(code)  # others may never reach a clean shutdown
         sys.exit(code)
     if dist.is_initialized():
@@ -88,7 +89,8 @@ def first_alone(make: Callable) -> None:
     if rank() == 0:
         make()
     if dist.is_initialized():
-        dist.barrier(dist.new_group(backend="gloo", timeout=timedelta(days=1)))
+        group: Any = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+        dist.barrier(group)
 
 
 def one_process() -> None:
@@ -116,7 +118,7 @@ def catch_signals() -> Iterator[list[int]]:
 
 def get_device(name: str) -> torch.device:
     """The device of a name, or the best one for "auto". ValueError if it is not there."""
-    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    here = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
         chosen = torch.device(here if name == "auto" else name)
         if chosen.type == "cuda":

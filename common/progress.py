@@ -105,10 +105,10 @@ def introduce(task, settings, out: Path, micro_batch: int, rate: float) -> None:
         "steps": f"{steps}; learning rate {rate:.3g}, warm-up {settings.warmup:.0%}",
     }
     print0(f"{settings.method} -> {out}")
-    how = dict(break_on_hyphens=False, break_long_words=False)  # paths can be copied
+    wrap = textwrap.TextWrapper(79, "", " " * 11, break_long_words=False, break_on_hyphens=False)
     for name, line in lines.items():
         if line:
-            print0(textwrap.fill(f"  {name:<8} {line}", 79, subsequent_indent=" " * 11, **how))
+            print0(wrap.fill(f"  {name:<8} {line}"))
 
 
 def get_validation(row: dict) -> float:

@@ -80,7 +80,7 @@ def parse_settings(
     `positional`: name, help and number (0: any) of the words without a flag, if there are some.
     """
     flags = flags_of(cls)
-    usual = flags["data"].default if "data" in flags else ""
+    usual = str(flags["data"].default) if "data" in flags else ""
     parser = build_parser(doc, flags, recipe_for(recipes, usual), positional)
     if {"--help", "-h"} & set(argv):
         print(parser.format_help(), end="")
@@ -125,8 +125,8 @@ def build_parser(doc: str, flags: dict, recipe: dict, positional: tuple) -> Pars
         text = (about["help"] + shown).replace("%", "%%") if about["help"] else argparse.SUPPRESS
         how: dict[str, Any] = dict(type=type(f.default), metavar="X", choices=about["choices"])
         if isinstance(f.default, bool):
-            how, no = dict(action="store_true"), dict(action="store_false", help=argparse.SUPPRESS)
-            parser.add_argument(flag(f"no_{name}"), dest=name, **no)
+            how, off = dict(action="store_true"), flag(f"no_{name}")
+            parser.add_argument(off, dest=name, action="store_false", help=argparse.SUPPRESS)
         parser.add_argument(flag(name), help=text, **how)
     return parser
 
@@ -134,7 +134,8 @@ def build_parser(doc: str, flags: dict, recipe: dict, positional: tuple) -> Pars
 def parse_layers(text: str, depth: int, name: str = "layers") -> list[int]:
     """Numbers from 0, written as Python slices (`:18`, `-6:`, `3`, `0,2,4:7`), `75%` or `all`."""
     try:
-        spans, found = {"all": ":"}.get(text, text), []
+        found: list[int] = []
+        spans = ":" if text == "all" else text
         if text.endswith("%"):
             share = int(text[:-1])
             spans = f":{min(depth + 1, max(int(share > 0), depth * share // 100))}"
@@ -142,7 +143,7 @@ def parse_layers(text: str, depth: int, name: str = "layers") -> list[int]:
             bounds = [int(bound) if bound else None for bound in part.split(":")]
             if any(bound is not None and not -depth <= bound <= depth for bound in bounds):
                 raise IndexError
-            found += range(depth)[slice(*bounds)] if ":" in part else [range(depth)[bounds[0]]]
+            found += range(depth)[slice(*bounds)] if ":" in part else [range(depth)[int(part)]]
         if not found or found != sorted(set(found)):
             raise IndexError
         return found

@@ -54,6 +54,9 @@ class TeacherAdapter:
         return {"teacher_layers": list(self.layers.values()), "heads": list(self.heads)}
 
 
+Teacher = vit.ViT | TeacherAdapter  # both lend
+
+
 def adapt(teacher: vit.ViT, student: vit.ViT, layers, teacher_layers=(), heads=()):
     """Who lends a teacher's maps to a student: the teacher itself, or a TeacherAdapter.
 

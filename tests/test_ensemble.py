@@ -11,7 +11,8 @@ import attention_copy
 import data
 import ensemble
 import finetune
-from teachers.load import open_model, read_checkpoint
+from common.checkpoints import Checkpoint
+from teachers.load import open_model
 
 
 def train_on(small, out, *more):
@@ -95,12 +96,9 @@ def test_it_is_said_how_many_of_the_images_were_trained_on(small, photos, tmp_pa
 
 
 def test_distractors_are_those_of_training():
-    argv = "--teacher none --epochs 1 --warmup 0 --distractors 0 --num-labels 50 --out run".split()
-    finetune.main(finetune.parse(argv))
-    checkpoint = read_checkpoint("run/model.pt")
+    made = Checkpoint("x", {}, {"image_size": 12}, settings=dict(data="digits", distractors=0))
     for more, expected in ([], 0), (["--distractors", "3"], 3):
-        settings = ensemble.parse(["x", *more])
-        assert ensemble.choose_images(checkpoint, settings).distractors == expected
+        assert ensemble.choose_images(made, ensemble.parse(["x", *more])).distractors == expected
 
 
 def test_ruined_logits_are_no_accuracy(tmp_path, failing):

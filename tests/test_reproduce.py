@@ -1,6 +1,5 @@
 """The study: a figure is what its runs found, and a killed reproduction repeats none of them."""
 
-import hashlib
 import json
 import subprocess
 import sys
@@ -147,11 +146,9 @@ def test_what_is_read_off_runs_is_bounded_by_what_it_must_be(places, ran, tmp_pa
     names = "looks", "ensembles", "shift"
     found, together, moved = reproduce_all([*places, "--seeds", "2"], *names)
     seen = found["points"][rows.BASE]
-    patches = [seen["patches"][kind]["mean"][0] for kind in looks.PATCHES]
-    assert sum(patches) == pytest.approx(1, abs=1e-3)
-    for name in seen.keys() - {"patches"}:
-        shares = np.array([seen[name][kind]["mean"] for kind in looks.PATCHES])
-        assert_close(shares.sum(axis=0), np.ones(4), atol=1e-3, rtol=0)
+    for name in seen:
+        shares = np.array([seen[name][kind]["mean"] for kind in looks.PATCHES]).sum(axis=0)
+        assert_close(shares, np.ones(len(shares)), atol=1e-3, rtol=0)
     for name in ("teacher", "attention copy"):  # all its maps are lent
         assert max(map(abs, seen[name]["divergence"]["mean"])) < 1e-4
     assert min(seen["teacher"]["cka"]["mean"]) > 0.999
@@ -193,24 +190,22 @@ def test_models_that_err_alike_under_shift_lie_on_one_line(monkeypatch):
     def measure_shifts(job):
         clean = next(usual)
         gone = 1 / (1 + np.exp(-(0.8 * readings.logit(np.array(clean)) - 0.5)))
-        return {readings.USUAL: clean, "fog": 100 * gone - (5 if job == "worse" else 0)}
+        return {readings.USUAL: clean, "fog": 100 * gone - job}
 
     monkeypatch.setattr(readings, "measure_shifts", measure_shifts)
-    of_rows = {"from scratch": ["on"] * 4, "copy": ["on"] * 4, "fine-tuning": ["worse"] * 4}
+    of_rows = {"from scratch": [0] * 4, "copy": [0] * 4, "fine-tuning": [5] * 4}  # points worse
     found = readings.find_shifts({str(i): of_rows for i in range(3)})["fog"]
-    assert found["copy"]["difference"]["mean"] == pytest.approx(0, abs=1e-6)
-    assert found["fine-tuning"]["difference"]["mean"] == pytest.approx(-5)
-    assert found["fine-tuning"]["difference"]["interval"] == pytest.approx([-5, -5])
+    for row, (worse, *_) in of_rows.items():
+        away = found[row]["difference"]
+        assert [away["mean"], *away["interval"]] == pytest.approx([-worse] * 3, abs=1e-6)
 
 
 def test_the_line_is_that_of_least_squares_in_every_resample():
-    random = np.random.default_rng(1)
+    random, count = np.random.default_rng(1), draw_seeds(5)[[0, 7]]
     x, y = random.normal(size=(2, 5, 3))
-    count = draw_seeds(5)[[0, 7]]
-    slopes, heights = readings.fit_lines(x, y, count)
-    for of_seeds, slope, height in zip(count, slopes.ravel(), heights.ravel(), strict=True):
+    for of_seeds, *line in zip(count, *readings.fit_lines(x, y, count), strict=True):
         drawn = [np.repeat(table, of_seeds, axis=0).ravel() for table in (x, y)]
-        assert (slope, height) == pytest.approx(np.polyfit(*drawn, 1))
+        assert np.ravel(line) == pytest.approx(np.polyfit(*drawn, 1))
 
 
 @pytest.mark.parametrize("asked", [tables.DIGITS, tables.CIFAR], ids=["digits", "cifar10"])
@@ -236,17 +231,12 @@ def test_every_row_gets_as_many_trials_and_shares_all_that_it_must(asked, tmp_pa
     assert (again.seed, again.teacher) == (1003, usual.teacher)
 
 
-def test_a_study_of_one_teacher_takes_the_bundled_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(find, "BUNDLED", tmp_path)
-    planner = Planner(tables.CIFAR, tmp_path, find_bundled=find.find_bundled)
-    teacher, job = planner.plan("attention copy", 3, {}, {"attention copy": {}}).values()
-    assert job.get_settings().teacher == str(teacher.out / "model.pt")
-    file, about = tmp_path / "cifar10.pt", {"data": "cifar10", "model": "mini"}
-    file.touch()
-    facts = {"for": about, "sha256": hashlib.sha256().hexdigest()}
-    file.with_suffix(".json").write_text(json.dumps(facts))
-    (job,) = planner.plan("attention copy", 3, {}, {"attention copy": {}}).values()
-    assert job.get_settings().teacher == str(file)
+def test_a_study_of_one_teacher_takes_the_bundled_one(tmp_path):
+    for bundled in (None, tmp_path / "cifar10.pt"):
+        planner = Planner(tables.CIFAR, tmp_path, find_bundled=lambda _: bundled)
+        *teacher, job = planner.plan("attention copy", 3, {}, {"attention copy": {}}).values()
+        expected = bundled or teacher[0].out / "model.pt"
+        assert job.get_settings().teacher == str(expected)
     planner = planner._replace(study=tables.DIGITS)  # which has one for each seed
     assert len(planner.plan("attention copy", 3, {}, {"attention copy": {}})) == 2
 
@@ -327,8 +317,7 @@ def test_runs_end_with_the_process_that_wants_them(tmp_path):
     parent.kill()
     parent.wait()
     wait_until(lambda: "stopped by a signal" in (out / "output.txt").read_text())
-    with runs.lock(out):
-        assert not (out / "model.pt").exists()
+    assert not (out / "model.pt").exists()
 
 
 def wait_until(true, seconds=60):
@@ -339,7 +328,7 @@ def wait_until(true, seconds=60):
     raise AssertionError("it never came")
 
 
-def test_a_damaged_record_is_named_where_it_is_used(places, tmp_path, capsys, monkeypatch):
+def test_a_damaged_record_is_named_where_it_is_used(places, tmp_path, monkeypatch):
     path = tmp_path / "results" / "digits-tuning.json"
     path.parent.mkdir()
     monkeypatch.setattr(reproduce, "ROOT", tmp_path)
@@ -347,10 +336,7 @@ def test_a_damaged_record_is_named_where_it_is_used(places, tmp_path, capsys, mo
         path.write_text(text)
         with pytest.raises(ValueError, match=r"digits-tuning\.json is damaged"):
             reproduce.main(reproduce.parse(["digits-clutter", *places]))
-        with pytest.raises(SystemExit):
-            reproduce.parse(["--help"])
-        shown = " ".join(capsys.readouterr().out.split())
-        assert "digits-tuning.json is damaged" in shown and "cifar10-recipe" in shown
+        assert "damaged" in reproduce.list_tables() and "cifar10-main" in reproduce.list_tables()
 
 
 @pytest.mark.parametrize("name", [name for name in reproduce.TABLES if name in RESULTS])
@@ -370,19 +356,6 @@ def test_records_are_of_todays_rows_and_can_be_drawn(name, tmp_path):
 def test_the_tables_of_a_readme_are_those_of_the_records(page):
     text = page.read_text()
     assert report.fill_tables(text, ROOT / "results") == text
-
-
-def test_a_table_says_what_differences_are_from():
-    cell, less = {"mean": 74.46, "interval": [72.55, 76.41]}, {"mean": 2.2, "interval": None}
-    rows = {"from scratch": cell, "copy": cell | {"difference": less, "recovery": less}}
-    both = {"mean": 75.0, "interval": None, "difference": less | {"from": "copy"}}
-    lines = report.format_record({"points": {"a": rows | {"both": both}}}).splitlines()
-    assert lines[3] == "| copy | 74.5 [72.5, 76.4] | +2.2 | 2.20 |"
-    assert lines[4] == "| both | 75.0 | +2.2 (− copy) |  |"
-    lines = report.format_record({"points": dict.fromkeys("ab", rows)}).splitlines()
-    assert lines[2] == "| a | 74.5 | 74.5 | 2.20 |"
-    lines = report.format_record({"points": dict.fromkeys("ab", rows | {"both": both})})
-    assert lines.splitlines()[2] == "| a | 74.5 | 74.5 | 75.0 | +2.2 |"
 
 
 def test_the_base_task_is_what_the_rule_chose():

@@ -25,7 +25,6 @@ from teachers import find
 ROOT = Path(__file__).parent.parent
 SHORT = "--teacher random --epochs 6 --num-labels 300 --batch 50 --eval-every 3 --ema 0.9".split()
 DIGITS = [*SHORT, "--drop-path", "0.2"]  # six steps an epoch
-CLOCK = {"seconds": 0, "images_per_s": 0}
 QUICK = "--teacher none --num-labels 100 --epochs 2".split()
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 STREAMING = """
@@ -63,10 +62,8 @@ def weights(out, name="last.pt"):
 def start(script, *argv, launcher=(sys.executable,), **how):
     # A restarted gloo group hangs now and then on its old rendezvous if that is shared: #135712.
     env = dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT), TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
-    command, pipe = [*launcher, str(ROOT / script), *map(str, argv)], subprocess.PIPE
-    return subprocess.Popen(
-        command, stdout=pipe, stderr=pipe, text=True, env=os.environ | env, **how
-    )
+    how |= dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | env)
+    return subprocess.Popen([*launcher, str(ROOT / script), *map(str, argv)], **how)
 
 
 def run_here(script, *argv):
@@ -74,7 +71,8 @@ def run_here(script, *argv):
 
 
 def log_of(out):
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [row | {"seconds": 0, "images_per_s": 0} for row in rows]
 
 
 def assert_same(a, b, exact=True):
@@ -129,10 +127,10 @@ def test_killed_and_resumed_gives_the_same_bits(uninterrupted, tmp_path, failing
     assert 14 < weights(tmp_path)["step"] < 36
     result = run_here(attention_distill, *argv)
     assert_same_run(tmp_path, uninterrupted)
-    logs = log_of(tmp_path), log_of(uninterrupted)
-    for a, b in zip(*logs, strict=True):
-        assert a | CLOCK == pytest.approx(b | CLOCK)
-    assert result["test_top1"] == logs[1][-1]["test_top1"]
+    rows = log_of(tmp_path)
+    assert rows[-1]["test_top1"] == result["test_top1"]
+    for row, expected in zip(rows, log_of(uninterrupted), strict=True):
+        assert row == pytest.approx(expected)
 
 
 @pytest.mark.slow
@@ -223,25 +221,19 @@ def test_mixed_precision_and_compile_train_close_to_float32(tmp_path):
     assert rows["bf16"] != rows["float32"]
 
 
-# Failing without harm -----------------------------------------------------------------------------
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
-    tmp_path, failing, monkeypatch
-):
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, failing, monkeypatch):
+    """And the last checkpoint stays."""
     calls, honest = [], finetune.loss
 
     def explode(*step, **bound):
-        calls.append(1)
-        value, shown = honest(*step, **bound)
-        return value * (float("nan") if len(calls) > 4 else 1), shown
+        calls.append(honest(*step, **bound)[0])
+        return calls[-1] * (float("nan") if len(calls) > 3 else 1), {}
 
-    monkeypatch.setattr(finetune, "loss", explode)  # in the second epoch, of three steps
-    argv = [*QUICK, *"--num-labels 300 --epochs 3 --batch 100 --out".split()]
-    code, line = failing(finetune, [*argv, tmp_path])
+    monkeypatch.setattr(finetune, "loss", explode)  # in the second epoch, of two steps
+    code, line = failing(finetune, [*QUICK, "--out", tmp_path])
     assert code == 1 and "no longer finite" in line and "learning rate" in line
     state = weights(tmp_path)
-    assert state["step"] == 3 and all(torch.isfinite(v).all() for v in state["net"].values())
+    assert state["step"] == 2 and all(v.isfinite().all() for v in state["net"].values())
     assert not (tmp_path / "model.pt").exists()
 
 
@@ -259,22 +251,22 @@ def test_a_full_disk_fails_the_run_and_keeps_the_last_checkpoint(tmp_path, faili
     assert (tmp_path / "last.pt").read_bytes() == before[0] and weights(tmp_path)["step"] == 2
 
 
-def test_another_run_is_neither_spoiled_nor_continued(tmp_path, failing, uninterrupted):
+def test_another_run_is_neither_spoiled_nor_continued(tmp_path, failing):
     """One of other settings, method, classes, images or teacher: each is named."""
-    last, kept = uninterrupted / "last.pt", (uninterrupted / "last.pt").read_bytes()
+    argv, last = [*DIGITS, "--epochs", "1", "--out", tmp_path], tmp_path / "last.pt"
+    run_here(attention_distill, *argv)
+    kept, state = last.read_bytes(), weights(tmp_path)
     for script, more, words in (
-        (attention_distill, [], "already holds a run"),
-        (attention_distill, ["--resume", "--blr", "0.5"], "blr was 0.04096, now 0.5"),
-        (attention_copy, ["--resume"], "method was distill, now copy"),
+        (attention_distill, "", "already holds a run"),
+        (attention_distill, "--resume --blr 0.5", "blr was 0.04096, now 0.5"),
+        (attention_copy, "--resume", "method was distill, now copy"),
     ):
-        code, line = failing(script, [*DIGITS, *more, "--out", uninterrupted])
-        assert code == 2 and words in line
-    assert last.read_bytes() == kept
-    argv, state = [*DIGITS, "--resume", "--out", tmp_path], weights(uninterrupted)
+        code, line = failing(script, [*argv, *more.split()])
+        assert code == 2 and words in line and last.read_bytes() == kept
     changes = dict(classes=list("abc"), images=99, teacher_weights="0123", images_per_step=2)
     for name, value in changes.items():
-        torch.save(state | {"run": state["run"] | {name: value}}, tmp_path / "last.pt")
-        code, line = failing(attention_distill, argv)
+        torch.save(state | {"run": state["run"] | {name: value}}, last)
+        code, line = failing(attention_distill, [*argv, "--resume"])
         assert code == 2 and f"{name} was " in line and "--overwrite" in line
 
 
@@ -286,17 +278,12 @@ def test_a_teacher_is_known_by_its_weights_wherever_it_lies(tmp_path, teacher, s
     assert run["teacher_weights"] == find.read_checkpoint(teacher).fingerprint
     assert run["images"] == 30 and run["classes"] == ["blue", "green", "red"]
     found = weights(tmp_path, "moved.pt")
+    found["model"]["cls_token"] += 1
     torch.save(found | {"normalization": ([0.1] * 3, [0.2] * 3)}, mine)
     code, line = failing(attention_copy, [*argv, mine, "--resume"])
-    assert code == 2 and "normalization was" in line
-    found["model"]["cls_token"] += 1
-    torch.save(found, mine)
-    code, line = failing(attention_copy, [*argv, mine, "--resume"])
-    assert code == 2 and "teacher_weights was " in line
-    shutil.copy(teacher, tmp_path / "model.pt")
-    argv = [*small, "--teacher", tmp_path / "model.pt", "--overwrite", "--out", tmp_path]
-    code, line = failing(attention_copy, argv)
-    assert code == 2 and "lies in --out" in line and (tmp_path / "model.pt").exists()
+    assert code == 2 and "normalization was" in line and "teacher_weights was " in line
+    code, line = failing(attention_copy, [*argv, mine, "--overwrite", "--out", tmp_path])
+    assert code == 2 and "lies in --out" in line and mine.exists()
 
 
 def test_starting_over_leaves_nothing_of_the_run_before(tmp_path, monkeypatch):
