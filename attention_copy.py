@@ -26,7 +26,6 @@ import train
 from common import checkpoints, launch
 from common.settings import merge_recipes, parse_settings
 from teachers.adapt import Teacher, make_pair
-from teachers.find import find_teacher
 from vit import ViT
 
 
@@ -72,6 +71,8 @@ def task(settings: Settings, dataset: data.Data, checkpoint=None) -> train.Task:
 
 
 def main(settings: Settings) -> dict:
+    from teachers.find import find_teacher  # which can download and pre-train: a task cannot
+
     dataset = data.load(settings)
     teacher = find_teacher(settings, dataset)
     return train.fit(task(settings, dataset, teacher), settings)

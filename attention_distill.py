@@ -29,7 +29,6 @@ from common import launch
 from common.fused_loss import fused_attention_loss
 from common.settings import merge_recipes, parse_settings, setting
 from teachers.adapt import Teacher, make_pair
-from teachers.find import find_teacher
 from vit import QK, ViT
 
 
@@ -96,6 +95,8 @@ def task(settings: Settings, dataset: data.Data, checkpoint=None) -> train.Task:
 
 
 def main(settings: Settings) -> dict:
+    from teachers.find import find_teacher  # which can download and pre-train: a task cannot
+
     dataset = data.load(settings)
     teacher = find_teacher(settings, dataset)
     return train.fit(task(settings, dataset, teacher), settings)

@@ -8,8 +8,7 @@
 To add a data set: a row of DATA_SETS and, unless it is a folder of images, a function like
 load_cifar, called in `load`.
 
-Every batch is a function of (seed, epoch, step), so a resumed run sees the same images. Random
-numbers are drawn for the whole batch over all GPUs, so crops do not depend on their number.
+Every batch is a function of (seed, epoch, step): a resumed run sees the same images.
 """
 
 import copy
@@ -37,27 +36,23 @@ class DataSet(NamedTuple):
     channels: int
     normalization: Normalization
     crop_pct: float = 1.0  # share of the image's side that evaluation sees
-    advice: str = FOLDERS
 
 
 DATA_SETS = {
     "digits": DataSet(12, 1, ([0.25], [0.35])),
     "cifar10": DataSet(32, 3, ([0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616])),
     "cifar100": DataSet(32, 3, ([0.5071, 0.4865, 0.4409], [0.2673, 0.2564, 0.2762])),
-    "imagenet": DataSet(224, 3, IMAGENET, 0.875, f"get it at image-net.org, and {FOLDERS}"),
+    "imagenet": DataSet(224, 3, IMAGENET, 0.875),
     "folder": DataSet(96, 3, IMAGENET, 0.875),
 }
 
 
 @dataclass(frozen=True)
 class Images(Base):
-    """Which images."""
-
     data: str = setting("digits", "data set: " + ", ".join(DATA_SETS), tuple(DATA_SETS))
     data_dir: str = setting("", "where the images are, or go [data/DATA]", free=True)
     image_size: int = setting(0, "pixels per side (0: the data set's own)", high=4096)
-    # holdout -1: a fifth of a folder without val/ or test/, else none
-    holdout: float = setting(-1.0, "share of the training images to validate on", low=-1, high=0.9)
+    holdout: float = setting(-1.0, "share to hold out (-1: 1/5 if no val/)", low=-1, high=0.9)
     distractors: int = setting(1, "distractors beside a digit, for --data digits", high=20)
     workers: int = setting(8, "processes that decode images, per GPU", free=True)
     device: str = setting("auto", "cpu, cuda, mps, or auto", free=True)
@@ -110,17 +105,15 @@ class Data(NamedTuple):
 
     def set_normalization(self, normalization: Normalization) -> None:
         """Normalises all images as a teacher is used to."""
-        taken = len(normalization[0])
-        if taken != self.channels:
-            raise ValueError(
-                f"--data: the teacher takes {taken} channels, these have {self.channels}"
-            )
+        taken, own = len(normalization[0]), self.channels
+        if taken != own:
+            raise ValueError(f"--teacher takes images of {taken} channels, these have {own}")
         self.normalise.set(normalization)
 
     def count_learned(self, hashes: Tensor | None, part: str = "test") -> int:
         """How many images of a part are among those that a checkpoint learned from."""
-        own = getattr(self, part).source.hashes
-        return 0 if own is None or hashes is None else int(torch.isin(own, hashes).sum())
+        own = getattr(self, part).source.hashes if hashes is not None else None
+        return 0 if own is None else int(torch.isin(own, hashes).sum())
 
 
 class Parts(NamedTuple):
@@ -159,6 +152,8 @@ def load(settings, train: bool = True) -> Data:
     found = Data(parts.classes, kind.channels, size, normalise, None, val_view, test_view, share)
     if not train:
         return found
+    if test is source:
+        print0("note: nothing is held out: accuracies will be those of training images")
     names = [x.names for x in (source, val, test) if x and not isinstance(x, Tensors)]
     names_hash, available = f"{hash_seed(*names):014x}" if names else "", len(source)
     source = hold(draw_labels(source, settings), device)
@@ -207,9 +202,7 @@ class Train:
         self.batch = settings.batch or max(1, eighth // self.world) * self.world
         if self.batch % self.world or self.batch > len(source):
             most = f"at most the {len(source)} training images"
-            raise ValueError(
-                f"--batch {self.batch}: {most}, and a multiple of {self.world} processes"
-            )
+            raise ValueError(f"--batch {self.batch}: {most}, in multiples of {self.world}")
         self.mix = None
         if settings.mixup or settings.cutmix:
             self.mix = build_mix(settings.mixup, settings.cutmix, classes)
@@ -224,9 +217,8 @@ class Train:
         order = torch.randperm(len(self), generator=seeded(seed, epoch))[: steps * batch]
         mine = slice(self.rank * share, (self.rank + 1) * share)
         batches = self.source.batches(order.view(steps, batch)[start:, mine], (seed, epoch))
-        for step, (images, labels) in enumerate(batches, start):
-            images = images.to(self.device, non_blocking=True)
-            labels = labels.to(self.device, non_blocking=True)
+        for step, pair in enumerate(batches, start):
+            images, labels = (x.to(self.device, non_blocking=True) for x in pair)
             rows = slice(mine.start, mine.start + len(images))
             draws = BatchRandom(seeded(seed, epoch, step), batch, rows, self.device)
             reseed(self.device, seed, epoch, step)  # for what torchvision draws by itself
@@ -307,9 +299,9 @@ def load_digits(settings, normalise: Normalise, device) -> Parts:
     from common import digits
 
     split = digits.Split(settings.distractors, normalise, device)
-    train, *placed = split.whole("train"), split.placed("val"), split.placed("test")
-    val, test = (Tensors(*part) for part in placed)
-    return Parts(list("0123456789"), Tensors(*train), val, test, split.clutter)
+    parts = split.whole("train"), split.placed("val"), split.placed("test")
+    train, val, test = (Tensors(*part) for part in parts)
+    return Parts(list("0123456789"), train, val, test, split)
 
 
 def load_cifar(name: str, folder: Path, device) -> Parts:
@@ -330,9 +322,8 @@ def load_cifar(name: str, folder: Path, device) -> Parts:
 def load_folders(settings, folder: Path, size: int, normalise: Normalise) -> Parts:
     from common import folders, images
 
-    kind = DATA_SETS[settings.data]
-    listings = folders.list_parts(folder, kind.advice)
-    how, sources = (size, kind.crop_pct, settings, normalise), {}
+    listings, sources = folders.list_parts(folder, FOLDERS), {}
+    how = (size, DATA_SETS[settings.data].crop_pct, settings, normalise)
     for part, found in listings.items():
         sources[part] = images.Files(found.samples, folders.name_images(found), *how)
     train, val, test = (sources.get(part) for part in ("train", "val", "test"))

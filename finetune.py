@@ -19,7 +19,6 @@ import recipes
 import train
 from common import launch
 from common.settings import merge_recipes, parse_settings, setting
-from teachers.find import find_teacher
 from teachers.load import build_vit, new_vit
 from vit import ViT
 
@@ -78,6 +77,8 @@ def task(settings: Settings, dataset: data.Data, checkpoint=None) -> train.Task:
 
 
 def main(settings: Settings) -> dict:
+    from teachers.find import find_teacher  # which can download and pre-train: a task cannot
+
     dataset = data.load(settings)
     teacher = find_teacher(settings, dataset)
     return train.fit(task(settings, dataset, teacher), settings)

@@ -24,7 +24,6 @@ from torch.optim.swa_utils import AveragedModel
 import data
 from common import checkpoints, runs
 from common.launch import Failed, catch_signals, from_all, print0, rank, world
-from common.memory import find_micro_batch
 from common.precision import autocast, choose_compilation, choose_precision
 from common.progress import Clock, conclude, introduce, show_progress, show_row
 from common.settings import values_of
@@ -135,8 +134,11 @@ class Learner:
         self.loss_module: Any = LossModule(net, task.loss)
         share, size = task.data.train.batch // world(), task.data.image_size
         blank = torch.zeros(share, task.data.channels, size, size, device=self.device)
-        search = find_micro_batch(net, self.compute_loss, blank) if not settings.micro_batch else 0
-        self.micro_batch = settings.micro_batch or search  # images at a time
+        self.micro_batch = settings.micro_batch  # images at a time
+        if not self.micro_batch:
+            from common.memory import find_micro_batch
+
+            self.micro_batch = find_micro_batch(net, self.compute_loss, blank)
         if settings.compile == "graphs" and self.micro_batch < share:  # pytorch#169545
             raise ValueError("--compile graphs needs a step in one piece: try on, or less --batch")
         if dist.is_initialized():
@@ -247,7 +249,7 @@ def group_parameters(net: nn.Module, weight_decay: float, layer_decay: float) ->
         if p.requires_grad:
             block = re.match(r"(encoder\.)?blocks\.(\d+)", name)
             on_top = re.match(r"(encoder\.)?(fc_norm|head)|decoder|mask_token", name)
-            layer = int(block[2]) + 1 if block else head if on_top else 0
+            layer = int(block[2]) + 1 if block else head if on_top or head == 1 else 0
             bare = p.ndim <= 1 or name.endswith(("pos_embed", "_token", "relative.table"))
             key = layer_decay ** (head - layer), 0.0 if bare else weight_decay
             groups.setdefault(key, []).append(p)

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common import safetensors
 from common.launch import Failed, first_alone, is_out_of_memory
 
 
@@ -118,9 +117,10 @@ def read_file(source: str | Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {source}")
     try:
-        if path.suffix.lower() == ".safetensors" or safetensors.begins(path):
+        if check_bytes(path)[8:9] == b"{":  # its header, behind 8 bytes of length
+            from common import safetensors
+
             return safetensors.read(path)
-        check_bytes(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling errors are of many kinds
         if is_out_of_memory(error):  # not the file's fault
@@ -130,8 +130,8 @@ def read_file(source: str | Path) -> Any:
         raise ValueError(f"{source} cannot be read as a checkpoint ({reason}){advice}") from error
 
 
-def check_bytes(path: Path) -> None:
-    """ValueError for a text file in place of a checkpoint, and for a byte that has changed."""
+def check_bytes(path: Path) -> bytes:
+    """The first 64. ValueError for a text file, and for a byte that has changed."""
     with open(path, "rb") as file:
         begin = file.read(64)
     if begin.lstrip()[:1] == b"<":
@@ -142,6 +142,7 @@ def check_bytes(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             if bad := archive.testzip():
                 raise ValueError(f"{bad} has changed since it was written")
+    return begin
 
 
 def is_url(source: str | Path) -> bool:

@@ -22,17 +22,23 @@ PLACES = 4  # of each digit of validation and test
 FILE = Path(__file__).parent / "digits.npz"
 
 
-class Clutter:
-    """Places digits and distractors, then normalises: this task's augmentation."""
+class Split:
+    """The digits in three parts. Called with some, it clutters them: this task's augmentation."""
 
-    def __init__(self, pool: Tensor, distractors: int, normalise: Normalise):
-        self.pool, self.distractors, self.normalise = pool, distractors, normalise
+    def __init__(self, distractors: int, normalise: Normalise, device):
+        images, labels = (torch.from_numpy(np.load(FILE)[name]) for name in ("images", "labels"))
+        self.images, self.labels = images.to(device) / 16, labels.long().to(device)  # in 0..1
+        order = torch.randperm(len(self.images), generator=seeded("digits"))
+        parts = (part.to(device) for part in order.split([500, 300, 997]))
+        self.parts = dict(zip(("test", "val", "train"), parts, strict=True))
+        self.pool = self.images[self.parts["train"]]  # all distractors are cut from these
+        self.distractors, self.normalise = distractors, normalise
 
     def __call__(self, digits: Tensor, draws: BatchRandom) -> Tensor:
-        """Digits (B, 8, 8) on their canvases (B, 1, 12, 12)."""
-        return self.normalise(torch.maximum(*self.layers(digits, draws)))
+        """Digits (B, 8, 8) on their canvases (B, 1, 12, 12), normalised."""
+        return self.normalise(torch.maximum(*self.place(digits, draws)))
 
-    def layers(self, digits: Tensor, draws: BatchRandom) -> tuple[Tensor, Tensor]:
+    def place(self, digits: Tensor, draws: BatchRandom) -> tuple[Tensor, Tensor]:
         """The digits alone, and the distractors alone, on their canvases: two of (B, 1, 12, 12)."""
         digit, distractors = digits.new_zeros(2, len(digits), CANVAS, CANVAS)
         numbers = draws.uniform(5 * self.distractors).unflatten(1, (self.distractors, 5))
@@ -43,24 +49,11 @@ class Clutter:
         paste(digit, corner(draws.uniform(2), DIGIT, CANVAS), digits)
         return digit[:, None], distractors[:, None]
 
-
-class Split:
-    """The digits in three parts; validation and test lie in four fixed places each."""
-
-    def __init__(self, distractors: int, normalise: Normalise, device):
-        images, labels = (torch.from_numpy(np.load(FILE)[name]) for name in ("images", "labels"))
-        self.images, self.labels = images.to(device) / 16, labels.long().to(device)  # in 0..1
-        order = torch.randperm(len(self.images), generator=seeded("digits"))
-        parts = (part.to(device) for part in order.split([500, 300, 997]))
-        self.parts = dict(zip(("test", "val", "train"), parts, strict=True))
-        # The distractors, also of validation and test, are cut from training digits.
-        self.clutter = Clutter(self.images[self.parts["train"]], distractors, normalise)
-
     def layers(self, name: str) -> tuple[Tensor, Tensor]:
-        """Clutter.layers of validation or test."""
+        """`place` of validation or test, PLACES times each digit."""
         part = self.parts[name].repeat(PLACES)
         draws = BatchRandom(seeded("digits", name), len(part), slice(None), self.images.device)
-        return self.clutter.layers(self.images[part], draws)
+        return self.place(self.images[part], draws)
 
     def placed(self, name: str) -> tuple[Tensor, Tensor]:
         """Images (PLACES n, 1, 12, 12) and labels of validation or test; i, n + i show one."""

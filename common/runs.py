@@ -61,11 +61,11 @@ def check_folder(settings) -> None:
         raise ValueError("--resume continues, --overwrite starts over: choose one")
     if Path(settings.teacher).resolve().parent == out.resolve():
         raise ValueError(f"--teacher {settings.teacher} lies in --out: choose another --out")
-    holds_run = any((out / name).exists() for name in FILES)
-    if holds_run and not (settings.resume or settings.overwrite):
-        raise ValueError(
-            f"{out} already holds a run: choose --resume, --overwrite or another --out"
-        )
+    there = [name for name in FILES if (out / name).exists()]
+    resumable = settings.resume and ("last.pt" in there or "model.pt" not in there)
+    if there and not (resumable or settings.overwrite):
+        remedy = "choose --resume (which needs its last.pt), --overwrite or another --out"
+        raise ValueError(f"{out} already holds a run: {remedy}")
 
 
 @contextlib.contextmanager
@@ -125,8 +125,8 @@ def write_rows(out: Path, rows: list[dict]) -> None:
 
 def hash_settings(values: dict) -> str:
     """8 hex digits for a folder's name."""
-    text = json.dumps(values, sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+    text = json.dumps(values, sort_keys=True).encode()
+    return hashlib.blake2b(text, digest_size=4).hexdigest()
 
 
 def read_commit() -> str:

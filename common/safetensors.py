@@ -18,12 +18,6 @@ DTYPES = {
 }  # fmt: skip
 
 
-def begins(path: Path) -> bool:
-    """Whether a file begins like one, whatever its name: a header behind 8 bytes."""
-    with open(path, "rb") as file:
-        return file.read(9)[8:] == b"{"
-
-
 def read(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a file, by name. ValueError if header and bytes do not fit together."""
     with open(path, "rb") as file:  # mapped, so that nothing is in memory twice

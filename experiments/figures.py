@@ -24,7 +24,6 @@ def draw_layers(layers: list[dict]):
     fig, axes = figure(1, 3, width=12)
     for name, what in (("heads as they stand", "divergence"), ("heads matched", "matched")):
         axes[0].plot([layer[what] for layer in layers], marker="o", label=name)
-    axes[0].set_ylim(bottom=-0.03 * axes[0].get_ylim()[1])  # a line at 0 is seen too
     axes[0].set(ylabel="Jensen-Shannon divergence (nats)", title="Divergence of A and B")
     for axis, what, unit in zip(axes[1:], ("entropy", "distance"), ("nats", "pixels"), strict=True):
         for side, (name, colour) in enumerate((("A", "#0072B2"), ("B", "#D55E00"))):

@@ -68,7 +68,7 @@ class Job:
 
     def read_result(self) -> dict | None:
         """The last row of its log, if it has finished with exactly these settings."""
-        if not (self.out / "model.pt").exists() or not self.has_begun():
+        if not ((self.out / "model.pt").exists() and self.has_begun()):
             return None
         return json.loads((self.out / "log.jsonl").read_text().splitlines()[-1])
 
@@ -114,7 +114,7 @@ class Runner:
         for job in jobs.values():
             job.get_settings()  # wrong settings are found before anything is trained
         self.done, self.total = 0, len(jobs)
-        print(f"{self.total} runs, {self.workers} at a time", flush=True)
+        launch.print0(f"{self.total} runs, {self.workers} at a time")
         with ThreadPoolExecutor(self.workers) as pool:
             futures: dict[str, Future] = {}
             try:
@@ -141,8 +141,8 @@ class Runner:
         self.done += 1
         self.seconds[job.out] = result["seconds"]
         self.commits.add(job.read_config()["commit"])
-        score = f"{result[self.score]:6.2f} %" if self.score in result else " " * 8
-        print(f"{self.done:>3}/{self.total}  {score}  {name:<40} {note}", flush=True)
+        score = f"{result[self.score]:6.2f} %" if self.score in result else ""
+        print(f"{self.done:>3}/{self.total}  {score:8}  {name:<40} {note}", flush=True)
         return result
 
     def start_process(self, name: str, job: Job) -> None:

@@ -1,7 +1,4 @@
-"""Where trained ViTs look, and how similar they are to their teacher. Reads finished runs.
-
-On digits: the share of attention that goes to ink of the digit, to distractors, to blank patches.
-"""
+"""Where trained ViTs look, and how similar they are to their teacher. Reads finished runs."""
 
 import math
 from pathlib import Path

@@ -65,9 +65,7 @@ REMINDED = {
     "words to attention": Row("reminders", ""),
     "words to attention, its map untaught": Row("reminders", "", {"attention_weight": 0.0}),
 }
-STUDY = Study(  # settings as the scripts have them
-    rows=ACTIVATIONS | GRADIENTS | LINEAR | ATTNDISTILL | REMINDED, base={"data": "digits"}
-)
+STUDY = Study(ACTIVATIONS | GRADIENTS | LINEAR | ATTNDISTILL | REMINDED, {"data": "digits"})
 
 # What is read off them ----------------------------------------------------------------------------
 

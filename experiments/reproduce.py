@@ -55,8 +55,8 @@ def describe_cost(path: Path) -> str:
         record = read_record(path)
     except ValueError as error:
         return str(error)
-    seeds, minutes = len(record["seeds"]), record["training_minutes"]
-    return f"seeds: {seeds}; runs: {record['runs']}, {minutes:.0f} min on {record['device']}"
+    cost = f"{record['runs']}, {record['training_minutes']:.0f} min on {record['device']}"
+    return f"seeds: {len(record['seeds'])}; runs: {cost}"
 
 
 def train(table: Table, planner: Planner, tuned: tune.Tuned, runner: Runner, seeds) -> Runs:

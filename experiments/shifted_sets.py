@@ -39,8 +39,10 @@ NAME = re.compile(r"ILSVRC2012_val_(\d{8})")
 
 def score(models: list[Model], settings: Settings) -> dict:
     """Top-1 in per cent of each model and, last, of their averaged probabilities."""
-    if settings.data == "folder" and has_numbers(Path(settings.data_dir or "data/folder")):
-        models = [number_classes(model) for model in models]
+    if settings.data == "folder":
+        parts = folders.list_parts(Path(settings.data_dir or "data/folder"), data.FOLDERS).values()
+        if {name for part in parts for name in part.classes} <= set(NUMBERS):
+            models = [number_classes(model) for model in models]
     found = [ensemble.compute_probabilities(model, settings) for model in models]
     _, labels, dataset = found[0]
     every = [p for p, _, _ in found] + ([sum(p for p, _, _ in found)] if len(found) > 1 else [])
@@ -48,12 +50,6 @@ def score(models: list[Model], settings: Settings) -> dict:
     if settings.real:
         result["real_top1"] = [compute_real_top1(p, dataset, settings.real) for p in every]
     return result
-
-
-def has_numbers(folder: Path) -> bool:
-    """Whether the classes in a folder are called by ImageNet's numbers."""
-    parts = folders.list_parts(folder, data.FOLDERS).values()
-    return all(name in NUMBERS for part in parts for name in part.classes)
 
 
 def number_classes(model: Model) -> Model:
@@ -72,12 +68,11 @@ def compute_real_top1(p: Tensor, dataset: data.Data, path: str) -> float:
     The file lists the classes of each validation image, in the order of their numbers. Images
     without any are left out. ValueError if the images have other names or classes.
     """
-    files = getattr(dataset.test.source, "files", dataset.test.source)
-    names = [NAME.fullmatch(Path(name).stem) for name in files.names]
+    source = getattr(dataset.test.source, "files", dataset.test.source)
+    names = [NAME.fullmatch(Path(name).stem) for name in source.names]
     if len(dataset.classes) != 1000 or not all(names):
         raise ValueError(f"--real {path}: takes ImageNet's validation images, by their names")
     labels = json.loads(Path(path).read_text())
-    # WordNet ids in order have ImageNet's numbers.
     numbers = [int(one) if one in NUMBERS else i for i, one in enumerate(dataset.classes)]
     pairs = zip(
         p.argmax(dim=-1).tolist(), (labels[int(name[1]) - 1] for name in names), strict=True

@@ -33,8 +33,8 @@ from teachers.find import find_teacher
 from teachers.load import Model, new_vit, open_model
 from vit import QK, ViT, attend
 
-HOW = ("copy", "distill", "features", "logits", "probe")
-MAPS = ("teacher", "other", "mean", "uniform", "impulse")
+HOW = "copy", "distill", "features", "logits", "probe"
+MAPS = "teacher", "other", "mean", "uniform", "impulse"
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,7 @@ parse = partial(parse_settings, __doc__, Settings, attention_distill.RECIPES)
 
 
 @dataclass(frozen=True)
-class FixedMaps:
-    """Lends the same maps for every image."""
-
+class FixedMaps:  # lends the same maps for every image
     maps: list[Tensor]  # of each block: (1, H, N, N)
 
     def lend(self, images: Tensor, layers, keep=None) -> Iterator[QK | None]:
@@ -223,7 +221,7 @@ def task(settings: Settings, dataset: data.Data, checkpoint=None) -> train.Task:
         if not checkpoint:
             raise ValueError("--start teacher: name a --teacher with weights")
         student = finetune.task(settings, dataset, checkpoint).net
-    unchanged = settings.maps == "teacher" and settings.lend == "qk"
+    unchanged = (settings.maps, settings.lend) == ("teacher", "qk")
     if type(teacher) is not ViT and not (unchanged and settings.how in USES):
         raise ValueError("name a plain ViT as --teacher, with the layers and heads of --model")
     how = dict(teacher=choose_lender(teacher, dataset, settings), layers=layers)

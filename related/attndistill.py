@@ -140,6 +140,7 @@ def find_teacher(settings: Settings, dataset: data.Data) -> checkpoints.Checkpoi
     """The named ViT, or one that DINO trains here first."""
     if settings.teacher == "auto":
         settings = replace(settings, teacher=str(find.make_teacher(dino, settings)))
+    settings = replace(settings, given=frozenset())  # --model and --patch are the student's alone
     return find.find_teacher(settings, dataset)
 
 

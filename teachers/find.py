@@ -11,16 +11,16 @@ from common.checkpoints import Checkpoint
 from common.launch import first_alone, print0
 from common.settings import free_in, values_of
 from data import Images
+from teachers import adapt
 from teachers.load import make_config, read_checkpoint
 
 BUNDLED = Path(__file__).parent.parent / "weights"  # made by experiments/ship.py
 
 
 def find_teacher(settings, dataset) -> Checkpoint | None:
-    """The checkpoint that --teacher names. None for random and none. Called once, by main().
+    """The checkpoint that --teacher names, None for random and none. Sets the normalisation.
 
-    auto: the bundled one if it fits, MAE's for ImageNet, otherwise one is pre-trained first on
-    these images. From here on the images are normalised as the teacher is used to.
+    auto: the bundled one if it fits, MAE's for ImageNet, otherwise one is pre-trained first.
     """
     source: str | Path = settings.teacher
     if source in ("none", "random"):
@@ -35,18 +35,14 @@ def find_teacher(settings, dataset) -> Checkpoint | None:
         own = dict(model=settings.model, patch=settings.patch, num_labels=0, subset_seed=-1)
         source = make_teacher(pretrain, settings, **own)
     checkpoint = read_checkpoint(source)
-    asked, found = make_config(settings, dataset), checkpoint.architecture
-    names = ("patch",) * ("patch" in settings.given)
-    names += ("dim", "depth", "heads") * ("model" in settings.given)
-    odd = [name for name in names if getattr(asked, name) != found[name]]
-    if odd and not hasattr(settings, "layers"):  # fine-tuning takes the weights as they are
-        raise ValueError(f"{source} has another {odd[0]} than --model and --patch: leave these out")
+    if settings.given & {"model", "patch"} and not hasattr(settings, "layers"):  # fine-tuning
+        asked = make_config(settings, dataset)
+        if any(getattr(asked, name) != checkpoint.architecture[name] for name in adapt.SIZE):
+            raise ValueError(f"{source} has another size than --model and --patch: leave these out")
     if checkpoint.teacher:
         raise ValueError(f"{source} is a student of attention copy: name the teacher it had")
     if checkpoint.normalization:
         dataset.set_normalization(checkpoint.normalization)
-    else:
-        print0(f"note: {source} names no normalisation: the data set's is used")
     if seen := dataset.count_learned(checkpoint.learned_from):
         print0(f"note: {source} was trained on {seen:,} of the test images")
     return checkpoint
@@ -66,15 +62,15 @@ def find_bundled(settings) -> Path | None:
 def make_teacher(script, settings, **changes) -> Path:
     """The model.pt of a script's own recipe on the same images, trained now if need be."""
     own = script.parse(["--data", settings.data])
-    shared = {f.name for f in fields(Images)} - {"given"} | {"seed", "amp", "compile"}
-    shared |= {"num_labels", "subset_seed"}
+    shared = {f.name for f in fields(Images)} | {"seed", "amp", "compile", "num_labels"}
+    shared = shared | {"subset_seed"} - {"given"}
     own = replace(own, **{name: getattr(settings, name) for name in shared} | changes)
     counts = {k: v for k, v in values_of(own).items() if k not in free_in(own) | {"amp"}} | changes
     counts |= {"method": own.method, "folder": own.data == "folder" and own.data_dir}
-    model = own.model.replace(":", "-").replace("/", "-")
-    out = Path("runs") / f"teacher-{own.data}-{model}-{runs.hash_settings(counts)}"
+    name = f"teacher-{own.data}-{own.model}-{runs.hash_settings(counts)}"
+    out = Path("runs") / name.replace("/", "-")
     own = replace(own, out=str(out), resume=True)
-    for one in (settings, own):
+    for one in (settings,) if (out / "model.pt").is_file() else (settings, own):
         runs.check_folder(one)
     with contextlib.ExitStack() as stack:  # locked until it is made: other processes wait for it
         first_alone(lambda: stack.enter_context(runs.lock(out, wait=True)))

@@ -90,20 +90,15 @@ def test_each_operation_of_randaugment_is_done_half_the_time(monkeypatch):
 
 
 @pytest.mark.parametrize("held", [True, False])
-def test_the_gaps_of_randaugment_have_the_mean_that_a_teacher_brings(held, tmp_path):
+def test_the_gaps_of_randaugment_have_the_mean_that_a_teacher_brings(held, small):
     """Though its normalisation is set after the images are loaded. No pixel is of that colour."""
-    pixels = torch.randint(90, 160, (40, 3, 16, 16), dtype=torch.uint8)
-    for i, image in enumerate(pixels):
-        (tmp_path / "train" / str(i % 2)).mkdir(parents=True, exist_ok=True)
-        path = tmp_path / "train" / str(i % 2) / f"{i}.png"
-        v2.functional.to_pil_image(image).save(path)
-    how = "--image-size 16 --crop-area 1 --randaugment 10 --random-erase 0 --holdout 0.2".split()
-    settings = finetune.parse(["--data", "folder", "--data-dir", str(tmp_path), *how])
+    settings = finetune.parse([*small, *"--crop-area 1 --randaugment 10 --random-erase 0".split()])
     dataset, theirs = data.load(settings), ([0.9, 0.05, 0.6], [1.0, 1.0, 1.0])
     for normalization, gaps in ((data.IMAGENET, False), (theirs, True)):
         dataset.set_normalization(normalization)
         images = dataset.train.first(24)[0]
         if held:  # on the device, as CIFAR
+            pixels = torch.randint(90, 160, (40, 3, 16, 16), dtype=torch.uint8)
             draws = augment.BatchRandom(augment.seeded("gaps"), 40, slice(None), CPU)
             images = augment.Augment(settings, dataset.normalise)(pixels, draws)
         colour = augment.to_pixels(images, normalization) - torch.tensor(theirs[0])[:, None, None]

@@ -131,19 +131,19 @@ def test_a_teacher_is_pre_trained_where_there_is_none(pretrainings, capsys):
 
 def test_an_unfinished_teacher_is_finished_and_a_run_is_not_written_over(pretrainings):
     settings = attention_copy.parse(["--out", "mine", "--device", "cpu"])
-    path = make_teacher(pretrain, settings, model="nano")
+    path = make_teacher(pretrain, settings, model="nano", num_labels=0)
     path.unlink()
     Path("mine").mkdir()
     Path("mine/config.json").write_text('{"run": {}}')
     with pytest.raises(ValueError, match="already holds a run"):
-        make_teacher(pretrain, settings, model="nano")
-    assert make_teacher(pretrain, replace(settings, out=""), model="nano") == path
+        make_teacher(pretrain, settings, model="nano", num_labels=0)
+    assert make_teacher(pretrain, replace(settings, out=""), model="nano", num_labels=0) == path
     assert len(pretrainings) == 2 and all(asked.resume for asked in pretrainings)
 
 
 def test_another_process_that_makes_the_teacher_is_waited_for(pretrainings):
     settings = attention_copy.parse(["--device", "cpu"])
-    path = make_teacher(pretrain, settings, model="nano")
+    path = make_teacher(pretrain, settings, model="nano", num_labels=0)
     path.unlink()
     code = f"""import sys, time, pathlib; sys.path.insert(0, {str(WEIGHTS.parent)!r})
 from common import runs
@@ -151,7 +151,7 @@ with runs.lock(pathlib.Path({str(path.parent)!r})):
     print("locked", flush=True); time.sleep(1); pathlib.Path({str(path)!r}).touch()"""
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"locked\n"
-        assert make_teacher(pretrain, settings, model="nano") == path
+        assert make_teacher(pretrain, settings, model="nano", num_labels=0) == path
     assert len(pretrainings) == 1
 
 

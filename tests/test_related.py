@@ -249,7 +249,7 @@ def test_each_view_is_pulled_to_what_the_teacher_makes_of_the_other():
 
 def test_attndistill_is_resumed_to_the_same_bits_and_dino_is_its_teacher(stopped):
     dino.main(dino.parse([*SHORT, "--model", "nano", "--out", "teacher"]))
-    argv = [*SHORT, "--teacher", "teacher/model.pt", "--num-heads", "2"]
+    argv = [*SHORT, "--teacher", "teacher/model.pt", "--num-heads", "2", "--patch", "4"]
     found = stopped(attndistill, attndistill.parse(argv))
     assert found["attention"] > 0 and found["token"] > 0
 
