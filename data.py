@@ -112,8 +112,8 @@ class Data(NamedTuple):
 
     def count_learned(self, hashes: Tensor | None, part: str = "test") -> int:
         """How many images of a part are among those that a checkpoint learned from."""
-        own = getattr(self, part).source.hashes if hashes is not None else None
-        return 0 if own is None else int(torch.isin(own, hashes).sum())
+        own = None if hashes is None else getattr(self, part).source.hashes
+        return 0 if own is None or hashes is None else int(torch.isin(own, hashes).sum())
 
 
 class Parts(NamedTuple):

@@ -31,6 +31,7 @@ from teachers.load import Model, open_model
 class Settings(data.Images):
     checkpoints: tuple[str, ...] = ()
     data: str = setting("", "data set [the checkpoint's]", ("", *data.DATA_SETS))
+    image_size: int = 0  # the checkpoint's
     distractors: int = setting(-1, "distractors beside a digit [as in training]", low=-1)
     amp: str = setting("auto", "mixed precision", ("auto", "off", "bf16", "fp16"))
     part: str = setting("test", "test (to report) or val (to choose by)", ("test", "val"))

@@ -134,10 +134,8 @@ def check_bytes(path: Path) -> bytes:
     """The first 64. ValueError for a text file, and for a byte that has changed."""
     with open(path, "rb") as file:
         begin = file.read(64)
-    if begin.lstrip()[:1] == b"<":
-        raise ValueError("it is a web page, not the file itself")
-    if begin.startswith(b"version https://git-lfs"):
-        raise ValueError("it is a Git LFS pointer: run git lfs pull")
+    if begin.lstrip().startswith((b"<", b"version https://git-lfs")):
+        raise ValueError("it is a web page or a Git LFS pointer: get the file itself")
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             if bad := archive.testzip():

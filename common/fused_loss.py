@@ -13,12 +13,10 @@ def fused_attention_loss(q: Tensor, k: Tensor, q_t: Tensor, k_t: Tensor) -> tupl
 
 
 class FusedAttentionLoss(torch.autograd.Function):
-    """The gradient needs only the two maps (S: student, T: teacher).
+    """The gradient needs only the two maps (S: student, T: teacher). Before the mean is taken,
 
-    With the student's scores s = q @ k.mT / sqrt(d), and before the mean is taken,
-
-        d loss / d s = P_S - P_T, so   d loss / d q = (P_S - P_T) @ k    / sqrt(d)
-                                       d loss / d k = (P_S - P_T).mT @ q / sqrt(d)
+    d loss / d scores = P_S - P_T, so   d loss / d q = (P_S - P_T) @ k    / sqrt(d)
+                                        d loss / d k = (P_S - P_T).mT @ q / sqrt(d)
     """
 
     @staticmethod

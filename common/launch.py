@@ -141,7 +141,6 @@ def device_name(where: torch.device) -> str:
 
 
 def print0(*words) -> None:
-    """Prints on rank 0 only."""
     if rank() == 0:
         print(*words, flush=True)
 

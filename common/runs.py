@@ -105,10 +105,8 @@ def check_finite(values: dict[str, Any]) -> None:
 
 
 def clear(out: Path) -> None:
-    """Removes what an earlier run left."""
-    if rank() == 0:
-        for name in FILES:
-            (out / name).unlink(missing_ok=True)
+    for name in FILES if rank() == 0 else ():
+        (out / name).unlink(missing_ok=True)
 
 
 def write_config(out: Path, run: dict, settings, device) -> None:
@@ -124,9 +122,8 @@ def write_rows(out: Path, rows: list[dict]) -> None:
 
 
 def hash_settings(values: dict) -> str:
-    """8 hex digits for a folder's name."""
     text = json.dumps(values, sort_keys=True).encode()
-    return hashlib.blake2b(text, digest_size=4).hexdigest()
+    return hashlib.blake2b(text, digest_size=4).hexdigest()  # for a folder's name
 
 
 def read_commit() -> str:

@@ -1,7 +1,4 @@
-"""Reads a safetensors file: a length, a header in JSON, raw tensors. Nothing in it can run.
-
-The format: https://github.com/huggingface/safetensors. timm publishes its weights so.
-"""
+"""Reads safetensors files, as timm publishes them: a length, a header in JSON, raw tensors."""
 
 import json
 import math

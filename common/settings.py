@@ -44,7 +44,6 @@ def flag(name: str) -> str:
 
 
 def values_of(settings: Base) -> dict[str, Any]:
-    """All settings by name."""
     return {name: getattr(settings, name) for name in flags_of(type(settings))}
 
 
@@ -63,7 +62,6 @@ def to_argv(values: dict[str, Any]) -> list[str]:
 
 
 def merge_recipes(base: Recipes, **changes: dict) -> Recipes:
-    """The recipes, each with a method's own changes."""
     return {name: recipe | changes.get(name, {}) for name, recipe in base.items()}
 
 

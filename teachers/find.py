@@ -43,6 +43,8 @@ def find_teacher(settings, dataset) -> Checkpoint | None:
         raise ValueError(f"{source} is a student of attention copy: name the teacher it had")
     if checkpoint.normalization:
         dataset.set_normalization(checkpoint.normalization)
+    else:
+        print0(f"note: {source} names no normalisation: the data set's is used")
     if seen := dataset.count_learned(checkpoint.learned_from):
         print0(f"note: {source} was trained on {seen:,} of the test images")
     return checkpoint

@@ -140,6 +140,7 @@ def test_images_of_a_folder_are_of_all_its_classes(photos):
     assert_close(picked, every[[0, 2, 4, 6, 8, 10]])  # 5 of each class, in order
 
 
+@pytest.mark.slow
 def test_a_copy_student_attends_with_its_teachers_maps(tmp_path):
     argv = ["--teacher", "random", "--layers", "0,2", "--num-labels", "50", "--epochs", "1"]
     attention_copy.main(attention_copy.parse([*argv, "--out", str(tmp_path)]))

@@ -141,6 +141,7 @@ def test_an_unfinished_teacher_is_finished_and_a_run_is_not_written_over(pretrai
     assert len(pretrainings) == 2 and all(asked.resume for asked in pretrainings)
 
 
+@pytest.mark.slow
 def test_another_process_that_makes_the_teacher_is_waited_for(pretrainings):
     settings = attention_copy.parse(["--device", "cpu"])
     path = make_teacher(pretrain, settings, model="nano", num_labels=0)
@@ -214,7 +215,7 @@ def test_what_does_not_fit_is_refused_by_name(net, tmp_path):
 
 
 @pytest.mark.parametrize("odd, words", [
-    (b"<!DOCTYPE html><html>", "web page"), (b"version https://git-lfs.github.com", "git lfs pull"),
+    (b"<!DOCTYPE html><html>", "web page"), (b"version https://git-lfs.github.com", "Git LFS"),
     (b"", "cannot be read"), ({"optimizer": {}, "run": {}}, "model.pt of a run"), ([1], "no model"),
     ({"epoch": 3}, "no ViT we know"), ({"cls_token": torch.ones(3)}, "no ViT we know"),
 ])  # fmt: skip

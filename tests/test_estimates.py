@@ -69,6 +69,7 @@ def test_differences_are_paired_and_recovery_is_their_ratio():
     assert one_seed["interval"] is None and one_seed["difference"]["interval"] is None
 
 
+@pytest.mark.slow
 def test_contrasts_are_resampled_alike_at_all_points():
     correct = simulated(np.random.default_rng(6))
     other = {row: c[:, ::-1] for row, c in correct.items()}  # other images are right, as many
@@ -95,6 +96,7 @@ def test_a_share_of_perhaps_nothing_has_no_interval():
     assert contrasts({"": correct}, asked)["half"]["interval"] is None
 
 
+@pytest.mark.slow
 def test_intervals_hold_the_truth_as_often_as_they_say(monkeypatch):
     monkeypatch.setattr(estimates, "RESAMPLES", 1000)
     random, inside = np.random.default_rng(4), 0

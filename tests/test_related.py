@@ -72,6 +72,7 @@ def test_a_teacher_as_its_own_student_has_nothing_to_learn_from_it(name, images)
     assert torch.equal(total, sum(terms.values()))
 
 
+@pytest.mark.slow
 def test_contributions_of_pixels_add_up_to_the_difference_of_outputs(images):
     """Completeness (Sundararajan et al. 2017, section 3). For a linear net: x times weight."""
     net, black = WideResNet("small", 1, 10).eval(), torch.full((1, 1, 1, 1), -0.7)
@@ -104,6 +105,7 @@ def short(photos, tmp_path_factory):
     return [*argv, "--teacher", out + "/model.pt"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script, argv", [
     (activations, "--kd-weight .5 --ema .9"),
     (ig, "--kd-weight .5 --at-weight 1 --bank 1 --path 3"),
@@ -116,6 +118,7 @@ def test_a_cnn_is_resumed_to_the_same_bits(script, argv, short, stopped):
         assert torch.equal(state["average"][f"module.{name}"], state["net"][name])
 
 
+@pytest.mark.slow
 def test_maps_are_made_once_for_the_same_images_and_points(short):
     argv = [*short, "--bank", "2", "--at-weight", "1", "--kd-weight", "0.5", "--path"]
     times, rows = [], []
@@ -180,6 +183,7 @@ def test_lora_begins_as_nothing_and_is_all_that_learns(images):
         assert torch.linalg.matrix_rank(own) == 2
 
 
+@pytest.mark.slow
 def test_both_steps_of_linear_attention_are_resumed_to_the_same_bits(stopped, failing):
     argv, parse = [*SHORT, "--num-labels", "50"], linear_attention.parse
     finetune.main(finetune.parse([*argv, "--teacher", "none", "--out", "softmax"]))
@@ -247,6 +251,7 @@ def test_each_view_is_pulled_to_what_the_teacher_makes_of_the_other():
         dino.loss(net, views[:2], None, 4)
 
 
+@pytest.mark.slow
 def test_attndistill_is_resumed_to_the_same_bits_and_dino_is_its_teacher(stopped):
     dino.main(dino.parse([*SHORT, "--model", "nano", "--out", "teacher"]))
     argv = [*SHORT, "--teacher", "teacher/model.pt", "--num-heads", "2", "--patch", "4"]
@@ -283,6 +288,7 @@ def test_the_loss_of_a_map_is_its_divergence_from_the_right_place():
     assert_close(reminders.map_loss(log_p, torch.tensor(targets)), total)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reminder", ["words", "attention"])
 def test_a_robot_is_resumed_to_the_same_bits(reminder, stopped):
     stopped(reminders, reminders.parse([*SHORT, "--scenes", "200", "--reminder", reminder]))

@@ -277,6 +277,7 @@ def test_a_teacher_that_is_shipped_is_found_and_checked(places, ran, tmp_path, m
     assert not find.find_bundled(replace(asked, distractors=9))
 
 
+@pytest.mark.slow
 def test_a_run_is_known_by_its_teachers_weights_wherever_they_are(tmp_path):
     teacher = ROOT / "weights" / "digits.pt"
     moved, other = (tmp_path / f"{name}.pt" for name in ("moved", "other"))

@@ -251,6 +251,7 @@ def test_a_full_disk_fails_the_run_and_keeps_the_last_checkpoint(tmp_path, faili
     assert (tmp_path / "last.pt").read_bytes() == before[0] and weights(tmp_path)["step"] == 2
 
 
+@pytest.mark.slow
 def test_another_run_is_neither_spoiled_nor_continued(tmp_path, failing):
     """One of other settings, method, classes, images or teacher: each is named."""
     argv, last = [*DIGITS, *"--epochs 1 --model nano --out".split(), tmp_path], tmp_path / "last.pt"
@@ -270,6 +271,7 @@ def test_another_run_is_neither_spoiled_nor_continued(tmp_path, failing):
         assert code == 2 and f"{name} was " in line and "--overwrite" in line
 
 
+@pytest.mark.slow
 def test_a_teacher_is_known_by_its_weights_wherever_it_lies(tmp_path, teacher, small, failing):
     argv, mine = [*small, "--out", tmp_path / "run", "--teacher"], tmp_path / "moved.pt"
     run_here(attention_copy, *argv, teacher)

@@ -88,6 +88,7 @@ def test_all_forms_of_the_loss_have_its_gradient():
         torch.testing.assert_close(other, expected, rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_a_run_leaves_a_record_that_its_command_replaces(tmp_path, monkeypatch):
     argv = f"--method distill --batch 4 --steps 4 --record --results {tmp_path}".split() + TINY
     monkeypatch.setattr(sys, "argv", ["benchmark", *argv])

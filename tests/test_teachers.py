@@ -43,6 +43,7 @@ ONE_OF_EACH = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", zoo.FAMILIES, ids=lambda family: family.title)
 def test_the_table_says_what_timm_says(family):
     for member in zoo.list_models(family):
@@ -114,6 +115,7 @@ def assert_alike(ours, net, size):
         torch.testing.assert_close(qk.map(), p, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_tokens_and_maps_are_timms_at_the_native_and_at_another_size(name, small, tmp_path):
     net = timms(name)
@@ -182,6 +184,7 @@ def theirs_of(name: str, state: dict) -> dict:
 TIMMS_ALONE = re.compile("clip|beit|augreg|webli")  # or a test of its own
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in ONE_OF_EACH if not TIMMS_ALONE.search(name)])
 def test_the_authors_own_files_are_the_same_net(name, small, tmp_path):
     net = timms(name)
