@@ -1,8 +1,4 @@
-"""Adapts a teacher's attention to a student with another depth, head count or token count.
-
-Where both agree a teacher lends its queries and keys itself (vit.ViT.lend). A TeacherAdapter has
-the same method, so callers need not know which of the two they have.
-"""
+"""Adapts a teacher's attention to a student with another depth, head count or token count."""
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -29,9 +25,8 @@ class TeacherAdapter:
     registers: int = 0  # of the teacher, which the student lacks
 
     def lend(self, images: Tensor, layers: Collection[int], keep=None) -> Iterator[vit.QK | None]:
-        """What is lent to each block of the student. A teacher of another depth drops no paths."""
-        if keep is not None and len(keep) != len(self.teacher.blocks):
-            keep = None
+        """As ViT.lend, for each block of the student. A teacher of another depth drops no paths."""
+        keep = keep if len(self.teacher.blocks) == self.depth else None
         theirs = [self.layers[i] for i in sorted(layers)]
         lent = (qk for qk in self.teacher.lend(images, theirs, keep) if qk is not None)
         for i in range(self.depth):
@@ -45,9 +40,8 @@ class TeacherAdapter:
             q, k = (torch.cat([x[:, :, first], x[:, :, end:]], dim=2) for x in (q, k))
         if not self.heads:
             return vit.QK(q, k, bias)
-        picks = [slice(i, i + 1) for i in self.heads]  # indices would have to travel to the GPU
-        parts = (q, k) if bias is None else (q, k, bias)
-        return vit.QK(*(torch.cat([x[:, pick] for pick in picks], dim=1) for x in parts))
+        parts = (q, k) if bias is None else (q, k, bias)  # slices: indices would travel to the GPU
+        return vit.QK(*(torch.cat([x[:, i : i + 1] for i in self.heads], dim=1) for x in parts))
 
     @property
     def adapted(self) -> dict[str, list[int]]:  # what `adapt` needs to make it again

@@ -69,8 +69,6 @@ def build(config: vit.Config, drop_path: float = 0.0) -> vit.ViT:
             f"--image-size {size} does not divide into patches of {patch} pixels: try --image-size "
             f"{max(1, round(size / patch)) * patch}"
         )
-    if config.dim % config.heads:
-        raise ValueError(f"a width of {config.dim} does not divide into {config.heads} heads")
     if type(config) is vit.Config:
         return vit.ViT(config, drop_path)
     from teachers.vit import ViT
