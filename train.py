@@ -74,6 +74,7 @@ def train(task: Task, settings, out: Path, test: Callable | None) -> dict:
     del state  # gigabytes, for a large net
     clock = Clock(learner.done, steps, images.batch, seconds)
     runs.write_config(out, run, settings, learner.device)
+    runs.write_rows(out, rows)
     task.net.train()
     with catch_signals() as signals:
         for epoch in range(learner.done // per_epoch, epochs):
@@ -97,7 +98,7 @@ def train(task: Task, settings, out: Path, test: Callable | None) -> dict:
             rows.append(row)
             learner.sums = {}
             show_row(row, epochs, clock.left(learner.done))
-            runs.write_rows(out, rows)
+            runs.write_rows(out, [row], "a")
             learner.save(out, rows, run, clock, signals)
             if clock.minute_passed():
                 draw(rows, out)

@@ -116,9 +116,10 @@ def write_config(out: Path, run: dict, settings, device) -> None:
         checkpoints.write_text(out / "config.json", text)
 
 
-def write_rows(out: Path, rows: list[dict]) -> None:
+def write_rows(out: Path, rows: list[dict], mode: str = "w") -> None:
     if rank() == 0:
-        checkpoints.write_text(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        with open(out / "log.jsonl", mode) as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def hash_settings(values: dict) -> str:

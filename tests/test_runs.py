@@ -138,6 +138,9 @@ def test_killed_and_resumed_gives_the_same_bits(uninterrupted, tmp_path, failing
 def test_a_run_ends_with_the_processes_that_decode_its_images(accident, small, photos, tmp_path):
     """A signal to the whole group, as torchrun sends it, lets it save."""
     root = shutil.copytree(photos, tmp_path / "photos")
+    for path in list(root.glob("train/*/*")):  # an epoch should outlast the start of its workers
+        for i in range(30):
+            shutil.copy(path, path.with_stem(f"{path.stem}-{i}"))
     long = "--workers 2 --epochs 10000 --eval-every 10000 --teacher none --num-labels 0".split()
     (tmp_path / "driver.py").write_text(STREAMING)
     argv = [*small, *long, "--data-dir", root, "--out", tmp_path / "run"]
@@ -147,6 +150,7 @@ def test_a_run_ends_with_the_processes_that_decode_its_images(accident, small, p
     workers = []
     while run.poll() is None and len(workers) < 2:
         workers = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    time.sleep(0.3)  # until they have left the group
     if accident == "group killed":
         os.killpg(run.pid, signal.SIGTERM)
     elif accident == "worker killed":
