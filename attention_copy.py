@@ -5,7 +5,7 @@ which uses the teacher's attention maps instead of its own:
 
     student:  y = softmax(q_T @ k_T.mT / sqrt(d)) @ v_S   T: teacher, S: student
 
-The student learns all else from scratch: values, MLPs, embeddings, head. It
+The student learns everything else from scratch: values, MLPs, embeddings, head. It
 needs the teacher at test time too.
 
     python attention_copy.py                       digits (weights/digits.pt)
@@ -48,7 +48,7 @@ parse = partial(parse_settings, __doc__, Settings, RECIPES)
 
 def predict(student: ViT, images: Tensor, teacher: Teacher, layers: list[int]) -> Tensor:
     """Logits of a student that attends with the teacher's maps in `layers`, else with its own."""
-    keep = student.draw_drop_path(len(images))  # both drop the same branches
+    keep = student.draw_drop_path(len(images))  # drop path drops the same branches in both
     theirs = teacher.lend(images, layers, keep)
     return student(images, given=theirs, keep=keep)
 
@@ -71,7 +71,7 @@ def task(settings: Settings, dataset: data.Data, checkpoint=None) -> train.Task:
 
 
 def main(settings: Settings) -> dict:
-    from teachers.find import find_teacher  # which can download and pre-train: a task cannot
+    from teachers.find import find_teacher  # it may download or pre-train, a task may not
 
     dataset = data.load(settings)
     teacher = find_teacher(settings, dataset)

@@ -6,7 +6,7 @@ P_S. A cross-entropy pulls them to the frozen teacher's maps P_T:
     loss = classification + weight * sum over layers of
            mean over images, heads, queries of  - P_T . log P_S
 
-The student learns all else from scratch. After training the teacher is
+The student learns everything else from scratch. After training the teacher is
 discarded.
 
     python attention_distill.py                    digits (weights/digits.pt)
@@ -49,9 +49,9 @@ parse = partial(parse_settings, __doc__, Settings, RECIPES)
 
 
 def attention_loss(student: QK, teacher: QK) -> Tensor:
-    """Cross-entropy of the student's maps relative to the teacher's, in nats: the definition.
+    """Cross-entropy of the student's maps relative to the teacher's, in nats. The definition.
 
-    Its least value is not 0 but the entropy of the teacher's maps. Gradients are those of the KL
+    Its minimum is the entropy of the teacher's maps, not 0. Its gradients are those of the KL
     divergence.
     """
     p_t, log_p_s = teacher.map(), student.scores().log_softmax(dim=-1)
@@ -59,7 +59,7 @@ def attention_loss(student: QK, teacher: QK) -> Tensor:
 
 
 def compare_maps(student: QK, teacher: QK) -> tuple[Tensor, Tensor]:
-    """The same loss, and the teacher's entropy. Without biases no map is kept in memory."""
+    """attention_loss, and the teacher's entropy. Without biases no map is kept in memory."""
     if student.bias is None and teacher.bias is None:
         return fused_attention_loss(student.q, student.k, teacher.q, teacher.k)
     entropy = torch.special.entr(teacher.map()).sum(dim=-1).mean()
@@ -68,7 +68,7 @@ def compare_maps(student: QK, teacher: QK) -> tuple[Tensor, Tensor]:
 
 def loss(student: ViT, images, labels, teacher: Teacher, layers: list[int], settings: Settings):
     """Student and teacher run side by side, block by block. In `layers` their maps are compared."""
-    keep = student.draw_drop_path(len(images))  # both drop the same branches
+    keep = student.draw_drop_path(len(images))  # drop path drops the same branches in both
     losses, divergences = [], []
     for (x, ours), theirs in zip(
         student.blockwise(images, keep=keep), teacher.lend(images, layers, keep), strict=True
@@ -95,7 +95,7 @@ def task(settings: Settings, dataset: data.Data, checkpoint=None) -> train.Task:
 
 
 def main(settings: Settings) -> dict:
-    from teachers.find import find_teacher  # which can download and pre-train: a task cannot
+    from teachers.find import find_teacher  # it may download or pre-train, a task may not
 
     dataset = data.load(settings)
     teacher = find_teacher(settings, dataset)

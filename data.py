@@ -50,7 +50,7 @@ DATA_SETS = {
 @dataclass(frozen=True)
 class Images(Base):
     data: str = setting("digits", "data set: " + ", ".join(DATA_SETS), tuple(DATA_SETS))
-    data_dir: str = setting("", "where the images are, or go [data/DATA]", free=True)
+    data_dir: str = setting("", "folder of the images [data/DATA]", free=True)
     image_size: int = setting(0, "pixels per side (0: the data set's own)", high=4096)
     holdout: float = setting(-1.0, "share to hold out (-1: 1/5 if no val/)", low=-1, high=0.9)
     distractors: int = setting(1, "distractors beside a digit, for --data digits", high=20)
@@ -65,7 +65,7 @@ class Settings(Images):
     num_labels: int = setting(0, "labelled images, as many of each class (0: all)")
     subset_seed: int = setting(-1, low=-1)  # draws them (-1: seed does)
     seed: int = setting(0, "random seed of everything", high=2**63 - 1)
-    crop_area: float = setting(0.0, "smallest random crop, as a share (0: shifts)", high=1)
+    crop_area: float = setting(0.0, "smallest crop, as a share of the area (0: shifts)", high=1)
     randaugment: int = setting(0, "magnitude of RandAugment (0: none)", high=10)
     random_erase: float = setting(0.0, high=1)  # probability of random erasing
     mixup: float = setting(0.0, "alpha of MixUp (0: none)")
@@ -132,7 +132,7 @@ def load(settings, train: bool = True) -> Data:
     size = settings.image_size or kind.image_size
     normalise = Normalise(kind.normalization, device)
     folder = Path(settings.data_dir or f"data/{settings.data}")
-    in_folders = not settings.data.startswith(("digits", "cifar")) or (folder / "val").is_dir()
+    in_folders = settings.data != "digits" and has_folders(settings.data, folder)
     if size != kind.image_size and not in_folders:
         raise ValueError(f"--image-size {size}: --data {settings.data} has {kind.image_size}")
     if settings.data == "digits":
@@ -163,9 +163,15 @@ def load(settings, train: bool = True) -> Data:
     return found._replace(train=view, available=available, fingerprint=names_hash)
 
 
+def has_folders(name: str, folder: Path) -> bool:
+    """Whether images lie in folders there: CIFAR's may, torchvision's own files are cifar-*."""
+    others = [path for path in folder.glob("*/") if not path.name.startswith((".", "cifar-"))]
+    return not name.startswith("cifar") or bool(others)
+
+
 def hold_out(parts: Parts, share: float) -> tuple:
     """Train, val and test: a share of the training images becomes val, each by its own name."""
-    if not share:
+    if not share or not parts.train:
         return parts.train, parts.val, parts.test
     from common.folders import is_held_out
 
@@ -298,6 +304,7 @@ def hold(source, device, centred: bool = False):
 def load_digits(settings, normalise: Normalise, device) -> Parts:
     from common import digits
 
+    digits.check_augmentation(settings)
     split = digits.Split(settings.distractors, normalise, device)
     parts = split.whole("train"), split.placed("val"), split.placed("test")
     train, val, test = (Tensors(*part) for part in parts)
@@ -308,7 +315,7 @@ def load_cifar(name: str, folder: Path, device) -> Parts:
     from torchvision import datasets
 
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
-    if not folder.is_dir():
+    if not list(folder.glob("cifar-*")):
         print0(f"downloading {name} to {folder} (if it cannot be: {FOLDERS})")
     first_alone(lambda: kind(folder, download=True))
     sets = [kind(folder, train=part) for part in (True, False)]

@@ -119,6 +119,7 @@ def compute_top1(p: Tensor, labels: Tensor) -> float:
 
 def main(settings: Settings) -> dict:
     launch.one_process()
+    checkpoints.check_place(Path(settings.json or "runs/ensemble.json"), "--json", ".json")
     result = evaluate(settings.checkpoints, settings)
     print(f"top-1 on {result['images']:,} images of {result['data']} ({result['part']})")
     for member in result["members"]:
@@ -128,7 +129,6 @@ def main(settings: Settings) -> dict:
     if len(result["members"]) > 1:
         print(f"{result['ensemble_top1']:7.2f} %  together, probabilities averaged")
     out = Path(settings.json or f"runs/ensemble-{result['data']}.json")
-    checkpoints.check_place(out, "--json", ".json")
     out.parent.mkdir(parents=True, exist_ok=True)
     checkpoints.write_text(out, json.dumps(result, indent=1) + "\n")
     print(f"wrote {out}")

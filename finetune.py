@@ -77,7 +77,7 @@ def task(settings: Settings, dataset: data.Data, checkpoint=None) -> train.Task:
 
 
 def main(settings: Settings) -> dict:
-    from teachers.find import find_teacher  # which can download and pre-train: a task cannot
+    from teachers.find import find_teacher  # it may download or pre-train, a task may not
 
     dataset = data.load(settings)
     teacher = find_teacher(settings, dataset)

@@ -26,14 +26,18 @@ class Settings(data.Settings):
     layer_decay: float = setting(1.0, "factor on the rate per layer below the head", high=1)
     clip: float = setting(0.0)  # largest gradient norm (0: no limit)
     ema: float = setting(0.0, "decay of the average of the weights (0: none)", high=0.999999)
-    eval_every: int = setting(1, low=1)  # epochs between validations
+    eval_every: int = setting(1, low=1, free=True)  # epochs between validations
     out: str = setting("", "folder of the run [runs/METHOD-DATA-MODEL-sSEED]", free=True)
     resume: bool = setting(False, "continue the run in --out", free=True)
     overwrite: bool = setting(False, "start over, though --out holds a run", free=True)
     save_every: int = setting(600, free=True)  # seconds between checkpoints within an epoch
-    amp: str = setting("auto", "mixed precision", ("auto", "off", "bf16", "fp16"))
+    amp: str = setting(
+        "auto", "mixed precision: auto, off, bf16, fp16", ("auto", "off", "bf16", "fp16")
+    )
     micro_batch: int = setting(0, free=True)  # images at a time per GPU (0: all that fit)
-    compile: str = setting("auto", "torch.compile", ("auto", "off", "on", "graphs"), free=True)
+    compile: str = setting(
+        "auto", "auto, off, on, graphs", ("auto", "off", "on", "graphs"), free=True
+    )
 
     @property
     def method(self) -> str:  # names the run's folder

@@ -1,6 +1,6 @@
-"""The one training loop: a Task in, a row of results out. It knows no method.
+"""The one training loop: a Task in, a row of results out. It is the same for every method.
 
-Copy, distillation and fine-tuning can be compared because all else is literally the same code. One
+Copy, distillation and fine-tuning can be compared because everything else is the same code. One
 process or many (`torchrun`), CPU, CUDA or MPS, float32 or mixed precision. A run killed at any
 moment continues with --resume. What it leaves in --out: common/runs.py.
 """
@@ -31,16 +31,13 @@ from common.settings import values_of
 
 @dataclass
 class Task:
-    """What a method is, for the loop. `shown`: scalars for the log, beside the loss.
-
-    Without predict nothing is evaluated.
-    """
+    """What a method is, for the loop."""
 
     net: nn.Module
     data: data.Data
-    loss: Callable[..., tuple[Tensor, dict]]  # of the net, images and labels: loss, shown
-    predict: Callable[..., Tensor] | None = nn.Module.__call__  # of the net and images: logits
-    export: Callable[..., dict] = checkpoints.export  # of the net: what model.pt holds
+    loss: Callable[..., tuple[Tensor, dict]]  # (net, images, labels) -> loss, scalars to log
+    predict: Callable[..., Tensor] | None = nn.Module.__call__  # (net, images)
+    export: Callable[..., dict] = checkpoints.export  # (net) -> what model.pt holds
     teacher: checkpoints.Checkpoint | None = None  # must be the same for --resume
 
 
@@ -48,7 +45,7 @@ def fit(task: Task, settings, test: Callable | None = None) -> dict:
     """Trains the task's net. Returns the last row of its log, with `test_top1`.
 
     `test(net)` -> {"predicted", "labels"}: for methods without predict. With --ema the average of
-    the weights is reported and saved. Failed if the loss is no longer finite.
+    the weights is reported and saved. Raises Failed if the loss is no longer finite.
     """
     runs.check_folder(settings)
     if task.predict and len(task.data.classes) < 2:
@@ -154,12 +151,12 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["scale"]
         pieces = [x.split(self.micro_batch) for x in (images, labels)]
-        last = len(pieces[0]) - 1  # it exchanges the sum of the gradients
-        for i, (some, theirs) in enumerate(zip(*pieces, strict=True)):
-            apart = i < last and world() > 1
-            with self.loss_module.no_sync() if apart else contextlib.nullcontext():
+        last = len(pieces[0]) - 1  # after it DDP exchanges the gradients
+        for i, (some, wanted) in enumerate(zip(*pieces, strict=True)):
+            skip_sync = i < last and world() > 1
+            with self.loss_module.no_sync() if skip_sync else contextlib.nullcontext():
                 share = len(some) / len(images)
-                self.scaler.scale(self.compute_loss(some, theirs, share) * share).backward()
+                self.scaler.scale(self.compute_loss(some, wanted, share) * share).backward()
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.settings.clip or math.inf)
         if not self.scaler.is_enabled():  # it skips steps with infinite gradients by itself
@@ -184,12 +181,12 @@ class Learner:
 
     @torch.no_grad()
     def move_average(self, averages, weights, _) -> None:
-        """Exponential. A young average follows faster, so that short runs forget their start."""
+        """Exponential, with a smaller decay at first, to forget the initial weights."""
         decay = min(self.settings.ema, (1 + self.done) / (10 + self.done))
         torch._foreach_lerp_(averages, weights, 1 - decay)
 
     def average_over_ranks(self) -> None:
-        """Sums become means over all processes, buffers those of rank 0."""
+        """Sums become means over all processes. Buffers are copied from rank 0."""
         if dist.is_initialized():
             for value in self.sums.values():
                 dist.all_reduce(value.div_(world()))
@@ -212,7 +209,7 @@ class Learner:
         return parts | ({"average": self.average} if self.average else {})
 
     def save(self, out: Path, rows: list, run: dict, clock: Clock, signals: list[int]) -> None:
-        """Writes last.pt, and leaves if a signal asked for it."""
+        """Writes last.pt. Exits after a signal."""
         runs.check_finite(self.sums)
         if rank() == 0:
             state = {name: part.state_dict() for name, part in self.parts().items()}
@@ -226,7 +223,7 @@ class Learner:
     def restore(self, state: dict) -> tuple[list[dict], float]:
         """Continues from a saved state. Returns the log so far, and its seconds."""
         for name, part in self.parts().items():
-            if state[name] or part is not self.scaler:  # it is empty on other hardware
+            if state[name] or part is not self.scaler:  # the scaler's is empty without fp16
                 part.load_state_dict(state[name])
         self.done = state["step"]
         self.sums = {k: v.to(self.device) for k, v in state["sums"].items()}
@@ -251,8 +248,8 @@ def group_parameters(net: nn.Module, weight_decay: float, layer_decay: float) ->
             block = re.match(r"(encoder\.)?blocks\.(\d+)", name)
             on_top = re.match(r"(encoder\.)?(fc_norm|head)|decoder|mask_token", name)
             layer = int(block[2]) + 1 if block else head if on_top or head == 1 else 0
-            bare = p.ndim <= 1 or name.endswith(("pos_embed", "_token", "relative.table"))
-            key = layer_decay ** (head - layer), 0.0 if bare else weight_decay
+            undecayed = p.ndim <= 1 or name.endswith(("pos_embed", "_token", "relative.table"))
+            key = layer_decay ** (head - layer), 0.0 if undecayed else weight_decay
             groups.setdefault(key, []).append(p)
     return [
         dict(params=params, scale=scale, weight_decay=decay)
@@ -262,7 +259,7 @@ def group_parameters(net: nn.Module, weight_decay: float, layer_decay: float) ->
 
 @torch.no_grad()
 def classify(predict: Callable, net: nn.Module, images, amp: str, at_a_time: int = 256):
-    """Predicted and true classes of all images, in order, on every process: two of (images,)."""
+    """Predicted and true classes (images,) of all images, in order, the same on every process."""
     was_training, mixed, total = net.training, autocast(amp, net), torch.zeros(())
     net.eval()
     mine = [torch.zeros(2, 0, dtype=torch.long, device=next(net.parameters()).device)]

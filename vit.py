@@ -22,7 +22,7 @@ SIZES = {  # width, depth, heads
 
 @dataclass(frozen=True)
 class Config:
-    image_size: int  # pixels per side, as patch
+    image_size: int  # pixels per side; so is patch
     patch: int
     channels: int
     classes: int  # 0: no head
@@ -53,15 +53,15 @@ class QK(NamedTuple):
         return self.scores().softmax(dim=-1)
 
     @staticmethod
-    def from_map(p: Tensor) -> "QK":  # any map: scores of 0, and a bias whose softmax it is
-        return QK._make([*p.new_zeros(2, *p.shape[:-1], 8), p.log()])  # kernels take 8 at least
+    def from_map(p: Tensor) -> "QK":  # a QK whose map is p: scores are 0, the bias is log p
+        return QK._make([*p.new_zeros(2, *p.shape[:-1], 8), p.log()])  # 8 wide: fused kernels
 
 
 def attend(qk: QK, v: Tensor) -> Tensor:
     """map @ v: what each query finds, (B, H, N, d). The fused kernel never stores the map."""
-    lent = v.requires_grad and not qk.q.requires_grad  # that kernel differentiates q and k anyway
-    slower = v.device.type == "cpu" and (lent or v.dtype is torch.bfloat16)
-    return qk.map() @ v if slower else F.scaled_dot_product_attention(qk.q, qk.k, v, qk.bias)
+    frozen = v.requires_grad and not qk.q.requires_grad  # the kernel computes their gradients, too
+    slow = v.device.type == "cpu" and (frozen or v.dtype is torch.bfloat16)
+    return qk.map() @ v if slow else F.scaled_dot_product_attention(qk.q, qk.k, v, qk.bias)
 
 
 class Attention(nn.Module):
@@ -71,12 +71,12 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.dim, 3 * config.dim)
         self.proj = nn.Linear(config.dim, config.dim)
 
-    def project(self, x: Tensor, rows: slice = slice(None)) -> Tensor:  # all: q, k and v
+    def project(self, x: Tensor, rows: slice = slice(None)) -> Tensor:  # by default q, k and v
         y = F.linear(x, self.qkv.weight[rows], self.qkv.bias[rows])
         return rearrange(y, "b n (p h d) -> p b h n d", h=self.heads, d=self.dim // self.heads)
 
     def queries_keys(self, q: Tensor, k: Tensor, visible_ids=None) -> QK:
-        return QK(q, k)  # families add what depends on positions here: rope, a bias
+        return QK(q, k)  # families (teachers/vit.py) add rope or a bias here
 
     def forward(self, x: Tensor, given: QK | None = None, visible_ids=None) -> tuple[Tensor, QK]:
         if given is None:
@@ -116,7 +116,7 @@ class Block(nn.Module):
 class ViT(nn.Module):
     block = Block  # families of public ViTs have others: teachers/vit.py
 
-    def __init__(self, config: Config, drop_path: float = 0.0):  # in the last block, Huang 2016
+    def __init__(self, config: Config, drop_path: float = 0.0):  # of the last block
         super().__init__()
         self.config, self.drop_path = config, drop_path
         proj = nn.Conv2d(config.channels, config.dim, config.patch, stride=config.patch)
@@ -154,7 +154,7 @@ class ViT(nn.Module):
             x, qk = block(x, lent, factors, visible_ids)
             yield x, qk
 
-    def forward_features(self, images: Tensor, *args, **kwargs) -> Tensor:  # as of blockwise
+    def forward_features(self, images: Tensor, *args, **kwargs) -> Tensor:  # blockwise's
         for x, _ in self.blockwise(images, *args, **kwargs):
             pass
         return x
@@ -172,7 +172,7 @@ class ViT(nn.Module):
             x, qk = block(x, None, (1, 1) if keep is None else keep[i])
             yield qk if i in layers else None
         attn, x = self.blocks[last].attn, self.blocks[last].norm1(x)
-        yield attn.queries_keys(*attn.project(x, slice(0, 2 * attn.dim)))  # nothing after these
+        yield attn.queries_keys(*attn.project(x, slice(0, 2 * attn.dim)))  # no more is needed
         yield from [None] * (len(self.blocks) - last - 1)
 
     def draw_drop_path(self, batch: int):
@@ -184,7 +184,7 @@ class ViT(nn.Module):
         return ((torch.rand(depth, 2, batch, device=device) < kept) / kept)[..., None, None]
 
 
-def initialise(module: nn.Module) -> None:  # as MAE: Xavier; patch embeddings count as Linear
+def initialise(module: nn.Module) -> None:  # as in MAE: Xavier, patch embeddings as matrices
     if isinstance(module, nn.Linear | nn.Conv2d):
         nn.init.xavier_uniform_(module.weight.flatten(1))
         nn.init.zeros_(module.get_parameter("bias"))

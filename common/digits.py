@@ -22,6 +22,12 @@ PLACES = 4  # of each digit of validation and test
 FILE = Path(__file__).parent / "digits.npz"
 
 
+def check_augmentation(settings) -> None:
+    for name in ("crop_area", "randaugment", "random_erase"):
+        if getattr(settings, name, 0):
+            raise ValueError(f"--{name.replace('_', '-')}: digits are only placed anew")
+
+
 class Split:
     """The digits in three parts. Called with some, it clutters them: this task's augmentation."""
 

@@ -89,9 +89,9 @@ class Files(Dataset):
 
     @property
     def hashes(self) -> Tensor:
-        """Of names and sizes: what a checkpoint remembers of the images it learned from."""
-        pairs = zip(self.names, self.samples, strict=True)
-        return torch.tensor([hash_seed(name, os.path.getsize(path)) for name, (path, _) in pairs])
+        """Of names, sizes and last bytes: what a checkpoint remembers of its training images."""
+        facts = zip(self.names, (read_end(path) for path, _ in self.samples), strict=True)
+        return torch.tensor([hash_seed(*fact) for fact in facts])
 
     def subset(self, indices: Sequence[int]) -> "Files":
         names = [self.names[i] for i in indices]
@@ -149,7 +149,9 @@ class Files(Dataset):
         workers = min(self.settings.workers, len(order), count_cores())
         if self.held and not pin:
             workers = 0  # to crop alone is less work than to start them
-        self.random_crop = random_crop(self.size, self.settings, self.normalise.normalization[0])
+        if key:
+            mean, _ = self.normalise.normalization
+            self.random_crop = random_crop(self.size, self.settings, mean)
         yield from DataLoader(
             self,
             batch_sampler=([(*key, i) for i in indices.tolist()] for indices in order),
@@ -167,6 +169,14 @@ class Files(Dataset):
         image = self.held[index] if self.held else self.shrink(index)
         reseed(torch.device("cpu"), *seed, index)
         return self.random_crop(image), label
+
+
+def read_end(path: str) -> tuple[int, bytes]:
+    """A file's size, and its last bytes. Images may have equal names and sizes."""
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 256))
+        return size, file.read()
 
 
 def leave_group(_: int) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from common import checkpoints
-from common.launch import Failed, rank
+from common.launch import Failed, print0, rank
 from common.settings import free_in, values_of
 
 FILES = ("last.pt", "model.pt", "test.pt", "log.jsonl", "curves.png", "config.json")
@@ -77,11 +77,16 @@ def lock(out: Path, wait: bool = False) -> Iterator[Path]:
             import fcntl
 
             if rank() == 0:
-                fcntl.lockf(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
-            raise ValueError(f"another process is training in {out}: wait for it") from error
+            if not wait:
+                raise ValueError(f"another process is training in {out}: wait for it") from error
+            print0(f"another process is training in {out}: waiting for it")
+            fcntl.lockf(file, fcntl.LOCK_EX)
         except (ImportError, OSError):  # Windows, or a disk without locks
             pass
+        for part in out.glob("*.part") if rank() == 0 else ():  # of a process killed while saving
+            part.unlink()
         yield out
 
 

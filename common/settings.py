@@ -119,7 +119,7 @@ def build_parser(doc: str, flags: dict, recipe: dict, positional: tuple) -> Pars
         parser.add_argument(positional[0], nargs="*", help=positional[1])
     for name, f in flags.items():
         default, about = recipe.get(name, f.default), f.metadata
-        shown = "" if default in ("", -1) or default is False else f" [{default}]"
+        shown = "" if default in ("", -1, 0) else f" [{default}]"
         text = (about["help"] + shown).replace("%", "%%") if about["help"] else argparse.SUPPRESS
         how: dict[str, Any] = dict(type=type(f.default), metavar="X", choices=about["choices"])
         if isinstance(f.default, bool):

@@ -46,6 +46,9 @@ def score(models: list[Model], settings: Settings) -> dict:
     found = [ensemble.compute_probabilities(model, settings) for model in models]
     _, labels, dataset = found[0]
     every = [p for p, _, _ in found] + ([sum(p for p, _, _ in found)] if len(found) > 1 else [])
+    for model in models:
+        if seen := dataset.count_learned(model.checkpoint.learned_from, settings.part):
+            print(f"note: {model.checkpoint.source} was TRAINED ON {seen:,} of these images")
     result = {"images": len(labels), "top1": [ensemble.compute_top1(p, labels) for p in every]}
     if settings.real:
         result["real_top1"] = [compute_real_top1(p, dataset, settings.real) for p in every]

@@ -232,7 +232,7 @@ def task(settings: Settings, dataset: data.Data, checkpoint=None) -> train.Task:
         loss = partial(loss_copy, predict=predict)
         export = partial(checkpoints.export, **how) if unchanged else export_changed
     elif settings.how == "logits":
-        if not checkpoint or checkpoint.architecture["classes"] != len(dataset.classes):
+        if not checkpoint or checkpoint.classes != dataset.classes:
             raise ValueError("--how logits: name a --teacher that was fine-tuned on these classes")
         loss = partial(loss_logits, teacher=open_model(checkpoint, dataset.train.device))
     else:
@@ -245,6 +245,8 @@ def check(settings: Settings) -> None:
     """ValueError for a change that would silently have no effect."""
     names = ("maps", "lend", "detach", "student")
     changed = {name for name in names if getattr(settings, name) != getattr(Settings, name)}
+    if settings.how in ("logits", "probe"):
+        changed |= settings.given & {"layers", "teacher_layers", "heads", "start"}
     if not changed <= USES.get(settings.how, set()) or {"maps", "lend"} <= changed:
         raise ValueError(f"--how {settings.how} does not go with --{' --'.join(sorted(changed))}")
 

@@ -45,6 +45,7 @@ class Settings(recipes.Settings):
     model: str = setting("small", "the student, or the teacher alone: " + ", ".join(MODELS), MODELS)
     patch: int = setting(0)  # a CNN has no patches
     drop_path: float = setting(0.0)  # and drops no paths
+    layer_decay: float = 1.0  # no flag
     teacher: str = setting("auto", "model.pt of a teacher, or auto: trained first", free=True)
     at_weight: float = setting(140.0, "weight of attention transfer (0: none)")
     kd_weight: float = setting(0.0, "share of the loss for the teacher's classes", high=1)
@@ -143,13 +144,14 @@ def find_teacher(settings: Settings, dataset: data.Data) -> checkpoints.Checkpoi
         return None
     path = settings.teacher
     if path == "auto":
-        path = make_teacher(sys.modules[__name__], settings, model="teacher")
+        path = make_teacher(sys.modules[__name__], settings, dataset, model="teacher")
     found = checkpoints.read_file(path)
     if found.get("method") != "activations" or found["settings"]["model"] != "teacher":
         raise ValueError(f"--teacher {path} is no teacher: --model teacher trains one")
     classes, normalization = found["classes"], found["normalization"]
     if (classes, len(normalization[0])) != (dataset.classes, dataset.channels):
         raise ValueError(f"--teacher {path} is for other images than --data {settings.data}")
+    dataset.set_normalization(normalization)
     known = dict(classes=classes, normalization=normalization, method="activations")
     return checkpoints.Checkpoint(str(path), found["model"], {}, **known)
 

@@ -45,6 +45,7 @@ TEMPERATURE = 10.0  # of merged heads, in the authors' scripts
 @dataclass(frozen=True)
 class Settings(recipes.Settings):
     method = "attndistill"
+    layer_decay: float = 1.0  # no flag: the layers are inside
     teacher: str = setting("auto", "a ViT with a class token, or auto: DINO's", free=True)
     num_heads: int = setting(0, "heads of the student (0: as --model has them)")
     attention_weight: float = setting(0.1, "weight of the class token's row (0: none)")
@@ -139,7 +140,7 @@ def task(settings: Settings, dataset: data.Data, checkpoint) -> train.Task:
 def find_teacher(settings: Settings, dataset: data.Data) -> checkpoints.Checkpoint | None:
     """The named ViT, or one that DINO trains here first."""
     if settings.teacher == "auto":
-        settings = replace(settings, teacher=str(find.make_teacher(dino, settings)))
+        settings = replace(settings, teacher=str(find.make_teacher(dino, settings, dataset)))
     settings = replace(settings, given=frozenset())  # --model and --patch are the student's alone
     return find.find_teacher(settings, dataset)
 

@@ -36,6 +36,7 @@ from vit import Config, ViT
 @dataclass(frozen=True)
 class Settings(recipes.Settings):
     method = "dino"
+    layer_decay: float = 1.0  # no flag: the layers are inside
     prototypes: int = setting(256, "invented classes", low=2)
     momentum: float = setting(0.99, "of the teacher as an average of the student", high=1)
     center_momentum: float = setting(0.9, "of the mean output that is subtracted", high=1)

@@ -175,7 +175,9 @@ def find_teacher(settings: Settings, dataset: data.Data) -> checkpoints.Checkpoi
     """The named ViT, or one made here first. It brings feature maps if it was taught any."""
     if settings.teacher == "auto":
         script = sys.modules[__name__] if settings.lora else finetune
-        made = find.make_teacher(script, settings, model=settings.model, patch=settings.patch)
+        made = find.make_teacher(
+            script, settings, dataset, model=settings.model, patch=settings.patch
+        )
         settings = replace(settings, teacher=str(made))
     found, count = find.find_teacher(settings, dataset), len(dataset.classes)
     head = found and (found.architecture["classes"], found.classes or dataset.classes)

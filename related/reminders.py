@@ -45,6 +45,9 @@ from vit import QK, ViT
 @dataclass(frozen=True)
 class Settings(recipes.Settings):
     method = "reminders"
+    layer_decay: float = 1.0  # no flags
+    mixup: float = 0.0
+    cutmix: float = 0.0
     data: str = setting("digits", "data set of the scenes: digits", ("digits",))
     reminder: str = setting(
         "attention", "what it is for: attention, words, none", ("attention", "words", "none")

@@ -23,6 +23,10 @@ def find_teacher(settings, dataset) -> Checkpoint | None:
     auto: the bundled one if it fits, MAE's for ImageNet, otherwise one is pre-trained first.
     """
     source: str | Path = settings.teacher
+    if source == "random" and not hasattr(settings, "layers"):
+        raise ValueError(
+            "--teacher random has no maps to give here: from scratch is --teacher none"
+        )
     if source in ("none", "random"):
         return None
     if source == "mae" or (source, settings.data) == ("auto", "imagenet"):
@@ -33,7 +37,7 @@ def find_teacher(settings, dataset) -> Checkpoint | None:
         import pretrain
 
         own = dict(model=settings.model, patch=settings.patch, num_labels=0, subset_seed=-1)
-        source = make_teacher(pretrain, settings, **own)
+        source = make_teacher(pretrain, settings, dataset, **own)
     checkpoint = read_checkpoint(source)
     if settings.given & {"model", "patch"} and not hasattr(settings, "layers"):  # fine-tuning
         asked = make_config(settings, dataset)
@@ -61,14 +65,14 @@ def find_bundled(settings) -> Path | None:
     return None
 
 
-def make_teacher(script, settings, **changes) -> Path:
+def make_teacher(script, settings, dataset=None, **changes) -> Path:
     """The model.pt of a script's own recipe on the same images, trained now if need be."""
     own = script.parse(["--data", settings.data])
     shared = {f.name for f in fields(Images)} | {"seed", "amp", "compile", "num_labels"}
     shared = shared | {"subset_seed"} - {"given"}
     own = replace(own, **{name: getattr(settings, name) for name in shared} | changes)
     counts = {k: v for k, v in values_of(own).items() if k not in free_in(own) | {"amp"}} | changes
-    counts |= {"method": own.method, "folder": own.data == "folder" and own.data_dir}
+    counts |= {"method": own.method, "images": dataset and (dataset.available, dataset.fingerprint)}
     name = f"teacher-{own.data}-{own.model}-{runs.hash_settings(counts)}"
     out = Path("runs") / name.replace("/", "-")
     own = replace(own, out=str(out), resume=True)
@@ -77,7 +81,7 @@ def make_teacher(script, settings, **changes) -> Path:
     with contextlib.ExitStack() as stack:  # locked until it is made: other processes wait for it
         first_alone(lambda: stack.enter_context(runs.lock(out, wait=True)))
         if not (out / "model.pt").is_file():
-            print0(f"No teacher in {out} yet: making one first.")
+            print0(f"No teacher in {out} yet: making one first, by its own recipe.")
             script.main(own)
             print0("The teacher is ready. Now the student:")
     return out / "model.pt"
