@@ -5,8 +5,8 @@ which uses the teacher's attention maps instead of its own:
 
     student:  y = softmax(q_T @ k_T.mT / sqrt(d)) @ v_S   T: teacher, S: student
 
-The student learns everything else from scratch: values, MLPs, embeddings, head. It
-needs the teacher at test time too.
+The student learns everything else from scratch: values, MLPs, embeddings,
+head. It needs the teacher at test time too.
 
     python attention_copy.py                       digits (weights/digits.pt)
     python attention_copy.py --teacher random --out runs/random-copy

@@ -292,7 +292,7 @@ def test_a_teacher_is_known_by_its_weights_wherever_it_lies(tmp_path, teacher, s
 def test_starting_over_leaves_nothing_of_the_run_before(tmp_path, monkeypatch):
     run_here(finetune, *QUICK, "--out", tmp_path)
     again = [*QUICK, "--blr", "0.5", "--overwrite", "--out", tmp_path]
-    for name, left in (("__init__", {*runs.FILES}), ("train_step", {"config.json"})):
+    for name, left in (("__init__", {*runs.FILES}), ("train_step", {"config.json", "log.jsonl"})):
         with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
             patch.setattr(train.Learner, name, lambda *_: 1 / 0)  # before and after it begins
             run_here(finetune, *again)
