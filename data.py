@@ -5,9 +5,6 @@
     --data imagenet    --data-dir/train/CLASS/* and --data-dir/val/CLASS/*
     --data folder      the same, or --data-dir/CLASS/*, for your own photographs
 
-To add a data set: a row of DATA_SETS and, unless it is a folder of images, a function like
-load_cifar, called in `load`.
-
 Every batch is a function of (seed, epoch, step): a resumed run sees the same images.
 """
 
@@ -132,7 +129,9 @@ def load(settings, train: bool = True) -> Data:
     size = settings.image_size or kind.image_size
     normalise = Normalise(kind.normalization, device)
     folder = Path(settings.data_dir or f"data/{settings.data}")
-    in_folders = settings.data != "digits" and has_folders(settings.data, folder)
+    others = [x for x in folder.glob("*/") if not x.name.startswith((".", "cifar-"))]
+    in_folders = not settings.data.startswith(("digits", "cifar"))
+    in_folders |= settings.data.startswith("cifar") and bool(others)  # cifar-*: torchvision's own
     if size != kind.image_size and not in_folders:
         raise ValueError(f"--image-size {size}: --data {settings.data} has {kind.image_size}")
     if settings.data == "digits":
@@ -161,12 +160,6 @@ def load(settings, train: bool = True) -> Data:
     augment = parts.augment or Augment(settings, normalise, cropped=in_files)
     view = Train(source, augment, settings, len(parts.classes), device)
     return found._replace(train=view, available=available, fingerprint=names_hash)
-
-
-def has_folders(name: str, folder: Path) -> bool:
-    """Whether images lie in folders there: CIFAR's may, torchvision's own files are cifar-*."""
-    others = [path for path in folder.glob("*/") if not path.name.startswith((".", "cifar-"))]
-    return not name.startswith("cifar") or bool(others)
 
 
 def hold_out(parts: Parts, share: float) -> tuple:
