@@ -129,9 +129,9 @@ def load(settings, train: bool = True) -> Data:
     size = settings.image_size or kind.image_size
     normalise = Normalise(kind.normalization, device)
     folder = Path(settings.data_dir or f"data/{settings.data}")
-    others = [x for x in folder.glob("*/") if not x.name.startswith((".", "cifar-"))]
-    in_folders = not settings.data.startswith(("digits", "cifar"))
-    in_folders |= settings.data.startswith("cifar") and bool(others)  # cifar-*: torchvision's own
+    in_folders = settings.data != "digits"
+    if settings.data.startswith("cifar"):  # cifar-* are torchvision's own
+        in_folders = any(not x.name.startswith((".", "cifar-")) for x in folder.glob("*/"))
     if size != kind.image_size and not in_folders:
         raise ValueError(f"--image-size {size}: --data {settings.data} has {kind.image_size}")
     if settings.data == "digits":

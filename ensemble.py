@@ -25,6 +25,7 @@ from common import checkpoints, launch
 from common.precision import autocast
 from common.settings import parse_settings, setting
 from teachers.load import Model, open_model
+from train import compute_top1
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,12 @@ def evaluate(paths, settings: Settings) -> dict:
         members.append({
             "checkpoint": model.checkpoint.source,
             "method": model.checkpoint.method,
-            "top1": compute_top1(p, labels),
+            "top1": compute_top1(p.argmax(dim=-1), labels),
             "learned_from": dataset.count_learned(model.checkpoint.learned_from, settings.part),
         })  # fmt: skip
     about = {"data": settings.data, "part": settings.part, "images": len(labels)}
-    return about | {"members": members, "ensemble_top1": compute_top1(total, labels)}
+    together = compute_top1(total.argmax(dim=-1), labels)
+    return about | {"members": members, "ensemble_top1": together}
 
 
 def choose_images(checkpoint: checkpoints.Checkpoint, settings):
@@ -111,10 +113,6 @@ def choose_columns(model: Model, classes: list[str]) -> list[int]:
             f"does not know these {len(classes)} classes ({', '.join(strange[:3])})"
         )
     return [known.index(name) for name in classes]
-
-
-def compute_top1(p: Tensor, labels: Tensor) -> float:
-    return 100 * (p.argmax(dim=-1) == labels).sum().item() / len(labels)
 
 
 def main(settings: Settings) -> dict:

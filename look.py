@@ -44,17 +44,22 @@ parse = partial(parse_settings, __doc__, Settings, {}, positional=WORDS)
 @torch.no_grad()
 def look(photo: str, model: Model) -> tuple[Tensor, list[Tensor], Tensor | None]:
     """The input (1, C, H, W), each layer's maps (1, H, N, N), and logits (classes,) or None."""
-    config, about = model.net.config, model.checkpoint
-    kind = data.DATA_SETS[about.settings.get("data", "imagenet")]
+    config, kind = model.net.config, get_kind(model)
     square = centre_crop(config.image_size, kind.crop_pct)(read_image(photo))
     if config.channels == 1:
         square = v2.functional.rgb_to_grayscale(square)
     device = next(model.net.parameters()).device
-    x = Normalise(about.normalization or kind.normalization, device)(square[None].to(device))
+    x = Normalise(kind.normalization, device)(square[None].to(device))
     maps = []
     for tokens, qk in model.blockwise(x):
         maps.append(qk.map())
     return x, maps, model.net.classify(tokens)[0] if config.classes else None
+
+
+def get_kind(model: Model) -> data.DataSet:
+    """The kind of images it was trained on, with its own normalisation if its file names one."""
+    kind = data.DATA_SETS[model.checkpoint.settings.get("data", "imagenet")]
+    return kind._replace(normalization=model.checkpoint.normalization or kind.normalization)
 
 
 def draw(model: Model, x: Tensor, maps: list[Tensor], layers: list[int], heads: list[int]):
@@ -64,10 +69,8 @@ def draw(model: Model, x: Tensor, maps: list[Tensor], layers: list[int], heads: 
         f"layer {i}": torch.cat([mean_look(maps[i], prefix, head) for head in rows]) for i in layers
     }
     names = ["mean of heads", *(f"head {head}" for head in heads)]
-    kind = data.DATA_SETS[model.checkpoint.settings.get("data", "imagenet")]
-    normalization = model.checkpoint.normalization or kind.normalization
     images = x.expand(len(rows), -1, -1, -1)
-    return overlays(images, looks, normalization, prefix, names)
+    return overlays(images, looks, get_kind(model).normalization, prefix, names)
 
 
 def name_likeliest(logits: Tensor, classes: list[str] | None) -> dict[str, float]:

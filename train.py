@@ -131,12 +131,13 @@ class Learner:
         self.autocast = autocast(settings.amp, net)
         self.loss_module: Any = LossModule(net, task.loss)
         share, size = task.data.train.batch // world(), task.data.image_size
-        blank = torch.zeros(share, task.data.channels, size, size, device=self.device)
         self.micro_batch = settings.micro_batch  # images at a time
         if not self.micro_batch:
             from common.memory import find_micro_batch
 
+            blank = torch.zeros(share, task.data.channels, size, size, device=self.device)
             self.micro_batch = find_micro_batch(net, self.compute_loss, blank)
+            del blank  # a large part of the memory that was found
         if settings.compile == "graphs" and self.micro_batch < share:  # pytorch#169545
             raise ValueError("--compile graphs needs a step in one piece: try on, or less --batch")
         if dist.is_initialized():
@@ -190,8 +191,9 @@ class Learner:
         if dist.is_initialized():
             for value in self.sums.values():
                 dist.all_reduce(value.div_(world()))
-            for buffer in self.net.buffers():
-                dist.broadcast(buffer, 0)
+            for net in filter(None, (self.net, self.average)):
+                for buffer in net.buffers():
+                    dist.broadcast(buffer, 0)
 
     def classify(self, predict: Any, net: nn.Module, images) -> tuple[Tensor, Tensor]:
         return classify(predict, net, images, self.settings.amp, min(256, 4 * self.micro_batch))

@@ -80,6 +80,9 @@ class Files(Dataset):
     normalise: Normalise
     held: list[Tensor] | None = None  # the decoded images, if they fit in memory
 
+    def __post_init__(self):
+        self.centre_crop = centre_crop(self.size, self.crop_pct)
+
     def __len__(self) -> int:
         return len(self.samples)
 
@@ -90,8 +93,10 @@ class Files(Dataset):
     @property
     def hashes(self) -> Tensor:
         """Of names, sizes and last bytes: what a checkpoint remembers of its training images."""
-        facts = zip(self.names, (read_end(path) for path, _ in self.samples), strict=True)
-        return torch.tensor([hash_seed(*fact) for fact in facts])
+        with ThreadPoolExecutor(32) as pool:  # a million files, perhaps on a network's disk
+            ends = pool.map(read_end, [path for path, _ in self.samples])
+            facts = zip(self.names, ends, strict=True)
+            return torch.tensor([hash_seed(*fact) for fact in facts])
 
     def subset(self, indices: Sequence[int]) -> "Files":
         names = [self.names[i] for i in indices]
@@ -133,7 +138,7 @@ class Files(Dataset):
         return None
 
     def crop_centre(self, index: int) -> Tensor:
-        return centre_crop(self.size, self.crop_pct)(read_image(self.samples[index][0]))
+        return self.centre_crop(read_image(self.samples[index][0]))
 
     def shrink(self, index: int) -> Tensor:
         """What training crops are cut from: as large as the smallest of them needs, no larger."""

@@ -22,6 +22,7 @@ import ensemble
 from common import checkpoints, folders, launch
 from common.settings import parse_settings, setting
 from teachers.load import Model, open_model
+from train import compute_top1
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,10 @@ def score(models: list[Model], settings: Settings) -> dict:
     for model in models:
         if seen := dataset.count_learned(model.checkpoint.learned_from, settings.part):
             print(f"note: {model.checkpoint.source} was TRAINED ON {seen:,} of these images")
-    result = {"images": len(labels), "top1": [ensemble.compute_top1(p, labels) for p in every]}
+    result = {
+        "images": len(labels),
+        "top1": [compute_top1(p.argmax(dim=-1), labels) for p in every],
+    }
     if settings.real:
         result["real_top1"] = [compute_real_top1(p, dataset, settings.real) for p in every]
     return result

@@ -79,7 +79,7 @@ def adapt(teacher: vit.ViT, student: vit.ViT, layers, teacher_layers=(), heads=(
     return TeacherAdapter(teacher, ours.depth, pairs, heads, registers)
 
 
-def make_pair(settings, dataset, checkpoint) -> tuple[vit.ViT | TeacherAdapter, vit.ViT, list[int]]:
+def make_pair(settings, dataset, checkpoint) -> tuple[Teacher, vit.ViT, list[int]]:
     """A frozen teacher (random without a checkpoint), a random student, and its layers to teach."""
     if settings.teacher == "none":
         raise ValueError("--teacher none: no teacher, no maps (finetune.py can do without)")

@@ -76,8 +76,9 @@ def make_teacher(script, settings, dataset=None, **changes) -> Path:
     name = f"teacher-{own.data}-{own.model}-{runs.hash_settings(counts)}"
     out = Path("runs") / name.replace("/", "-")
     own = replace(own, out=str(out), resume=True)
-    for one in (settings,) if (out / "model.pt").is_file() else (settings, own):
-        runs.check_folder(one)
+    runs.check_folder(settings)
+    if not (out / "model.pt").is_file():
+        runs.check_folder(own)
     with contextlib.ExitStack() as stack:  # locked until it is made: other processes wait for it
         first_alone(lambda: stack.enter_context(runs.lock(out, wait=True)))
         if not (out / "model.pt").is_file():
