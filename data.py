@@ -1,6 +1,7 @@
 """Images in, normalised batches on the device out: digits, CIFAR, ImageNet or your own folder.
 
-    --data digits      bundled: handwritten digits on a cluttered canvas (common/digits.py)
+    --data scenes      bundled: digits in a grid; where to look depends (common/scenes.py)
+    --data digits      bundled: a handwritten digit on a cluttered canvas (common/digits.py)
     --data cifar10     downloaded to --data-dir, or image folders found there; also cifar100
     --data imagenet    --data-dir/train/CLASS/* and --data-dir/val/CLASS/*
     --data folder      the same, or --data-dir/CLASS/*, for your own photographs
@@ -12,11 +13,12 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
@@ -24,6 +26,7 @@ from common.augment import Augment, BatchRandom, Normalise, Normalization, hash_
 from common.launch import first_alone, get_device, print0, rank, world
 from common.settings import Base, setting
 
+CIFAR10 = ([0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616])
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 FOLDERS = "point --data-dir at a folder that holds train/CLASS/* and val/CLASS/*, or CLASS/*"
 
@@ -36,8 +39,10 @@ class DataSet(NamedTuple):
 
 
 DATA_SETS = {
+    "scenes": DataSet(24, 1, ([0.25], [0.35])),
+    "scenes-cifar10": DataSet(48, 3, CIFAR10),
     "digits": DataSet(12, 1, ([0.25], [0.35])),
-    "cifar10": DataSet(32, 3, ([0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616])),
+    "cifar10": DataSet(32, 3, CIFAR10),
     "cifar100": DataSet(32, 3, ([0.5071, 0.4865, 0.4409], [0.2673, 0.2564, 0.2762])),
     "imagenet": DataSet(224, 3, IMAGENET, 0.875),
     "folder": DataSet(96, 3, IMAGENET, 0.875),
@@ -50,7 +55,11 @@ class Images(Base):
     data_dir: str = setting("", "folder of the images [data/DATA]", free=True)
     image_size: int = setting(0, "pixels per side (0: the data set's own)", high=4096)
     holdout: float = setting(-1.0, "share to hold out (-1: 1/5 if no val/)", low=-1, high=0.9)
-    distractors: int = setting(1, "distractors beside a digit, for --data digits", high=20)
+    distractors: int = setting(1, high=20)  # beside a digit of --data digits
+    scene: str = setting("pointer", "pointer or twins, for --data scenes", ("pointer", "twins"))
+    dial: float = setting(0.0, high=1)  # share of pointers that point to one cell
+    classes: str = setting("5:")  # which of the ten the cells of scenes show
+    label: str = setting("class", choices=("class", "cell"))  # of a scene
     workers: int = setting(8, "processes that decode images, per GPU", free=True)
     device: str = setting("auto", "cpu, cuda, mps, or auto", free=True)
 
@@ -128,20 +137,9 @@ def load(settings, train: bool = True) -> Data:
     kind, device = DATA_SETS[settings.data], get_device(settings.device)
     size = settings.image_size or kind.image_size
     normalise = Normalise(kind.normalization, device)
-    folder = Path(settings.data_dir or f"data/{settings.data}")
-    in_folders = settings.data != "digits"
-    if settings.data.startswith("cifar"):  # cifar-* are torchvision's own
-        in_folders = any(not x.name.startswith((".", "cifar-")) for x in folder.glob("*/"))
-    if size != kind.image_size and not in_folders:
-        raise ValueError(f"--image-size {size}: --data {settings.data} has {kind.image_size}")
-    if settings.data == "digits":
-        parts = load_digits(settings, normalise, device)
-    elif not in_folders:
-        parts = load_cifar(settings.data, folder, device)
-    else:
-        parts = load_folders(settings, folder, size, normalise)
+    parts = load_parts(settings, size, normalise, device)
     if train and not parts.train:
-        raise ValueError(f"{folder} has no train/")
+        raise ValueError(f"{settings.data_dir or settings.data} has no train/")
     share = settings.holdout if settings.holdout >= 0 else 0.0 if parts.test else 0.2
     source, val, test = hold_out(parts, share)
     test = test or val or source
@@ -160,6 +158,25 @@ def load(settings, train: bool = True) -> Data:
     augment = parts.augment or Augment(settings, normalise, cropped=in_files)
     view = Train(source, augment, settings, len(parts.classes), device)
     return found._replace(train=view, available=available, fingerprint=names_hash)
+
+
+def load_parts(settings, size: int, normalise: Normalise, device) -> Parts:
+    """All images of a data set."""
+    name, folder = settings.data, Path(settings.data_dir or f"data/{settings.data}")
+    if name.startswith("scenes"):
+        return load_scenes(settings, size, normalise, device)
+    if settings.label != "class":
+        raise ValueError("--label cell: only --data scenes has cells")
+    bundled = name == "digits"
+    if name.startswith("cifar"):  # unless folders other than torchvision's own cifar-* are there
+        bundled = all(x.name.startswith((".", "cifar-")) for x in folder.glob("*/"))
+    if not bundled:
+        return load_folders(settings, folder, size, normalise)
+    if size != DATA_SETS[name].image_size:
+        raise ValueError(f"--image-size {size}: --data {name} has {DATA_SETS[name].image_size}")
+    if name == "digits":
+        return load_digits(settings, normalise, device)
+    return load_cifar(name, folder, device)
 
 
 def hold_out(parts: Parts, share: float) -> tuple:
@@ -302,6 +319,23 @@ def load_digits(settings, normalise: Normalise, device) -> Parts:
     parts = split.whole("train"), split.placed("val"), split.placed("test")
     train, val, test = (Tensors(*part) for part in parts)
     return Parts(list("0123456789"), train, val, test, split)
+
+
+def load_scenes(settings, size: int, normalise: Normalise, device) -> Parts:
+    from common import digits, scenes
+
+    digits.check_augmentation(settings)
+    if settings.data == "scenes":
+        names, split = list("0123456789"), digits.Split(0, normalise, device)
+        pools = [split.whole(part) for part in ("train", "val", "test")]
+    else:
+        photos = replace(settings, data=settings.data.removeprefix("scenes-"), label="class")
+        found = load_parts(photos, 32, normalise, device)
+        held = [hold(source, device) for source in hold_out(found, 0.1)]
+        names = found.classes
+        pools = [(F.avg_pool2d(x.images / 255, 2), x.labels) for x in held]
+    classes, drawn = scenes.draw_all(pools, names, settings, size)
+    return Parts(classes, *(Tensors(*part) for part in drawn), scenes.AddNoise(normalise))
 
 
 def load_cifar(name: str, folder: Path, device) -> Parts:

@@ -33,7 +33,6 @@ class Settings(data.Images):
     checkpoints: tuple[str, ...] = ()
     data: str = setting("", "data set [the checkpoint's]", ("", *data.DATA_SETS))
     image_size: int = 0  # the checkpoint's
-    distractors: int = setting(-1, "distractors beside a digit [as in training]", low=-1)
     amp: str = setting("auto", "mixed precision", ("auto", "off", "bf16", "fp16"))
     part: str = setting("test", "test (to report) or val (to choose by)", ("test", "val"))
     batch: int = setting(256, "images at a time", low=1)
@@ -70,8 +69,8 @@ def choose_images(checkpoint: checkpoints.Checkpoint, settings):
     if not name:
         raise ValueError(f"{checkpoint.source} does not say which images it is for: name --data")
     changes = {"data": name, "image_size": checkpoint.architecture["image_size"]}
-    if settings.distractors < 0:
-        changes["distractors"] = own.get("distractors", 1)
+    for choice in {"distractors", "scene", "dial", "classes", "label"} - settings.given:
+        changes[choice] = own.get(choice, getattr(settings, choice))
     if settings.holdout < 0:  # the same split, wherever the folder lies now
         changes["holdout"] = own.get("holdout", 0.0) if name == own.get("data") else 0.0
     if name == own.get("data") and not settings.data_dir:

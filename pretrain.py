@@ -12,11 +12,13 @@ needs no label.
     python pretrain.py --reconstruct out.png       pictures of what it learned
 """
 
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
@@ -28,6 +30,7 @@ from common import checkpoints, launch, runs
 from common.augment import Normalization, to_pixels
 from common.settings import merge_recipes, parse_settings, setting
 from teachers.load import new_vit
+from teachers.positions import make_sincos
 
 
 @dataclass(frozen=True)
@@ -38,13 +41,16 @@ class Settings(recipes.Settings):
     decoder_depth: int = setting(1, "blocks of the decoder")
     decoder_heads: int = setting(4, "heads of the decoder", low=1)
     norm_pix_loss: bool = setting(False, "compare pixels normalised within their patch")
+    target: str = setting("masked", "masked patches, or the cell of a scene", ("masked", "cell"))
     reconstruct: str = setting("", "train nothing: draw what --out has learned", free=True)
 
 
-SHARED = dict(num_labels=0, weight_decay=0.05, beta2=0.95, ema=0.0, final_lr=0.0, drop_path=0.0)
+SHARED = dict(positions="sincos", num_labels=0, weight_decay=0.05, beta2=0.95, ema=0.0, final_lr=0.0,
+              drop_path=0.0)
 PHOTOS = dict(random_erase=0.0, randaugment=0, mixup=0.0, cutmix=0.0, mask_ratio=0.75, clip=0.0)
 RECIPES = merge_recipes(
     recipes.RECIPES,
+    scenes=SHARED | dict(target="cell", classes=":5", epochs=13, batch=64, blr=8e-3),
     digits=SHARED | dict(epochs=300, batch=128, blr=4e-3),
     cifar=SHARED | PHOTOS | dict(
         epochs=400, warmup=0.05, batch=1024, blr=2.5e-4, decoder_dim=128, decoder_depth=2,
@@ -81,13 +87,10 @@ class MAE(nn.Module):
             part.apply(vit.initialise)
         nn.init.normal_(self.mask_token, std=0.02)
         self.has_class_token = encoder.cls_token is not None
-        self.decoder_pos_embed = self.fix_positions(dim)
+        positions = make_sincos(grid, dim)[:, 1 - self.has_class_token :]
+        self.decoder_pos_embed = nn.Parameter(positions, requires_grad=False)
         if encoder.pos_embed is not None:
-            encoder.pos_embed = self.fix_positions(self.config.dim)
-
-    def fix_positions(self, dim: int) -> nn.Parameter:
-        positions = make_sincos(self.config.grid_size, dim)
-        return nn.Parameter(positions[:, 1 - self.has_class_token :], requires_grad=False)
+            encoder.pos_embed.requires_grad_(False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The reconstructed patches (B, N, p*p*c), and the mask (B, N): 1 where masked."""
@@ -123,6 +126,13 @@ def loss(mae: MAE, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Te
     return (error * mask).sum() / mask.sum(), {}
 
 
+def loss_cell(net: vit.ViT, images: Tensor, cells: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mean squared error of the pixels of the cell that a scene asks for. No class is known."""
+    side = math.isqrt(net.config.classes // net.config.channels)
+    target = patchify(images, side)[torch.arange(len(images), device=images.device), cells]
+    return F.mse_loss(net(images), target), {}
+
+
 def patchify(images: Tensor, patch: int) -> Tensor:
     return rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=patch, q=patch)
 
@@ -130,17 +140,6 @@ def patchify(images: Tensor, patch: int) -> Tensor:
 def get_statistics(pixels: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the pixels of each patch."""
     return pixels.mean(-1, keepdim=True), (pixels.var(-1, keepdim=True) + 1e-6).sqrt()
-
-
-def make_sincos(grid: int, dim: int) -> Tensor:
-    """MAE's fixed positions (1, 1 + grid^2, dim): waves of x, then of y; 0 for the class token."""
-    if dim % 4:
-        raise ValueError(f"sin-cos positions need a width that divides by 4, not {dim}")
-    rate = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
-    y, x = torch.meshgrid(*[torch.arange(grid, dtype=torch.float64)] * 2, indexing="ij")
-    angles = [rearrange(axis, "h w -> (h w) 1") * rate for axis in (x, y)]
-    waves = torch.cat([wave for a in angles for wave in (a.sin(), a.cos())], dim=1)
-    return torch.cat([torch.zeros(1, dim), waves])[None].float()
 
 
 def export(mae: MAE) -> dict:
@@ -155,11 +154,17 @@ def build(settings: Settings, dataset: data.Data) -> MAE:
 
 
 def task(settings: Settings, dataset: data.Data) -> train.Task:
-    return train.Task(build(settings, dataset), dataset, loss, predict=None, export=export)
+    if settings.target == "masked":
+        return train.Task(build(settings, dataset), dataset, loss, predict=None, export=export)
+    torch.manual_seed(settings.seed)
+    side = dataset.image_size // math.isqrt(len(dataset.classes))  # of a cell
+    net = new_vit(settings, dataset, classes=dataset.channels * side**2)
+    return train.Task(net.to(dataset.train.device), dataset, loss_cell, predict=None)
 
 
 def main(settings: Settings) -> dict | None:
-    dataset = data.load(settings)
+    label = "cell" if settings.target == "cell" else settings.label
+    dataset = data.load(replace(settings, label=label))
     if settings.reconstruct:
         draw_reconstructions(settings, dataset)
         return None

@@ -25,7 +25,7 @@ FILE = Path(__file__).parent / "digits.npz"
 def check_augmentation(settings) -> None:
     for name in ("crop_area", "randaugment", "random_erase"):
         if getattr(settings, name, 0):
-            raise ValueError(f"--{name.replace('_', '-')}: digits are only placed anew")
+            raise ValueError(f"--{name.replace('_', '-')}: this data set has its own augmentation")
 
 
 class Split:

@@ -63,6 +63,21 @@ AGAIN = {  # in another order, from another start, on the same labels: for ensem
     f"{row} again": MAIN[row]._replace(tuned_as=row)
     for row in ("from scratch", "attention distillation", "fine-tuning")
 }
+SINGLE = {f"copy, layer {i}": copied(layers=str(i)) for i in range(4)}
+KNOWING = {  # teachers that scenes may have, besides the one without labels
+    "a teacher with labels": Row(
+        "finetune", "none", {"classes": ":5", "num_labels": 0, "epochs": 13, "lr": 2e-3}
+    ),
+    "an MAE": Row("pretrain", "", {"target": "masked", "num_labels": 0, "epochs": 39}),
+}
+WHOSE = {
+    f"{row}, {teacher}": Row(script, teacher, flags, tuned_as=row)
+    for teacher in KNOWING
+    for row, script, flags in (
+        ("attention copy", "copy", {}), ("copy, mean maps", "variants", {"maps": "mean"}),
+        ("attention distillation", "distill", {}), ("fine-tuning", "finetune", {}),
+    )
+}  # fmt: skip
 MISMATCHED = {  # without the components that the teacher has
     "from scratch, plain": Row("finetune", "none", {"model": "micro"}, tuned_as="from scratch"),
     "copy, plain student": copied(student="plain"),
@@ -70,4 +85,5 @@ MISMATCHED = {  # without the components that the teacher has
 }
 ROWS = (
     MAIN | PROBE | BASELINES | CONTROLS | LADDER | PARTS | LAYERS | EXPLAINED | AGAIN | MISMATCHED
+    | SINGLE | KNOWING | WHOSE
 )

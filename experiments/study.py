@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 import data
-from common.settings import Base, setting, to_argv
+from common.runs import hash_settings
+from common.settings import Base, free_in, setting, to_argv, values_of
 from experiments.estimates import compute_share, estimate
 from experiments.jobs import Job
 
@@ -72,7 +73,8 @@ class Planner(NamedTuple):
             needed = self.plan(source, seed, point, tuned)
         if needed:
             teacher = list(needed.values())[-1].out / "model.pt"
-        own = (tuned[row if row in study.own else tuned_as] if study.own else {}) | flags
+        tuned_as = row if row in study.own else tuned_as
+        own = (tuned[tuned_as] if study.own and tuned_as else {}) | flags
         given = study.base | point | own | {"seed": seed}
         if teacher:
             given["teacher"] = teacher
@@ -92,7 +94,10 @@ class Planner(NamedTuple):
         return {name: self.make_job("pretrain", name, shared | study.teacher | {"seed": seed})}
 
     def make_job(self, script: str, name: str, given: Flags, after: tuple[str, ...] = ()) -> Job:
-        out = self.folder / name.replace(":", "-")
+        settings = Job(script, [*to_argv(given), *self.extra], self.folder).get_settings()
+        counts = values_of(settings).keys() - free_in(settings) | {"teacher"} & given.keys()
+        digest = hash_settings({key: str(getattr(settings, key)) for key in sorted(counts)})
+        out = self.folder / f"{name} {digest}".replace(":", "-")
         return Job(script, [*to_argv(given | {"out": out}), *self.extra], out, after)
 
 
@@ -119,7 +124,7 @@ class Table(NamedTuple):
     seeds: int = 10
     first: int = 0  # of the seeds
     tunes: bool = False  # finds settings on validation images, and tests nothing
-    tuned_at: str = ""  # the point whose settings all points take (empty: each its own)
+    tuned_at: str = ""  # the point whose settings others take (empty: each its own)
     against: dict[str, str] | None = None  # what a row is compared with, if not BASELINE
     find: Callable[["Table", Runs], dict] | None = None  # something else than accuracies
     contrasts: Mapping[str, Callable[..., np.ndarray]] = MappingProxyType({})  # by their names

@@ -57,6 +57,20 @@ CIFAR = Study(  # small enough for a CPU: shifts and flips, a tenth of the label
 )  # fmt: skip
 RECIPE = CIFAR._replace(base={"data": "cifar10"}, teacher={}, images=("data", "model"), own={})
 
+SCENES = Study(
+    rows=rows.ROWS,
+    base={"data": "scenes", "num_labels": 300, "epochs": 75},
+    images=("data", "scene", "model"),  # whatever the dial, the teacher's pointers point anywhere
+    seeds=(100, 101),
+    rates=(2e-3, 4e-3, 8e-3, 1.6e-2),
+    decays=(0.05, 0.5, 1.5),
+    own={
+        "from scratch": DROPS, "attention copy": COPIED, "attention distillation": DISTILLED,
+        "fine-tuning": DECAYS, "copy, mean maps": COPIED, "feature distillation": WEIGHTS,
+        "linear probe of the teacher": ("lr", (4e-3, 3.2e-2, 6.4e-2)),
+    },
+)  # fmt: skip
+
 # Contrasts ----------------------------------------------------------------------------------------
 
 SCRATCH, COPY, DISTILLATION, TUNED = MAIN
@@ -107,12 +121,49 @@ PHOTO_LABELS = {  # at about 1,250 steps
     "5,000 labels": {},
     "41,600 labels": {"num_labels": 41_600, "epochs": 3},
 }
+POINTER, TWINS = {"pointer": {}}, {"twins": {"scene": "twins", "num_labels": 500, "epochs": 100}}
+DIAL = {f"{share:.0%} to one cell": {"dial": share} for share in (0.25, 0.5, 0.75, 1.0)}
+HALF = "50% to one cell"
+SCENE_LABELS = {  # at 300 steps, or more where there are more scenes
+    f"{labels:,} scenes": {"num_labels": labels, "epochs": epochs}
+    for labels, epochs in {100: 300, 300: 75, 1000: 40, 3000: 22}.items()
+}
+scenes = partial(Table, study=SCENES, points=POINTER, rows=tuple(MAIN))
 digits = partial(Table, study=DIGITS, points=AT_BASE, rows=tuple(MAIN))
 photos = partial(Table, study=CIFAR, points=AT_PHOTOS, rows=tuple(MAIN))
 LOOKS = "of each layer: shares of attention; divergence, nats; CKA"
 looked = {"find": lambda _, runs: {"points": find_looks(runs), "measure": LOOKS}}
 AXES = {"clutter": "digits-clutter", "labels": "digits-labels", "length": "digits-length"}
+ENDS = (*MAIN, "copy, mean maps")
 TABLES = {
+    "scenes-tuning": scenes("settings for the pointer", tunes=True,
+        rows=(*ENDS, *rows.PROBE, "feature distillation")),
+    "scenes-tuning-dial": scenes("settings where half of the pointers point to one cell",
+        tunes=True, points={HALF: DIAL[HALF]}, rows=(SCRATCH, COPY, TUNED, "copy, mean maps")),
+    "scenes-tuning-twins": scenes("settings for the twins", tunes=True, points=TWINS, rows=ENDS),
+    "scenes-pointer": scenes(
+        "pointer: the main rows, and maps that are not the image's own",
+        rows=(*MAIN, *rows.PROBE, "feature distillation", "copy, mean maps", "copy, other maps",
+              "copy, uniform maps", "copy, impulse maps", "copy, random teacher",
+              "distillation, mean maps", "distillation, random teacher"),
+        contrasts=share_of_gain("copy, mean maps", COPY) | subtract((COPY, TUNED)),
+    ),
+    "scenes-dial": scenes("from content to position: pointers that point to one cell",
+        points=POINTER | DIAL, rows=(SCRATCH, COPY, TUNED, "copy, mean maps"), tuned_at=HALF,
+        seeds=5),
+    "scenes-labels": scenes("pointer: 100 to 3,000 labelled scenes", points=SCENE_LABELS,
+        tuned_at="pointer", seeds=5, contrasts=along(SCENE_LABELS)),
+    "scenes-layers": scenes("pointer: which layers, and which parts, are copied", seeds=5,
+        rows=(*MAIN, *rows.SINGLE, "copy, layers :2", "copy, layers 2:4", *rows.PARTS)),
+    "scenes-twins": scenes("twins: what is found must be compared", points=TWINS,
+        rows=(*MAIN, "copy, mean maps", "copy, other maps", "distillation, layers all",
+              "teacher's maps and weights", "distillation, mean maps"),
+        contrasts=subtract((DISTILLATION, COPY), (TUNED, DISTILLATION))),
+    "scenes-teachers": scenes("pointer: who taught without labels, with labels, or as an MAE",
+        rows=(*MAIN, "copy, mean maps", *rows.WHOSE), seeds=5),
+    "scenes-ensembles": scenes("pointer: pairs of nets and their controls",
+        rows=(*MAIN, *rows.AGAIN),
+        find=lambda table, runs: {"points": find_pairs(runs, group_images(table, runs))}),
     "digits-tuning": digits(
         "settings of the main rows for 0, 1 and 2 distractors; and which of these is the base task",
         rows=(*MAIN, *rows.PROBE, NEAREST), points=CLUTTER, tunes=True,

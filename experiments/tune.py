@@ -101,7 +101,7 @@ def check_tuned(
     """ValueError unless the settings of these rows are known, in a study that tunes any."""
     for row in needed if study.own else ():
         row = row if row in study.own else study.rows[row].tuned_as
-        if row not in chosen:
+        if row and row not in chosen:
             tunes = [k for k, t in tables.items() if t.tunes and t.study is study and row in t.rows]
             raise ValueError(f"'{row}' has no settings yet: first reproduce {tunes[0]}")
 

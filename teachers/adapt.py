@@ -88,8 +88,8 @@ def make_pair(settings, dataset, checkpoint) -> tuple[Teacher, vit.ViT, list[int
         teacher = build_vit(checkpoint, image_size=dataset.image_size, classes=0)
         config = make_student_config(settings, config, teacher.config)
     torch.manual_seed(settings.seed)
-    student = build(config, settings.drop_path)
-    teacher = teacher if checkpoint else build(config)
+    student = build(config, settings.drop_path, settings.positions)
+    teacher = teacher if checkpoint else build(config, positions=settings.positions)
     layers, sources = parse_layers(settings.layers, config.depth), settings.teacher_layers
     sources = parse_layers(sources, teacher.config.depth, "teacher_layers") if sources else ()
     heads = parse_layers(settings.heads or "all", teacher.config.heads, "heads")

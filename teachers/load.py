@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 import vit
 from common import checkpoints
@@ -61,19 +61,24 @@ def build_vit(checkpoint: Checkpoint, image_size=None, classes=None, drop_path=0
     return net
 
 
-def build(config: vit.Config, drop_path: float = 0.0) -> vit.ViT:
-    """A random ViT, plain or of a family."""
+def build(config: vit.Config, drop_path: float = 0.0, positions: str = "random") -> vit.ViT:
+    """A random ViT, plain or of a family. Its positions start at random or as `sincos`."""
     size, patch = config.image_size, config.patch
     if size % patch:
         raise ValueError(
             f"--image-size {size} does not divide into patches of {patch} pixels: try --image-size "
             f"{max(1, round(size / patch)) * patch}"
         )
-    if type(config) is vit.Config:
-        return vit.ViT(config, drop_path)
-    from teachers.vit import ViT
+    kind = vit.ViT
+    if type(config) is not vit.Config:
+        from teachers.vit import ViT as kind
+    net = kind(config, drop_path)
+    if positions == "sincos" and net.pos_embed is not None:
+        from teachers.positions import make_sincos
 
-    return ViT(config, drop_path)
+        waves = make_sincos(config.grid_size, config.dim)[:, -net.pos_embed.shape[1] :]
+        net.pos_embed = nn.Parameter(waves.clone())
+    return net
 
 
 def to_config(architecture: dict[str, Any]) -> vit.Config:
@@ -106,7 +111,8 @@ def make_config(settings, dataset, **changes) -> vit.Config:
 
 def new_vit(settings, dataset, **changes) -> vit.ViT:
     """A random one, on the CPU. The caller seeds."""
-    return build(make_config(settings, dataset, **changes), settings.drop_path)
+    config = make_config(settings, dataset, **changes)
+    return build(config, settings.drop_path, settings.positions)
 
 
 @dataclass

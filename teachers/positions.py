@@ -1,4 +1,4 @@
-"""Positions of patches: rope and relative positions, and all kinds for another image size."""
+"""Positions of patches: sin-cos, rope, relative; and all kinds for another image size."""
 
 import math
 from typing import NamedTuple
@@ -8,6 +8,17 @@ import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor
+
+
+def make_sincos(grid_size: int, dim: int) -> Tensor:
+    """MAE's fixed positions (1, 1 + grid_size^2, dim): waves of x, then of y; 0 for the class token."""
+    if dim % 4:
+        raise ValueError(f"sin-cos positions need a width that divides by 4, not {dim}")
+    rate = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
+    y, x = torch.meshgrid(*[torch.arange(grid_size, dtype=torch.float64)] * 2, indexing="ij")
+    angles = [rearrange(axis, "h w -> (h w) 1") * rate for axis in (x, y)]
+    waves = torch.cat([wave for a in angles for wave in (a.sin(), a.cos())], dim=1)
+    return torch.cat([torch.zeros(1, dim), waves])[None].float()
 
 
 def compute_relative_index(grid_size: int) -> Tensor:

@@ -1,0 +1,120 @@
+"""Scenes: images in a grid of cells, and a question that only looking can answer.
+
+    --scene pointer    a bright square in the centre cell points to another cell
+    --scene twins      pairs of one class each; the images of one pair are equal
+
+The label is the class in the cell pointed to, or of the twins. `--label cell` makes it the cell.
+`--dial 0.5`: half of the pointers point to the first cell. `--classes`: which the cells show.
+`--image-size`: more cells, each as large. Pixels have noise, in training anew at every step.
+
+Scenes are made so that looking matters. They are a microscope, not a benchmark.
+"""
+
+import math
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from common.augment import BatchRandom, Normalise, seeded
+from common.settings import parse_layers
+
+COUNT = {"train": 20_000, "val": 2_000, "test": 2_000}  # scenes of each part
+Pool = tuple[Tensor, Tensor]  # images (m, c, p, p) of 0..1, and their classes (m,)
+SQUARE = 0.25  # side of the square, over that of a cell
+NOISE = 0.2  # it is uniform up to this, in pixels of 0..1
+
+
+def draw_all(pools: list[Pool], names: list[str], settings, size: int) -> tuple[list[str], list]:
+    """Names of the labels; and for each pool, of train, val and test, its scenes and labels."""
+    kinds = parse_layers(settings.classes, len(names), "classes")
+    grid, rest = divmod(size, pools[0][0].shape[-1])
+    if rest or grid < 3 or not grid % 2:
+        raise ValueError(f"--image-size {size}: scenes have 3, 5, 7 ... cells to a side")
+    drawn = [
+        draw_scenes(part, *pool, kinds, settings, grid)
+        for part, pool in zip(COUNT, pools, strict=True)
+    ]
+    if settings.label == "cell":
+        return [f"cell {i}" for i in range(grid**2)], drawn
+    return [names[kind] for kind in kinds], drawn
+
+
+def draw_scenes(part: str, images: Tensor, labels: Tensor, kinds: list[int], settings, grid: int):
+    """Scenes (n, c, size, size) of 0..1 and their labels (n,). Noise is in val and test already."""
+    device, draws = images.device, seeded("scenes", settings.scene, part)
+    images, of_kind = images.cpu(), [(labels.cpu() == kind).nonzero().flatten() for kind in kinds]
+    images = images if images.ndim == 4 else images[:, None]
+    draw = draw_pointers if settings.scene == "pointer" else draw_twins
+    cells, kind, cell = draw(COUNT[part], grid, images, of_kind, settings, draws)
+    scenes = rearrange(cells, "n (h w) c p q -> n c (h p) (w q)", h=grid)
+    if part != "train":
+        scenes = add_noise(scenes, torch.rand(scenes.shape, generator=draws))
+    return scenes.to(device), (cell if settings.label == "cell" else kind).to(device)
+
+
+def draw_pointers(count: int, grid: int, images: Tensor, of_kind: list[Tensor], settings, draws):
+    """Cells (count, grid^2, c, p, p); what is pointed to: its kind (count,), its cell (count,)."""
+    kinds = torch.randint(len(of_kind), (count, grid**2), generator=draws)
+    cells = pick(images, of_kind, kinds, torch.rand(kinds.shape, generator=draws))
+    centre, others = grid**2 // 2, list_others(grid)
+    cell = others[torch.randint(len(others), (count,), generator=draws)]
+    cell[torch.rand(count, generator=draws) < settings.dial] = 0
+    cells[:, centre] = draw_squares(grid, cells.shape[2:])[cell]
+    return cells, kinds.gather(1, cell[:, None])[:, 0], cell
+
+
+def draw_squares(grid: int, shape: torch.Size) -> Tensor:
+    """For each cell of the grid the picture (c, p, p) of a square that points to it."""
+    side, pictures = max(1, round(SQUARE * shape[-1])), torch.zeros(grid**2, *shape)
+    for i, picture in enumerate(pictures):
+        y, x = (round(place / (grid - 1) * (shape[-1] - side)) for place in divmod(i, grid))
+        picture[:, y : y + side, x : x + side] = 1
+    return pictures
+
+
+def draw_twins(count: int, grid: int, images: Tensor, of_kind: list[Tensor], settings, draws):
+    """As draw_pointers: pairs of one kind each, one of them twice the same image."""
+    pairs = min(len(of_kind) - 1, (grid**2 - 1) // 2)  # cells that are left stay empty
+    kinds = torch.rand(count, len(of_kind), generator=draws).argsort(dim=1)[:, :pairs]
+    first, step = torch.rand(2, count, pairs, generator=draws)
+    sizes = torch.tensor([len(of_one) for of_one in of_kind])[kinds]
+    steps = 1 + (step * (sizes - 1)).long()  # to another image of the kind
+    steps[:, 0] = 0  # the twins: to the same
+    second = (((first * sizes).long() + steps) % sizes + 0.5) / sizes
+    both = pick(images, of_kind, kinds.repeat(1, 2), torch.cat([first, second], dim=1))
+    others = list_others(grid)
+    places = others[torch.rand(count, len(others), generator=draws).argsort(dim=1)[:, : 2 * pairs]]
+    cells = images.new_zeros(count, grid**2, *images.shape[1:])
+    cells[torch.arange(count)[:, None], places] = both
+    return cells, kinds[:, 0], places[:, 0]
+
+
+def pick(images: Tensor, of_kind: list[Tensor], kinds: Tensor, u: Tensor) -> Tensor:
+    """An image of each of `kinds` (n, k), by a number `u` in 0..1: (n, k, c, p, p)."""
+    chosen = torch.empty_like(kinds)
+    for kind, of_one in enumerate(of_kind):
+        asked = kinds == kind
+        chosen[asked] = of_one[(u[asked] * len(of_one)).long()]
+    return images[chosen]
+
+
+def list_others(grid: int) -> Tensor:
+    """The numbers of all cells but the centre."""
+    cells = torch.arange(grid**2)
+    return cells[cells != grid**2 // 2]
+
+
+def add_noise(scenes: Tensor, u: Tensor) -> Tensor:
+    """Scenes with the noise that numbers `u` in 0..1 make, as images: their pixels are clipped."""
+    return (scenes + NOISE * (2 * u.view_as(scenes) - 1)).clamp(0, 1)
+
+
+class AddNoise:
+    """The augmentation of scenes."""
+
+    def __init__(self, normalise: Normalise):
+        self.normalise = normalise
+
+    def __call__(self, scenes: Tensor, draws: BatchRandom) -> Tensor:
+        return self.normalise(add_noise(scenes, draws.uniform(math.prod(scenes.shape[1:]))))
