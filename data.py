@@ -24,7 +24,7 @@ from torch import Tensor
 
 from common.augment import Augment, BatchRandom, Normalise, Normalization, hash_seed, reseed, seeded
 from common.launch import first_alone, get_device, print0, rank, world
-from common.settings import Base, setting
+from common.settings import Base, parse_layers, setting
 
 CIFAR10 = ([0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616])
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
@@ -58,7 +58,7 @@ class Images(Base):
     distractors: int = setting(1, high=20)  # beside a digit of --data digits
     scene: str = setting("pointer", "pointer or twins, for --data scenes", ("pointer", "twins"))
     dial: float = setting(0.0, high=1)  # share of pointers that point to one cell
-    classes: str = setting("5:")  # which of the ten the cells of scenes show
+    classes: str = setting("all")  # which of the ten digits, or what the cells of scenes show
     label: str = setting("class", choices=("class", "cell"))  # of a scene
     workers: int = setting(8, "processes that decode images, per GPU", free=True)
     device: str = setting("auto", "cpu, cuda, mps, or auto", free=True)
@@ -316,9 +316,10 @@ def load_digits(settings, normalise: Normalise, device) -> Parts:
 
     digits.check_augmentation(settings)
     split = digits.Split(settings.distractors, normalise, device)
+    kinds = parse_layers(settings.classes, 10, "classes")
     parts = split.whole("train"), split.placed("val"), split.placed("test")
-    train, val, test = (Tensors(*part) for part in parts)
-    return Parts(list("0123456789"), train, val, test, split)
+    train, val, test = (Tensors(*digits.choose(*part, kinds)) for part in parts)
+    return Parts([str(kind) for kind in kinds], train, val, test, split)
 
 
 def load_scenes(settings, size: int, normalise: Normalise, device) -> Parts:

@@ -45,8 +45,15 @@ class Settings(recipes.Settings):
     reconstruct: str = setting("", "train nothing: draw what --out has learned", free=True)
 
 
-SHARED = dict(positions="sincos", num_labels=0, weight_decay=0.05, beta2=0.95, ema=0.0, final_lr=0.0,
-              drop_path=0.0)
+SHARED = dict(
+    positions="sincos",
+    num_labels=0,
+    weight_decay=0.05,
+    beta2=0.95,
+    ema=0.0,
+    final_lr=0.0,
+    drop_path=0.0,
+)
 PHOTOS = dict(random_erase=0.0, randaugment=0, mixup=0.0, cutmix=0.0, mask_ratio=0.75, clip=0.0)
 RECIPES = merge_recipes(
     recipes.RECIPES,

@@ -57,15 +57,15 @@ class TransferSettings(Settings):
 
 PHOTOS = dict(random_erase=0.25, mixup=0.8, cutmix=1.0, smoothing=0.1)
 RECIPES: Recipes = {  # training from scratch; each method changes what differs
-    "scenes": dict(patch=8, num_labels=300, epochs=125, batch=64, blr=1.6e-2, clip=1.0,
+    "scenes": dict(patch=8, classes="5:", num_labels=300, epochs=125, batch=64, blr=1.6e-2, clip=1.0,
                    eval_every=25),
     "digits": dict(num_labels=100, epochs=450, batch=50, blr=0.01024, weight_decay=1.5, clip=1.0,
                    eval_every=45),
     "cifar": dict(model="tiny", patch=4, drop_path=0.1, epochs=100, warmup=0.05, batch=512,
                   blr=5e-4, final_lr=1e-3, clip=1.0, ema=0.999, **PHOTOS),
-    "imagenet": dict(model="large", patch=16, positions="random", drop_path=0.2, epochs=200, batch=2048, blr=1e-4,
-                     final_lr=1.25e-3, weight_decay=0.3, beta2=0.95, ema=0.9999, crop_area=0.08,
-                     randaugment=9, **PHOTOS),
+    "imagenet": dict(model="large", patch=16, positions="random", drop_path=0.2, epochs=200,
+                     batch=2048, blr=1e-4, final_lr=1.25e-3, weight_decay=0.3, beta2=0.95,
+                     ema=0.9999, crop_area=0.08, randaugment=9, **PHOTOS),
     "folder": dict(model="mini", patch=16, drop_path=0.1, epochs=100, warmup=0.05, batch=0,
                    blr=4e-3, final_lr=1e-3, clip=1.0, ema=0.999, eval_every=5, crop_area=0.3,
                    **PHOTOS),

@@ -70,6 +70,13 @@ class Split:
         return self.images[self.parts[name]], self.labels[self.parts[name]]
 
 
+def choose(images: Tensor, labels: Tensor, kinds: list[int]) -> tuple[Tensor, Tensor]:
+    """The images of some kinds. Their labels are numbered anew."""
+    new = (labels[:, None] == torch.tensor(kinds, device=labels.device)).long()
+    asked = new.any(dim=1)
+    return images[asked], new[asked].argmax(dim=1)
+
+
 def corner(u: Tensor, side: int, within: int) -> Tensor:
     """Numbers (B, 2) in 0..1 to corners of squares that lie within a larger one."""
     return (u * (within - side + 1)).long()

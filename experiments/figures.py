@@ -93,26 +93,38 @@ def draw_recovery(tables: dict[str, dict[str, dict]]):
     return fig
 
 
-def draw_accuracies(points: dict[str, dict]):
-    """The rows of a table with intervals: dots, or lines along several points."""
+def draw_accuracies(points: dict[str, dict], title: str):
+    """The rows of a table: lines along several points, or their differences at a single one."""
     rows = next(iter(points.values()))
     if len(points) > 1:
-        fig, axis = figure(width=7, height=3.6)
+        fig, axis = figure(width=8, height=3.8)
         cells = {row: [of_rows[row] for of_rows in points.values()] for row in rows}
         draw_points(axis, cells, points)
         axis.set_ylabel("test accuracy (top-1, %)")
         axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-        return fig
-    fig, axis = figure(width=7.5, height=0.8 + 0.28 * len(rows))
-    for y, (row, found) in enumerate(rows.items()):
-        colour = COLOURS.get(row, "#333333")
-        axis.errorbar(found["mean"], y, xerr=get_ends([found]), fmt="o", color=colour, capsize=2)
-        between = found["interval"] or [found["mean"]] * 2
-        axis.text(between[1], y, f"  {found['mean']:.1f}", va="center", fontsize=8)
-    axis.set_yticks(range(len(rows)), rows)
-    axis.invert_yaxis()
-    if scratch := rows.get("from scratch"):
-        axis.axvline(scratch["mean"], color=COLOURS["from scratch"], linewidth=0.8)
-    axis.set_xlabel("test accuracy (top-1, %), with 95 % intervals")
+    else:
+        fig, axis = figure(width=8, height=1.2 + 0.28 * len(rows))
+        draw_differences(axis, rows)
+    axis.set_title(textwrap.fill(title, 90), fontsize=9, loc="left")
     axis.spines[["top", "right"]].set_visible(False)
     return fig
+
+
+def draw_differences(axis, rows: dict[str, dict]) -> None:
+    """Paired differences with intervals, or a dot for each seed; beside them the accuracies."""
+    known = [cells.get("difference", {}) for cells in rows.values()]
+    sources = [cell["from"] for cell in known if cell]
+    usual = max(sources, key=sources.count)
+    for y, ((row, found), cell) in enumerate(zip(rows.items(), known, strict=True)):
+        cell = cell or {"mean": 0.0, "interval": None, "values": [0.0]}
+        colour, dots = COLOURS.get(row, "#333333"), [] if cell["interval"] else cell["values"]
+        axis.errorbar(cell["mean"], y, xerr=get_ends([cell]), fmt="o", color=colour, capsize=2)
+        axis.plot(dots, [y] * len(dots), "|", color=colour)
+        right = max([*(cell["interval"] or dots), cell["mean"]])
+        other = f", less {cell['from']}" if cell.get("from", usual) != usual else ""
+        axis.text(right, y, f"  {found['mean']:.1f} %{other}", va="center", fontsize=8)
+    axis.set_yticks(range(len(rows)), rows)
+    axis.invert_yaxis()
+    axis.axvline(0, color=COLOURS["from scratch"], linewidth=0.8)
+    axis.margins(x=0.2)
+    axis.set_xlabel(f"paired difference from '{usual}' (points of top-1)")

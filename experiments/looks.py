@@ -1,6 +1,7 @@
 """Where trained ViTs look, and how similar they are to their teacher. Reads finished runs."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,10 @@ from common.launch import get_device
 from experiments.estimates import estimate_over_seeds
 from experiments.measures import compare, entropy, jensen_shannon, renormalise
 from experiments.study import Runs
+from pretrain import patchify
 from teachers.load import Model, build, open_model
 
+Pairs = dict[str, tuple[Tensor, Tensor]]  # the numbers of a query's and a key's patch, (images,)
 PATCHES = ("digit", "distractor", "blank")
 AT_A_TIME, IMAGES = 100, 500  # test images. Of the digits those of one place
 
@@ -25,6 +28,8 @@ AT_A_TIME, IMAGES = 100, 500  # test images. Of the digits those of one place
 def find_looks(runs: Runs) -> dict:
     """For each row and for its teachers, lists over layers: means over seeds, and intervals.
 
+    from_centre: in scenes, how much of its attention the centre pays to the cell asked for;
+    from_asked: and that cell to the centre; from_twin: and a twin to the other.
     digit, distractor, blank: shares of the patches' attention, mean over images, heads, patches.
     `patches` has the shares that uniform attention would give.
     from_mean: the divergence of a map from the mean over images, in nats (Jensen-Shannon).
@@ -56,15 +61,18 @@ def find_of_seed(nets: dict[str, str | Path], settings) -> dict:
     models = {"random net": Model(build(teacher.net.config).to(device).eval())}
     models |= {name: open_model(path, device) for name, path in nets.items()}
     found = {}
+    kinds, pairs = None, {}
     if settings.data == "digits":
         images, kinds = load_digits(settings, teacher.net.config.patch, device)
         shares = kinds.mean(dim=(0, 1))[:, None].tolist()
         found["patches"] = dict(zip(PATCHES, shares, strict=True))
+    elif settings.data == "scenes":
+        images, pairs = load_scenes(settings)
     else:
-        images, kinds = load_photographs(settings, teacher), None
+        images = load_photographs(settings, teacher)
     for name, model in models.items():
         similar = compare(teacher, model, images.split(AT_A_TIME))
-        found[name] = measure_looks(model, images, kinds)
+        found[name] = measure_looks(model, images, kinds, pairs)
         for what in ("divergence", "matched"):
             found[name][what] = [layer[what] for layer in similar["layers"]]
         found[name]["cka"] = np.diag(similar["cka"]).tolist()
@@ -77,6 +85,20 @@ def load_photographs(settings, teacher: Model) -> Tensor:
     dataset.set_normalization(teacher.checkpoint.normalization)
     images = torch.cat([some for some, _ in dataset.test.in_order(256)])
     return images[:: max(1, len(images) // IMAGES)][:IMAGES]
+
+
+def load_scenes(settings) -> tuple[Tensor, Pairs]:
+    """IMAGES of the test scenes, and which cell should look at which."""
+    dataset = data.load(replace(settings, label="cell"), train=False)
+    images, asked = next(dataset.test.in_order(IMAGES))
+    cells = patchify(images, settings.patch)
+    centre = torch.full_like(asked, cells.shape[1] // 2)
+    if settings.scene == "pointer":
+        return images, {"from_centre": (centre, asked), "from_asked": (asked, centre)}
+    apart = torch.cdist(cells, cells)
+    apart.diagonal(dim1=1, dim2=2).fill_(math.inf)
+    twin = apart.argmin(dim=-1).gather(1, asked[:, None])[:, 0]
+    return images, {"from_twin": (twin, asked)}
 
 
 def load_digits(settings, patch: int, device) -> tuple[Tensor, Tensor]:
@@ -97,12 +119,15 @@ def find_kinds(digit: Tensor, distractors: Tensor, patch: int) -> Tensor:
     return F.one_hot(kinds, len(PATCHES)).float()
 
 
-def measure_looks(model: Model, images: Tensor, kinds: Tensor | None) -> dict:
+def measure_looks(model: Model, images: Tensor, kinds: Tensor | None, pairs: Pairs) -> dict:
     """For each layer how far maps change with the image, and shares of attention."""
     some = images.split(AT_A_TIME)
     maps = [torch.stack([qk.map() for _, qk in model.blockwise(x)]) for x in some]
     p = torch.cat(maps, dim=1)  # (layers, images, H, N, N)
-    found = measure_change(p)
+    found, each = measure_change(p), torch.arange(len(images))
+    prefix = model.net.config.num_prefix_tokens
+    for name, (query, key) in pairs.items():
+        found[name] = p[:, each, :, prefix + query, prefix + key].mean(dim=(0, 2)).tolist()
     if kinds is None:
         return found
     patches = kinds.shape[1]
@@ -131,4 +156,4 @@ def average_seeds(seeds: list) -> dict:
     if isinstance(first, dict):
         return {key: average_seeds([seed[key] for seed in seeds]) for key in first}
     cells = [estimate_over_seeds(np.array(of_layer)) for of_layer in zip(*seeds, strict=True)]
-    return {what: [cell[what] for cell in cells] for what in ("mean", "interval")}
+    return {what: [cell[what] for cell in cells] for what in ("mean", "interval", "values")}

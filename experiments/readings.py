@@ -16,10 +16,9 @@ import ensemble
 import train
 from common.augment import seeded, to_pixels
 from common.launch import get_device
-from experiments import estimates
-from experiments.estimates import BASELINE, estimate, estimate_over_seeds
+from experiments.estimates import BASELINE, estimate_over_seeds, jackknife
 from experiments.jobs import Job
-from experiments.study import Runs
+from experiments.study import Runs, estimate_correct
 from teachers.load import Model, open_model
 
 PAIRS = {
@@ -45,24 +44,24 @@ def open_run(job: Job) -> tuple[Model, ensemble.Settings]:
 # Pairs --------------------------------------------------------------------------------------------
 
 
-def find_pairs(runs: Runs, groups: np.ndarray) -> dict:
+def find_pairs(runs: Runs) -> dict:
     """Estimates of nets and of pairs with averaged probabilities; correlation of a pair's errors.
 
     The correlation (phi) is that of being wrong on the same images: its mean over seeds, and its
     difference from that of two fine-tuned nets.
     """
     correct = {point: classify_pairs(of_rows) for point, of_rows in runs.items()}
-    points = estimate(correct, groups, AGAINST)["points"]
+    found = estimate_correct(correct, AGAINST)
     for point, right in correct.items():
         phi = {}
         for name, (one, other) in PAIRS.items():
             nets = zip(right[one], right[other], strict=True)
             phi[name] = np.array([np.corrcoef(*pair)[0, 1] for pair in nets])
         for name, values in phi.items():
-            points[point][name]["error_correlation"] = estimate_over_seeds(values) | {
+            found["points"][point][name]["error_correlation"] = estimate_over_seeds(values) | {
                 "difference": estimate_over_seeds(values - phi[CONTROL]) | {"from": CONTROL}
             }
-    return points
+    return found
 
 
 def classify_pairs(of_rows: dict[str, list[Job]]) -> dict[str, np.ndarray]:
@@ -95,8 +94,7 @@ def find_shifts(runs: Runs) -> dict:
     """For each shift and row: mean accuracy, and the mean difference from the line, in points.
 
     Each run is a point of the line, at all points of a table. `usual`: the range of a row's
-    accuracies without shift. Beyond that of BASELINE the line is extrapolated. The interval is over
-    seeds, and the line is fitted to each resample.
+    accuracies without shift. Beyond that of BASELINE the line is extrapolated.
     """
     found = {row: [] for row in next(iter(runs.values()))}
     for row, of_seeds in found.items():
@@ -106,35 +104,22 @@ def find_shifts(runs: Runs) -> dict:
     def tabulate(row: str, what: str) -> np.ndarray:  # (seeds, points)
         return np.array([[run[what] for run in of_seed] for of_seed in found[row]])
 
-    count, result = estimates.draw_seeds(len(found[BASELINE])), {}
-    for shift in list(found[BASELINE][0][0])[1:]:  # the first is USUAL
-        x, y = (logit(tabulate(BASELINE, what)) for what in (USUAL, shift))
-        slope, height = fit_lines(x, y, count)
-        result[shift] = {}
-        for row in found:
-            usual, under = tabulate(row, USUAL), tabulate(row, shift)
-            expected = 100 / (1 + np.exp(-(slope * logit(usual) + height)))
-            away = ((under - expected).mean(axis=2) * count).sum(axis=1) / len(usual)
-            result[shift][row] = {
-                "mean": float(under.mean()),
-                "usual": [float(usual.min()), float(usual.max())],
-                "difference": estimates.summarise(estimates.widen(away, len(usual))),
-            }
-    return result
+    def compute_away(some: np.ndarray, row: str, shift: str) -> float:
+        x, y = (logit(tabulate(BASELINE, what)[some]).ravel() for what in (USUAL, shift))
+        slope, height = np.polyfit(x, y, 1)
+        expected = 100 / (1 + np.exp(-(slope * logit(tabulate(row, USUAL)[some]) + height)))
+        return (tabulate(row, shift)[some] - expected).mean()
 
+    def describe(row: str, shift: str) -> dict:
+        usual, away = tabulate(row, USUAL), partial(compute_away, row=row, shift=shift)
+        return {
+            "mean": float(tabulate(row, shift).mean()),
+            "usual": [float(usual.min()), float(usual.max())],
+            "difference": jackknife(away, len(usual)),
+        }
 
-def fit_lines(x: np.ndarray, y: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Slope and height of the least-squares line through (x, y), (seeds, points).
-
-    For each row of `count`, (resamples, seeds): how often the points of a seed count. Both results
-    have the shape (resamples, 1, 1).
-    """
-    mean_x, mean_y, mean_xx, mean_xy = (
-        count @ table.mean(axis=1) / len(x) for table in (x, y, x * x, x * y)
-    )
-    spread = mean_xx - mean_x**2
-    slope = (mean_xy - mean_x * mean_y) / np.where(spread > 0, spread, np.nan)  # nan: no line
-    return slope[:, None, None], (mean_y - slope * mean_x)[:, None, None]
+    shifts = list(found[BASELINE][0][0])[1:]  # the first is USUAL
+    return {shift: {row: describe(row, shift) for row in found} for shift in shifts}
 
 
 def logit(percent: np.ndarray) -> np.ndarray:

@@ -8,10 +8,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 from common import checkpoints
-from experiments.estimates import estimate, estimate_over_seeds
+from experiments.estimates import estimate_over_seeds
 from experiments.jobs import Job, load
 from experiments.rows import AT_BASE
-from experiments.study import Row, Runs, Study, Table, estimate_accuracies, read_correct, subtract
+from experiments.study import (
+    Row, Runs, Study, Table, estimate_accuracies, estimate_correct, read_correct, subtract,
+)  # fmt: skip
 
 # The rows -----------------------------------------------------------------------------------------
 
@@ -91,7 +93,7 @@ def find_sizes(table: Table, runs: Runs) -> dict:
     return found
 
 
-def compare_gains(row: str, of: dict[str, np.ndarray]) -> np.ndarray:
+def compare_gains(row: str, of: dict[str, float]) -> float:
     return of[f"{row}, AT"] - of[row] - (of["small, AT"] - of["small"])
 
 
@@ -113,8 +115,7 @@ def find_reminded(table: Table, runs: Runs) -> dict:
     ((point, of_rows),) = runs.items()
     correct = read_correct(table, of_rows)
     alone = table.rows[0]
-    each = np.arange(correct[alone].shape[1])  # scene is a sample of its own
-    found = estimate({point: correct}, each, dict.fromkeys(correct, alone))
+    found = estimate_correct({point: correct}, dict.fromkeys(correct, alone))
     avoided, told = {}, find_kinds(of_rows[alone][0].get_settings())
     for row, cells in found["points"][point].items():
         pairs = zip(correct[row], correct[alone], strict=True)

@@ -2,8 +2,9 @@
 
     python -m experiments.report
 
-What stands between <!-- NAME --> and <!-- end --> is replaced by the table of
-results/NAME.json, so that no figure of the text is written by hand.
+All intervals are computed anew, from the images that each run classified
+correctly, or the accuracies of its seeds. What stands between <!-- NAME --> and
+<!-- end --> is replaced by the table of results/NAME.json.
 """
 
 import json
@@ -12,9 +13,11 @@ from functools import partial
 from itertools import compress
 from pathlib import Path
 
+import numpy as np
+
 from common import checkpoints, launch
 from common.settings import Base, parse_settings
-from experiments.estimates import BASELINE, CEILING
+from experiments.estimates import BASELINE, CEILING, estimate, estimate_over_seeds, unpack
 
 parse = partial(parse_settings, __doc__, Base, {})
 ROOT = Path(__file__).parent.parent
@@ -33,6 +36,44 @@ def read_record(path: Path) -> dict:
         return record | {"points": dict(record["points"])}
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}): restore it (git checkout)") from error
+
+
+def recompute(record: dict, table) -> dict:
+    """The record with its intervals computed anew. `table`: the study.Table that it is of."""
+    record, points, packed = recompute_cells(record), record["points"], record.get("correct")
+    if not all("values" in cells for of_rows in points.values() for cells in of_rows.values()):
+        return record
+    values = {
+        point: {row: np.array(cells["values"]) for row, cells in of_rows.items()}
+        for point, of_rows in points.items()
+    }
+    for point, row in [(p, row) for p, of_rows in (packed or {}).items() for row in of_rows]:
+        values[point][row] = 100 * unpack(packed[point][row], record["images"]).mean(axis=1)
+    against = {
+        row: cells["difference"]["from"]
+        for of_rows in points.values() for row, cells in of_rows.items() if "difference" in cells
+    }  # fmt: skip
+    found = estimate(values, against, table.contrasts)
+    for point, of_rows in found["points"].items():
+        record["points"][point] = {
+            row: record["points"][point][row] | cells for row, cells in of_rows.items()
+        }
+    contrasts = record.get("contrasts", {}) | found["contrasts"]
+    return record | ({"contrasts": contrasts} if contrasts else {})
+
+
+def recompute_cells(cell):
+    """The same for every figure of which the values of all seeds are known."""
+    if not isinstance(cell, dict):
+        return cell
+    found = {name: recompute_cells(part) for name, part in cell.items()}
+    values = cell.get("values")
+    if values and isinstance(values[0], list):  # of each layer
+        cells = [estimate_over_seeds(np.array(of_layer)) for of_layer in values]
+        found |= {what: [one[what] for one in cells] for what in ("mean", "interval")}
+    elif values:
+        found |= estimate_over_seeds(np.array(values))
+    return found
 
 
 def fill_tables(text: str, results: Path) -> str:
@@ -131,17 +172,25 @@ def format_table(head: list[str], lines: list[list[str]]) -> str:
 
 
 def format_cell(cell: dict | int | None, form: str) -> str:
-    """A figure and its 95 % interval, or a count."""
+    """A figure and its 95 % interval, or, of few seeds, the figure of each. Or a count."""
     if not cell:
         return ""
     if isinstance(cell, int):
         return f"{cell:,}"
-    between = cell.get("interval")
+    between, values = cell.get("interval"), cell.get("values", ())
     ends = f" [{between[0]:{form}}, {between[1]:{form}}]" if between else ""
+    if not between and len(values) > 1:
+        ends = f" ({', '.join(format(value, form) for value in values)})"
     return format(cell["mean"], form) + ends
 
 
 def main(settings: Base) -> None:
+    from experiments.reproduce import TABLES
+
+    for path in sorted((ROOT / "results").glob("*.json")):
+        if path.stem in TABLES:
+            record = recompute(read_record(path), TABLES[path.stem])
+            checkpoints.write_text(path, json.dumps(record, indent=1) + "\n")
     for page in PAGES:
         checkpoints.write_text(page, fill_tables(page.read_text(), ROOT / "results"))
         print(f"wrote {page}")

@@ -93,6 +93,8 @@ def main(settings: Settings) -> None:
             seeds, measure = list(table.study.seeds), "validation top-1, %"
         else:
             count, measure = settings.seeds or table.seeds, "test top-1, %"
+            if count > table.seeds:  # fixed beforehand, so that none is added after a look
+                raise ValueError(f"--seeds {count}: {name} has {table.seeds} seeds")
             seeds = list(range(table.first, table.first + count))
             trained = train(table, planner, tuned, runner, seeds)
             found = (table.find or estimate_accuracies)(table, trained)
@@ -101,7 +103,7 @@ def main(settings: Settings) -> None:
         record = runner.record(name, settings.extra, found)
         checkpoints.write_text(path, json.dumps(record, indent=1) + "\n")
         show(name, found)
-        draw(table, found["points"], results, path)
+        draw(table, found, results, path)
         print(f"\nwrote {path}")
 
 
@@ -113,11 +115,12 @@ def find_names(name: str) -> list[str]:
     return names
 
 
-def draw(table: Table, points: dict, results: Path, path: Path) -> None:
+def draw(table: Table, found: dict, results: Path, path: Path) -> None:
     """A picture of a table's accuracies, and one of recovery along all axes recorded so far."""
     if table.tunes or table.find:
         return
-    pictures.save(figures.draw_accuracies(points), path.with_suffix(".png"))
+    title = f"{table.about} ({table.study.base['data']}; seeds: {len(found['seeds'])})"
+    pictures.save(figures.draw_accuracies(found["points"], title), path.with_suffix(".png"))
     records = {title: results / f"{name}.json" for title, name in tables.AXES.items()}
     if path in records.values():
         known = {title: record for title, record in records.items() if record.exists()}

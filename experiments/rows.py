@@ -78,12 +78,20 @@ WHOSE = {
         ("attention distillation", "distill", {}), ("fine-tuning", "finetune", {}),
     )
 }  # fmt: skip
+ELSEWHERE = "fine-tuned on other classes"
+OTHERS = {ELSEWHERE: Row("finetune", "pre-trained", {"classes": ":5"}, "fine-tuning")}
+FINE_TUNED = {
+    "copy, fine-tuned teacher": CONTROLS["copy, fine-tuned teacher"],
+    "copy, its mean maps": Row("variants", "fine-tuning", {"maps": "mean"}, "copy, mean maps"),
+    f"copy, {ELSEWHERE}": Row("copy", ELSEWHERE, {}, "attention copy"),
+    f"copy, {ELSEWHERE}, mean maps": Row(
+        "variants", ELSEWHERE, {"maps": "mean"}, "copy, mean maps"
+    ),
+}
 MISMATCHED = {  # without the components that the teacher has
     "from scratch, plain": Row("finetune", "none", {"model": "micro"}, tuned_as="from scratch"),
     "copy, plain student": copied(student="plain"),
     "distillation, plain student": distilled(student="plain"),
 }
-ROWS = (
-    MAIN | PROBE | BASELINES | CONTROLS | LADDER | PARTS | LAYERS | EXPLAINED | AGAIN | MISMATCHED
-    | SINGLE | KNOWING | WHOSE
-)
+ROWS = MAIN | PROBE | BASELINES | CONTROLS | LADDER | PARTS | LAYERS | SINGLE | EXPLAINED | AGAIN
+ROWS |= MISMATCHED | KNOWING | WHOSE | OTHERS | FINE_TUNED

@@ -13,14 +13,13 @@ import torch
 import data
 from common.runs import hash_settings
 from common.settings import Base, free_in, setting, to_argv, values_of
-from experiments.estimates import compute_share, estimate
+from experiments.estimates import compute_share, estimate, pack
 from experiments.jobs import Job
 
 Flags = Mapping[str, Any]  # settings by name
 Runs = dict[str, dict[str, list[Job]]]  # point: row: its runs, one for each seed
 NEAREST = "1-nearest neighbour of pixels"  # a row without runs
 PLACEMENTS = 60  # of its labelled images, augmented as in training
-DIGITS_TESTED = 500  # test digits, each in four places
 
 
 @dataclass(frozen=True)
@@ -127,19 +126,22 @@ class Table(NamedTuple):
     tuned_at: str = ""  # the point whose settings others take (empty: each its own)
     against: dict[str, str] | None = None  # what a row is compared with, if not BASELINE
     find: Callable[["Table", Runs], dict] | None = None  # something else than accuracies
-    contrasts: Mapping[str, Callable[..., np.ndarray]] = MappingProxyType({})  # by their names
+    contrasts: Mapping[str, Callable[..., float]] = MappingProxyType({})  # by their names
 
 
 def estimate_accuracies(table: Table, runs: Runs) -> dict:
-    """Estimates of the rows at each point, then contrasts across points."""
+    """Estimates of the rows at each point, contrasts across points, and which images were right."""
     correct = {point: read_correct(table, of_rows) for point, of_rows in runs.items()}
-    return estimate(correct, group_images(table, runs), table.against, table.contrasts)
+    return estimate_correct(correct, table.against, table.contrasts)
 
 
-def group_images(table: Table, runs: Runs) -> np.ndarray:
-    """The sample that each test image belongs to: a digit lies in four places."""
-    images = len(next(iter(next(iter(runs.values())).values()))[0].read_correct())
-    return np.arange(images) % (DIGITS_TESTED if table.study.base["data"] == "digits" else images)
+def estimate_correct(correct: dict[str, dict], against=None, contrasts=MappingProxyType({})):
+    """The same of whether each image was classified correctly: (seeds, images) of each row."""
+    values, packed = ({point: {} for point in correct} for _ in range(2))
+    for point, of_rows in correct.items():
+        for row, right in of_rows.items():
+            values[point][row], packed[point][row] = 100 * right.mean(axis=1), pack(right)
+    return estimate(values, against, contrasts) | {"images": right.shape[1], "correct": packed}
 
 
 def read_correct(table: Table, of_rows: dict[str, list[Job]]) -> dict[str, np.ndarray]:

@@ -3,14 +3,12 @@
 from collections.abc import Callable, Iterable
 from functools import partial
 
-import numpy as np
-
 from experiments import rows
 from experiments.estimates import compute_share
 from experiments.looks import find_looks
 from experiments.readings import find_pairs, find_shifts
 from experiments.rows import AT_BASE, BASE, CLUTTER, MAIN
-from experiments.study import NEAREST, Study, Table, group_images, share_of_gain, subtract
+from experiments.study import NEAREST, Study, Table, share_of_gain, subtract
 
 # The studies --------------------------------------------------------------------------------------
 
@@ -19,7 +17,7 @@ COPIED, DISTILLED = ("layers", ("all", ":3", ":2")), ("layers", (":3", "all", ":
 WEIGHTS = ("attention_weight", (3.0, 1.0, 10.0))
 DIGITS = Study(
     rows=rows.ROWS,
-    base={"data": "digits", "num_labels": 100, "epochs": 450},
+    base={"data": "digits", "num_labels": 100, "epochs": 450, "positions": "random"},
     seeds=(100, 101),
     rates=(1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
     decays=(0.05, 0.2, 0.5, 1.5, 5.0),
@@ -39,11 +37,18 @@ DIGITS = Study(
         "distillation, detached": DISTILLED,
     },
 )
+FAIR = DIGITS._replace(  # students start from sin-cos positions, as their teachers
+    base=DIGITS.base | {"positions": "sincos"},
+    images=("data", "distractors", "model", "classes"),
+    rates=(2e-3, 4e-3, 8e-3, 1.6e-2),
+    decays=(0.05, 0.2, 0.5, 1.5),
+    own={row: DIGITS.own[row] for row in (*rows.MAIN, "copy, mean maps")},
+)
 PLAIN = dict.fromkeys(("mixup", "cutmix", "random_erase", "smoothing", "ema", "drop_path"), 0.0)
 CIFAR = Study(  # small enough for a CPU: shifts and flips, a tenth of the labels
     rows=rows.ROWS,
     base={"data": "cifar10", "model": "mini", "holdout": 0.1, "num_labels": 5000}
-    | {"epochs": 25, "batch": 100} | PLAIN,
+    | {"epochs": 25, "batch": 100, "positions": "random"} | PLAIN,
     teacher={"epochs": 60, "batch": 512, "lr": 1.5e-3, "decoder_dim": 96, "decoder_depth": 1},
     images=("data", "model", "holdout"),
     own_teachers=False,
@@ -92,7 +97,7 @@ def along(points: Iterable[str]) -> dict[str, Callable]:
         "recovery of distillation": lambda of: compute_share(of, DISTILLATION, TUNED),
     }
 
-    def change(*at: dict, compute: Callable) -> np.ndarray:
+    def change(*at: dict, compute: Callable) -> float:
         return compute(at[-1]) - compute(at[0])
 
     return {f"{what}: {first} → {last}": partial(change, compute=of) for what, of in asked.items()}
@@ -129,11 +134,12 @@ SCENE_LABELS = {  # at 300 steps, or more where there are more scenes
     for labels, epochs in {100: 300, 300: 75, 1000: 40, 3000: 22}.items()
 }
 scenes = partial(Table, study=SCENES, points=POINTER, rows=tuple(MAIN))
+fair = partial(Table, study=FAIR, points=AT_BASE)
 digits = partial(Table, study=DIGITS, points=AT_BASE, rows=tuple(MAIN))
 photos = partial(Table, study=CIFAR, points=AT_PHOTOS, rows=tuple(MAIN))
+AXES = {"clutter": "digits-clutter", "labels": "digits-labels", "length": "digits-length"}
 LOOKS = "of each layer: shares of attention; divergence, nats; CKA"
 looked = {"find": lambda _, runs: {"points": find_looks(runs), "measure": LOOKS}}
-AXES = {"clutter": "digits-clutter", "labels": "digits-labels", "length": "digits-length"}
 ENDS = (*MAIN, "copy, mean maps")
 TABLES = {
     "scenes-tuning": scenes("settings for the pointer", tunes=True,
@@ -161,9 +167,11 @@ TABLES = {
         contrasts=subtract((DISTILLATION, COPY), (TUNED, DISTILLATION))),
     "scenes-teachers": scenes("pointer: who taught without labels, with labels, or as an MAE",
         rows=(*MAIN, "copy, mean maps", *rows.WHOSE), seeds=5),
+    "scenes-looks": scenes("where nets look in scenes of a pointer", seeds=5, **looked),
+    "scenes-looks-twins": scenes("where nets look at twins", seeds=5, points=TWINS, **looked),
     "scenes-ensembles": scenes("pointer: pairs of nets and their controls",
         rows=(*MAIN, *rows.AGAIN),
-        find=lambda table, runs: {"points": find_pairs(runs, group_images(table, runs))}),
+        find=lambda _, runs: find_pairs(runs)),
     "digits-tuning": digits(
         "settings of the main rows for 0, 1 and 2 distractors; and which of these is the base task",
         rows=(*MAIN, *rows.PROBE, NEAREST), points=CLUTTER, tunes=True,
@@ -217,7 +225,7 @@ TABLES = {
     ),
     "digits-ensembles": digits(
         "pairs of nets and their controls; do they err together?", rows=(*MAIN, *rows.AGAIN),
-        find=lambda table, runs: {"points": find_pairs(runs, group_images(table, runs))},
+        find=lambda _, runs: find_pairs(runs),
     ),
     "digits-shift": digits("noise, contrast, more clutter, at matched accuracy", tuned_at=BASE,
         points=LENGTHS | {"997 labels": LABELS["997 labels"]},
@@ -228,6 +236,14 @@ TABLES = {
         against={SCRATCH: "from scratch, plain", "copy, plain student": COPY,
                  "distillation, plain student": DISTILLATION},
     ),
+    "fair-tuning": fair("settings, for students that start from sin-cos positions", tunes=True,
+        rows=ENDS),
+    "fair-main": fair("students that start from sin-cos positions, as their teachers",
+        rows=(*ENDS, "copy, impulse maps", "copy, fine-tuned teacher", "distillation, mean maps"),
+        contrasts=share_of_gain("copy, mean maps", COPY)),
+    "fair-whose": fair("whose maps? Students see the digits 5 to 9", seeds=5,
+        points={"digits 5 to 9": {"classes": "5:"}}, tuned_at=BASE,
+        rows=(*ENDS, *(row for row in rows.FINE_TUNED if row not in ENDS))),
     "cifar10-gate": photos("settings of the two ends; go on if they differ by 6 points",
         points=SHORT, rows=(SCRATCH, TUNED), tunes=True),
     "cifar10-tuning": photos("settings of copy and distillation",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def make_sincos(grid_size: int, dim: int) -> Tensor:
-    """MAE's fixed positions (1, 1 + grid_size^2, dim): waves of x, then of y; 0 for the class token."""
+    """MAE's fixed positions (1, 1 + grid_size^2, dim): waves of x, of y; 0: the class token."""
     if dim % 4:
         raise ValueError(f"sin-cos positions need a width that divides by 4, not {dim}")
     rate = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
