@@ -11,9 +11,8 @@ from common import checkpoints
 from experiments.estimates import estimate_over_seeds
 from experiments.jobs import Job, load
 from experiments.rows import AT_BASE
-from experiments.study import (
-    Row, Runs, Study, Table, estimate_accuracies, estimate_correct, read_correct, subtract,
-)  # fmt: skip
+from experiments.study import Row, Runs, Study, Table, estimate_correct, read_correct, subtract
+from experiments.study import estimate_accuracies as estimate
 
 # The rows -----------------------------------------------------------------------------------------
 
@@ -81,7 +80,7 @@ def rebuild(job: Job):
 
 def find_sizes(table: Table, runs: Runs) -> dict:
     """Accuracies; and for each row its parameters, and the multiply-adds of an image."""
-    found = estimate_accuracies(table, runs)
+    found = estimate(table, runs)
     (of_rows,), (cells,) = runs.values(), found["points"].values()
     for row, (job, *_) in of_rows.items():
         task = rebuild(job)
@@ -99,7 +98,7 @@ def compare_gains(row: str, of: dict[str, float]) -> float:
 
 def find_trained(table: Table, runs: Runs) -> dict:
     """Accuracies; and how many parameters each row trained, besides those of the ViT."""
-    found, what = estimate_accuracies(table, runs), "trained parameters"
+    found, what = estimate(table, runs), "trained parameters"
     (of_rows,), (cells,) = runs.values(), found["points"].values()
     for row, (job, *_) in of_rows.items():
         net, of_row = rebuild(job).net, STUDY.rows[row]
