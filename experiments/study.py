@@ -79,6 +79,8 @@ class Planner(NamedTuple):
             given["teacher"] = teacher
         if "epochs" in given:
             given["eval_every"] = given["epochs"]
+        if "lr" in given:
+            given["blr"] = 0.0  # of no use, and no reason to run again when a recipe changes
         if row.endswith(" again"):
             given |= {"seed": seed + 1000, "subset_seed": seed}
         special = {k: v for k, v in (point | own).items() if study.base.get(k) != v}
