@@ -36,13 +36,13 @@ GRADIENTS = {
     "KD, AT and IG": Row("integrated_gradients", WIDE, {"kd_weight": 0.3, "at_weight": 140.0}),
 }
 SOFTMAX, TAUGHT = "softmax", "linear, transfer"
+LORA, AFTER = ({n: f"{how}, {n} epochs" for n in (2, 6, 20, 60)} for how in ("LoRA", "both"))
 LINEAR = {
     SOFTMAX: Row("finetune", "pre-trained"),
     "linear, untaught": Row("linear_attention", SOFTMAX, {"epochs": 1, "warmup": 0, "blr": 0.0}),
     TAUGHT: Row("linear_attention", SOFTMAX),
-    "linear, LoRA": Row("linear_attention", SOFTMAX, {"lora": True}),
-    "linear, LoRA twice as long": Row("linear_attention", SOFTMAX, {"lora": True, "epochs": 120}),
-    "linear, transfer and LoRA": Row("linear_attention", TAUGHT, {"lora": True}),
+    **{LORA[n]: Row("linear_attention", SOFTMAX, {"lora": True, "epochs": n}) for n in LORA},
+    **{AFTER[n]: Row("linear_attention", TAUGHT, {"lora": True, "epochs": n}) for n in AFTER},
 }
 DINO, BOTH = "DINO, teacher", "token and map, 2 heads"
 ATTNDISTILL = {
@@ -162,8 +162,7 @@ TABLES = {
     "related-linear": related(
         "softmax attention made linear", rows=tuple(LINEAR), find=find_trained,
         against=dict.fromkeys(LINEAR, SOFTMAX),
-        contrasts=subtract(("linear, transfer and LoRA", "linear, LoRA"),
-                           ("linear, transfer and LoRA", "linear, LoRA twice as long")),
+        contrasts=subtract(*((AFTER[n], LORA[n]) for n in LORA), (AFTER[60], TAUGHT)),
     ),
     "related-attndistill": related(
         "without labels: class tokens and where they look; 20 nearest neighbours",

@@ -9,7 +9,9 @@ costs N, not N^2. Step 1 is attention transfer. All weights of a fine-tuned ViT
 are frozen, and phi learns to give each layer the output of its softmax (mean
 squared error, section 3.1). Step 2 is LoRA. A low-rank change of q, k, v and
 the projection learns from the labels (section 3.2). phi is Hedgehog's: softmax
-over the channels of q W, and of -q W.
+over the channels of q W, and of -q W. LoLCATs is for language models: a token
+sees those before it, and the nearest 64 by softmax. A ViT's patches have no
+order, and our 17 tokens would fit into that window, so both are left out.
 
     python -m related.linear_attention             1, fine-tunes a ViT first
     python -m related.linear_attention --lora --out runs/lora       2, after 1
@@ -89,9 +91,13 @@ class LinearAttention(nn.Module):
 
 
 def map_features(x: Tensor, w: Tensor) -> Tensor:
-    """phi: (B, H, N, d) to (B, H, N, 2 d), positive (Zhang et al. 2024, "The Hedgehog")."""
+    """phi: (B, H, N, d) to (B, H, N, 2 d), positive (Zhang et al. 2024, "The Hedgehog").
+
+    Clamped as by the authors: a long query whose features share no channel with any key's would
+    get 0 / 0.
+    """
     x = einsum(x, w, "b h n d, h d f -> b h n f")
-    return torch.cat([x.softmax(dim=-1), (-x).softmax(dim=-1)], dim=-1)
+    return torch.cat([x.softmax(dim=-1), (-x).softmax(dim=-1)], dim=-1).clamp_min(1e-12)
 
 
 class LoRA(nn.Module):

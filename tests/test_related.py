@@ -150,6 +150,20 @@ def test_linear_attention_is_that_of_its_maps():
     assert_close(linear(x)[0], attention.proj(found.transpose(1, 2).flatten(2)))
 
 
+def test_a_long_query_that_is_like_no_key_finds_the_mean_of_values():
+    """As by the definition in higher precision. Without the clamp both sums would be 0."""
+    linear = linear_attention.LinearAttention(make_vit().blocks[0].attn).double()
+    linear.features.data = torch.eye(8).repeat(2, 4, 1, 1).double()
+    q, k = torch.zeros(2, 1, 4, 5, 8).double()
+    q[..., 0], k[..., 0], k[..., 1] = 120, -120, 120
+    v, exact = torch.randn(1, 4, 5, 8).double(), []
+    for x in (q, k):
+        exact.append(torch.cat([x.softmax(-1), (-x).softmax(-1)], dim=-1))
+    p = exact[0] @ exact[1].mT
+    found = linear.float().attend(vit.QK(q.float(), k.float()), v.float())
+    assert_close(found.double(), p / p.sum(-1, keepdim=True) @ v, atol=1e-5, rtol=1e-5)
+
+
 def test_the_transfer_loss_is_equation_6_and_reaches_feature_maps_alone(images):
     teacher, student = make_vit(), linear_attention.linearise(make_vit())
     loss, _ = linear_attention.transfer_loss(student, images, LABELS, teacher)
