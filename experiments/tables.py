@@ -167,6 +167,8 @@ TABLES = {
         contrasts=subtract((DISTILLATION, COPY), (TUNED, DISTILLATION))),
     "scenes-teachers": scenes("pointer: who taught without labels, with labels, or as an MAE",
         rows=(*MAIN, "copy, mean maps", *rows.WHOSE), seeds=5),
+    "scenes-teachers-twins": scenes("twins: who taught without labels, or with labels", seeds=5,
+        points=TWINS, rows=(*MAIN, "copy, mean maps", *list(rows.WHOSE)[:4])),
     "scenes-looks": scenes("where nets look in scenes of a pointer", seeds=5, **looked),
     "scenes-looks-twins": scenes("where nets look at twins", seeds=5, points=TWINS, **looked),
     "scenes-ensembles": scenes("pointer: pairs of nets and their controls",

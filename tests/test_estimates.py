@@ -1,107 +1,100 @@
-"""Intervals: against loops written out, against t, and against what they promise."""
+"""Intervals: against t by hand, loops that leave one seed out, and what they promise."""
+
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from experiments import estimates
+from experiments import estimates, report, reproduce
+
+RESULTS = Path(__file__).parent.parent / "results"
 
 
-def of(correct, groups, against=None):
-    return estimates.estimate({"": correct}, groups, against)["points"][""]
+def draw(seeds, random, copy=5.0, tuned=10.0):
+    """Accuracies of three rows: the seed's own effect is the same in all, so pairing removes it."""
+    shared = random.normal(70, 3, seeds)
+    gains = {"from scratch": 0.0, "copy": copy, "fine-tuning": tuned}
+    return {row: shared + gain + random.normal(0, 0.5, seeds) for row, gain in gains.items()}
 
 
-def simulated(random, seeds=10, digits=500, places=4, gain=0.05):
-    """Two rows whose true difference is `gain`: seeds and digits have effects of their own."""
-    of_seed = random.normal(0, 0.02, (2, seeds, 1, 1))
-    of_digit = random.normal(0, 0.3, (1, digits, 1))
-    chance = 0.5 + of_digit + np.stack([of_seed[0], of_seed[1] + gain])
-    noise = random.uniform(size=(2, seeds, digits, places))
-    correct = noise < np.clip(chance, 0, 1)
-    return dict(zip(("from scratch", "copy"), correct.reshape(2, seeds, -1), strict=True))
-
-
-GROUPS = np.repeat(np.arange(500), 4)
-
-
-def contrasts(points, asked):
-    return estimates.estimate(points, GROUPS, contrasts=asked)["contrasts"]
-
-
-def test_resampled_accuracies_are_those_of_loops(monkeypatch):
-    monkeypatch.setattr(estimates, "RESAMPLES", 5)
-    monkeypatch.setattr(estimates, "AT_A_TIME", 5)
-    correct = simulated(np.random.default_rng(1), seeds=3, digits=6)["copy"]
-    groups = np.repeat(np.arange(6), 4)
-    found = estimates.resample({"copy": correct}, groups)["copy"]
-    mean = 100 * correct.mean()
-    assert found[0] == pytest.approx(mean)
-    random = np.random.default_rng(0)
-    seeds = random.multinomial(3, [1 / 3] * 3, 5)
-    digits = random.multinomial(6, [1 / 6] * 6, 5)
-    for b in range(5):
-        drawn = [
-            correct[s, i]
-            for s in range(3) for _ in range(seeds[b, s])
-            for i in range(24) for _ in range(digits[b, groups[i]])
-        ]  # fmt: skip
-        wider = np.sqrt(3 / 2) * (100 * np.mean(drawn) - mean)  # of three seeds
-        assert found[1 + b] == pytest.approx(mean + wider)
+def test_quantiles_are_those_of_a_table_of_student():
+    for freedom, expected in ((4, 2.776), (9, 2.262), (29, 2.045)):
+        assert estimates.get_quantile(freedom) == pytest.approx(expected, abs=2e-3)
 
 
 def test_differences_are_paired_and_recovery_is_their_ratio():
-    random = np.random.default_rng(2)
-    correct = simulated(random)
-    correct["fine-tuning"] = simulated(random)["copy"] | correct["copy"]
-    found = of(correct, GROUPS)
-    means = {row: 100 * c.mean() for row, c in correct.items()}
-    for row in correct:
-        assert found[row]["mean"] == pytest.approx(means[row])
-    gain, gap = means["copy"] - means["from scratch"], means["fine-tuning"] - means["from scratch"]
-    assert found["copy"]["difference"]["mean"] == pytest.approx(gain)
-    assert found["copy"]["recovery"]["mean"] == pytest.approx(gain / gap)
+    values = draw(10, np.random.default_rng(2))
+    found = estimates.estimate({"": values})["points"][""]
+    gains = {row: v - values["from scratch"] for row, v in values.items()}
+    mean, deviation = gains["copy"].mean(), gains["copy"].std(ddof=1)
+    half = 2.262 * deviation / 10**0.5
+    cell = found["copy"]["difference"]
+    assert [cell["mean"], *cell["interval"]] == pytest.approx(
+        [mean, mean - half, mean + half], rel=1e-3
+    )
+    assert half < np.diff(found["copy"]["interval"]) / 4  # of the row alone
+    recovery = mean / gains["fine-tuning"].mean()
+    assert found["copy"]["recovery"]["mean"] == pytest.approx(recovery)
     assert found["fine-tuning"]["recovery"] == {"mean": 1.0, "interval": [1.0, 1.0]}
     assert "recovery" not in found["from scratch"]
-    low, high = found["copy"]["difference"]["interval"]
-    assert low < gain < high
-    wide = found["copy"]["interval"]  # of the row alone: digits do not cancel
-    assert high - low < wide[1] - wide[0]
-    one_seed = of({row: c[:1] for row, c in correct.items()}, GROUPS)["copy"]
-    assert one_seed["interval"] is None and one_seed["difference"]["interval"] is None
+    few = estimates.estimate({"": {row: v[:4] for row, v in values.items()}})["points"][""]
+    assert few["copy"]["interval"] is None and few["copy"]["difference"]["interval"] is None
 
 
-@pytest.mark.slow
-def test_contrasts_are_resampled_alike_at_all_points():
-    correct = simulated(np.random.default_rng(6))
-    other = {row: c[:, ::-1] for row, c in correct.items()}  # other images are right, as many
-    asked = {
-        "difference": lambda at, _: at["copy"] - at["from scratch"],
-        "nothing": lambda at, again: at["copy"] - again["copy"],
-    }
-    found = contrasts({"a": correct, "b": correct}, asked)
-    paired = of(correct, GROUPS)["copy"]["difference"]
-    assert found["difference"] == {name: paired[name] for name in ("mean", "interval")}
+def test_a_ratio_leaves_out_one_seed_after_the_other():
+    values = draw(6, np.random.default_rng(3))
+    found = estimates.estimate({"": values})["points"][""]["copy"]["recovery"]
+
+    def share(keep):
+        of = {row: v[keep].mean() for row, v in values.items()}
+        return (of["copy"] - of["from scratch"]) / (of["fine-tuning"] - of["from scratch"])
+
+    whole, pseudo = share(range(6)), []
+    for i in range(6):
+        pseudo.append(6 * whole - 5 * share([j for j in range(6) if j != i]))
+    half = estimates.get_quantile(5) * np.std(pseudo, ddof=1) / 6**0.5
+    assert found["interval"] == pytest.approx([whole - half, whole + half])
+    nothing = draw(6, np.random.default_rng(4), tuned=0.0)
+    assert estimates.estimate({"": nothing})["points"][""]["copy"]["recovery"]["interval"] is None
+
+
+def test_contrasts_take_the_same_seeds_at_all_points():
+    values = draw(8, np.random.default_rng(5))
+    asked = {"nothing": lambda at, again: at["copy"] - again["copy"]}
+    found = estimates.estimate({"a": values, "b": values}, contrasts=asked)["contrasts"]
     assert found["nothing"] == {"mean": 0, "interval": [0, 0]}
-    between = contrasts({"a": correct, "b": other}, asked)["nothing"]
-    assert between["mean"] == 0 and between["interval"][0] < 0 < between["interval"][1]
 
 
-def test_a_share_of_perhaps_nothing_has_no_interval():
-    correct = simulated(np.random.default_rng(7), gain=0.1)
-    correct["half"] = np.where(np.arange(2000) % 2, correct["copy"], correct["from scratch"])
-    asked = {"half": lambda of: estimates.compute_share(of, "half", "copy")}
-    found = contrasts({"": correct}, asked)["half"]
-    low, high = found["interval"]
-    assert low < found["mean"] < high
-    correct["copy"] = correct["from scratch"][:, ::-1]
-    assert contrasts({"": correct}, asked)["half"]["interval"] is None
+def test_intervals_hold_the_truth_as_often_as_they_say():
+    random, inside = np.random.default_rng(6), np.zeros(2)
+    for _ in range(1000):
+        cells = estimates.estimate({"": draw(5, random)})["points"][""]["copy"]
+        for i, (cell, truth) in enumerate(((cells["difference"], 5), (cells["recovery"], 0.5))):
+            inside[i] += cell["interval"][0] <= truth <= cell["interval"][1]
+    assert (abs(inside / 1000 - 0.95) < 0.03).all()
 
 
-@pytest.mark.slow
-def test_intervals_hold_the_truth_as_often_as_they_say(monkeypatch):
-    monkeypatch.setattr(estimates, "RESAMPLES", 1000)
-    random, inside = np.random.default_rng(4), 0
-    for _ in range(200):
-        found = of(simulated(random, digits=100), np.repeat(np.arange(100), 4))
-        low, high = found["copy"]["difference"]["interval"]
-        inside += low <= 100 * 0.05 <= high
-    assert inside / 200 >= 0.9  # 95 %, less what 200 studies leave to chance
+def test_packed_images_are_the_same_images():
+    correct = np.random.default_rng(7).uniform(size=(3, 2001)) < 0.4
+    assert (estimates.unpack(estimates.pack(correct), 2001) == correct).all()
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_every_interval_follows_from_its_record_alone(path):
+    if path.stem not in reproduce.TABLES:
+        pytest.skip("no table of the study")
+    record = report.read_record(path)
+    again = report.recompute(record, reproduce.TABLES[path.stem])
+    for name, cell in list_cells(again):
+        assert cell["interval"] == pytest.approx(dict(list_cells(record))[name]["interval"]), name
+    assert json.loads(json.dumps(again)).keys() == record.keys()
+
+
+def list_cells(part, name=""):
+    """All figures of a record with an interval, by their paths."""
+    for key, value in part.items() if isinstance(part, dict) else ():
+        if isinstance(value, dict):
+            if isinstance((value.get("interval") or [None])[0], float):
+                yield f"{name}/{key}", value
+            yield from list_cells(value, f"{name}/{key}")

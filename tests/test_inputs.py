@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize("script, argv, words", [
-    (finetune, "--data mnist", "choose from 'digits', 'cifar10'"),
+    (finetune, "--data mnist", "choose from 'scenes', 'scenes-cifar10'"),
     (finetune, "--data folder --data-dir nowhere", "no folder nowhere"),
     (finetune, "--data imagenet", "train/CLASS/* and val/CLASS/*"),
     (finetune, "--data cifar10 --data-dir /dev/null/x", "/dev/null/x"),

@@ -37,7 +37,7 @@ def test_every_setting_is_read(script, extra, small, teacher):
 
     settings = script.parse([*small, *extra.replace("TEACHER", teacher).split()])
     script.main(Watched(**{f.name: getattr(settings, f.name) for f in fields(settings)}))
-    needless = {"distractors", "overwrite"}  # for digits only; without --resume only
+    needless = {"distractors", "overwrite", "scene", "dial", "classes"}  # for other data; --resume
     if script is pretrain:
         needless |= {"smoothing", "eval_every"}  # for classes only
     assert flags_of(script.Settings).keys() - read == needless

@@ -1,0 +1,134 @@
+"""Scenes: their labels against the pixels, and what the teacher learns against a loop."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from einops import rearrange
+from torch.testing import assert_close
+
+import attention_copy
+import data
+import ensemble
+import finetune
+import pretrain
+from common import digits
+from common.augment import Normalise
+from teachers.load import new_vit
+from teachers.positions import make_sincos
+
+PLAIN = Normalise(data.DATA_SETS["scenes"].normalization, torch.device("cpu"))
+SPLIT = digits.Split(0, PLAIN, torch.device("cpu"))
+
+
+def load(*argv, script=finetune):
+    return data.load(script.parse(["--data", "scenes", *argv]))
+
+
+def cut(images, grid=3):
+    return rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", h=grid, w=grid)
+
+
+def draw(part="train", *argv):
+    """Clean scenes, in cells; their classes, and the cells asked for."""
+    views = [load(*argv, "--label", label) for label in ("class", "cell")]
+    sources = [getattr(view, part).source for view in views]
+    assert torch.equal(sources[0].images, sources[1].images)
+    grid = views[0].image_size // 8
+    return cut(sources[0].images, grid), *(source.labels for source in sources)
+
+
+def find_digits(cells, part):
+    """For each cell the number of the digit in it, and its class."""
+    images, labels = SPLIT.whole(part)
+    nearest = torch.cdist(cells, images.flatten(1)).argmin(dim=-1)
+    return nearest, labels[nearest]
+
+
+@pytest.mark.parametrize("classes, grid", [("5:", 3), (":5", 3), ("0,7", 5)])
+def test_the_square_points_to_the_class(classes, grid):
+    size = ["--image-size", str(8 * grid), "--num-labels", "0", "--classes", classes]
+    cells, labels, asked = (x[:300] for x in draw("train", *size))
+    names, centre = load(*size).classes, grid**2 // 2
+    square = rearrange(cells[:, centre], "b (p q) -> b p q", p=8) == 1
+    place = torch.stack([x.nonzero().float().mean(0) for x in square])  # of its middle, 0.5 to 6.5
+    towards = (place - 0.5) / 6 * (grid - 1)
+    rows, columns = asked // grid, asked % grid
+    assert (towards - torch.stack([rows, columns], 1)).abs().max() < 0.5
+    assert (asked != centre).all() and len(asked.unique()) == grid**2 - 1
+    _, kinds = find_digits(cells, "train")
+    assert [names[i] for i in labels] == [str(int(k)) for k in kinds[torch.arange(300), asked]]
+    others = kinds[:, torch.arange(grid**2) != centre]
+    assert {str(int(k)) for k in others.unique()} == set(names)
+
+
+def test_twins_are_one_image_and_other_pairs_only_of_one_class():
+    cells, labels, asked = (x[:200] for x in draw("train", "--scene", "twins", "--num-labels", "0"))
+    numbers, kinds = find_digits(cells, "train")
+    for image, (of_cells, of_kinds) in enumerate(
+        zip(numbers.tolist(), kinds.tolist(), strict=True)
+    ):
+        lying = [i for i in range(9) if i != 4]
+        assert cells[image, 4].max() == 0
+        pairs = {k: [of_cells[i] for i in lying if of_kinds[i] == k] for k in set(of_kinds)}
+        pairs = {k: pair for k, pair in pairs.items() if pair}
+        equal = [k for k, pair in pairs.items() if len(set(pair)) == 1]
+        assert sorted(map(len, pairs.values())) == [2] * 4
+        assert equal == [of_kinds[asked[image]]] == [5 + int(labels[image])]
+
+
+def test_the_dial_turns_content_into_position():
+    for dial in ("0", "0.5", "1"):
+        share = (draw("val", "--dial", dial)[2] == 0).float().mean().item()
+        assert share == pytest.approx(float(dial) + (1 - float(dial)) / 8, abs=0.04)
+
+
+def test_no_digit_of_a_part_is_in_another_and_scenes_are_the_same_every_time():
+    pictures = [{x.numpy().tobytes() for x in SPLIT.whole(p)[0]} for p in ("train", "val", "test")]
+    assert not pictures[0] & pictures[2] and not pictures[1] & pictures[2]
+    once, again = (load().test.source for _ in range(2))
+    assert torch.equal(once.images, again.images) and torch.equal(once.labels, again.labels)
+
+
+def test_training_and_evaluation_have_the_same_noise():
+    view = load("--num-labels", "0")
+    batches = [next(iter(view.train.epoch(epoch)))[0] for epoch in range(20)]
+    images, seen = torch.cat(batches), next(view.test.in_order(1280))[0]
+    for measure in (torch.mean, torch.std):
+        assert measure(images).item() == pytest.approx(measure(seen).item(), abs=0.03)
+    assert not torch.equal(batches[0], batches[1])
+
+
+def test_the_teacher_says_the_pixels_of_the_cell_asked_for():
+    settings = pretrain.parse(["--data", "scenes", "--model", "nano"])
+    dataset = data.load(replace(settings, label="cell"))
+    net = pretrain.task(settings, dataset).net
+    images, asked = dataset.train.first(5)
+    found, _ = pretrain.loss_cell(net, images, asked)
+    said = net(images)
+    pixels = [images[i, 0, 8 * (c // 3) :, 8 * (c % 3) :][:8, :8] for i, c in enumerate(asked)]
+    expected = sum((said[i].view(8, 8) - x).square().sum() for i, x in enumerate(pixels)) / (5 * 64)
+    assert_close(found, expected)
+
+
+def test_a_student_is_scored_on_the_scenes_that_it_was_trained_for():
+    argv = "--data scenes --scene twins --dial 0.3 --classes 2:7 --model nano --epochs 1 --out run".split()
+    row = attention_copy.main(attention_copy.parse([*argv, "--teacher", "random"]))
+    again = ensemble.evaluate(["run/model.pt"], ensemble.parse(["run/model.pt"]))
+    assert again["ensemble_top1"] == pytest.approx(row["test_top1"])
+
+
+def test_students_start_from_the_positions_of_their_teachers():
+    settings = finetune.parse(["--data", "scenes"])
+    net, waves = new_vit(settings, data.load(settings)), make_sincos(3, 64)
+    assert torch.equal(net.pos_embed, waves) and net.pos_embed.requires_grad
+    encoder = pretrain.build(pretrain.parse(["--data", "digits"]), load()).encoder
+    assert not encoder.pos_embed.requires_grad
+
+
+def test_sizes_that_do_not_fit_are_refused():
+    for size in ("16", "20", "32"):
+        with pytest.raises(ValueError, match="3, 5, 7"):
+            load("--image-size", size)
+    with pytest.raises(ValueError, match="only --data scenes has cells"):
+        data.load(finetune.parse(["--data", "digits", "--label", "cell"]))
