@@ -91,6 +91,23 @@ def get_quantile(freedom: int) -> float:
     return float(t[np.searchsorted(mass, 0.95 * mass[-1])])
 
 
+def format_cell(cell: dict | int | None, form: str) -> str:
+    """A figure and its 95 % interval, or, of few seeds, the figure of each. Or a count."""
+    if not cell:
+        return ""
+    if isinstance(cell, int):
+        return f"{cell:,}"
+    between, values = cell.get("interval"), cell.get("values", ())
+    ends = f" [{between[0]:{form}}, {between[1]:{form}}]" if between else ""
+    if not between and len(values) > 1:
+        ends = f" ({', '.join(format(value, form) for value in values)})"
+    return format(cell["mean"], form) + ends
+
+
+def format_means(cell: dict[str, list]) -> str:
+    return " ".join(f"{x:.2f}" for x in cell["mean"])
+
+
 # What each image adds -----------------------------------------------------------------------------
 
 

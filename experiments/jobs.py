@@ -30,6 +30,7 @@ SCRIPTS = {  # imported when they are needed
     "variants": "experiments.variants",
     **{name: f"related.{name}" for name in RELATED},
 }
+ABOUT = {"points", "seeds", "runs", "training_minutes", "device", "commits"}  # of every record
 ROOT = Path(__file__).parent.parent
 # Imports take as long as a tenth of a run on the digits, so they are done once for all processes.
 FORKED = multiprocessing.get_context("forkserver")
@@ -169,3 +170,14 @@ class Runner:
         about = {"command": command, "commit": runs.read_commit(), "commits": sorted(self.commits)}
         about |= {"device": device, "torch": torch.__version__, "runs": len(self.seconds)}
         return about | {"runs_at_a_time": self.workers, "training_minutes": minutes} | found
+
+
+def read_record(path: Path) -> dict:
+    """A record. ValueError names it if it is damaged."""
+    try:
+        record = json.loads(path.read_text())
+        if missing := ABOUT - dict(record).keys():
+            raise ValueError(f"it has no {min(missing)}")
+        return record | {"points": dict(record["points"])}
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): restore it (git checkout)") from error

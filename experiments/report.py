@@ -17,25 +17,23 @@ import numpy as np
 
 from common import checkpoints, launch
 from common.settings import Base, parse_settings
-from experiments.estimates import BASELINE, CEILING, estimate, estimate_over_seeds, unpack
+from experiments import related_tables, tables
+from experiments.estimates import (
+    BASELINE,
+    CEILING,
+    estimate,
+    estimate_over_seeds,
+    format_cell,
+    format_means,
+    unpack,
+)
+from experiments.jobs import ROOT, read_record
 
+TABLES = tables.TABLES | related_tables.TABLES
 parse = partial(parse_settings, __doc__, Base, {})
-ROOT = Path(__file__).parent.parent
 USUAL = ("mean", "interval", "values", "difference", "recovery")
 PAGES = tuple(ROOT / folder / "README.md" for folder in (".", "experiments", "related"))
 MARKED = re.compile(r"<!-- ([\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
-ABOUT = {"points", "seeds", "runs", "training_minutes", "device", "commits"}  # of every record
-
-
-def read_record(path: Path) -> dict:
-    """A record. ValueError names it if it is damaged."""
-    try:
-        record = json.loads(path.read_text())
-        if missing := ABOUT - dict(record).keys():
-            raise ValueError(f"it has no {min(missing)}")
-        return record | {"points": dict(record["points"])}
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): restore it (git checkout)") from error
 
 
 def recompute(record: dict, table) -> dict:
@@ -163,30 +161,11 @@ def format_layers(rows: dict[str, dict[str, dict[str, list]]]) -> str:
     return format_table(["", *(name.replace("_", " ") for name in names)], lines)
 
 
-def format_means(cell: dict[str, list]) -> str:
-    return " ".join(f"{x:.2f}" for x in cell["mean"])
-
-
 def format_table(head: list[str], lines: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in (head, ["---"] * len(head), *lines))
 
 
-def format_cell(cell: dict | int | None, form: str) -> str:
-    """A figure and its 95 % interval, or, of few seeds, the figure of each. Or a count."""
-    if not cell:
-        return ""
-    if isinstance(cell, int):
-        return f"{cell:,}"
-    between, values = cell.get("interval"), cell.get("values", ())
-    ends = f" [{between[0]:{form}}, {between[1]:{form}}]" if between else ""
-    if not between and len(values) > 1:
-        ends = f" ({', '.join(format(value, form) for value in values)})"
-    return format(cell["mean"], form) + ends
-
-
 def main(settings: Base) -> None:
-    from experiments.reproduce import TABLES
-
     for path in sorted((ROOT / "results").glob("*.json")):
         if path.stem in TABLES:
             record = recompute(read_record(path), TABLES[path.stem])

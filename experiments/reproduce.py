@@ -17,8 +17,8 @@ from pathlib import Path
 from common import checkpoints, launch, pictures
 from common.settings import parse_settings, setting
 from experiments import figures, related_tables, tables, tune
-from experiments.jobs import ROOT, Runner
-from experiments.report import format_cell, format_means, read_record
+from experiments.estimates import format_cell, format_means
+from experiments.jobs import ROOT, Runner, read_record
 from experiments.study import Planner, Runs, RunSettings, Table, estimate_accuracies, make_planner
 from teachers.find import find_bundled
 

@@ -6,7 +6,7 @@ from functools import partial
 from experiments import rows
 from experiments.estimates import compute_share
 from experiments.looks import find_looks
-from experiments.readings import find_pairs, find_shifts
+from experiments.readings import find_pairs
 from experiments.rows import AT_BASE, BASE, CLUTTER, MAIN
 from experiments.study import NEAREST, Study, Table, share_of_gain, subtract
 
@@ -229,9 +229,6 @@ TABLES = {
         "pairs of nets and their controls; do they err together?", rows=(*MAIN, *rows.AGAIN),
         find=lambda _, runs: find_pairs(runs),
     ),
-    "digits-shift": digits("noise, contrast, more clutter, at matched accuracy", tuned_at=BASE,
-        points=LENGTHS | {"997 labels": LABELS["997 labels"]},
-        find=lambda _, runs: {"points": find_shifts(runs)}),
     "digits-components": digits(
         "teachers with a component, students with and without it", points=COMPONENTS,
         rows=(*MAIN, *rows.MISMATCHED), seeds=5, tuned_at=BASE,

@@ -8,8 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from common.progress import get_validation
-from experiments.jobs import Runner
-from experiments.report import read_record
+from experiments.jobs import Runner, read_record
 from experiments.study import NEAREST, Flags, Planner, Study, Table, classify_by_nearest
 
 Tuned = dict[str, dict[str, dict]]  # point: row: what was chosen, and all that was tried

@@ -15,6 +15,8 @@ convolutions cheap: --model grouped or bottleneck.
     python -m related.activations                        trains a teacher first
     python -m related.activations --at-weight 0 --kd-weight 0.9 --out runs/kd
     python -m related.activations --at-weight 0 --out runs/alone        control
+    python -m related.activations --at-weight 0 --epochs 240 --out runs/long
+                             another: is it more than a few more epochs alone?
     python -m related.activations --model grouped --out runs/grouped
 
 The authors use SGD. Here the optimizer is AdamW, as everywhere in this
@@ -63,7 +65,8 @@ SHARED = dict(model="small", weight_decay=0.05)
 PHOTOS = SHARED | dict(at_weight=1000.0)  # theirs, for the mean of 32 x 32 places
 RECIPES = merge_recipes(
     recipes.RECIPES,
-    digits=SHARED | dict(num_labels=300, epochs=60, blr=0.02048, eval_every=20),
+    digits=SHARED  # with one distractor a small net has nothing to gain
+    | dict(num_labels=300, distractors=4, epochs=60, blr=0.02048, eval_every=20),
     cifar=PHOTOS | dict(blr=1e-3, final_lr=5e-4, eval_every=5),
     imagenet=PHOTOS,
     folder=PHOTOS | dict(blr=8e-3, final_lr=5e-4),

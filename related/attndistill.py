@@ -10,16 +10,21 @@ P is a small MLP. If the teacher has smaller patches, its row is interpolated to
 the student's. If it has other heads, the heads of each are merged:
 softmax(sum over heads of log a / 10).
 
-    python -m related.attndistill                  trains a DINO teacher first
+The paper's teachers have no labels either. On our digits DINO (dino.py) makes
+too weak a one, so here the teacher's class token has learned from labels.
+
+    python -m related.attndistill                     trains that teacher first
+    python -m related.attndistill --teacher runs/dino-digits-micro-s0/model.pt
     python -m related.attndistill --attention-weight 0 --out runs/token  control
     python -m related.attndistill --num-heads 2 --out runs/heads   other heads
     python -m related.attndistill --patch 4 --out runs/patches     other patches
 
-A public teacher's class token is taken as its last block leaves it. It is
-normalised without the weights of its last norm, which belong to its head.
+A teacher's class token is taken after its last norm, with the weights of that
+norm. Those of public ViTs belong to their heads, and are not read here.
 """
 
 import math
+import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -36,7 +41,7 @@ from common import checkpoints, launch
 from common.settings import merge_recipes, parse_settings, setting
 from related import dino
 from teachers import find
-from teachers.load import build_vit
+from teachers.load import build_vit, new_vit
 from vit import QK, Config, ViT
 
 TEMPERATURE = 10.0  # of merged heads, in the authors' scripts
@@ -46,7 +51,9 @@ TEMPERATURE = 10.0  # of merged heads, in the authors' scripts
 class Settings(recipes.Settings):
     method = "attndistill"
     layer_decay: float = 1.0  # no flag: the layers are inside
-    teacher: str = setting("auto", "a ViT with a class token, or auto: DINO's", free=True)
+    teacher: str = setting(
+        "auto", "a ViT with a class token, auto: made here, none: makes one", free=True
+    )
     num_heads: int = setting(0, "heads of the student (0: as --model has them)")
     attention_weight: float = setting(0.1, "weight of the class token's row (0: none)")
 
@@ -60,11 +67,11 @@ class Student(nn.Module):
 
     def __init__(self, vit: ViT, dim: int):
         super().__init__()
-        self.vit, widths = vit, (vit.config.dim, 2 * dim, dim, 2 * dim)
-        layers: list[nn.Module] = [nn.LayerNorm(vit.config.dim)]
-        for into, out in pairwise(widths):
+        self.vit, own = vit, vit.config.dim
+        layers: list[nn.Module] = [nn.LayerNorm(own, eps=1e-6)]
+        for into, out in pairwise((own, 2 * own, own, 2 * own)):
             layers += [nn.Linear(into, out), nn.GELU()]
-        self.project = nn.Sequential(*layers, nn.Linear(widths[-1], dim), nn.LayerNorm(dim))
+        self.project = nn.Sequential(*layers, nn.Linear(2 * own, dim), nn.LayerNorm(dim, eps=1e-6))
 
     @property
     def config(self) -> Config:
@@ -72,17 +79,21 @@ class Student(nn.Module):
 
 
 def look_last(vit: ViT, images: Tensor) -> tuple[Tensor, Tensor]:
-    """The class token (B, D), and where it looks in the last block (B, H, 1 + patches)."""
+    """The class token (B, D) before the last norm, and where it looks (B, H, 1 + patches)."""
     for x, qk in vit.blockwise(images):
         pass
     bias = None if qk.bias is None else qk.bias[:, :, :1]
     rows = QK(qk.q[:, :, :1], qk.k, bias).map()[:, :, 0].float()
     patches = rows[..., vit.config.num_prefix_tokens :]  # registers are no places
-    return vit.fc_norm(x)[:, 0], torch.cat([rows[..., :1], patches], dim=-1)
+    return x[:, 0], torch.cat([rows[..., :1], patches], dim=-1)
 
 
 def interpolate(row: Tensor, patches: int) -> Tensor:
-    """Rows (B, H, 1 + n^2) for another number of patches. The class token's share stays."""
+    """Rows (B, H, 1 + n^2) for another number of patches. The class token's share stays.
+
+    Bicubic interpolation makes some places negative. The authors take their logs and skip the
+    batches that become NaN. Here these places are 0.
+    """
     if row.shape[-1] == 1 + patches:
         return row
     first, rest = row[..., :1], row[..., 1:]
@@ -112,6 +123,7 @@ def row_loss(ours: Tensor, theirs: Tensor) -> Tensor:
 def loss(net: Student, images: Tensor, labels, teacher: ViT, weight: float):
     with torch.no_grad():
         token_t, row_t = look_last(teacher, images)
+        token_t = teacher.fc_norm(token_t)
     token, row = look_last(net.vit, images)
     terms = {"token": F.mse_loss(net.project(token), token_t)}
     if weight:
@@ -119,14 +131,24 @@ def loss(net: Student, images: Tensor, labels, teacher: ViT, weight: float):
     return sum(terms.values()), terms
 
 
+def label_loss(net: ViT, images: Tensor, labels):
+    """Of a teacher: its head reads the class token."""
+    return F.cross_entropy(net.head(dino.get_class_token(net, images)), labels), {}
+
+
 def task(settings: Settings, dataset: data.Data, checkpoint) -> train.Task:
-    teacher = checkpoint and build_vit(checkpoint, dataset.image_size, classes=0)
-    if not teacher or teacher.cls_token is None:
+    if not checkpoint:
+        torch.manual_seed(settings.seed)
+        net = new_vit(settings, dataset).to(dataset.train.device)
+        return train.Task(net, dataset, loss=label_loss, predict=None)
+    teacher = build_vit(checkpoint, dataset.image_size, classes=0)
+    if teacher.cls_token is None:
         raise ValueError(f"--teacher {settings.teacher}: has no class token")
     teacher.to(dataset.train.device).eval().requires_grad_(False)
     torch.manual_seed(settings.seed)
     other = {"heads": settings.num_heads} if settings.num_heads else {}
     net = Student(dino.build_encoder(settings, dataset, **other), teacher.config.dim)
+    net.vit.fc_norm.requires_grad_(False)  # as theirs: it is for the neighbours of the test
     return train.Task(
         net.to(dataset.train.device),
         dataset,
@@ -138,15 +160,18 @@ def task(settings: Settings, dataset: data.Data, checkpoint) -> train.Task:
 
 
 def find_teacher(settings: Settings, dataset: data.Data) -> checkpoints.Checkpoint | None:
-    """The named ViT, or one that DINO trains here first."""
+    """The named ViT, or one that is made here first."""
     if settings.teacher == "auto":
-        settings = replace(settings, teacher=str(find.make_teacher(dino, settings, dataset)))
+        own = dict(model="micro", teacher="none")
+        made = find.make_teacher(sys.modules[__name__], settings, dataset, **own)
+        settings = replace(settings, teacher=str(made))
     settings = replace(settings, given=frozenset())  # --model and --patch are the student's alone
     return find.find_teacher(settings, dataset)
 
 
-def test(net: Student, dataset: data.Data) -> dict[str, Tensor]:
-    return dino.classify_by_neighbours(net.vit, dataset)
+def test(net: Student | ViT, dataset: data.Data) -> dict[str, Tensor]:
+    vit = net.vit if isinstance(net, Student) else net
+    return dino.classify_by_neighbours(vit, dataset)
 
 
 def export(net: Student) -> dict:

@@ -14,12 +14,17 @@ Both are of the image itself.
     python -m related.integrated_gradients --kd-weight 0.3 --at-weight 1000 \\
         --out runs/all
     python -m related.integrated_gradients --overlay 0 --out runs/no   control
+    python -m related.integrated_gradients --shuffle --out runs/others
+                         another: is it the map, or any map, as noise would be?
 
 A map belongs to one fixed image. So the images of the first epochs (--bank) are
 cropped and placed once, and then used in all epochs. Here F is the logit of the
-true class, and x0 is black. The authors' code takes gradients of all classes'
-probabilities at the mean colour, and leaves out (x - x0). It raises the map to
-a random power between 1 and 2.
+true class, and x0 is black. The authors' code (on GitHub,
+nordlinglab/ModelCompression-IntegratedGradients) takes gradients of all
+classes' probabilities from the mean colour, and leaves out (x - x0). It raises
+the map to a random power between 1 and 2. It adds it to the normalised image
+as it is (--raw), with weights of 0.01 for classes and 0.8 for activity. It
+crops and flips an image, but not its map.
 """
 
 from collections.abc import Callable
@@ -28,12 +33,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import data
 import train
 from common import checkpoints, launch
-from common.augment import BatchRandom, Normalise
+from common.augment import BatchRandom
 from common.settings import merge_recipes, parse_settings, setting
 from related import activations
 from related.wide_resnet import WideResNet
@@ -46,12 +51,15 @@ class Settings(activations.Settings):
     overlay: float = setting(0.1, "probability that a map is laid over an image", high=1)
     bank: int = setting(1, "epochs whose images, as shown there, are learned from", low=1)
     path: int = setting(16, "points between black and the image for gradients", low=2)
+    shuffle: bool = setting(False, "lay over the map of another image")
+    raw: bool = setting(False, "maps are laid over normalised images as they are")
 
 
 SHARED = dict(at_weight=0.0, temperature=2.5, mixup=0.0, cutmix=0.0)
 RECIPES = merge_recipes(
     activations.RECIPES,
-    digits=SHARED | dict(epochs=12, warmup=0.0833, eval_every=4, bank=5),  # five places of a digit
+    digits=SHARED  # five places of a digit
+    | dict(model="thin", overlay=0.5, epochs=12, warmup=0.0833, eval_every=4, bank=5),
     cifar=SHARED,
     imagenet=SHARED,
     folder=SHARED,
@@ -82,7 +90,7 @@ def make_hint(gradients: Tensor) -> Tensor:
     return strength / strength.amax(dim=(1, 2, 3), keepdim=True).clamp_min(1e-12)
 
 
-def lay_over(images: Tensor, draws: BatchRandom, overlay: float, normalise: Normalise) -> Tensor:
+def lay_over(images: Tensor, draws: BatchRandom, overlay: float, normalise: Callable) -> Tensor:
     """Turns some images into half image, half map. Their map comes in as the last channel.
 
     The images themselves go out in the channels behind.
@@ -130,8 +138,11 @@ def add_maps(
         ]
         maps = torch.cat(made).cpu()
         save_maps(kept, {"about": about, "maps": maps})
+    if settings.shuffle:
+        maps = maps.roll(1, dims=0)  # the order of images is random already
     both = data.Tensors(torch.cat([bank, maps.to(device)], dim=1), labels)
-    augment = partial(lay_over, overlay=settings.overlay, normalise=dataset.normalise)
+    normalise = nn.Identity() if settings.raw else dataset.normalise
+    augment = partial(lay_over, overlay=settings.overlay, normalise=normalise)
     view = data.Train(both, augment, settings, len(dataset.classes), device)
     return dataset._replace(train=view, channels=2 * dataset.channels)
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 MODELS = {  # depth, width and convolutions
     "teacher": (16, 2, "plain"),
     "small": (16, 1, "plain"),
+    "thin": (16, 0.5, "plain"),
     "grouped": (16, 2, "grouped"),
     "bottleneck": (16, 2, "bottleneck"),
 }
@@ -55,7 +56,7 @@ class WideResNet(nn.Module):
     def __init__(self, model: str, channels: int, classes: int):
         super().__init__()
         depth, width, kind = MODELS[model]
-        dims = (16, 16 * width, 32 * width, 64 * width)
+        dims = [16, *(int(group * width) for group in (16, 32, 64))]
         self.stem = nn.Conv2d(channels, dims[0], 3, padding=1, bias=False)
         self.groups = nn.ModuleList()
         for i in range(3):

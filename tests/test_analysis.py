@@ -13,7 +13,7 @@ import attention_copy
 import data
 import vit
 from common import checkpoints
-from experiments import analysis, measures, sinks
+from experiments import analysis, measures
 from teachers.load import Model, build
 from teachers.vit import Config
 
@@ -111,24 +111,6 @@ def test_maps_of_other_tokens_are_compared_over_patches():
         assert np.allclose(layer["entropy"], entropies)
     features = x[:, 3:].mean(dim=1), y[:, 1:].mean(dim=1)
     assert found["cka"][-1][-1] == pytest.approx(measures.cka(*features), abs=1e-5)
-
-
-@torch.no_grad()
-def test_sinks_by_hand():
-    model, images = Model(make(0, Config, registers=2)), torch.randn(6, 1, 12, 12)
-    found, x = sinks.measure_sinks(model, images.split(4)), model.net.embed(images)
-    for block, layer in zip(model.net.blocks, found, strict=True):
-        q, k, v = block.attn.project(block.norm1(x))
-        share, norm = vit.QK(q, k).map().mean(dim=2), v.norm(dim=-1)
-        norm = norm / norm[:, :, 3:].mean(dim=-1, keepdim=True)
-        top = share[:, :, 3:].argmax(dim=-1, keepdim=True) + 3
-        for what, value, times in (("share", share, 2), ("values", norm, 1)):
-            expected = {"class token": value[:, :, 0], "top patch": value.gather(-1, top)[..., 0]}
-            expected["registers"] = times * value[:, :, 1:3].mean(dim=-1)
-            for place, heads in expected.items():
-                heads = heads.mean(dim=0).tolist()
-                assert layer[f"{what}: {place}"] == pytest.approx(heads, rel=1e-4), place
-        x, _ = block(x)
 
 
 def test_images_of_a_folder_are_of_all_its_classes(photos):

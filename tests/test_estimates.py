@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import estimates, report, reproduce
+from experiments import estimates, jobs, report, reproduce
 
 RESULTS = Path(__file__).parent.parent / "results"
 
@@ -84,7 +84,7 @@ def test_packed_images_are_the_same_images():
 def test_every_interval_follows_from_its_record_alone(path):
     if path.stem not in reproduce.TABLES:
         pytest.skip("no table of the study")
-    record = report.read_record(path)
+    record = jobs.read_record(path)
     again = report.recompute(record, reproduce.TABLES[path.stem])
     for name, cell in list_cells(again):
         assert cell["interval"] == pytest.approx(dict(list_cells(record))[name]["interval"]), name

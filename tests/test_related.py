@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
+import data
 import ensemble
 import finetune
 import related.integrated_gradients as ig
@@ -93,6 +94,22 @@ def test_maps_are_laid_over_in_pixels():
         found = ig.lay_over(both, draws, overlay, normalise)
         assert_close(found[:, :1], seen)
         assert torch.equal(found[:, 1:], both[:, :1])  # what the teacher sees
+
+
+@pytest.mark.parametrize("flags", [[], ["--shuffle"], ["--raw"]])
+def test_each_image_has_its_own_map_or_that_of_another(flags, tmp_path):
+    settings = ig.parse(["--num-labels", "50", "--bank", "1", "--overlay", "1", *flags])
+    net, dataset = WideResNet("teacher", 1, 10).eval(), data.load(settings)
+    kept = checkpoints.Checkpoint(str(tmp_path / "model.pt"), net.state_dict(), {})
+    view = ig.add_maps(dataset, net, kept, settings).train
+    bank, labels = dataset.train.first(50)
+    black = torch.full((1, 1, 1, 1), -0.25 / 0.35)
+    maps = ig.make_hint(ig.integrate_gradients(net, bank, labels, black, settings.path))
+    whose = torch.arange(50) - (1 if "--shuffle" in flags else 0)
+    laid = maps[whose] if "--raw" in flags else (maps[whose] - 0.25) / 0.35
+    for image in next(view.epoch(0))[0]:
+        which = (bank - image[1:]).abs().sum(dim=(1, 2, 3)).argmin()
+        assert_close(image[:1], 0.5 * bank[which] + 0.5 * laid[which])
 
 
 @pytest.fixture(scope="module")
@@ -230,6 +247,26 @@ def test_the_loss_of_rows_is_a_divergence_of_each_head_or_of_merged_ones():
     assert_close(attndistill.row_loss(ours, theirs[:, :1]), expected, rtol=1e-4, atol=1e-7)
 
 
+def test_a_token_is_projected_as_by_the_authors(images):
+    """s -> 2 s -> s -> 2 s -> t, between two norms; the teacher's token is after its own norm."""
+    net, teacher = attndistill.Student(make_vit(), 48), make_vit()
+    nn.init.normal_(teacher.fc_norm.weight)
+    (*_, (token, _)), own = net.vit.blockwise(images), list(net.project.parameters())
+    token, sizes = token[:, 0] * 1e-3, []  # small, so that eps counts
+    x = F.layer_norm(token, (32,), *own[:2], eps=1e-6)
+    for weight, bias in zip(own[2:8:2], own[3:9:2], strict=True):
+        x = F.gelu(x @ weight.T + bias)
+        sizes.append(len(bias))
+    x = F.layer_norm(x @ own[8].T + own[9], (48,), *own[10:], eps=1e-6)
+    assert sizes == [64, 32, 64]
+    assert_close(net.project(token), x)
+    net = attndistill.Student(net.vit, 32)
+    _, terms = attndistill.loss(net, images, LABELS, teacher, 0.0)
+    *_, (token, _) = net.vit.blockwise(images)
+    theirs = teacher.fc_norm(teacher.forward_features(images))[:, 0]
+    assert_close(terms["token"], (net.project(token[:, 0]) - theirs).square().mean())
+
+
 def test_an_interpolated_row_stays_a_distribution():
     row = torch.randn(2, 3, 1 + 36).softmax(-1)
     found = attndistill.interpolate(row, 16)
@@ -266,11 +303,16 @@ def test_each_view_is_pulled_to_what_the_teacher_makes_of_the_other():
 
 
 @pytest.mark.slow
-def test_attndistill_is_resumed_to_the_same_bits_and_dino_is_its_teacher(stopped):
-    dino.main(dino.parse([*SHORT, "--model", "nano", "--out", "teacher"]))
-    argv = [*SHORT, "--teacher", "teacher/model.pt", "--num-heads", "2", "--patch", "4"]
-    found = stopped(attndistill, attndistill.parse(argv))
-    assert found["attention"] > 0 and found["token"] > 0
+def test_attndistill_is_resumed_to_the_same_bits_as_are_its_teachers(stopped):
+    dino.main(dino.parse([*SHORT, "--model", "nano", "--out", "dino"]))
+    stopped(attndistill, attndistill.parse([*SHORT, "--teacher", "none"]))
+    Path("whole").rename("labels")
+    for teacher in ("dino", "labels"):
+        shutil.rmtree("cut", ignore_errors=True)
+        shutil.rmtree("whole", ignore_errors=True)
+        argv = [*SHORT, "--teacher", f"{teacher}/model.pt", "--num-heads", "2", "--patch", "4"]
+        found = stopped(attndistill, attndistill.parse(argv))
+        assert found["attention"] > 0 and found["token"] > 0
 
 
 def test_a_reminder_is_of_the_place_that_is_meant():

@@ -23,7 +23,7 @@ from common import checkpoints, digits
 from common.augment import Normalise
 from common.launch import Failed
 from common.settings import parse_layers, values_of
-from experiments import jobs, looks, readings, report, reproduce, rows, ship, study, tables, tune
+from experiments import jobs, looks, report, reproduce, rows, ship, study, tables, tune
 from experiments.estimates import estimate, unpack
 from experiments.rows import CLUTTER, MAIN
 from experiments.study import NEAREST, Planner
@@ -45,7 +45,6 @@ TABLES = {
     "looks": tables.TABLES["digits-looks"]._replace(rows=tuple(MAIN)),
     "looks of photographs": tables.TABLES["cifar10-looks"]._replace(study=STUDY, points=AT_24),
     "ensembles": tables.TABLES["digits-ensembles"],
-    "shift": tables.TABLES["digits-shift"]._replace(points=rows.AT_BASE),
     "digits-tuning": tables.TABLES["digits-tuning"],
 }
 
@@ -133,13 +132,12 @@ def test_settings_are_chosen_by_validation_and_a_table_is_what_its_runs_found(
 def test_what_is_read_off_runs_is_bounded_by_what_it_must_be(places, ran, tmp_path, monkeypatch):
     monkeypatch.setattr(looks, "IMAGES", 100)
     monkeypatch.setattr(digits, "PLACES", 1)
-    monkeypatch.setattr(readings, "SHIFTS", {"inverted": readings.SHIFTS["inverted"]})
     usual = {row: tune.record_trials(tune.choose_first(row, tables.DIGITS), {}) for row in MAIN}
-    record = dict.fromkeys(report.ABOUT) | {"points": {rows.BASE: usual}}
+    record = dict.fromkeys(jobs.ABOUT) | {"points": {rows.BASE: usual}}
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "digits-tuning.json").write_text(json.dumps(record))
     places += ["--seeds", "2"]
-    found, together, moved = reproduce_all(places, "looks", "ensembles", "shift")
+    found, together = reproduce_all(places, "looks", "ensembles")
     seen = found["points"][rows.BASE]
     for name in seen:
         shares = np.array([seen[name][kind]["mean"] for kind in looks.PATCHES]).sum(axis=0)
@@ -152,8 +150,6 @@ def test_what_is_read_off_runs_is_bounded_by_what_it_must_be(places, ran, tmp_pa
     for pair in ("fine-tuning twice", "fine-tuning + distillation"):
         assert -1 <= table[pair]["error_correlation"]["mean"] <= 1
         assert table[pair]["difference"]["from"] in table
-    assert moved["points"].keys() == {"inverted", readings.MORE}
-    assert moved["points"]["inverted"].keys() == MAIN.keys()
 
 
 def test_what_the_image_adds_to_a_map_is_what_position_alone_does_not_say():
@@ -177,22 +173,6 @@ def test_patches_are_of_the_kind_whose_ink_they_hold():
             ink = [c[image, 0, y : y + 3, x : x + 3].sum() > 0 for c in (digit, distractors)]
             assert kinds[image, i] == (0 if ink[0] else 1 if ink[1] else 2)
     assert_close(split.placed("test")[0][:30], torch.maximum(digit, distractors))
-
-
-def test_models_that_err_alike_under_shift_lie_on_one_line(monkeypatch):
-    usual = iter(np.random.default_rng(0).uniform(60, 95, 100))
-
-    def measure_shifts(job):
-        clean = next(usual)
-        gone = 1 / (1 + np.exp(-(0.8 * readings.logit(np.array(clean)) - 0.5)))
-        return {readings.USUAL: clean, "fog": 100 * gone - job}
-
-    monkeypatch.setattr(readings, "measure_shifts", measure_shifts)
-    of_rows = {"from scratch": [0] * 5, "copy": [0] * 5, "fine-tuning": [5] * 5}  # points worse
-    found = readings.find_shifts({str(i): of_rows for i in range(3)})["fog"]
-    for row, (worse, *_) in of_rows.items():
-        away = found[row]["difference"]
-        assert [away["mean"], *away["interval"]] == pytest.approx([-worse] * 3, abs=1e-6)
 
 
 @pytest.mark.parametrize(
