@@ -16,11 +16,9 @@ convolutions cheap: --model grouped or bottleneck.
     python -m related.activations --at-weight 0 --kd-weight 0.9 --out runs/kd
     python -m related.activations --at-weight 0 --out runs/alone        control
     python -m related.activations --at-weight 0 --epochs 240 --out runs/long
-                             another: is it more than a few more epochs alone?
     python -m related.activations --model grouped --out runs/grouped
 
-The authors use SGD. Here the optimizer is AdamW, as everywhere in this
-repository. Batch norms see only their own GPU's share of a batch.
+Here AdamW replaces SGD. Batch norms see only their own GPU's share of a batch.
 """
 
 import sys
@@ -52,9 +50,6 @@ class Settings(recipes.Settings):
     at_weight: float = setting(140.0, "weight of attention transfer (0: none)")
     kd_weight: float = setting(0.0, "share of the loss for the teacher's classes", high=1)
     temperature: float = setting(4.0, "softens these classes", low=0.01)
-    kd: str = setting(
-        "kl", "compares them by kl, or as moonshine: twice the mean", ("kl", "moonshine")
-    )
 
     @property
     def has_teacher(self) -> bool:
@@ -84,12 +79,10 @@ def at_loss(ours: Tensor, theirs: Tensor) -> Tensor:
 
 
 def kd_loss(logits: Tensor, theirs: Tensor, settings: Settings) -> Tensor:
-    """KL divergence of the softened classes, times T^2. Each paper's code averages it its way."""
+    """KL divergence of the softened classes, times T^2. Moonshine: twice the mean of that."""
     t = settings.temperature
     log_p, p_t = (logits / t).log_softmax(dim=-1), (theirs / t).softmax(dim=-1)
-    if settings.kd == "kl":
-        return F.kl_div(log_p, p_t, reduction="batchmean") * t**2
-    return F.kl_div(log_p, p_t, reduction="none").mean() * t**2 * 2
+    return F.kl_div(log_p, p_t, reduction="batchmean") * t**2
 
 
 def loss(

@@ -7,11 +7,10 @@ counts, and only the class token's row of its maps:
            + weight * KL(row of the teacher | row of the student)
 
 P is a small MLP. If the teacher has smaller patches, its row is interpolated to
-the student's. If it has other heads, the heads of each are merged:
-softmax(sum over heads of log a / 10).
+the student's. If it has other heads, the heads of each are merged.
 
-The paper's teachers have no labels either. On our digits DINO (dino.py) makes
-too weak a one, so here the teacher's class token has learned from labels.
+The paper's teachers have no labels. On our digits DINO (dino.py) makes too weak
+a teacher, so the class token of ours has learned from labels.
 
     python -m related.attndistill                     trains that teacher first
     python -m related.attndistill --teacher runs/dino-digits-micro-s0/model.pt
@@ -19,8 +18,8 @@ too weak a one, so here the teacher's class token has learned from labels.
     python -m related.attndistill --num-heads 2 --out runs/heads   other heads
     python -m related.attndistill --patch 4 --out runs/patches     other patches
 
-A teacher's class token is taken after its last norm, with the weights of that
-norm. Those of public ViTs belong to their heads, and are not read here.
+The teacher's class token is taken after its last norm. Public ViTs come here
+without the weights of that norm.
 """
 
 import math
@@ -40,6 +39,7 @@ import train
 from common import checkpoints, launch
 from common.settings import merge_recipes, parse_settings, setting
 from related import dino
+from related.dino import classify_by_neighbours as test
 from teachers import find
 from teachers.load import build_vit, new_vit
 from vit import QK, Config, ViT
@@ -169,11 +169,6 @@ def find_teacher(settings: Settings, dataset: data.Data) -> checkpoints.Checkpoi
     return find.find_teacher(settings, dataset)
 
 
-def test(net: Student | ViT, dataset: data.Data) -> dict[str, Tensor]:
-    vit = net.vit if isinstance(net, Student) else net
-    return dino.classify_by_neighbours(vit, dataset)
-
-
 def export(net: Student) -> dict:
     return checkpoints.export(net.vit)
 
@@ -182,7 +177,7 @@ def main(settings: Settings) -> dict:
     dataset = data.load(settings)
     teacher = find_teacher(settings, dataset)
     own = task(settings, dataset, teacher)
-    return train.fit(own, settings, test=partial(test, dataset=dataset))
+    return train.fit(own, settings, test=lambda net: test(getattr(net, "vit", net), dataset))
 
 
 if __name__ == "__main__":

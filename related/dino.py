@@ -12,7 +12,7 @@ global ones. On the digits, two views are two placements among distractors.
     python -m related.dino --data cifar10
 
 The test classifies each class token by its 20 nearest neighbours (section 3.2).
-Labels are used for nothing else. related/attndistill.py needs such a teacher.
+Labels are used for nothing else.
 """
 
 import copy
@@ -29,6 +29,7 @@ import recipes
 import train
 from common import checkpoints, launch
 from common.settings import merge_recipes, parse_settings, setting
+from datasets import sources
 from teachers.load import new_vit
 from vit import Config, ViT
 
@@ -131,7 +132,7 @@ def show_two_views(dataset: data.Data) -> data.Data:
 
 
 def task(settings: Settings, dataset: data.Data) -> train.Task:
-    if not isinstance(dataset.train.source, data.Tensors):
+    if not isinstance(dataset.train.source, sources.Tensors):
         raise ValueError("DINO needs two views, but images that are streamed are cropped once")
     torch.manual_seed(settings.seed)
     net = Dino(build_encoder(settings, dataset), settings)

@@ -14,17 +14,15 @@ Both are of the image itself.
     python -m related.integrated_gradients --kd-weight 0.3 --at-weight 1000 \\
         --out runs/all
     python -m related.integrated_gradients --overlay 0 --out runs/no   control
-    python -m related.integrated_gradients --shuffle --out runs/others
-                         another: is it the map, or any map, as noise would be?
+    python -m related.integrated_gradients --shuffle --out runs/others  the same
 
 A map belongs to one fixed image. So the images of the first epochs (--bank) are
 cropped and placed once, and then used in all epochs. Here F is the logit of the
-true class, and x0 is black. The authors' code (on GitHub,
-nordlinglab/ModelCompression-IntegratedGradients) takes gradients of all
-classes' probabilities from the mean colour, and leaves out (x - x0). It raises
-the map to a random power between 1 and 2. It adds it to the normalised image
-as it is (--raw), with weights of 0.01 for classes and 0.8 for activity. It
-crops and flips an image, but not its map.
+true class, and x0 is black. The authors' code (GitHub: nordlinglab,
+ModelCompression-IntegratedGradients) takes gradients of all probabilities from
+the mean colour, without (x - x0), to a random power between 1 and 2. It adds
+maps as they are to normalised images (--raw), and crops and flips images, but
+not maps. It weighs classes 0.01 and activity 0.8.
 """
 
 from collections.abc import Callable
@@ -40,6 +38,7 @@ import train
 from common import checkpoints, launch
 from common.augment import BatchRandom
 from common.settings import merge_recipes, parse_settings, setting
+from datasets import sources
 from related import activations
 from related.wide_resnet import WideResNet
 
@@ -140,7 +139,7 @@ def add_maps(
         save_maps(kept, {"about": about, "maps": maps})
     if settings.shuffle:
         maps = maps.roll(1, dims=0)  # the order of images is random already
-    both = data.Tensors(torch.cat([bank, maps.to(device)], dim=1), labels)
+    both = sources.Tensors(torch.cat([bank, maps.to(device)], dim=1), labels)
     normalise = nn.Identity() if settings.raw else dataset.normalise
     augment = partial(lay_over, overlay=settings.overlay, normalise=normalise)
     view = data.Train(both, augment, settings, len(dataset.classes), device)

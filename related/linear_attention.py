@@ -9,9 +9,8 @@ costs N, not N^2. Step 1 is attention transfer. All weights of a fine-tuned ViT
 are frozen, and phi learns to give each layer the output of its softmax (mean
 squared error, section 3.1). Step 2 is LoRA. A low-rank change of q, k, v and
 the projection learns from the labels (section 3.2). phi is Hedgehog's: softmax
-over the channels of q W, and of -q W. LoLCATs is for language models: a token
-sees those before it, and the nearest 64 by softmax. A ViT's patches have no
-order, and our 17 tokens would fit into that window, so both are left out.
+over the channels of q W, and of -q W. Left out, as this is a ViT: softmax over
+the nearest 64 tokens (here all 17 are near), and causality (patches have none).
 
     python -m related.linear_attention             1, fine-tunes a ViT first
     python -m related.linear_attention --lora --out runs/lora       2, after 1
