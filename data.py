@@ -1,7 +1,7 @@
 """Images in, normalised batches on the device out: digits, CIFAR, ImageNet or your own folder.
 
-    --data scenes      bundled: digits in a grid; where to look depends (common/scenes.py)
-    --data digits      bundled: a handwritten digit on a cluttered canvas (common/digits.py)
+    --data scenes      bundled: digits in a grid; where to look depends (datasets/scenes.py)
+    --data digits      bundled: a handwritten digit on a cluttered canvas (datasets/digits.py)
     --data cifar10     downloaded to --data-dir, or image folders found there; also cifar100
     --data imagenet    --data-dir/train/CLASS/* and --data-dir/val/CLASS/*
     --data folder      the same, or --data-dir/CLASS/*, for your own photographs
@@ -13,22 +13,18 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
 from common.augment import Augment, BatchRandom, Normalise, Normalization, hash_seed, reseed, seeded
-from common.launch import first_alone, get_device, print0, rank, world
-from common.settings import Base, parse_layers, setting
+from common.launch import get_device, print0, rank, world
+from common.settings import Base, setting
 
 CIFAR10 = ([0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616])
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-FOLDERS = "point --data-dir at a folder that holds train/CLASS/* and val/CLASS/*, or CLASS/*"
 
 
 class DataSet(NamedTuple):
@@ -122,22 +118,14 @@ class Data(NamedTuple):
         return 0 if own is None or hashes is None else int(torch.isin(own, hashes).sum())
 
 
-class Parts(NamedTuple):
-    """Images in three parts, and how those of the first are augmented."""
-
-    classes: list[str]
-    train: Any  # Tensors or images.Files
-    val: Any = None
-    test: Any = None
-    augment: Callable | None = None  # None: as the recipe has it
-
-
 def load(settings, train: bool = True) -> Data:
     """The data set of the settings. With train=False its validation and test images only."""
+    from datasets.sources import Tensors, hold, hold_out, load_parts  # some are slow to import
+
     kind, device = DATA_SETS[settings.data], get_device(settings.device)
     size = settings.image_size or kind.image_size
     normalise = Normalise(kind.normalization, device)
-    parts = load_parts(settings, size, normalise, device)
+    parts = load_parts(settings, kind, size, normalise, device)
     if train and not parts.train:
         raise ValueError(f"{settings.data_dir or settings.data} has no train/")
     share = settings.holdout if settings.holdout >= 0 else 0.0 if parts.test else 0.2
@@ -158,38 +146,6 @@ def load(settings, train: bool = True) -> Data:
     augment = parts.augment or Augment(settings, normalise, cropped=in_files)
     view = Train(source, augment, settings, len(parts.classes), device)
     return found._replace(train=view, available=available, fingerprint=names_hash)
-
-
-def load_parts(settings, size: int, normalise: Normalise, device) -> Parts:
-    """All images of a data set."""
-    name, folder = settings.data, Path(settings.data_dir or f"data/{settings.data}")
-    if name.startswith("scenes"):
-        return load_scenes(settings, size, normalise, device)
-    if settings.label != "class":
-        raise ValueError("--label cell: only --data scenes has cells")
-    bundled = name == "digits"
-    if name.startswith("cifar"):  # unless folders other than torchvision's own cifar-* are there
-        bundled = all(x.name.startswith((".", "cifar-")) for x in folder.glob("*/"))
-    if not bundled:
-        return load_folders(settings, folder, size, normalise)
-    if size != DATA_SETS[name].image_size:
-        raise ValueError(f"--image-size {size}: --data {name} has {DATA_SETS[name].image_size}")
-    if name == "digits":
-        return load_digits(settings, normalise, device)
-    return load_cifar(name, folder, device)
-
-
-def hold_out(parts: Parts, share: float) -> tuple:
-    """Train, val and test: a share of the training images becomes val, each by its own name."""
-    if not share or not parts.train:
-        return parts.train, parts.val, parts.test
-    from common.folders import is_held_out
-
-    held = [is_held_out(name, share) for name in parts.train.names]
-    ours, theirs = ([i for i, out in enumerate(held) if out is which] for which in (False, True))
-    if parts.val or not ours or not theirs:
-        raise ValueError(f"--holdout {share}: the {len(held)} images are too few, or val/ is there")
-    return parts.train.subset(ours), parts.train.subset(theirs), parts.test
 
 
 def draw_labels(source, settings):
@@ -277,89 +233,3 @@ class Eval:
         for images, labels in self.source.batches(order):
             images = images.to(self.device, non_blocking=True)
             yield self.normalise(images), labels.to(self.device, non_blocking=True)
-
-
-class Tensors:
-    """Images held on the device, and their labels. `files`: the images.Files they came from."""
-
-    def __init__(self, images: Tensor, labels: Tensor, files=None):
-        self.images, self.labels, self.files = images, labels, files
-        self.names = range(len(images))
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    @property
-    def hashes(self) -> Tensor | None:
-        return self.files.hashes if self.files else None
-
-    def subset(self, indices: list[int]) -> "Tensors":
-        return Tensors(self.images[indices], self.labels[indices])
-
-    def batches(self, order, key=None) -> Iterator[tuple[Tensor, Tensor]]:
-        """The images of each row of `order`. `key` is for files, which are cropped one by one."""
-        for indices in order:
-            indices = indices.to(self.images.device, non_blocking=True)  # the host does not wait
-            yield self.images[indices], self.labels[indices]
-
-
-def hold(source, device, centred: bool = False):
-    """Decodes image files once, if they fit in memory. `centred`: as evaluation sees them."""
-    images = None if isinstance(source, Tensors) else source.hold(centred)
-    return (
-        source if images is None else Tensors(images.to(device), source.labels.to(device), source)
-    )
-
-
-def load_digits(settings, normalise: Normalise, device) -> Parts:
-    from common import digits
-
-    digits.check_augmentation(settings)
-    split = digits.Split(settings.distractors, normalise, device)
-    kinds = parse_layers(settings.classes, 10, "classes")
-    parts = split.whole("train"), split.placed("val"), split.placed("test")
-    train, val, test = (Tensors(*digits.choose(*part, kinds)) for part in parts)
-    return Parts([str(kind) for kind in kinds], train, val, test, split)
-
-
-def load_scenes(settings, size: int, normalise: Normalise, device) -> Parts:
-    from common import digits, scenes
-
-    digits.check_augmentation(settings)
-    if settings.data == "scenes":
-        names, split = list("0123456789"), digits.Split(0, normalise, device)
-        pools = [split.whole(part) for part in ("train", "val", "test")]
-    else:
-        photos = replace(settings, data=settings.data.removeprefix("scenes-"), label="class")
-        found = load_parts(photos, 32, normalise, device)
-        held = [hold(source, device) for source in hold_out(found, 0.1)]
-        names = found.classes
-        pools = [(F.avg_pool2d(x.images / 255, 2), x.labels) for x in held]
-    classes, drawn = scenes.draw_all(pools, names, settings, size)
-    return Parts(classes, *(Tensors(*part) for part in drawn), scenes.AddNoise(normalise))
-
-
-def load_cifar(name: str, folder: Path, device) -> Parts:
-    from torchvision import datasets
-
-    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
-    if not list(folder.glob("cifar-*")):
-        print0(f"downloading {name} to {folder} (if it cannot be: {FOLDERS})")
-    first_alone(lambda: kind(folder, download=True))
-    sets = [kind(folder, train=part) for part in (True, False)]
-    sources = []
-    for part in sets:
-        images = rearrange(torch.from_numpy(part.data), "b h w c -> b c h w").contiguous()
-        sources.append(Tensors(images.to(device), torch.tensor(part.targets, device=device)))
-    return Parts(sets[0].classes, sources[0], None, sources[1])
-
-
-def load_folders(settings, folder: Path, size: int, normalise: Normalise) -> Parts:
-    from common import folders, images
-
-    listings, sources = folders.list_parts(folder, FOLDERS), {}
-    how = (size, DATA_SETS[settings.data].crop_pct, settings, normalise)
-    for part, found in listings.items():
-        sources[part] = images.Files(found.samples, folders.name_images(found), *how)
-    train, val, test = (sources.get(part) for part in ("train", "val", "test"))
-    return Parts(found.classes, train, val if test else None, test or val)

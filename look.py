@@ -22,8 +22,8 @@ from torchvision.transforms import v2
 import data
 from common import checkpoints, launch, pictures
 from common.augment import Normalise, Normalization, to_pixels
-from common.images import centre_crop, read_image
 from common.settings import Base, parse_layers, parse_settings, setting
+from datasets.images import centre_crop, read_image
 from teachers.load import Model, open_model
 
 

@@ -11,9 +11,9 @@ from einops import einsum, rearrange
 from torch import Tensor
 
 import data
-from common import digits
 from common.augment import Normalise, hash_seed
 from common.launch import get_device
+from datasets import digits
 from experiments.estimates import estimate_over_seeds
 from experiments.measures import compare, entropy, jensen_shannon, renormalise
 from experiments.study import Runs

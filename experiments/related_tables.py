@@ -16,47 +16,56 @@ from experiments.study import estimate_accuracies as estimate
 
 # The rows -----------------------------------------------------------------------------------------
 
-WIDE = "a wider net"
+UNTRAINED = {"epochs": 1, "warmup": 0, "blr": 0.0}
+WIDE, LONG, OTHER = "a wider net", "4 times as long", "of other images"
+FOUR = {"4 distractors": {"distractors": 4}}  # with one, small CNNs have nothing to gain
 ACTIVATIONS = {
     WIDE: Row("activations", "", {"model": "teacher"}),
     "small": Row("activations", "", {"at_weight": 0.0}),
+    f"small, {LONG}": Row("activations", "", {"at_weight": 0.0, "epochs": 240}),
     "small, KD": Row("activations", WIDE, {"at_weight": 0.0, "kd_weight": 0.9}),
     "small, AT": Row("activations", WIDE),
-    "small, AT and KD": Row("activations", WIDE, {"kd_weight": 0.9}),
-    "grouped": Row("activations", "", {"model": "grouped", "at_weight": 0.0}),
-    "grouped, AT": Row("activations", WIDE, {"model": "grouped"}),
     "bottleneck": Row("activations", "", {"model": "bottleneck", "at_weight": 0.0}),
+    f"bottleneck, {LONG}": Row(
+        "activations", "", {"model": "bottleneck", "at_weight": 0.0, "epochs": 240}
+    ),
     "bottleneck, AT": Row("activations", WIDE, {"model": "bottleneck"}),
 }
 GRADIENTS = {
     "neither": Row("integrated_gradients", WIDE, {"overlay": 0.0}),
-    "KD": Row("integrated_gradients", WIDE, {"overlay": 0.0, "kd_weight": 0.3}),
     "IG": Row("integrated_gradients", WIDE),
+    f"IG {OTHER}": Row("integrated_gradients", WIDE, {"shuffle": True}),
+    "KD": Row("integrated_gradients", WIDE, {"overlay": 0.0, "kd_weight": 0.3}),
     "KD and IG": Row("integrated_gradients", WIDE, {"kd_weight": 0.3}),
-    "KD, AT and IG": Row("integrated_gradients", WIDE, {"kd_weight": 0.3, "at_weight": 140.0}),
+    f"KD and IG {OTHER}": Row("integrated_gradients", WIDE, {"kd_weight": 0.3, "shuffle": True}),
+    "KD, AT and IG, as the authors weigh them": Row(
+        "integrated_gradients", WIDE, {"kd_weight": 0.01, "at_weight": 0.8, "raw": True}
+    ),
 }
 SOFTMAX, TAUGHT = "softmax", "linear, transfer"
 LORA, AFTER = ({n: f"{how}, {n} epochs" for n in (2, 6, 20, 60)} for how in ("LoRA", "both"))
 LINEAR = {
     SOFTMAX: Row("finetune", "pre-trained"),
-    "linear, untaught": Row("linear_attention", SOFTMAX, {"epochs": 1, "warmup": 0, "blr": 0.0}),
+    "linear, untaught": Row("linear_attention", SOFTMAX, UNTRAINED),
     TAUGHT: Row("linear_attention", SOFTMAX),
     **{LORA[n]: Row("linear_attention", SOFTMAX, {"lora": True, "epochs": n}) for n in LORA},
     **{AFTER[n]: Row("linear_attention", TAUGHT, {"lora": True, "epochs": n}) for n in AFTER},
 }
-DINO, BOTH = "DINO, teacher", "token and map, 2 heads"
+DINO, LABELLED, UNTRAINED = (
+    "DINO, teacher",
+    "labels, teacher",
+    {"epochs": 1, "warmup": 0, "blr": 0.0},
+)
 ATTNDISTILL = {
+    "random, teacher": Row("attndistill", "none", {"model": "micro"} | UNTRAINED),
     DINO: Row("dino", ""),
-    "DINO, student": Row("dino", "", {"model": "nano"}),
-    "random, student": Row("dino", "", {"model": "nano", "epochs": 1, "warmup": 0, "blr": 0.0}),
-    "token": Row("attndistill", DINO, {"attention_weight": 0.0}),
-    "token and map": Row("attndistill", DINO),
-    "token, 2 heads": Row("attndistill", DINO, {"num_heads": 2, "attention_weight": 0.0}),
-    BOTH: Row("attndistill", DINO, {"num_heads": 2}),
-    # One map of all heads differs by less.
-    f"{BOTH}, weight 10": Row("attndistill", DINO, {"num_heads": 2, "attention_weight": 10.0}),
-    "token, patch 4": Row("attndistill", DINO, {"patch": 4, "attention_weight": 0.0}),
-    "token and map, patch 4": Row("attndistill", DINO, {"patch": 4}),
+    LABELLED: Row("attndistill", "none", {"model": "micro"}),
+    "random, student": Row("attndistill", "none", UNTRAINED),
+    "token": Row("attndistill", LABELLED, {"attention_weight": 0.0}),
+    "token and map": Row("attndistill", LABELLED),
+    "token and map, weight 1": Row("attndistill", LABELLED, {"attention_weight": 1.0}),
+    "token, 2 heads": Row("attndistill", LABELLED, {"num_heads": 2, "attention_weight": 0.0}),
+    "token and map, 2 heads": Row("attndistill", LABELLED, {"num_heads": 2}),
 }
 ALONE = "the robot alone"
 REMINDED = {
@@ -92,8 +101,8 @@ def find_sizes(table: Table, runs: Runs) -> dict:
     return found
 
 
-def compare_gains(row: str, of: dict[str, float]) -> float:
-    return of[f"{row}, AT"] - of[row] - (of["small, AT"] - of["small"])
+def compare_gains(of: dict[str, float]) -> float:
+    return of["bottleneck, AT"] - of["bottleneck"] - (of["small, AT"] - of["small"])
 
 
 def find_trained(table: Table, runs: Runs) -> dict:
@@ -147,17 +156,19 @@ related = partial(Table, study=STUDY, points=AT_BASE, seeds=5, first=1)  # 0 was
 TABLES = {
     "related-activations": related(
         "where a CNN is active, and its softened classes, given to smaller ones",
-        rows=tuple(ACTIVATIONS), find=find_sizes,
+        rows=tuple(ACTIVATIONS), find=find_sizes, points=FOUR,
         against={row: row.split(",")[0] if "," in row else WIDE for row in ACTIVATIONS},
-        contrasts=subtract(("small, AT and KD", "small, KD"), ("small, AT and KD", "small, AT"))
-        | {f"gain of AT: {row} − small": partial(compare_gains, row)
-           for row in ("grouped", "bottleneck")},
+        contrasts=subtract(*((f"{row}, AT", f"{row}, {LONG}") for row in ("small", "bottleneck")),
+                           ("small, AT", "small, KD"))
+        | {"gain of AT: bottleneck − small": compare_gains},
     ),
     "related-gradients": related(
         "what contributed to a teacher's class, laid over images", rows=tuple(GRADIENTS),
+        points=FOUR,
         against=dict.fromkeys(GRADIENTS, "neither")
-        | {"KD and IG": "KD", "KD, AT and IG": "KD and IG"},
-        contrasts=subtract(("KD and IG", "neither")),
+        | {row: "KD" for row in GRADIENTS if row.startswith("KD and")},
+        contrasts=subtract(*((row, f"{row} {OTHER}") for row in ("IG", "KD and IG")),
+                           ("KD and IG", "neither")),
     ),
     "related-linear": related(
         "softmax attention made linear", rows=tuple(LINEAR), find=find_trained,
@@ -167,11 +178,11 @@ TABLES = {
     "related-attndistill": related(
         "without labels: class tokens and where they look; 20 nearest neighbours",
         rows=tuple(ATTNDISTILL),
-        against=dict.fromkeys(ATTNDISTILL, "DINO, student")
-        | {row: "token" for row in ATTNDISTILL if row.startswith("token,")}
-        | {row: row.replace(" and map", "").removesuffix(", weight 10")
+        against=dict.fromkeys(ATTNDISTILL, "random, teacher")
+        | dict.fromkeys(("token", "token, 2 heads"), "random, student")
+        | {row: row.replace(" and map", "").removesuffix(", weight 1")
            for row in ATTNDISTILL if "map" in row},
-        contrasts=subtract(("token", DINO), ("DINO, student", DINO)),
+        contrasts=subtract(("token", LABELLED)),
     ),
     "related-reminders": related(
         "reminders in words, to where a robot looks", rows=tuple(REMINDED), points={"": {}},

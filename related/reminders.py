@@ -34,9 +34,10 @@ import data
 import look
 import recipes
 import train
-from common import checkpoints, digits, launch, pictures, runs
+from common import checkpoints, launch, pictures, runs
 from common.augment import Normalise, hash_seed, seeded
 from common.settings import merge_recipes, parse_settings, setting
+from datasets import digits, sources
 from related import scenes
 from teachers.load import new_vit
 from vit import QK, ViT
@@ -145,7 +146,7 @@ def task(settings: Settings) -> train.Task:
     normalise = Normalise(data.DATA_SETS["digits"].normalization, device)
     known = make_trial("train", settings, device)
     labels = torch.arange(len(known.targets), device=device)
-    source = data.Tensors(known.pictures, labels)  # their numbers stand in for labels
+    source = sources.Tensors(known.pictures, labels)  # their numbers stand in for labels
     view = data.Train(source, lambda x, _: normalise(x), settings, 9, device)
     names = [f"{row} {column}" for row in scenes.ROWS for column in scenes.COLUMNS]
     dataset = data.Data(names, 1, known.pictures.shape[-1], normalise, view)

@@ -42,6 +42,7 @@ from common.augment import Normalise
 from common.launch import Failed, print0
 from common.precision import has_bf16
 from common.settings import parse_settings, setting, to_argv
+from datasets import sources
 from speed import measure
 from speed.plain import PlainLearner, make_plain_task
 from train import Learner
@@ -90,7 +91,7 @@ def build(method: str, variant: str, recipe) -> tuple[Learner, Tensor, Tensor]:
     size = recipe.image_size or kind.image_size
     images = torch.randn(recipe.batch, kind.channels, size, size, device=device)
     labels = torch.rand(recipe.batch, classes, device=device).softmax(-1)
-    view = data.Train(data.Tensors(images, labels), lambda x, _: x, recipe, classes, device)
+    view = data.Train(sources.Tensors(images, labels), lambda x, _: x, recipe, classes, device)
     names, normalise = [str(i) for i in range(classes)], Normalise(kind.normalization, device)
     made_up = data.Data(names, kind.channels, size, normalise, view)
     if variant != "ours":

@@ -16,9 +16,10 @@ import data
 import recipes
 from common import launch
 from common.augment import Augment, Normalise
-from common.images import count_cores
 from common.launch import print0
 from common.settings import parse_settings, setting
+from datasets import sources
+from datasets.images import count_cores
 from speed import measure
 
 
@@ -52,7 +53,7 @@ def view_cifar(device: torch.device) -> data.Train:
     recipe = recipes.Settings(**recipes.RECIPES["cifar"])
     images = torch.randint(0, 256, (50_000, 3, 32, 32), dtype=torch.uint8)
     labels = torch.randint(0, 10, (50_000,))
-    source = data.Tensors(images.to(device), labels.to(device))
+    source = sources.Tensors(images.to(device), labels.to(device))
     augment = Augment(recipe, Normalise(data.DATA_SETS["cifar10"].normalization, device))
     return data.Train(source, augment, recipe, 10, device)
 
@@ -63,7 +64,7 @@ def view_jpegs(settings: Settings, folder: Path, workers: int, device) -> data.T
     recipe = recipes.Settings(**recipes.RECIPES["imagenet"] | changes)
     kind = data.DATA_SETS["imagenet"]
     normalise = Normalise(kind.normalization, device)
-    parts = data.load_folders(recipe, folder, kind.image_size, normalise)
+    parts = sources.load_folders(folder, (kind.image_size, kind.crop_pct, recipe, normalise))
     augment = Augment(recipe, normalise, cropped=True)
     return data.Train(parts.train, augment, recipe, len(parts.classes), device)
 

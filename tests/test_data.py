@@ -11,7 +11,7 @@ from torchvision import datasets
 import data
 import ensemble
 import finetune
-from common import digits, images
+from datasets import digits, images, sources
 
 
 @pytest.fixture(params=["held", "streamed"])
@@ -55,7 +55,7 @@ def test_the_labelled_digits_follow_the_seed_and_are_ten_of_each():
 def test_labels_are_drawn_class_by_class(counts):
     """As evenly as the classes allow, for any number; more labels hold the fewer."""
     labels = torch.cat([torch.full((count,), label) for label, count in enumerate(counts)])
-    source, before = data.Tensors(torch.arange(len(labels)), labels), set()
+    source, before = sources.Tensors(torch.arange(len(labels)), labels), set()
 
     def draw(count, seed=0):
         settings = replace(finetune.parse([]), num_labels=count, seed=seed)

@@ -67,7 +67,7 @@ def assert_close(*outs):
     (reminders, "--scenes 200"),
 ])  # fmt: skip
 def test_a_run_is_what_it_is_on_a_cpu(script, argv, small, tmp_path, monkeypatch):
-    monkeypatch.setattr("common.images.HELD", 0)
+    monkeypatch.setattr("datasets.images.HELD", 0)
     if script is linear_attention:
         run_here(finetune, *SHORT, "--device", "cpu", "--out", "taught")
     argv = [*(BRIEF if script is reminders else SHORT), *argv.split()]  # scenes have no labels

@@ -11,7 +11,8 @@ from PIL import Image
 import data
 import finetune
 import pretrain
-from common import augment, folders, images
+from common import augment
+from datasets import folders, images
 
 CAFE = "caf\u00e9"  # of four characters, not five
 

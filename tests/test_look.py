@@ -8,7 +8,8 @@ import torch
 import data
 import finetune
 import look
-from common import folders, pictures
+from common import pictures
+from datasets import folders
 from teachers.load import open_model
 
 

@@ -19,10 +19,11 @@ import data
 import ensemble
 import finetune
 import train
-from common import checkpoints, digits
+from common import checkpoints
 from common.augment import Normalise
 from common.launch import Failed
 from common.settings import parse_layers, values_of
+from datasets import digits
 from experiments import jobs, looks, report, reproduce, rows, ship, study, tables, tune
 from experiments.estimates import estimate, unpack
 from experiments.rows import CLUTTER, MAIN

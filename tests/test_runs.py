@@ -29,7 +29,8 @@ QUICK = "--teacher none --model nano --num-labels 100 --epochs 2".split()
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 STREAMING = """
 import finetune
-from common import images, launch
+from common import launch
+from datasets import images
 images.HELD = 0
 launch.run(finetune.main, finetune.parse)
 """

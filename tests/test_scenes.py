@@ -12,8 +12,8 @@ import data
 import ensemble
 import finetune
 import pretrain
-from common import digits
 from common.augment import Normalise
+from datasets import digits
 from teachers.load import new_vit
 from teachers.positions import make_sincos
 
@@ -112,8 +112,9 @@ def test_the_teacher_says_the_pixels_of_the_cell_asked_for():
 
 
 def test_a_student_is_scored_on_the_scenes_that_it_was_trained_for():
-    argv = "--data scenes --scene twins --dial 0.3 --classes 2:7 --model nano --epochs 1 --out run".split()
-    row = attention_copy.main(attention_copy.parse([*argv, "--teacher", "random"]))
+    argv = "--data scenes --scene twins --dial 0.3 --classes 2:7 --model nano --epochs 1".split()
+    argv += "--out run --teacher random".split()
+    row = attention_copy.main(attention_copy.parse(argv))
     again = ensemble.evaluate(["run/model.pt"], ensemble.parse(["run/model.pt"]))
     assert again["ensemble_top1"] == pytest.approx(row["test_top1"])
 

@@ -10,6 +10,7 @@ from PIL import Image
 import data
 import vit
 from common import checkpoints
+from datasets import sources
 from experiments import shifted_sets
 from teachers.load import open_model
 
@@ -66,7 +67,7 @@ def test_several_sets_each_with_some_of_the_classes(tmp_path):
 
 
 def test_reals_labels_are_by_the_number_in_a_files_name(tmp_path):
-    source = data.Tensors(torch.zeros(4, 3, 2, 2), torch.zeros(4))
+    source = sources.Tensors(torch.zeros(4, 3, 2, 2), torch.zeros(4))
     source.names = [f"n/ILSVRC2012_val_{number:08}.JPEG" for number in (3, 1, 8, 2)]
     source.files = source
     view, classes = data.Eval(source, None, "cpu"), [f"n{i:08}" for i in range(1000)]

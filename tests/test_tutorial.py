@@ -25,9 +25,9 @@ def text(tmp_path_factory):
     here = tmp_path_factory.mktemp("course")
     for path in ROOT.glob("*.py"):
         shutil.copy(path, here)
-    for folder in ("common", "teachers", "experiments", "results"):
+    for folder in ("common", "datasets", "teachers", "experiments", "results"):
         shutil.copytree(ROOT / folder, here / folder)
-    digits = here / "common/digits.py"
+    digits = here / "datasets/digits.py"
     digits.write_text(digits.read_text().replace("PLACES = 4", "PLACES = 1"))
     notebook = nbformat.read(ROOT / "tutorial.ipynb", as_version=4)
     for old, new in (('"--epochs", "200"', '"--epochs", "20"'), ("range(60 if", "range(2 if")):
