@@ -8,7 +8,7 @@ which uses the teacher's attention maps instead of its own:
 The student learns everything else from scratch: values, MLPs, embeddings,
 head. It needs the teacher at test time too.
 
-    python attention_copy.py                       digits (weights/digits.pt)
+    python attention_copy.py                       scenes (weights/scenes.pt)
     python attention_copy.py --teacher random --out runs/random-copy
     torchrun --nproc_per_node=8 attention_copy.py --data imagenet \\
         --data-dir /imagenet

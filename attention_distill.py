@@ -9,7 +9,7 @@ P_S. A cross-entropy pulls them to the frozen teacher's maps P_T:
 The student learns everything else from scratch. After training the teacher is
 discarded.
 
-    python attention_distill.py                    digits (weights/digits.pt)
+    python attention_distill.py                    scenes (weights/scenes.pt)
     python attention_distill.py --teacher random --out runs/random
     torchrun --nproc_per_node=8 attention_distill.py --data imagenet \\
         --data-dir /imagenet

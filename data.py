@@ -47,7 +47,7 @@ DATA_SETS = {
 
 @dataclass(frozen=True)
 class Images(Base):
-    data: str = setting("digits", "data set: " + ", ".join(DATA_SETS), tuple(DATA_SETS))
+    data: str = setting("scenes", "data set: " + ", ".join(DATA_SETS), tuple(DATA_SETS))
     data_dir: str = setting("", "folder of the images [data/DATA]", free=True)
     image_size: int = setting(0, "pixels per side (0: the data set's own)", high=4096)
     holdout: float = setting(-1.0, "share to hold out (-1: 1/5 if no val/)", low=-1, high=0.9)

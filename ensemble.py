@@ -4,8 +4,8 @@ Fine-tuning and attention distillation reach the same accuracy in different
 ways. Their averaged probabilities are better than either (Li et al., NeurIPS
 2024: 85.7 and 85.7 make 86.3). One checkpoint is plain evaluation.
 
-    python ensemble.py runs/finetune-digits-micro-s0/model.pt \\
-        runs/distill-digits-micro-s0/model.pt
+    python ensemble.py runs/finetune-scenes-micro-s0/model.pt \\
+        runs/distill-scenes-micro-s0/model.pt
     python ensemble.py model.pt --data-dir /imagenet
 
 The images are those that the first checkpoint was trained for, unless --data or

@@ -1,6 +1,6 @@
 """The baselines: fine-tuning starts from a teacher's weights, scratch from none.
 
-    python finetune.py                             digits (weights/digits.pt)
+    python finetune.py                             scenes (weights/scenes.pt)
     python finetune.py --teacher none              from scratch
     torchrun --nproc_per_node=8 finetune.py --data imagenet \\
         --data-dir /imagenet

@@ -3,13 +3,14 @@
 He et al., "Masked Autoencoders Are Scalable Vision Learners", 2022. Most
 patches of an image are masked. The ViT sees the rest, and a light decoder has
 to reconstruct what is missing. For that the ViT must learn where to look. It
-needs no label.
+needs no label. In scenes it says the pixels of the cell that is asked for.
 
-    python pretrain.py                             digits, minutes on 2 cores
+    python pretrain.py                             scenes, a minute on 2 cores
+    python pretrain.py --data digits               masked, minutes on 2 cores
     python pretrain.py --data cifar10 --data-dir cifar10
     torchrun --nproc_per_node=8 pretrain.py --data imagenet \\
         --data-dir /imagenet
-    python pretrain.py --reconstruct out.png       pictures of what it learned
+    python pretrain.py --data digits --reconstruct out.png     what it learned
 """
 
 import math

@@ -104,7 +104,7 @@ def recipe_for(recipes: Recipes, data: str) -> dict[str, Any]:
 
 def build_parser(doc: str, flags: dict, recipe: dict, positional: tuple) -> Parser:
     words = f" {positional[0].upper()} ..." if positional else ""
-    end = "Defaults in [brackets] are those of the bundled digits. Other data: see RECIPES."
+    end = "Defaults in [brackets] are those of the bundled scenes. Other data: see RECIPES."
     parser = Parser(
         description=doc,
         usage=f"%(prog)s{words} [--NAME VALUE ...]",

@@ -11,10 +11,11 @@ from einops import einsum, rearrange
 from torch import Tensor
 
 import data
+import look
 from common.augment import Normalise, hash_seed
 from common.launch import get_device
 from datasets import digits
-from experiments.estimates import estimate_over_seeds
+from experiments.estimates import BASELINE, estimate_over_seeds
 from experiments.measures import compare, entropy, jensen_shannon, renormalise
 from experiments.study import Runs
 from pretrain import patchify
@@ -51,6 +52,23 @@ def find_looks(runs: Runs) -> dict:
             seeds.append(find_of_seed(nets, of_rows["attention copy"][i].get_settings()))
         points[point] = average_seeds(seeds)
     return points
+
+
+@torch.no_grad()
+def draw_scenes(runs: Runs):
+    """Where the centre of scenes looks in layer 0, and where all cells look in layer 1."""
+    (of_rows,), looks = runs.values(), {}
+    settings = of_rows["attention copy"][0].get_settings()
+    images = load_scenes(settings)[0][:4]
+    nets = {"teacher": settings.teacher}
+    nets |= {row: of_rows[row][0].out / "model.pt" for row in ("attention distillation", BASELINE)}
+    for name, path in nets.items():
+        model = open_model(path, images.device)
+        prefix, patches = model.net.config.num_prefix_tokens, model.net.config.grid_size**2
+        first, second, *_ = (qk.map() for _, qk in model.blockwise(images))
+        looks[f"{name}: layer 0, from the centre"] = first[:, :, prefix + patches // 2].mean(dim=1)
+        looks[f"{name}: layer 1, from all cells"] = look.mean_look(second, prefix)
+    return look.overlays(images, looks, data.DATA_SETS["scenes"].normalization, prefix)
 
 
 @torch.no_grad()

@@ -104,6 +104,8 @@ def main(settings: Settings) -> None:
         checkpoints.write_text(path, json.dumps(record, indent=1) + "\n")
         show(name, found)
         draw(table, found, results, path)
+        if table.picture:
+            pictures.save(table.picture(trained), path.with_suffix(".png"))
         print(f"\nwrote {path}")
 
 

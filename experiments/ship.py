@@ -1,6 +1,6 @@
 """Puts the teachers of the study into weights/, where --teacher auto finds them.
 
-    python -m experiments.ship digits
+    python -m experiments.ship scenes digits
     python -m experiments.ship cifar10 --data-dir cifar10
 
 The teacher is that of seed 0, trained first if it is not there yet. A JSON file
@@ -19,7 +19,8 @@ from experiments.jobs import ROOT, Runner
 from experiments.study import RunSettings, make_planner
 from experiments.tables import TABLES
 
-TEACHERS = {"digits": TABLES["digits-main"], "cifar10": TABLES["cifar10-main"]}
+TEACHERS = {name: TABLES[f"{name}-main"] for name in ("digits", "cifar10")}
+TEACHERS["scenes"] = TABLES["scenes-pointer"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,8 @@ class Settings(RunSettings):
 
 WORDS = ("teachers", "one or more of " + ", ".join(TEACHERS), 0)
 parse = partial(parse_settings, __doc__, Settings, {}, positional=WORDS)
-FIT = ("data", "model", "patch", "image_size", "distractors")  # what a run must share with it
+FIT = ("data", "model", "patch", "image_size")  # what a run must share with it
+OWN = {"digits": ("distractors",), "scenes": ("scene",)}
 
 
 def ship(name: str, settings: Settings, folder: Path = ROOT / "weights") -> Path:
@@ -40,8 +42,8 @@ def ship(name: str, settings: Settings, folder: Path = ROOT / "weights") -> Path
     ((job, teacher),) = planner.plan_teacher(0, point).items()
     found = Runner(1, "").run({job: teacher})[job]
     config, file = teacher.read_config(), folder / f"{name}.pt"
-    fit = FIT if name == "digits" else FIT[:-1]
-    facts = {"for": {key: config[key] for key in fit}, "commit": config["commit"]}
+    facts = {"for": {key: config[key] for key in FIT + OWN.get(name, ())}}
+    facts |= {"commit": config["commit"]}
     facts |= {"command": f"python -m experiments.ship {name}"}
     facts |= {"seconds": found["seconds"], "loss": found["loss"]}
     folder.mkdir(exist_ok=True)

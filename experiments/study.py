@@ -128,6 +128,7 @@ class Table(NamedTuple):
     tuned_at: str = ""  # the point whose settings others take (empty: each its own)
     against: dict[str, str] | None = None  # what a row is compared with, if not BASELINE
     find: Callable[["Table", Runs], dict] | None = None  # something else than accuracies
+    picture: Callable[[Runs], Any] | None = None  # a figure, instead of one of accuracies
     contrasts: Mapping[str, Callable[..., float]] = MappingProxyType({})  # by their names
 
 

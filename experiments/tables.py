@@ -5,7 +5,7 @@ from functools import partial
 
 from experiments import rows
 from experiments.estimates import compute_share
-from experiments.looks import find_looks
+from experiments.looks import draw_scenes, find_looks
 from experiments.readings import find_pairs
 from experiments.rows import AT_BASE, BASE, CLUTTER, MAIN
 from experiments.study import NEAREST, Study, Table, share_of_gain, subtract
@@ -169,7 +169,8 @@ TABLES = {
         rows=(*MAIN, "copy, mean maps", *rows.WHOSE), seeds=5),
     "scenes-teachers-twins": scenes("twins: who taught without labels, or with labels", seeds=5,
         points=TWINS, rows=(*MAIN, "copy, mean maps", *list(rows.WHOSE)[:4])),
-    "scenes-looks": scenes("where nets look in scenes of a pointer", seeds=5, **looked),
+    "scenes-looks": scenes("where nets look in scenes of a pointer", seeds=5, picture=draw_scenes,
+        **looked),
     "scenes-looks-twins": scenes("where nets look at twins", seeds=5, points=TWINS, **looked),
     "scenes-ensembles": scenes("pointer: pairs of nets and their controls",
         rows=(*MAIN, *rows.AGAIN),

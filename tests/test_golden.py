@@ -98,6 +98,7 @@ def test_twenty_epochs_on_digits(script, name):
     No loss depends on keys' biases: AdamW enlarges their rounding errors, they are not compared.
     """
     more = ["--teacher", "none"] if name == "scratch" else []
+    more += ["--data", "digits"] + ([] if script is pretrain else ["--positions", "random"])
     row = script.main(script.parse(["--epochs", "20", "--out", "run", *more]))
     expected = GOLDEN[f"20 epochs: {name}"]
     assert row.keys() - {"seconds", "images_per_s"} == expected["row"].keys()
