@@ -110,9 +110,9 @@ def find_trained(table: Table, runs: Runs) -> dict:
     found, what = estimate(table, runs), "trained parameters"
     (of_rows,), (cells,) = runs.values(), found["points"].values()
     for row, (job, *_) in of_rows.items():
-        net, of_row = rebuild(job).net, STUDY.rows[row]
-        cells[row][what] = 0
+        of_row, cells[row][what] = STUDY.rows[row], 0
         if row != SOFTMAX and "blr" not in of_row.flags:  # which is a rate of 0
+            net = rebuild(job).net
             own = sum(p.numel() for p in net.parameters() if p.requires_grad)
             cells[row][what] = own + cells[of_row.teacher][what]
     return found
