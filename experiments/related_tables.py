@@ -18,18 +18,18 @@ from experiments.study import estimate_accuracies as estimate
 
 UNTRAINED = {"epochs": 1, "warmup": 0, "blr": 0.0}
 WIDE, LONG, OTHER = "a wider net", "4 times as long", "of other images"
-FOUR = {"4 distractors": {"distractors": 4}}  # with one, small CNNs have nothing to gain
+FOUR = {"4 distractors": {"distractors": 4}}  # with one, small nets have nothing to gain
 ACTIVATIONS = {
     WIDE: Row("activations", "", {"model": "teacher"}),
-    "small": Row("activations", "", {"at_weight": 0.0}),
-    f"small, {LONG}": Row("activations", "", {"at_weight": 0.0, "epochs": 240}),
-    "small, KD": Row("activations", WIDE, {"at_weight": 0.0, "kd_weight": 0.9}),
-    "small, AT": Row("activations", WIDE),
+    "thin": Row("activations", "", {"at_weight": 0.0}),
+    f"thin, {LONG}": Row("activations", "", {"at_weight": 0.0, "epochs": 160}),
+    "thin, KD": Row("activations", WIDE, {"at_weight": 0.0, "kd_weight": 0.9}),
+    "thin, AT": Row("activations", WIDE),
     "bottleneck": Row("activations", "", {"model": "bottleneck", "at_weight": 0.0}),
     f"bottleneck, {LONG}": Row(
-        "activations", "", {"model": "bottleneck", "at_weight": 0.0, "epochs": 240}
+        "activations", "", {"model": "bottleneck", "at_weight": 0.0, "epochs": 160}
     ),
-    "bottleneck, AT": Row("activations", WIDE, {"model": "bottleneck"}),
+    "bottleneck, AT": Row("activations", WIDE, {"model": "bottleneck", "at_weight": 140.0}),
 }
 GRADIENTS = {
     "neither": Row("integrated_gradients", WIDE, {"overlay": 0.0}),
@@ -102,7 +102,7 @@ def find_sizes(table: Table, runs: Runs) -> dict:
 
 
 def compare_gains(of: dict[str, float]) -> float:
-    return of["bottleneck, AT"] - of["bottleneck"] - (of["small, AT"] - of["small"])
+    return of["bottleneck, AT"] - of["bottleneck"] - (of["thin, AT"] - of["thin"])
 
 
 def find_trained(table: Table, runs: Runs) -> dict:
@@ -158,9 +158,9 @@ TABLES = {
         "where a CNN is active, and its softened classes, given to smaller ones",
         rows=tuple(ACTIVATIONS), find=find_sizes, points=FOUR,
         against={row: row.split(",")[0] if "," in row else WIDE for row in ACTIVATIONS},
-        contrasts=subtract(*((f"{row}, AT", f"{row}, {LONG}") for row in ("small", "bottleneck")),
-                           ("small, AT", "small, KD"))
-        | {"gain of AT: bottleneck − small": compare_gains},
+        contrasts=subtract(*((f"{row}, AT", f"{row}, {LONG}") for row in ("thin", "bottleneck")),
+                           ("thin, AT", "thin, KD"))
+        | {"gain of AT: bottleneck − thin": compare_gains},
     ),
     "related-gradients": related(
         "what contributed to a teacher's class, laid over images", rows=tuple(GRADIENTS),

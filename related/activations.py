@@ -15,7 +15,7 @@ convolutions cheap: --model grouped or bottleneck.
     python -m related.activations                        trains a teacher first
     python -m related.activations --at-weight 0 --kd-weight 0.9 --out runs/kd
     python -m related.activations --at-weight 0 --out runs/alone        control
-    python -m related.activations --at-weight 0 --epochs 240 --out runs/long
+    python -m related.activations --at-weight 0 --epochs 160 --out runs/long
     python -m related.activations --model grouped --out runs/grouped
 
 Here AdamW replaces SGD. Batch norms see only their own GPU's share of a batch.
@@ -43,12 +43,12 @@ from teachers.find import make_teacher
 class Settings(recipes.Settings):
     data: str = setting("digits", "data set", tuple(data.DATA_SETS))
     method = "activations"
-    model: str = setting("small", "the student, or the teacher alone: " + ", ".join(MODELS), MODELS)
+    model: str = setting("thin", "the student, or the teacher alone: " + ", ".join(MODELS), MODELS)
     patch: int = setting(0)  # a CNN has no patches
     drop_path: float = setting(0.0)  # and drops no paths
     layer_decay: float = 1.0  # no flag
     teacher: str = setting("auto", "model.pt of a teacher, or auto: trained first", free=True)
-    at_weight: float = setting(140.0, "weight of attention transfer (0: none)")
+    at_weight: float = setting(35.0, "weight of attention transfer (0: none)")
     kd_weight: float = setting(0.0, "share of the loss for the teacher's classes", high=1)
     temperature: float = setting(4.0, "softens these classes", low=0.01)
 
@@ -57,12 +57,12 @@ class Settings(recipes.Settings):
         return self.model != "teacher" and bool(self.at_weight or self.kd_weight)
 
 
-SHARED = dict(model="small", weight_decay=0.05)
-PHOTOS = SHARED | dict(at_weight=1000.0)  # theirs, for the mean of 32 x 32 places
+SHARED = dict(weight_decay=0.05)
+PHOTOS = SHARED | dict(model="small", at_weight=1000.0)  # theirs, for the mean of 32 x 32 places
 RECIPES = merge_recipes(
     recipes.RECIPES,
-    digits=SHARED  # with one distractor a small net has nothing to gain
-    | dict(num_labels=300, distractors=4, epochs=60, blr=0.02048, eval_every=20),
+    digits=SHARED  # with one distractor small nets have nothing to gain
+    | dict(num_labels=300, distractors=4, epochs=40, blr=0.04096, eval_every=20),
     cifar=PHOTOS | dict(blr=1e-3, final_lr=5e-4, eval_every=5),
     imagenet=PHOTOS,
     folder=PHOTOS | dict(blr=8e-3, final_lr=5e-4),

@@ -58,7 +58,7 @@ SHARED = dict(at_weight=0.0, temperature=2.5, mixup=0.0, cutmix=0.0)
 RECIPES = merge_recipes(
     activations.RECIPES,
     digits=SHARED  # five places of a digit
-    | dict(model="thin", overlay=0.5, epochs=12, warmup=0.0833, eval_every=4, bank=5),
+    | dict(overlay=0.5, epochs=12, warmup=0.0833, eval_every=4, bank=5),
     cifar=SHARED,
     imagenet=SHARED,
     folder=SHARED,
