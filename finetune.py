@@ -36,6 +36,7 @@ class Settings(recipes.Settings):
 
 RECIPES = merge_recipes(
     recipes.RECIPES,
+    scenes=dict(epochs=75, blr=8e-3, weight_decay=0.5, drop_path=0.0, layer_decay=0.75),
     digits=dict(epochs=450, blr=0.04096, weight_decay=0.5, layer_decay=0.75),
     cifar=dict(epochs=100, blr=5e-4, weight_decay=0.05, layer_decay=0.75),
     imagenet=dict(  # MAE's FINETUNE.md, ViT-L: 85.9 there, not run here

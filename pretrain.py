@@ -58,7 +58,7 @@ SHARED = dict(
 PHOTOS = dict(random_erase=0.0, randaugment=0, mixup=0.0, cutmix=0.0, mask_ratio=0.75, clip=0.0)
 RECIPES = merge_recipes(
     recipes.RECIPES,
-    scenes=SHARED | dict(target="cell", classes=":5", epochs=13, batch=64, blr=8e-3),
+    scenes=SHARED | dict(target="cell", classes=":5", epochs=13, blr=8e-3),
     digits=SHARED | dict(epochs=300, batch=128, blr=4e-3),
     cifar=SHARED | PHOTOS | dict(
         epochs=400, warmup=0.05, batch=1024, blr=2.5e-4, decoder_dim=128, decoder_depth=2,

@@ -33,6 +33,13 @@ TABLES = tables.TABLES | related_tables.TABLES
 parse = partial(parse_settings, __doc__, Base, {})
 USUAL = ("mean", "interval", "values", "difference", "recovery")
 PAGES = tuple(ROOT / folder / "README.md" for folder in (".", "experiments", "related"))
+TASKS = {  # the records of each, the first that has a row counts
+    "pointer": ("scenes-pointer",),
+    "twins": ("scenes-twins",),
+    "digits": ("digits-maps",),
+    "CIFAR-10": ("cifar10-main", "cifar10-controls"),
+}
+TASK_ROWS = ("attention copy", "copy, mean maps", "copy, other maps", "attention distillation")
 MARKED = re.compile(r"<!-- ([\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
@@ -78,10 +85,28 @@ def fill_tables(text: str, results: Path) -> str:
     """The text with its marked tables replaced."""
 
     def replace_table(match: re.Match) -> str:
+        if match[1] == "tasks":
+            return f"<!-- tasks -->\n{format_tasks(results)}<!-- end -->"
         record = read_record(results / f"{match[1]}.json")
         return f"<!-- {match[1]} -->\n{format_record(record)}<!-- end -->"
 
     return MARKED.sub(replace_table, text)
+
+
+def format_tasks(results: Path) -> str:
+    """A column for each task: the two ends, and the recovery of some rows."""
+    lines = [[row] for row in ("from scratch", "fine-tuning", *TASK_ROWS)]
+    for names in TASKS.values():
+        cells: dict[str, dict] = {}
+        for name in names:
+            (of_rows,) = read_record(results / f"{name}.json")["points"].values()
+            cells = of_rows | cells
+        for line in lines[:2]:
+            line.append(f"{cells[line[0]]['mean']:.1f} %")
+        for line in lines[2:]:
+            line.append(format_cell(cells.get(line[0], {}).get("recovery"), ".2f"))
+    lines[2:] = [[f"recovery: {name}", *found] for name, *found in lines[2:]]
+    return format_table(["", *TASKS], lines)
 
 
 def format_record(record: dict) -> str:

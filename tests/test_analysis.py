@@ -124,7 +124,7 @@ def test_images_of_a_folder_are_of_all_its_classes(photos):
 
 @pytest.mark.slow
 def test_a_copy_student_attends_with_its_teachers_maps(tmp_path):
-    argv = ["--teacher", "random", "--layers", "0,2", "--num-labels", "50", "--epochs", "1"]
+    argv = "--data digits --teacher random --layers 0,2 --num-labels 50 --epochs 1".split()
     attention_copy.main(attention_copy.parse([*argv, "--out", str(tmp_path)]))
     state = torch.load(tmp_path / "model.pt", weights_only=True)
     torch.save(state["teacher"], tmp_path / "teacher.pt")

@@ -110,7 +110,7 @@ def pretrainings(monkeypatch):
 
 
 def find_for(script, *argv: str) -> checkpoints.Checkpoint | None:
-    settings = script.parse([*argv, "--device", "cpu"])
+    settings = script.parse(["--data", "digits", *argv, "--device", "cpu"])
     return find_teacher(settings, data.load(settings))
 
 
@@ -118,7 +118,7 @@ def test_a_teacher_is_pre_trained_where_there_is_none(pretrainings, capsys):
     """Once, with the recipe of pretrain.py, on all images of the kind that this run has."""
     argv = ["--distractors", "2", "--seed", "3", "--num-labels", "50", "--epochs", "7"]
     found = [find_for(script, *argv) for script in (attention_distill, attention_copy, finetune)]
-    (asked,), usual = pretrainings, pretrain.parse([])
+    (asked,), usual = pretrainings, pretrain.parse(["--data", "digits"])
     assert (asked.distractors, asked.seed, asked.num_labels) == (2, 3, usual.num_labels)
     assert (asked.epochs, asked.blr, asked.mask_ratio) == (usual.epochs, usual.blr, 0.6)
     assert len({one.fingerprint for one in found}) == 1 and found[0].method == "pretrain"
@@ -130,7 +130,7 @@ def test_a_teacher_is_pre_trained_where_there_is_none(pretrainings, capsys):
 
 
 def test_an_unfinished_teacher_is_finished_and_a_run_is_not_written_over(pretrainings):
-    settings = attention_copy.parse(["--out", "mine", "--device", "cpu"])
+    settings = attention_copy.parse(["--data", "digits", "--out", "mine", "--device", "cpu"])
     path = make_teacher(pretrain, settings, model="nano", num_labels=0)
     path.unlink()
     Path("mine").mkdir()
@@ -143,7 +143,7 @@ def test_an_unfinished_teacher_is_finished_and_a_run_is_not_written_over(pretrai
 
 @pytest.mark.slow
 def test_another_process_that_makes_the_teacher_is_waited_for(pretrainings):
-    settings = attention_copy.parse(["--device", "cpu"])
+    settings = attention_copy.parse(["--data", "digits", "--device", "cpu"])
     path = make_teacher(pretrain, settings, model="nano", num_labels=0)
     path.unlink()
     code = f"""import sys, time, pathlib; sys.path.insert(0, {str(WEIGHTS.parent)!r})

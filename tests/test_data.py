@@ -26,7 +26,7 @@ def first(part, epoch=0, start=0):
 
 
 def test_digits_are_placed_whole_and_anew_each_step_and_fixed_for_validation_and_test():
-    settings = finetune.parse(["--num-labels", "0"])
+    settings = finetune.parse(["--data", "digits", "--num-labels", "0"])
     dataset = data.load(settings)
     assert [len(p) for p in (dataset.train, dataset.val, dataset.test)] == [997, 1200, 2000]
     pixels = torch.from_numpy(np.load(digits.FILE)["images"]) / 16
@@ -45,7 +45,7 @@ def test_digits_are_placed_whole_and_anew_each_step_and_fixed_for_validation_and
 def test_the_labelled_digits_follow_the_seed_and_are_ten_of_each():
     shown = []
     for argv in ("", "--seed 1", "--seed 1 --subset-seed 0"):
-        source = data.load(finetune.parse(argv.split())).train.source
+        source = data.load(finetune.parse(["--data", "digits", *argv.split()])).train.source
         assert torch.bincount(source.labels).tolist() == [10] * 10
         shown.append({tuple(x.flatten().tolist()) for x in source.images})
     assert shown[0] == shown[2] != shown[1]
@@ -58,7 +58,7 @@ def test_labels_are_drawn_class_by_class(counts):
     source, before = sources.Tensors(torch.arange(len(labels)), labels), set()
 
     def draw(count, seed=0):
-        settings = replace(finetune.parse([]), num_labels=count, seed=seed)
+        settings = replace(finetune.parse(["--data", "digits"]), num_labels=count, seed=seed)
         return data.draw_labels(source, settings).images.tolist()
 
     for count in range(1, len(labels) + 1):
@@ -72,9 +72,9 @@ def test_labels_are_drawn_class_by_class(counts):
 
 
 def test_each_distractor_covers_more_of_the_canvas():
-    inked = []
+    inked, whole = [], ["--data", "digits", "--num-labels", "0"]
     for distractors in ("0", "1", "3"):
-        dataset = data.load(finetune.parse(["--distractors", distractors, "--num-labels", "0"]))
+        dataset = data.load(finetune.parse([*whole, "--distractors", distractors]))
         batches = first(dataset.train)[0], next(dataset.val.in_order(300))[0]
         inked.append([(batch * 0.35 + 0.25 > 1e-3).float().mean().item() for batch in batches])
     assert all(none < one < three for none, one, three in zip(*inked, strict=True))
@@ -91,7 +91,7 @@ def test_an_epoch_can_be_entered_at_any_step(small, storage):
 
 
 def test_ranks_share_each_batch_and_each_evaluation_without_overlap(small):
-    for argv in ([], [*small, *"--cutmix 0 --mixup 0 --random-erase 0".split()]):
+    for argv in (["--data", "digits"], [*small, *"--cutmix 0 --mixup 0 --random-erase 0".split()]):
         settings = finetune.parse(argv)
         part = data.load(settings).train
         images, labels = first(part)

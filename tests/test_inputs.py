@@ -51,7 +51,8 @@ ROOT = Path(__file__).parent.parent
     (look, "a.jpg", "name a photograph"), (look, "a.jpg missing.pt", "missing.pt"),
 ])  # fmt: skip
 def test_wrong_flags_and_values(script, argv, words, failing):
-    code, line = failing(script, argv.split())
+    data = ["--data", "digits"] if script not in (ensemble, look) and "--data" not in argv else []
+    code, line = failing(script, [*data, *argv.split()])
     assert code == 2 and words in line and not list(Path().rglob("*.pt"))
 
 
@@ -65,7 +66,7 @@ def test_a_checkpoint_that_does_not_fit(changes, stored, words, failing):
     config = vit.Config(**shape | changes)
     found = {"model": vit.ViT(config).state_dict(), "architecture": asdict(config) | stored}
     torch.save(found | {"normalization": [[0.5] * config.channels] * 2}, "teacher.pt")
-    code, line = failing(copy, "--teacher teacher.pt --model micro --patch 3".split())
+    code, line = failing(copy, "--data digits --teacher teacher.pt --model micro --patch 3".split())
     assert code == 2 and words in line and not Path("runs").exists()
 
 

@@ -53,7 +53,7 @@ def test_students_begin_alike_and_not_as_their_teacher_began():
         (finetune, none), (attention_copy, []), (attention_copy, random), (attention_distill, []),
         (pretrain, []),
     ]:  # fmt: skip
-        settings = script.parse(["--seed", "3", *more])
+        settings = script.parse(["--data", "digits", "--seed", "3", *more])
         inputs = [settings, dataset := data.load(settings)]
         inputs += [] if script is pretrain else [find_teacher(settings, dataset)]
         nets.append(script.task(*inputs).net)

@@ -359,7 +359,7 @@ def test_a_robot_is_resumed_to_the_same_bits(reminder, stopped):
 def test_two_ranks_train_to_the_weights_of_one(script, argv):
     """All but dino and the CNNs, whose norms are over the batch of each process."""
     short = [*SHORT, "--amp", "off", "--device", "cpu"]
-    finetune.main(finetune.parse([*short, "--teacher", "none", "--out", "vit"]))
+    finetune.main(finetune.parse([*short, "--data", "digits", "--teacher", "none", "--out", "vit"]))
     argv = [*short, *argv.split(), "--out"]
     script.main(script.parse([*argv, "one"]))
     torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]

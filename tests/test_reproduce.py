@@ -226,7 +226,7 @@ def test_runs_that_differ_lie_in_folders_of_their_own(name):
 
 @pytest.mark.slow
 def test_a_run_in_a_process_of_its_own_is_the_run_of_its_script(tmp_path):
-    argv = "--teacher none --epochs 1 --num-labels 50 --device cpu".split()
+    argv = "--data digits --teacher none --epochs 1 --num-labels 50 --device cpu".split()
     outs = {name: ["--out", str(tmp_path / name)] for name in "abc"}
     job = jobs.Job("finetune", [*argv, *outs["a"]], tmp_path / "a")
     broken = jobs.Job("finetune", [*argv, "--batch", "900", *outs["b"]], tmp_path / "b")
@@ -250,7 +250,7 @@ def test_a_teacher_that_is_shipped_is_found_and_checked(places, ran, tmp_path, m
     today = json.loads((ROOT / "weights" / "digits.json").read_text())
     assert facts["for"] == today["for"]
     monkeypatch.setattr(find, "BUNDLED", file.parent)
-    asked = attention_copy.parse(["--device", "cpu"])
+    asked = attention_copy.parse(["--data", "digits", "--device", "cpu"])
     found = find.find_teacher(asked, data.load(asked))
     assert found.source == str(file) and found.method == "pretrain"
     assert not find.find_bundled(replace(asked, distractors=9))
@@ -264,7 +264,7 @@ def test_a_run_is_known_by_its_teachers_weights_wherever_they_are(tmp_path):
     state = checkpoints.read_file(teacher)
     state["model"]["cls_token"] += 1
     checkpoints.save(state, other)
-    argv = ["--epochs", "1", "--device", "cpu", "--out", str(tmp_path / "run")]
+    argv = ["--data", "digits", "--epochs", "1", "--device", "cpu", "--out", str(tmp_path / "run")]
     finetune.main(finetune.parse([*argv, "--teacher", str(teacher)]))
     for source, begun in ((teacher, True), (moved, True), (other, False), ("pretrain", False)):
         job = jobs.Job("finetune", [*argv, "--teacher", str(source)], tmp_path / "run")

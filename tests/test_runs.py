@@ -25,7 +25,7 @@ from teachers import find
 ROOT = Path(__file__).parent.parent
 SHORT = "--teacher random --epochs 6 --num-labels 300 --batch 50 --eval-every 3 --ema 0.9".split()
 DIGITS = [*SHORT, "--drop-path", "0.2"]  # six steps an epoch
-QUICK = "--teacher none --model nano --num-labels 100 --epochs 2".split()
+QUICK = "--data digits --teacher none --model nano --num-labels 100 --epochs 2".split()
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 STREAMING = """
 import finetune
@@ -202,7 +202,7 @@ def test_a_lost_rank_is_restarted_and_the_run_goes_on(two_ranks, tmp_path):
 
 
 def test_accuracy_counts_each_image_once():
-    images, asked = data.load(finetune.parse([])).test, []
+    images, asked = data.load(finetune.parse(["--data", "digits"])).test, []
 
     def predict(net, batch):  # right on the images whose brightest pixel is in the upper half
         asked.append(len(batch))
@@ -318,7 +318,7 @@ def test_processes_that_resume_from_different_steps_are_told(tmp_path, failing, 
 
 
 def test_a_second_student_waits_for_the_teacher_that_another_makes():
-    settings, made = attention_copy.parse(["--model", "nano"]), []
+    settings, made = attention_copy.parse(["--data", "digits", "--model", "nano"]), []
     other = dict(stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
     def make(own):  # meanwhile another process must wait

@@ -484,14 +484,18 @@ def test_a_teacher_of_another_depth_drops_no_paths():
 def test_what_does_not_fit_is_refused(more, words, tmp_path):
     torch.save(checkpoints.export(vit.ViT(vit.Config(12, 3, 1, 0, 64, 4, 4))), tmp_path / "x.pt")
     with pytest.raises(ValueError, match=words):
-        settings = attention_copy.parse(["--teacher", str(tmp_path / "x.pt"), *more])
+        settings = attention_copy.parse(
+            ["--data", "digits", "--teacher", str(tmp_path / "x.pt"), *more]
+        )
         images = data.Data(["a", "b"], 1, 12, Normalise(([0.5], [0.5]), "cpu"))
         found = None if settings.teacher == "none" else read_checkpoint(settings.teacher)
         attention_copy.task(settings, images, found)
 
 
 def test_components_are_those_of_the_models_name():
-    settings = pretrain.parse(["--model", "micro+registers=2+positions=absolute+rope+norm_pre=1"])
+    settings = pretrain.parse(
+        ["--data", "digits", "--model", "micro+registers=2+positions=absolute+rope+norm_pre=1"]
+    )
     expected = Config(12, 3, 3, 0, 64, 4, 4, registers=2, positions="absolute+rope", norm_pre=True)
     assert load.new_vit(settings, images_of(12), classes=0).config == expected
     for model, size in (("huge+", 1280), ("huge++registers=1", 1280), ("micro", 64)):

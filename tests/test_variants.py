@@ -14,7 +14,7 @@ from teachers import find
 from teachers.load import open_model, read_checkpoint
 from vit import QK, attend
 
-FEW = ["--device", "cpu", "--num-labels", "20", "--batch", "10"]
+FEW = ["--data", "digits", "--device", "cpu", "--num-labels", "20", "--batch", "10"]
 TEACHER = str(find.BUNDLED / "digits.pt")
 
 
