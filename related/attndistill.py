@@ -59,7 +59,9 @@ class Settings(recipes.Settings):
     attention_weight: float = setting(0.1, "weight of the class token's row (0: none)")
 
 
-RECIPES = merge_recipes(dino.RECIPES, digits=dict(model="nano", epochs=60), cifar=dict(model="mini"))
+RECIPES = merge_recipes(
+    dino.RECIPES, digits=dict(model="nano", epochs=60), cifar=dict(model="mini")
+)
 parse = partial(parse_settings, __doc__, Settings, RECIPES)
 
 
