@@ -10,6 +10,7 @@ Every batch is a function of (seed, epoch, step): a resumed run sees the same im
 """
 
 import copy
+import importlib
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -22,12 +23,14 @@ from torch import Tensor
 from common.augment import Augment, BatchRandom, Normalise, Normalization, hash_seed, reseed, seeded
 from common.launch import get_device, print0, rank, world
 from common.settings import Base, setting
+from datasets.sources import Tensors, hold, hold_out
 
 CIFAR10 = ([0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616])
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 
 
 class DataSet(NamedTuple):
+    module: str  # of datasets/, whose `load` returns its sources.Parts
     image_size: int
     channels: int
     normalization: Normalization
@@ -35,13 +38,13 @@ class DataSet(NamedTuple):
 
 
 DATA_SETS = {
-    "scenes": DataSet(24, 1, ([0.25], [0.35])),
-    "scenes-cifar10": DataSet(48, 3, CIFAR10),
-    "digits": DataSet(12, 1, ([0.25], [0.35])),
-    "cifar10": DataSet(32, 3, CIFAR10),
-    "cifar100": DataSet(32, 3, ([0.5071, 0.4865, 0.4409], [0.2673, 0.2564, 0.2762])),
-    "imagenet": DataSet(224, 3, IMAGENET, 0.875),
-    "folder": DataSet(96, 3, IMAGENET, 0.875),
+    "scenes": DataSet("scenes", 24, 1, ([0.25], [0.35])),
+    "scenes-cifar10": DataSet("scenes", 48, 3, CIFAR10),
+    "digits": DataSet("digits", 12, 1, ([0.25], [0.35])),
+    "cifar10": DataSet("cifar", 32, 3, CIFAR10),
+    "cifar100": DataSet("cifar", 32, 3, ([0.5071, 0.4865, 0.4409], [0.2673, 0.2564, 0.2762])),
+    "imagenet": DataSet("folders", 224, 3, IMAGENET, 0.875),
+    "folder": DataSet("folders", 96, 3, IMAGENET, 0.875),
 }
 
 
@@ -120,12 +123,13 @@ class Data(NamedTuple):
 
 def load(settings, train: bool = True) -> Data:
     """The data set of the settings. With train=False its validation and test images only."""
-    from datasets.sources import Tensors, hold, hold_out, load_parts  # some are slow to import
-
     kind, device = DATA_SETS[settings.data], get_device(settings.device)
     size = settings.image_size or kind.image_size
     normalise = Normalise(kind.normalization, device)
-    parts = load_parts(settings, kind, size, normalise, device)
+    if settings.label != "class" and kind.module != "scenes":
+        raise ValueError("--label cell: only --data scenes has cells")
+    module = importlib.import_module(f"datasets.{kind.module}")
+    parts = module.load(settings, kind, size, normalise, device)
     if train and not parts.train:
         raise ValueError(f"{settings.data_dir or settings.data} has no train/")
     share = settings.holdout if settings.holdout >= 0 else 0.0 if parts.test else 0.2

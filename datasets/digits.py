@@ -16,10 +16,23 @@ import torch
 from torch import Tensor
 
 from common.augment import BatchRandom, Normalise, seeded
+from common.settings import parse_layers
+from datasets.sources import Parts, Tensors
 
 CANVAS, DIGIT, DISTRACTOR = 12, 8, 3  # pixels a side
 PLACES = 4  # of each digit of validation and test
 FILE = Path(__file__).parent / "digits.npz"
+
+
+def load(settings, kind, size: int, normalise: Normalise, device) -> Parts:
+    check_augmentation(settings)
+    if size != kind.image_size:
+        raise ValueError(f"--image-size {size}: --data digits has {kind.image_size}")
+    split = Split(settings.distractors, normalise, device)
+    kinds = parse_layers(settings.classes, 10, "classes")
+    parts = split.whole("train"), split.placed("val"), split.placed("test")
+    train, val, test = (Tensors(*choose(*part, kinds)) for part in parts)
+    return Parts([str(kind) for kind in kinds], train, val, test, split)
 
 
 def check_augmentation(settings) -> None:

@@ -7,9 +7,11 @@ from typing import NamedTuple
 
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-from common.augment import hash_seed
+from common.augment import Normalise
 from common.launch import print0
+from datasets.sources import Parts
 
+ADVICE = "point --data-dir at a folder that holds train/CLASS/* and val/CLASS/*, or CLASS/*"
 PARTS = {"train": "train training", "val": "val valid validation", "test": "test testing"}
 
 
@@ -19,13 +21,25 @@ class Listing(NamedTuple):
     samples: list[tuple[str, int]]  # path, number of the class
 
 
-def list_parts(root: Path, advice: str) -> dict[str, Listing]:
+def load(settings, kind, size: int, normalise: Normalise, device=None) -> Parts:
+    """The images of --data-dir."""
+    from datasets import images
+
+    folder, sources = Path(settings.data_dir or f"data/{settings.data}"), {}
+    for part, found in list_parts(folder).items():
+        how = (size, kind.crop_pct, settings, normalise)
+        sources[part] = images.Files(found.samples, name_images(found), *how)
+    train, val, test = (sources.get(part) for part in ("train", "val", "test"))
+    return Parts(found.classes, train, val if test else None, test or val)
+
+
+def list_parts(root: Path) -> dict[str, Listing]:
     """The images of root/PART/CLASS/* for train, val and test; else those of root/CLASS/* as train.
 
-    Without labels they may lie in one flat folder. FileNotFoundError, with `advice`, without any.
+    Without labels they may lie in one flat folder. FileNotFoundError without any.
     """
     if not root.is_dir():
-        raise FileNotFoundError(f"no folder {root}: {advice}")
+        raise FileNotFoundError(f"no folder {root}: {ADVICE}")
     folders, parts = list_subfolders(root), {}
     for part, names in PARTS.items():
         fit = [root / name for name in folders if name.lower() in names.split()]
@@ -76,8 +90,3 @@ def name_images(listing: Listing) -> list[str]:
     """CLASS/.../FILE of each, the same wherever the folder lies and whatever its file system."""
     paths = (os.path.relpath(path, listing.folder) for path, _ in listing.samples)
     return [unicodedata.normalize("NFC", path.replace(os.sep, "/")) for path in paths]
-
-
-def is_held_out(name, share: float) -> bool:
-    """A function of the image's name alone: it stays what it is when others come or go."""
-    return hash_seed("holdout", name) / 2**56 < share

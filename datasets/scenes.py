@@ -11,33 +11,46 @@ Scenes are made so that looking matters. They are a microscope, not a benchmark.
 """
 
 import math
+from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
 from common.augment import BatchRandom, Normalise, seeded
 from common.settings import parse_layers
+from datasets import digits
+from datasets.sources import Parts, Tensors, hold, hold_out
 
 COUNT = {"train": 20_000, "val": 2_000, "test": 2_000}  # scenes of each part
-Pool = tuple[Tensor, Tensor]  # images (m, c, p, p) of 0..1, and their classes (m,)
 SQUARE = 0.25  # side of the square, over that of a cell
 NOISE = 0.2  # it is uniform up to this, in pixels of 0..1
 
 
-def draw_all(pools: list[Pool], names: list[str], settings, size: int) -> tuple[list[str], list]:
-    """Names of the labels; and for each pool, of train, val and test, its scenes and labels."""
+def load(settings, kind, size: int, normalise: Normalise, device) -> Parts:
+    digits.check_augmentation(settings)
+    if settings.data == "scenes":
+        names, split = list("0123456789"), digits.Split(0, normalise, device)
+        pools = [split.whole(part) for part in COUNT]
+    else:
+        from datasets import cifar  # slow to import
+
+        photos = replace(settings, data=settings.data.removeprefix("scenes-"))
+        found = cifar.load(photos, kind._replace(image_size=32), 32, normalise, device)
+        held = [hold(source, device) for source in hold_out(found, 0.1)]
+        names, pools = found.classes, [(F.avg_pool2d(x.images / 255, 2), x.labels) for x in held]
     kinds = parse_layers(settings.classes, len(names), "classes")
     grid, rest = divmod(size, pools[0][0].shape[-1])
     if rest or grid < 3 or not grid % 2:
         raise ValueError(f"--image-size {size}: scenes have 3, 5, 7 ... cells to a side")
-    drawn = [
-        draw_scenes(part, *pool, kinds, settings, grid)
+    train, val, test = (
+        Tensors(*draw_scenes(part, *pool, kinds, settings, grid))
         for part, pool in zip(COUNT, pools, strict=True)
-    ]
-    if settings.label == "cell":
-        return [f"cell {i}" for i in range(grid**2)], drawn
-    return [names[kind] for kind in kinds], drawn
+    )
+    cells = [f"cell {i}" for i in range(grid**2)]
+    labels = cells if settings.label == "cell" else [names[kind] for kind in kinds]
+    return Parts(labels, train, val, test, AddNoise(normalise))
 
 
 def draw_scenes(part: str, images: Tensor, labels: Tensor, kinds: list[int], settings, grid: int):

@@ -21,7 +21,7 @@ import data
 import ensemble
 from common import checkpoints, launch
 from common.settings import parse_settings, setting
-from datasets import folders, sources
+from datasets import folders
 from teachers.load import Model, open_model
 from train import compute_top1
 
@@ -42,9 +42,7 @@ NAME = re.compile(r"ILSVRC2012_val_(\d{8})")
 def score(models: list[Model], settings: Settings) -> dict:
     """Top-1 in per cent of each model and, last, of their averaged probabilities."""
     if settings.data == "folder":
-        parts = folders.list_parts(
-            Path(settings.data_dir or "data/folder"), sources.FOLDERS
-        ).values()
+        parts = folders.list_parts(Path(settings.data_dir or "data/folder")).values()
         if {name for part in parts for name in part.classes} <= set(NUMBERS):
             models = [number_classes(model) for model in models]
     found = [ensemble.compute_probabilities(model, settings) for model in models]

@@ -18,7 +18,7 @@ from common import launch
 from common.augment import Augment, Normalise
 from common.launch import print0
 from common.settings import parse_settings, setting
-from datasets import sources
+from datasets import folders, sources
 from datasets.images import count_cores
 from speed import measure
 
@@ -60,11 +60,11 @@ def view_cifar(device: torch.device) -> data.Train:
 
 def view_jpegs(settings: Settings, folder: Path, workers: int, device) -> data.Train:
     """Files as training on ImageNet streams them, even if few would fit in memory."""
-    changes = dict(data="imagenet", batch=settings.batch, workers=workers)
+    changes = dict(data="imagenet", data_dir=str(folder), batch=settings.batch, workers=workers)
     recipe = recipes.Settings(**recipes.RECIPES["imagenet"] | changes)
     kind = data.DATA_SETS["imagenet"]
     normalise = Normalise(kind.normalization, device)
-    parts = sources.load_folders(folder, (kind.image_size, kind.crop_pct, recipe, normalise))
+    parts = folders.load(recipe, kind, kind.image_size, normalise)
     augment = Augment(recipe, normalise, cropped=True)
     return data.Train(parts.train, augment, recipe, len(parts.classes), device)
 

@@ -12,7 +12,7 @@ import data
 import finetune
 import pretrain
 from common import augment
-from datasets import folders, images
+from datasets import images, sources
 
 CAFE = "caf\u00e9"  # of four characters, not five
 
@@ -66,7 +66,7 @@ def test_what_is_held_out_depends_on_the_names_of_images_alone(unsplit, tmp_path
 
 
 def test_a_share_of_the_training_images_is_held_out_beside_val(small, photos):
-    held = sum(folders.is_held_out(f"cat/{i}.jpg", 0.2) for i in range(5000))
+    held = sum(sources.is_held_out(f"cat/{i}.jpg", 0.2) for i in range(5000))
     assert held == pytest.approx(1000, abs=100)
     argv = [*small, "--num-labels", "0", "--holdout", "0.2"]
     dataset = data.load(finetune.parse(argv))

@@ -1,0 +1,31 @@
+"""CIFAR-10 and CIFAR-100: downloaded, or in folders that are there already."""
+
+from pathlib import Path
+
+import torch
+from einops import rearrange
+
+from common.augment import Normalise
+from common.launch import first_alone, print0
+from datasets import folders
+from datasets.sources import Parts, Tensors
+
+
+def load(settings, kind, size: int, normalise: Normalise, device) -> Parts:
+    name, folder = settings.data, Path(settings.data_dir or f"data/{settings.data}")
+    if not all(x.name.startswith((".", "cifar-")) for x in folder.glob("*/")):
+        return folders.load(settings, kind, size, normalise)  # cifar-* are torchvision's own
+    if size != kind.image_size:
+        raise ValueError(f"--image-size {size}: --data {name} has {kind.image_size}")
+    from torchvision import datasets
+
+    if not list(folder.glob("cifar-*")):
+        print0(f"downloading {name} to {folder} (if it cannot be: {folders.ADVICE})")
+    source = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    first_alone(lambda: source(folder, download=True))
+    sets = [source(folder, train=part) for part in (True, False)]
+    parts = []
+    for part in sets:
+        images = rearrange(torch.from_numpy(part.data), "b h w c -> b c h w").contiguous()
+        parts.append(Tensors(images.to(device), torch.tensor(part.targets, device=device)))
+    return Parts(sets[0].classes, parts[0], None, parts[1])
