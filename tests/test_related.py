@@ -214,7 +214,7 @@ def test_lora_begins_as_nothing_and_is_all_that_learns(images):
 
 @pytest.mark.slow
 def test_both_steps_of_linear_attention_are_resumed_to_the_same_bits(stopped, failing):
-    argv, parse = [*SHORT, "--num-labels", "50"], linear_attention.parse
+    argv, parse = [*SHORT, "--data", "digits", "--num-labels", "50"], linear_attention.parse
     finetune.main(finetune.parse([*argv, "--teacher", "none", "--out", "softmax"]))
     stopped(linear_attention, parse([*argv, "--teacher", "softmax/model.pt"]))
     Path("whole").rename("taught")
