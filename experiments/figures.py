@@ -55,8 +55,6 @@ def draw_similarity(matrix: list[list[float]]):
 
 # The study ----------------------------------------------------------------------------------------
 
-TRANSFER = ("attention copy", "attention distillation")
-
 
 def draw_points(axis, cells: dict[str, list[dict]], points: Iterable[str]) -> None:
     """Each row at the points of a table, with intervals. Amounts are joined by lines."""
@@ -77,20 +75,6 @@ def get_ends(cells: list[dict]) -> list[list[float]]:
     below = [cell["mean"] - low for cell, (low, _) in zip(cells, between, strict=True)]
     above = [high - cell["mean"] for cell, (_, high) in zip(cells, between, strict=True)]
     return [below, above]
-
-
-def draw_recovery(tables: dict[str, dict[str, dict]]):
-    """The recovery of copy and distillation: a panel for each table."""
-    fig, axes = figure(1, len(tables), width=3.6 * len(tables), squeeze=False)
-    for axis, (title, points) in zip(axes[0], tables.items(), strict=True):
-        for height, row in enumerate(("from scratch", "fine-tuning")):
-            axis.axhline(height, color=COLOURS[row], label=row)
-        cells = {row: [of_rows[row]["recovery"] for of_rows in points.values()] for row in TRANSFER}
-        draw_points(axis, cells, points)
-        axis.set(title=title, ylim=(-0.2, 1.5))
-    axes[0, 0].set_ylabel("recovery")
-    axes[0, 0].legend(frameon=False, fontsize=8, ncols=2, loc="upper center")
-    return fig
 
 
 def draw_accuracies(points: dict[str, dict], title: str):

@@ -103,7 +103,7 @@ def main(settings: Settings) -> None:
         record = runner.record(name, settings.extra, found)
         checkpoints.write_text(path, json.dumps(record, indent=1) + "\n")
         show(name, found)
-        draw(table, found, results, path)
+        draw(table, found, path)
         if table.picture:
             pictures.save(table.picture(trained), path.with_suffix(".png"))
         print(f"\nwrote {path}")
@@ -117,17 +117,12 @@ def find_names(name: str) -> list[str]:
     return names
 
 
-def draw(table: Table, found: dict, results: Path, path: Path) -> None:
-    """A picture of a table's accuracies, and one of recovery along all axes recorded so far."""
+def draw(table: Table, found: dict, path: Path) -> None:
+    """A picture of a table's accuracies."""
     if table.tunes or table.find:
         return
     title = f"{table.about} ({table.study.base['data']}; seeds: {len(found['seeds'])})"
     pictures.save(figures.draw_accuracies(found["points"], title), path.with_suffix(".png"))
-    records = {title: results / f"{name}.json" for title, name in tables.AXES.items()}
-    if path in records.values():
-        known = {title: record for title, record in records.items() if record.exists()}
-        known = {title: read_record(record)["points"] for title, record in known.items()}
-        pictures.save(figures.draw_recovery(known), results / "recovery.png")
 
 
 def show(name: str, found: dict) -> None:

@@ -137,7 +137,6 @@ scenes = partial(Table, study=SCENES, points=POINTER, rows=tuple(MAIN))
 fair = partial(Table, study=FAIR, points=AT_BASE)
 digits = partial(Table, study=DIGITS, points=AT_BASE, rows=tuple(MAIN))
 photos = partial(Table, study=CIFAR, points=AT_PHOTOS, rows=tuple(MAIN))
-AXES = {"clutter": "digits-clutter", "labels": "digits-labels", "length": "digits-length"}
 LOOKS = "of each layer: shares of attention; divergence, nats; CKA"
 looked = {"find": lambda _, runs: {"points": find_looks(runs), "measure": LOOKS}}
 ENDS = (*MAIN, "copy, mean maps")

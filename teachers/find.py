@@ -68,8 +68,8 @@ def find_bundled(settings) -> Path | None:
 def make_teacher(script, settings, dataset=None, **changes) -> Path:
     """The model.pt of a script's own recipe on the same images, trained now if need be."""
     own = script.parse(["--data", settings.data])
-    shared = {f.name for f in fields(Images)} | {"seed", "amp", "compile", "num_labels"}
-    shared = shared | {"subset_seed"} - {"given"}
+    shared = {f.name for f in fields(Images)} - {"given", "classes", "label", "dial"}
+    shared |= {"seed", "amp", "compile", "num_labels", "subset_seed"}
     own = replace(own, **{name: getattr(settings, name) for name in shared} | changes)
     counts = {k: v for k, v in values_of(own).items() if k not in free_in(own) | {"amp"}} | changes
     counts |= {"method": own.method, "images": dataset and (dataset.available, dataset.fingerprint)}

@@ -311,7 +311,7 @@ def test_a_damaged_record_is_named_where_it_is_used(places, tmp_path, monkeypatc
 def test_records_are_of_todays_rows_and_can_be_drawn(name, tmp_path):
     record, table = RESULTS[name], reproduce.TABLES[name]
     picture = tmp_path / f"{name}.png"
-    reproduce.draw(table, record, tmp_path, picture)
+    reproduce.draw(table, record, picture)
     assert picture.exists() == (not table.tunes and not table.find)
     if not table.find:
         found = {point: set(of_rows) for point, of_rows in record["points"].items()}

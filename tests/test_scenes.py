@@ -14,6 +14,7 @@ import finetune
 import pretrain
 from common.augment import Normalise
 from datasets import digits
+from teachers import find
 from teachers.load import new_vit
 from teachers.positions import make_sincos
 
@@ -125,6 +126,16 @@ def test_students_start_from_the_positions_of_their_teachers():
     assert torch.equal(net.pos_embed, waves) and net.pos_embed.requires_grad
     encoder = pretrain.build(pretrain.parse(["--data", "digits"]), load()).encoder
     assert not encoder.pos_embed.requires_grad
+
+
+def test_a_teacher_made_for_scenes_sees_other_digits_than_its_student(monkeypatch):
+    made = []
+    monkeypatch.setattr(pretrain, "main", lambda own: made.append(own))
+    argv = "--data scenes --scene twins --dial 0.5 --teacher pretrain".split()
+    settings = attention_copy.parse(argv)
+    find.make_teacher(pretrain, settings, load("--scene", "twins"))
+    (own,) = made
+    assert (own.scene, own.classes, own.dial, own.target) == ("twins", ":5", 0.0, "cell")
 
 
 def test_sizes_that_do_not_fit_are_refused():
