@@ -17,16 +17,8 @@ import numpy as np
 
 from common import checkpoints, launch
 from common.settings import Base, parse_settings
-from experiments import related_tables, tables
-from experiments.estimates import (
-    BASELINE,
-    CEILING,
-    estimate,
-    estimate_over_seeds,
-    format_cell,
-    format_means,
-    unpack,
-)
+from experiments import estimates, related_tables, tables
+from experiments.estimates import BASELINE, CEILING, estimate, format_cell, format_means
 from experiments.jobs import ROOT, read_record
 
 TABLES = tables.TABLES | related_tables.TABLES
@@ -45,15 +37,16 @@ MARKED = re.compile(r"<!-- ([\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
 
 def recompute(record: dict, table) -> dict:
     """The record with its intervals computed anew. `table`: the study.Table that it is of."""
-    record, points, packed = recompute_cells(record), record["points"], record.get("correct")
+    record, points = recompute_cells(record), record["points"]
     if not all("values" in cells for of_rows in points.values() for cells in of_rows.values()):
         return record
     values = {
         point: {row: np.array(cells["values"]) for row, cells in of_rows.items()}
         for point, of_rows in points.items()
     }
-    for point, row in [(p, row) for p, of_rows in (packed or {}).items() for row in of_rows]:
-        values[point][row] = 100 * unpack(packed[point][row], record["images"]).mean(axis=1)
+    for point, of_rows in record.get("correct", {}).items():
+        correct = {row: estimates.unpack(bits, record["images"]) for row, bits in of_rows.items()}
+        values[point] |= {row: 100 * right.mean(axis=1) for row, right in correct.items()}
     against = {
         row: cells["difference"]["from"]
         for of_rows in points.values() for row, cells in of_rows.items() if "difference" in cells
@@ -74,10 +67,10 @@ def recompute_cells(cell):
     found = {name: recompute_cells(part) for name, part in cell.items()}
     values = cell.get("values")
     if values and isinstance(values[0], list):  # of each layer
-        cells = [estimate_over_seeds(np.array(of_layer)) for of_layer in values]
+        cells = [estimates.estimate_over_seeds(np.array(of_layer)) for of_layer in values]
         found |= {what: [one[what] for one in cells] for what in ("mean", "interval")}
     elif values:
-        found |= estimate_over_seeds(np.array(values))
+        found |= estimates.estimate_over_seeds(np.array(values))
     return found
 
 

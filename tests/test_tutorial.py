@@ -25,7 +25,7 @@ def text(tmp_path_factory):
     here = tmp_path_factory.mktemp("course")
     for path in ROOT.glob("*.py"):
         shutil.copy(path, here)
-    for folder in ("common", "datasets", "teachers", "experiments", "results"):
+    for folder in ("common", "datasets", "teachers", "experiments", "results", "weights"):
         shutil.copytree(ROOT / folder, here / folder)
     digits = here / "datasets/digits.py"
     digits.write_text(digits.read_text().replace("PLACES = 4", "PLACES = 1"))
