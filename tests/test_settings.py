@@ -38,6 +38,8 @@ def test_every_setting_is_read(script, extra, small, teacher):
     settings = script.parse([*small, *extra.replace("TEACHER", teacher).split()])
     script.main(Watched(**{f.name: getattr(settings, f.name) for f in fields(settings)}))
     needless = {"distractors", "overwrite", "scene", "dial", "classes"}  # for other data; --resume
+    if script is finetune and "TEACHER" in extra:
+        needless |= {"positions"}  # the teacher's
     if script is pretrain:
         needless |= {"smoothing", "eval_every"}  # for classes only
     assert flags_of(script.Settings).keys() - read == needless

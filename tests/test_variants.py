@@ -146,7 +146,7 @@ def test_a_probe_trains_a_head_on_what_the_teacher_sees(tmp_path):
 
 
 def test_a_plain_student_takes_the_maps_of_a_teacher_with_components(tmp_path, batch):
-    argv = ["--model", "micro+registers=2+positions=rope", "--device", "cpu"]
+    argv = "--data digits --model micro+registers=2+positions=rope --device cpu".split()
     pretrain.main(pretrain.parse([*argv, "--epochs", "1", "--out", str(tmp_path)]))
     path = str(tmp_path / "model.pt")
     task, net = make(variants, path, *argv, "--student", "plain"), open_model(path).net
