@@ -25,22 +25,11 @@ ACTIVATIONS = {
     f"thin, {LONG}": Row("activations", "", {"at_weight": 0.0, "epochs": 160}),
     "thin, KD": Row("activations", WIDE, {"at_weight": 0.0, "kd_weight": 0.9}),
     "thin, AT": Row("activations", WIDE),
-    "bottleneck": Row("activations", "", {"model": "bottleneck", "at_weight": 0.0}),
-    f"bottleneck, {LONG}": Row(
-        "activations", "", {"model": "bottleneck", "at_weight": 0.0, "epochs": 160}
-    ),
-    "bottleneck, AT": Row("activations", WIDE, {"model": "bottleneck", "at_weight": 140.0}),
 }
 GRADIENTS = {
     "neither": Row("integrated_gradients", WIDE, {"overlay": 0.0}),
     "IG": Row("integrated_gradients", WIDE),
     f"IG {OTHER}": Row("integrated_gradients", WIDE, {"shuffle": True}),
-    "KD": Row("integrated_gradients", WIDE, {"overlay": 0.0, "kd_weight": 0.3}),
-    "KD and IG": Row("integrated_gradients", WIDE, {"kd_weight": 0.3}),
-    f"KD and IG {OTHER}": Row("integrated_gradients", WIDE, {"kd_weight": 0.3, "shuffle": True}),
-    "KD, AT and IG, as the authors weigh them": Row(
-        "integrated_gradients", WIDE, {"kd_weight": 0.01, "at_weight": 0.8, "raw": True}
-    ),
 }
 SOFTMAX, TAUGHT = "softmax", "linear, transfer"
 LORA, AFTER = ({n: f"{how}, {n} epochs" for n in (2, 6, 20, 60)} for how in ("LoRA", "both"))
@@ -101,10 +90,6 @@ def find_sizes(table: Table, runs: Runs) -> dict:
     return found
 
 
-def compare_gains(of: dict[str, float]) -> float:
-    return of["bottleneck, AT"] - of["bottleneck"] - (of["thin, AT"] - of["thin"])
-
-
 def find_trained(table: Table, runs: Runs) -> dict:
     """Accuracies; and how many parameters each row trained, besides those of the ViT."""
     found, what = estimate(table, runs), "trained parameters"
@@ -158,17 +143,12 @@ TABLES = {
         "where a CNN is active, and its softened classes, given to smaller ones",
         rows=tuple(ACTIVATIONS), find=find_sizes, points=FOUR,
         against={row: row.split(",")[0] if "," in row else WIDE for row in ACTIVATIONS},
-        contrasts=subtract(*((f"{row}, AT", f"{row}, {LONG}") for row in ("thin", "bottleneck")),
-                           ("thin, AT", "thin, KD"))
-        | {"gain of AT: bottleneck − thin": compare_gains},
+        contrasts=subtract(("thin, AT", f"thin, {LONG}"), ("thin, AT", "thin, KD")),
     ),
     "related-gradients": related(
         "what contributed to a teacher's class, laid over images", rows=tuple(GRADIENTS),
-        points=FOUR,
-        against=dict.fromkeys(GRADIENTS, "neither")
-        | {row: "KD" for row in GRADIENTS if row.startswith("KD and")},
-        contrasts=subtract(*((row, f"{row} {OTHER}") for row in ("IG", "KD and IG")),
-                           ("KD and IG", "neither")),
+        points=FOUR, against=dict.fromkeys(GRADIENTS, "neither"),
+        contrasts=subtract(("IG", f"IG {OTHER}")),
     ),
     "related-linear": related(
         "softmax attention made linear", rows=tuple(LINEAR), find=find_trained,
