@@ -60,7 +60,7 @@ class Settings(recipes.Settings):
 
 
 RECIPES = merge_recipes(
-    dino.RECIPES, digits=dict(model="nano", epochs=60), cifar=dict(model="mini")
+    dino.RECIPES, digits=dict(model="nano", epochs=40), cifar=dict(model="mini")
 )
 parse = partial(parse_settings, __doc__, Settings, RECIPES)
 
