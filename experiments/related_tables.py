@@ -40,21 +40,13 @@ LINEAR = {
     **{LORA[n]: Row("linear_attention", SOFTMAX, {"lora": True, "epochs": n}) for n in LORA},
     **{AFTER[n]: Row("linear_attention", TAUGHT, {"lora": True, "epochs": n}) for n in AFTER},
 }
-DINO, LABELLED, UNTRAINED = (
-    "DINO, teacher",
-    "labels, teacher",
-    {"epochs": 1, "warmup": 0, "blr": 0.0},
-)
+LABELLED = "labels, teacher"
 ATTNDISTILL = {
     "random, teacher": Row("attndistill", "none", {"model": "micro"} | UNTRAINED),
-    DINO: Row("dino", ""),
     LABELLED: Row("attndistill", "none", {"model": "micro"}),
     "random, student": Row("attndistill", "none", UNTRAINED),
     "token": Row("attndistill", LABELLED, {"attention_weight": 0.0}),
     "token and map": Row("attndistill", LABELLED),
-    "token and map, weight 1": Row("attndistill", LABELLED, {"attention_weight": 1.0}),
-    "token, 2 heads": Row("attndistill", LABELLED, {"num_heads": 2, "attention_weight": 0.0}),
-    "token and map, 2 heads": Row("attndistill", LABELLED, {"num_heads": 2}),
 }
 ALONE = "the robot alone"
 REMINDED = {
@@ -158,10 +150,7 @@ TABLES = {
     "related-attndistill": related(
         "without labels: class tokens and where they look; 20 nearest neighbours",
         rows=tuple(ATTNDISTILL),
-        against=dict.fromkeys(ATTNDISTILL, "random, teacher")
-        | dict.fromkeys(("token", "token, 2 heads"), "random, student")
-        | {row: row.replace(" and map", "").removesuffix(", weight 1")
-           for row in ATTNDISTILL if "map" in row},
+        against={LABELLED: "random, teacher", "token": "random, student", "token and map": "token"},
         contrasts=subtract(("token", LABELLED)),
     ),
     "related-reminders": related(
