@@ -29,6 +29,10 @@ def distilled(**flags) -> Row:
     return Row("variants", "pre-trained", flags, tuned_as="attention distillation")
 
 
+def probed(teacher: str) -> Row:
+    return Row("variants", teacher, {"how": "probe"}, "linear probe of the teacher")
+
+
 CONTROLS = {
     "copy, random teacher": Row("copy", "random", tuned_as="attention copy"),
     "distillation, random teacher": Row("distill", "random", tuned_as="attention distillation"),
@@ -52,22 +56,17 @@ LAYERS = {  # besides all layers, which tuned copy has, and :3, which tuned dist
 EXPLAINED = {
     "distillation, detached": distilled(detach=True),
     "distillation without labels": distilled(class_weight=0.0, layers="all"),
-    "linear probe of that": Row(
-        "variants", "distillation without labels", {"how": "probe"}, "linear probe of the teacher"
-    ),
-    "linear probe of a random net": Row(
-        "variants", "none", {"how": "probe"}, "linear probe of the teacher"
-    ),
+    "linear probe of that": probed("distillation without labels"),
+    "linear probe of a random net": probed("none"),
 }
 AGAIN = {  # in another order, from another start, on the same labels: for ensembles
     f"{row} again": MAIN[row]._replace(tuned_as=row)
     for row in ("from scratch", "attention distillation", "fine-tuning")
 }
 SINGLE = {f"copy, layer {i}": copied(layers=str(i)) for i in range(4)}
+LABELLED = {"classes": ":5", "num_labels": 0, "epochs": 13, "lr": 2e-3}
 KNOWING = {  # teachers that scenes may have, besides the one without labels
-    "a teacher with labels": Row(
-        "finetune", "none", {"classes": ":5", "num_labels": 0, "epochs": 13, "lr": 2e-3}
-    ),
+    "a teacher with labels": Row("finetune", "none", LABELLED),
     "an MAE": Row("pretrain", "", {"target": "masked", "num_labels": 0, "epochs": 39}),
 }
 WHOSE = {
@@ -84,9 +83,7 @@ FINE_TUNED = {
     "copy, fine-tuned teacher": CONTROLS["copy, fine-tuned teacher"],
     "copy, its mean maps": Row("variants", "fine-tuning", {"maps": "mean"}, "copy, mean maps"),
     f"copy, {ELSEWHERE}": Row("copy", ELSEWHERE, {}, "attention copy"),
-    f"copy, {ELSEWHERE}, mean maps": Row(
-        "variants", ELSEWHERE, {"maps": "mean"}, "copy, mean maps"
-    ),
+    f"copy, {ELSEWHERE}, mean": Row("variants", ELSEWHERE, {"maps": "mean"}, "copy, mean maps"),
 }
 MISMATCHED = {  # without the components that the teacher has
     "from scratch, plain": Row("finetune", "none", {"model": "micro"}, tuned_as="from scratch"),

@@ -39,7 +39,6 @@ DIGITS = Study(
 )
 FAIR = DIGITS._replace(  # students start from sin-cos positions, as their teachers
     base=DIGITS.base | {"positions": "sincos"},
-    images=("data", "distractors", "model", "classes"),
     rates=(2e-3, 4e-3, 8e-3, 1.6e-2),
     decays=(0.05, 0.2, 0.5, 1.5),
     own={row: DIGITS.own[row] for row in (*rows.MAIN, "copy, mean maps")},
