@@ -36,7 +36,7 @@ def estimate_rows(values: Values, against: Mapping[str, str]) -> dict[str, dict]
 
         recovery = (row - BASELINE) / (CEILING - BASELINE)
 
-    It has no interval where the gain of CEILING may be zero.
+    It is left out where the gain of CEILING may be zero.
     """
     rows = {row: estimate_over_seeds(found) for row, found in values.items()}
     for row in values:
@@ -44,11 +44,11 @@ def estimate_rows(values: Values, against: Mapping[str, str]) -> dict[str, dict]
         if other in values and other != row:
             paired = estimate_over_seeds(values[row] - values[other])
             rows[row]["difference"] = paired | {"from": other}
-        if {BASELINE, CEILING} <= values.keys() and row != BASELINE:
-            rows[row]["recovery"] = summarise(lambda of: compute_share(of, row, CEILING), values)
-            gain = estimate_over_seeds(values[CEILING] - values[BASELINE])["interval"]
-            if gain and gain[0] <= 0 <= gain[1]:
-                rows[row]["recovery"]["interval"] = None
+    if not {BASELINE, CEILING} <= values.keys():
+        return rows
+    gain = estimate_over_seeds(values[CEILING] - values[BASELINE])["interval"] or [1, 1]
+    for row in values.keys() - {BASELINE} if gain[0] > 0 or gain[1] < 0 else ():
+        rows[row]["recovery"] = summarise(lambda of: compute_share(of, row, CEILING), values)
     return rows
 
 

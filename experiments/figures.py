@@ -2,10 +2,11 @@
 
 import textwrap
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 
-from common.pictures import figure
+from common.pictures import figure, save
 
 COLOURS = {  # of Okabe and Ito, which colour-blind eyes can tell apart
     "from scratch": "#999999",
@@ -58,7 +59,7 @@ def draw_similarity(matrix: list[list[float]]):
 
 def draw_points(axis, cells: dict[str, list[dict]], points: Iterable[str]) -> None:
     """Each row at the points of a table, with intervals. Amounts are joined by lines."""
-    line, spare = "-" if all(point[0].isdigit() for point in points) else "none", iter(SPARE)
+    line, spare = "-" if any(point[0].isdigit() for point in points) else "none", iter(SPARE)
     for i, (row, of_row) in enumerate(cells.items()):
         shift = 0.06 * (i - (len(cells) - 1) / 2)  # so that intervals do not hide each other
         places, means = np.arange(len(of_row)) + shift, [cell["mean"] for cell in of_row]
@@ -75,6 +76,13 @@ def get_ends(cells: list[dict]) -> list[list[float]]:
     below = [cell["mean"] - low for cell, (low, _) in zip(cells, between, strict=True)]
     above = [high - cell["mean"] for cell, (_, high) in zip(cells, between, strict=True)]
     return [below, above]
+
+
+def draw_record(table, record: dict, path: Path) -> None:
+    """A picture of a study.Table's record beside it, if it holds accuracies."""
+    if not (table.tunes or table.find):
+        title = f"{table.about} ({table.study.base['data']}; seeds: {len(record['seeds'])})"
+        save(draw_accuracies(record["points"], title), path.with_suffix(".png"))
 
 
 def draw_accuracies(points: dict[str, dict], title: str):

@@ -1,4 +1,4 @@
-"""The tables of every README.md, written from results/*.json.
+"""The tables of every README.md, and their pictures, from results/*.json.
 
     python -m experiments.report
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from common import checkpoints, launch
 from common.settings import Base, parse_settings
-from experiments import estimates, related_tables, tables
+from experiments import estimates, figures, related_tables, tables
 from experiments.estimates import BASELINE, CEILING, estimate, format_cell, format_means
 from experiments.jobs import ROOT, read_record
 
@@ -54,7 +54,8 @@ def recompute(record: dict, table) -> dict:
     found = estimate(values, against, table.contrasts)
     for point, of_rows in found["points"].items():
         record["points"][point] = {
-            row: record["points"][point][row] | cells for row, cells in of_rows.items()
+            row: {k: v for k, v in record["points"][point][row].items() if k != "recovery"} | cells
+            for row, cells in of_rows.items()
         }
     contrasts = record.get("contrasts", {}) | found["contrasts"]
     return record | ({"contrasts": contrasts} if contrasts else {})
@@ -164,7 +165,7 @@ def format_points(points: dict[str, dict]) -> str:
     what, form = ("recovery", ".2f") if asked is recovered else ("difference", "+.1f")
     lines = [
         [point, *(f"{of_rows[row]['mean']:.1f}" for row in rows),
-         *(format_cell(of_rows[row][what], form) for row in asked.values())]
+         *(format_cell(of_rows[row].get(what), form) for row in asked.values())]
         for point, of_rows in points.items()
     ]  # fmt: skip
     return format_table(["", *rows, *asked], lines)
@@ -188,6 +189,7 @@ def main(settings: Base) -> None:
         if path.stem in TABLES:
             record = recompute(read_record(path), TABLES[path.stem])
             checkpoints.write_text(path, json.dumps(record, indent=1) + "\n")
+            figures.draw_record(TABLES[path.stem], record, path)
     for page in PAGES:
         checkpoints.write_text(page, fill_tables(page.read_text(), ROOT / "results"))
         print(f"wrote {page}")

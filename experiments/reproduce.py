@@ -103,7 +103,7 @@ def main(settings: Settings) -> None:
         record = runner.record(name, settings.extra, found)
         checkpoints.write_text(path, json.dumps(record, indent=1) + "\n")
         show(name, found)
-        draw(table, found, path)
+        figures.draw_record(table, found, path)
         if table.picture:
             pictures.save(table.picture(trained), path.with_suffix(".png"))
         print(f"\nwrote {path}")
@@ -115,14 +115,6 @@ def find_names(name: str) -> list[str]:
     if not names:
         raise ValueError(f"no table '{name}': choose from {', '.join(TABLES)}")
     return names
-
-
-def draw(table: Table, found: dict, path: Path) -> None:
-    """A picture of a table's accuracies."""
-    if table.tunes or table.find:
-        return
-    title = f"{table.about} ({table.study.base['data']}; seeds: {len(found['seeds'])})"
-    pictures.save(figures.draw_accuracies(found["points"], title), path.with_suffix(".png"))
 
 
 def show(name: str, found: dict) -> None:

@@ -20,9 +20,9 @@ A map belongs to one fixed image. So the images of the first epochs (--bank) are
 cropped and placed once, and then used in all epochs. Here F is the logit of the
 true class, and x0 is black. The authors' code (GitHub: nordlinglab,
 ModelCompression-IntegratedGradients) takes gradients of all probabilities from
-the mean colour, without (x - x0), to a random power between 1 and 2. It adds
-maps as they are to normalised images (--raw), and crops and flips images, but
-not maps. It weighs classes 0.01 and activity 0.8.
+the mean colour, without (x - x0), to a random power between 1 and 2. It lays
+them over pixels, or in a variant over normalised images (--raw). It crops and
+flips images, but not maps. It weighs classes 0.01 and activity 0.8.
 """
 
 from collections.abc import Callable

@@ -24,7 +24,7 @@ from common.augment import Normalise
 from common.launch import Failed
 from common.settings import parse_layers, values_of
 from datasets import digits
-from experiments import jobs, looks, report, reproduce, rows, ship, study, tables, tune
+from experiments import figures, jobs, looks, report, reproduce, rows, ship, study, tables, tune
 from experiments.estimates import estimate, unpack
 from experiments.rows import CLUTTER, MAIN
 from experiments.study import NEAREST, Planner
@@ -313,7 +313,7 @@ def test_a_damaged_record_is_named_where_it_is_used(places, tmp_path, monkeypatc
 def test_records_are_of_todays_rows_and_can_be_drawn(name, tmp_path):
     record, table = RESULTS[name], reproduce.TABLES[name]
     picture = tmp_path / f"{name}.png"
-    reproduce.draw(table, record, picture)
+    figures.draw_record(table, record, picture)
     assert picture.exists() == (not table.tunes and not table.find)
     if not table.find:
         found = {point: set(of_rows) for point, of_rows in record["points"].items()}
