@@ -94,9 +94,7 @@ def test_distractors_are_those_of_training():
 
 
 def test_ruined_logits_are_no_accuracy(tmp_path, failing):
-    argv = (
-        "--data digits --teacher none --epochs 1 --warmup 0 --num-labels 50 --lr 1e18 --out".split()
-    )
+    argv = "--data digits --teacher none --epochs 1 --warmup 0 --num-labels 50 --lr 1e18".split()
     code, line = failing(finetune, [*argv, "--out", tmp_path])
     assert code == 1 and "no longer finite" in line
     assert not (tmp_path / "model.pt").exists()

@@ -264,7 +264,7 @@ def test_another_run_is_neither_spoiled_nor_continued(tmp_path, failing):
     kept, state = last.read_bytes(), weights(tmp_path)
     for script, more, words in (
         (attention_distill, "", "already holds a run"),
-        (attention_distill, "--resume --blr 0.5", "blr was 0.04096, now 0.5"),
+        (attention_distill, "--resume --blr 0.5", "blr was 0.032, now 0.5"),
         (attention_copy, "--resume", "method was distill, now copy"),
     ):
         code, line = failing(script, [*argv, *more.split()])
