@@ -174,6 +174,10 @@ def main(settings: Settings) -> dict | None:
     label = "cell" if settings.target == "cell" else settings.label
     dataset = data.load(replace(settings, label=label))
     if settings.reconstruct:
+        if settings.target != "masked":
+            raise ValueError(
+                "--reconstruct draws what a masked autoencoder learned: --target masked"
+            )
         draw_reconstructions(settings, dataset)
         return None
     return train.fit(task(settings, dataset), settings)

@@ -37,6 +37,8 @@ ROOT = Path(__file__).parent.parent
     (finetune, "--teacher none --model gigantic", "gigantic"),
     (finetune, f"--model tiny --teacher {ROOT}/weights/digits.pt", "another size than --model"),
     (finetune, "--teacher none --patch 5", "try --image-size 10"),
+    (finetune, "--data scenes --scene twins --classes 3", "two classes or more"),
+    (pretrain, "--data scenes --reconstruct x.png", "--target masked"),
     (finetune, "--image-size 30", "--image-size 30"), (finetune, "--device tpu", "not available"),
     (finetune, "--device cuda:99", "cuda:99"), (finetune, "--resume --overwrite", "choose one"),
     (finetune, "--out /dev/null/run", "not a writable folder"),
