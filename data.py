@@ -1,4 +1,4 @@
-"""Images in, normalised batches on the device out: digits, CIFAR, ImageNet or your own folder.
+"""Images in, normalised batches on the device out: scenes, digits, CIFAR, ImageNet or a folder.
 
     --data scenes      bundled: digits in a grid; where to look depends (datasets/scenes.py)
     --data digits      bundled: a handwritten digit on a cluttered canvas (datasets/digits.py)

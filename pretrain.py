@@ -3,7 +3,7 @@
 He et al., "Masked Autoencoders Are Scalable Vision Learners", 2022. Most
 patches of an image are masked. The ViT sees the rest, and a light decoder has
 to reconstruct what is missing. For that the ViT must learn where to look. It
-needs no label. In scenes it says the pixels of the cell that is asked for.
+needs no label. In scenes it predicts the pixels of the cell asked for.
 
     python pretrain.py                             scenes, a minute on 2 cores
     python pretrain.py --data digits               masked, minutes on 2 cores
@@ -42,19 +42,11 @@ class Settings(recipes.Settings):
     decoder_depth: int = setting(1, "blocks of the decoder")
     decoder_heads: int = setting(4, "heads of the decoder", low=1)
     norm_pix_loss: bool = setting(False, "compare pixels normalised within their patch")
-    target: str = setting("masked", "masked patches, or the cell of a scene", ("masked", "cell"))
+    target: str = setting("masked", "predict masked patches, or a scene's cell", ("masked", "cell"))
     reconstruct: str = setting("", "train nothing: draw what --out has learned", free=True)
 
 
-SHARED = dict(
-    positions="sincos",
-    num_labels=0,
-    weight_decay=0.05,
-    beta2=0.95,
-    ema=0.0,
-    final_lr=0.0,
-    drop_path=0.0,
-)
+SHARED = dict(num_labels=0, weight_decay=0.05, beta2=0.95, ema=0.0, final_lr=0.0, drop_path=0.0)
 PHOTOS = dict(random_erase=0.0, randaugment=0, mixup=0.0, cutmix=0.0, mask_ratio=0.75, clip=0.0)
 RECIPES = merge_recipes(
     recipes.RECIPES,
@@ -66,7 +58,7 @@ RECIPES = merge_recipes(
     ),
     imagenet=SHARED | PHOTOS | dict(  # MAE's PRETRAIN.md, ViT-L. The published weights: 1600 epochs
         epochs=800, warmup=0.05, batch=4096, blr=1.5e-4, crop_area=0.2, decoder_dim=512,
-        decoder_depth=8, decoder_heads=16, norm_pix_loss=True,
+        decoder_depth=8, decoder_heads=16, norm_pix_loss=True, positions="sincos",
     ),
     folder=SHARED | PHOTOS | dict(
         epochs=150, warmup=0.067, blr=4e-3, crop_area=0.2, decoder_dim=128, norm_pix_loss=True,
@@ -171,13 +163,11 @@ def task(settings: Settings, dataset: data.Data) -> train.Task:
 
 
 def main(settings: Settings) -> dict | None:
+    if settings.reconstruct and settings.target != "masked":
+        raise ValueError("--reconstruct draws what an MAE has learned: --target masked")
     label = "cell" if settings.target == "cell" else settings.label
     dataset = data.load(replace(settings, label=label))
     if settings.reconstruct:
-        if settings.target != "masked":
-            raise ValueError(
-                "--reconstruct draws what a masked autoencoder learned: --target masked"
-            )
         draw_reconstructions(settings, dataset)
         return None
     return train.fit(task(settings, dataset), settings)

@@ -41,7 +41,6 @@ class ImageSettings(data.Images):
     checkpoints: tuple[str, ...] = ()
     image_size: int = 0  # the checkpoint's
     data: str = setting("", "data set [the checkpoint's]", ("", *data.DATA_SETS))
-    distractors: int = setting(-1, "distractors beside a digit [as in training]", low=-1)
     images: int = setting(200, "how many test images, evenly spaced in a folder", low=4)
     batch: int = setting(50, "images at a time", low=1)
 
