@@ -58,14 +58,10 @@ SCRIPTS = {
 @dataclass(frozen=True)
 class Settings(measure.Settings):
     data: str = setting("imagenet", "whose recipe, on made-up images", ("cifar10", "imagenet"))
-    image_size: int = setting(0, "pixels per side (0: the data set's own)", high=4096)
     method: str = setting("all", "finetune, copy, distill, pretrain, several with commas, or all")
-    variant: str = setting("all", "plain, plain-amp, ours, several with commas, or all")
     model: str = setting("", "size of the ViT [the recipe's]", ("", *vit.SIZES))
-    patch: int = setting(0, "pixels per side of a patch (0: the recipe's)")
     batch: str = setting("64", "images at a time: of several (32,64,128) the best counts")
     steps: int = setting(20, "timed steps of each variant", low=1)
-    layers: str = setting("", "layers to transfer [the recipe's]")
     amp: str = setting("auto", "mixed precision of ours", ("auto", "off", "bf16", "fp16"))
     compile: str = setting("auto", "torch.compile of ours", ("auto", "off", "on", "graphs"))
 
@@ -77,9 +73,8 @@ IMAGES = 1_281_167  # in an epoch of ImageNet
 
 
 def get_recipe(method: str, settings: Settings, batch: int):
-    """The method's own recipe, at this model and size."""
-    names = ["data", "device", "amp", "compile", "model", "patch", "image_size"]
-    names += ["layers"] if method in ("copy", "distill") else []
+    """The method's own recipe, for this model."""
+    names = ("data", "device", "amp", "compile", "model")
     asked = {name: value for name in names if (value := getattr(settings, name))}
     return SCRIPTS[method].parse(to_argv(asked | {"batch": batch, "micro_batch": batch}))
 
@@ -88,7 +83,7 @@ def build(method: str, variant: str, recipe) -> tuple[Learner, Tensor, Tensor]:
     """A learner of a random net, with images and labels (mixed as by MixUp) to learn from."""
     device, classes = launch.get_device(recipe.device), measure.count_classes(recipe)
     kind = data.DATA_SETS[recipe.data]
-    size = recipe.image_size or kind.image_size
+    size = kind.image_size
     images = torch.randn(recipe.batch, kind.channels, size, size, device=device)
     labels = torch.rand(recipe.batch, classes, device=device).softmax(-1)
     view = data.Train(sources.Tensors(images, labels), lambda x, _: x, recipe, classes, device)
@@ -175,49 +170,30 @@ def find_best(method: str, variants: list[str], settings: Settings, batches: lis
 
 def add_ratios(best: dict[str, dict], flop: float, matrix: float) -> None:
     """Adds to each row its share of the hardware and its speed relative to the others."""
-    for variant, row in best.items():
+    for row in best.values():
         row["gflop_per_image"] = round(flop / 1e9, 4)
         row["share"] = round(row["images_per_s"] * flop / matrix, 4)
-        for other in best:
-            if other != "ours":
-                times = row["images_per_s"] / best[other]["images_per_s"]
-                best[variant][f"times_{other}"] = round(times, 3)
+        for other in [name for name in best if name != "ours"]:
+            row[f"times_{other}"] = round(row["images_per_s"] / best[other]["images_per_s"], 3)
 
 
 def show(method: str, best: dict[str, dict]) -> None:
     for variant, row in best.items():
         speed = f"{row['batch']:5} {row['images_per_s']:9,.1f} {row['memory_gib']:6.2f}"
-        ratios = [
-            (row.get(f"times_{other}"), width) for other, width in (("plain", 9), ("plain-amp", 13))
-        ]
-        shown = "".join(f"{times:{width}.2f}" if times else " " * width for times, width in ratios)
-        print0(f"{method:9} {variant:10} {speed} {row['share']:6.1%}{shown}")
-
-
-def choose(text: str, known, flag: str) -> list[str]:
-    """Names with commas between them, or all."""
-    names = list(known if text == "all" else dict.fromkeys(text.split(",")))
-    for name in names:
-        if name not in known:
-            raise ValueError(f"{flag} {name}: choose {', '.join(known)} or all")
-    return names
+        ratios = (row.get(f"times_{other}", math.nan) for other in ("plain", "plain-amp"))
+        shown = "  ".join(f"{times:7.2f}" for times in ratios)
+        print0(f"{method:9} {variant:10} {speed} {row['share']:6.1%}  {shown}")
 
 
 def main(settings: Settings) -> dict:
     device = launch.get_device(settings.device)
-    methods = choose(settings.method, SCRIPTS, "--method")
-    variants = choose(settings.variant, VARIANTS, "--variant")
-    if "plain-amp" in variants and not has_bf16(device.type):
-        variants.remove("plain-amp")
-        print0("no plain-amp: this hardware has no bf16, and would only emulate it")
-    if not all(word.isdigit() and int(word) for word in settings.batch.split(",")):
-        raise ValueError(f"--batch {settings.batch}: write a number, or several with commas")
+    methods = list(SCRIPTS) if settings.method == "all" else settings.method.split(",")
+    if not set(methods) <= SCRIPTS.keys():
+        raise ValueError(f"--method {settings.method}: choose {', '.join(SCRIPTS)} or all")
+    variants = [name for name in VARIANTS if name != "plain-amp" or has_bf16(device.type)]
     batches = [int(word) for word in settings.batch.split(",")]
     records, matrix = measure.Records(settings, device), measure.measure_matrix_rate(device)
-    print0(
-        f"matrix rate {matrix / 1e12:.4g} Tflop/s; "
-        f"{settings.steps} steps of each variant, in turns\n"
-    )
+    print0(f"matrix rate {matrix / 1e12:.4g} Tflop/s; {settings.steps} steps of each, in turns\n")
     print0("method    variant    batch  images/s    GiB  share  x plain  x plain-amp")
     rows = {}
     for method in methods:
@@ -227,13 +203,11 @@ def main(settings: Settings) -> dict:
         show(method, best)
         if settings.data == "imagenet" and "ours" in best:
             hours = round(recipe.epochs * IMAGES / best["ours"]["images_per_s"] / 3600, 1)
-            best["ours"] |= {
-                "recipe_epochs": recipe.epochs,
-                "projected_hours_of_this_device": hours,
-            }
+            projected = {"recipe_epochs": recipe.epochs, "projected_hours_of_this_device": hours}
+            best["ours"] |= projected
             print0(f"          {recipe.epochs} epochs of ImageNet: {hours:,.0f} hours at this rate")
     about = {name: getattr(recipe, name) for name in ("data", "model", "patch", "compile")}
-    about["image_size"] = recipe.image_size or data.DATA_SETS[settings.data].image_size
+    about["image_size"] = data.DATA_SETS[settings.data].image_size
     about |= {"steps": settings.steps, "matrix_tflops": round(matrix / 1e12, 3)}
     return records.add("speed.benchmark", about | {"rows": rows})
 

@@ -4,7 +4,6 @@ python -m speed.loader                         images in memory
 python -m speed.loader --data-dir /imagenet    JPEG files too
 """
 
-import statistics
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -69,18 +68,6 @@ def view_jpegs(settings: Settings, folder: Path, workers: int, device) -> data.T
     return data.Train(parts.train, augment, recipe, len(parts.classes), device)
 
 
-def measure_gpu_decoding(view: data.Train, device: torch.device) -> float:
-    """JPEG files decoded on the GPU, and nothing else."""
-    from torchvision import io
-
-    paths = [
-        path for path, _ in view.source.samples[:256] if path.lower().endswith(("jpg", "jpeg"))
-    ]
-    files = [io.read_file(path) for path in paths]
-    decode = partial(io.decode_jpeg, files, mode=io.ImageReadMode.RGB, device="cuda")
-    return len(files) / statistics.median(measure.measure_seconds(decode, device) for _ in range(5))
-
-
 def main(settings: Settings) -> dict:
     device, table = launch.get_device(settings.device), {}
     records = measure.Records(settings, device)
@@ -96,8 +83,6 @@ def main(settings: Settings) -> dict:
             view = view_jpegs(settings, folder, workers, device)
             name = f"JPEG files, {workers} worker{'s' * (workers > 1)} on {cores} cores"
             note(name, measure_rate(view, device))
-        if device.type == "cuda":
-            note("JPEG files, decoded alone, on the GPU", measure_gpu_decoding(view, device))
     else:
         print0(f"no folder {folder}: to time JPEGs, let --data-dir hold train/CLASS/*")
     return records.add("speed.loader", {"images_per_s": table, "cores": cores})

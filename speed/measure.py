@@ -42,7 +42,7 @@ def count_operations(method: str, recipe) -> float:
     """
     dim, depth, _ = vit.SIZES[recipe.model]
     kind = data.DATA_SETS[recipe.data]
-    patches = ((recipe.image_size or kind.image_size) // recipe.patch) ** 2
+    patches = (kind.image_size // recipe.patch) ** 2
     pixels = recipe.patch**2 * kind.channels
 
     def block(tokens: int, d: int = dim) -> float:
@@ -113,7 +113,8 @@ class Records:
         self.device = device_name(device)
         name = self.device.replace(" ", "-") if device.type == "cuda" else device.type
         self.path = Path(settings.results) / f"benchmark-{name}.json" if settings.record else None
-        self.all = read_records(self.path) if self.path and self.path.exists() else {}
+        kept = json.loads(self.path.read_text()) if self.path and self.path.exists() else []
+        self.all = {record["command"]: record for record in kept}
         print0(f"{self.device}, torch {torch.__version__}")
 
     def add(self, module: str, found: dict) -> dict:
@@ -129,10 +130,3 @@ class Records:
             checkpoints.write_text(self.path, text)
             print0(f"\nwrote {self.path}")
         return record
-
-
-def read_records(path: Path) -> dict[str, dict]:
-    try:
-        return {record["command"]: record for record in json.loads(path.read_text())}
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} holds no records of speed: choose other --results") from error

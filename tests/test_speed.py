@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,12 @@ from speed import benchmark, linear, loader, loss_forms, measure
 from vit import QK
 
 ROOT = Path(vit.__file__).parent
-TINY = "--data cifar10 --model micro --patch 8 --device cpu --amp off".split()
+TINY = "--data cifar10 --model micro --device cpu --amp off".split()
 METHODS = list(benchmark.SCRIPTS)
 
 
-def get_recipe(method, *argv):
-    return benchmark.get_recipe(method, benchmark.parse([*TINY, *argv]), 4)
+def get_recipe(method):
+    return replace(benchmark.get_recipe(method, benchmark.parse(TINY), 4), patch=8)
 
 
 def build(method, variant):
@@ -68,7 +69,9 @@ def test_operations_are_counted_as_pytorch_counts_them(method, monkeypatch):
     monkeypatch.setattr(vit, "attend", lambda qk, v: qk.map() @ v)
     definition = lambda *maps: (attention_distill.attention_loss(*maps), torch.zeros(()))  # noqa: E731
     monkeypatch.setattr(attention_distill, "compare_maps", definition)
-    recipe = get_recipe(method, "--layers", "0,2")
+    recipe = get_recipe(method)
+    if method in ("copy", "distill"):
+        recipe = replace(recipe, layers="0,2")
     learner, images, labels = benchmark.build(method, "ours", recipe)
     with FlopCounterMode(display=False) as counter:
         learner.compute_loss(images, labels).backward()
