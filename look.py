@@ -3,12 +3,12 @@
     python look.py photo.jpg runs/distill-scenes-micro-s0/model.pt
     python look.py photo.jpg vit_base_patch16_224.mae --layers 0,6,11
     python look.py photo.jpg vit_small_patch14_dinov2.lvd142m --heads 0:3
+    python look.py photo.jpg vit_base_patch16_224.mae --query 7,7
 
-A row for each head, first their mean; a column for each layer. The more orange
-a patch, the more all patches look at it.
+A row for each head, first their mean; a column for each layer. Bright patches
+are looked at: by all patches on average, or by the one that --query names.
 """
 
-import textwrap
 from dataclasses import dataclass
 from functools import partial
 from math import isqrt
@@ -25,6 +25,7 @@ from common.augment import Normalise, Normalization, to_pixels
 from common.settings import Base, parse_layers, parse_settings, setting
 from datasets.images import centre_crop, read_image
 from teachers.load import Model, open_model
+from vit import ViT
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Settings(Base):
     photo: tuple[str, ...] = ()
     layers: str = setting("", "layers to draw: 0,6,11, -4: or all [four of them]")
     heads: str = setting("", "heads to draw, written the same way [their mean only]")
+    query: str = setting("", "who looks: the patch ROW,COLUMN, from 0,0, or class [all patches]")
     image_size: int = setting(0, "pixels per side [the ViT's own]", high=4096)
     out: str = setting("", "the picture [runs/look-PHOTO.png]")
     device: str = setting("auto", "cpu, cuda, mps, or auto")
@@ -62,15 +64,31 @@ def get_kind(model: Model) -> data.DataSet:
     return kind._replace(normalization=model.checkpoint.normalization or kind.normalization)
 
 
-def draw(model: Model, x: Tensor, maps: list[Tensor], layers: list[int], heads: list[int]):
+def find_query(name: str, net: ViT) -> tuple[int | None, str]:
+    """The token that --query names, or None for all patches; and who looks, for a title."""
+    row, _, column = name.partition(",")
+    side, has_class = net.config.grid_size, net.cls_token is not None
+    if not name:
+        return None, "all patches look"
+    if name == "class" and has_class:
+        return 0, "the class token looks"
+    if not (row.isdecimal() and column.isdecimal() and max(int(row), int(column)) < side):
+        words = f"ROW,COLUMN, from 0,0 to {side - 1},{side - 1}" + ", or class" * has_class
+        raise ValueError(f"--query {name}: write {words}")
+    return net.config.num_prefix_tokens + int(row) * side + int(column), f"patch {name} looks"
+
+
+def draw(model: Model, x: Tensor, maps: list[Tensor], layers, heads, query: int | None, title: str):
     """A matplotlib figure: a row for the mean of all heads and for each of `heads`."""
     prefix, rows = model.net.config.num_prefix_tokens, [None, *heads]
     looks = {
-        f"layer {i}": torch.cat([mean_look(maps[i], prefix, head) for head in rows]) for i in layers
+        f"layer {i}": torch.cat([mean_look(maps[i], prefix, head, query) for head in rows])
+        for i in layers
     }
     names = ["mean of heads", *(f"head {head}" for head in heads)]
-    images = x.expand(len(rows), -1, -1, -1)
-    return overlays(images, looks, get_kind(model).normalization, prefix, names)
+    images, kind = x.expand(len(rows), -1, -1, -1), get_kind(model)
+    marked = dict.fromkeys(("image", *looks), query - prefix) if query else {}
+    return overlays(images, looks, kind.normalization, prefix, names, title, marked)
 
 
 def name_likeliest(logits: Tensor, classes: list[str] | None) -> dict[str, float]:
@@ -91,13 +109,16 @@ def main(settings: Settings) -> dict[str, float]:
     layers = sorted({round(i * (depth - 1) / 3) for i in range(4)})
     layers = parse_layers(settings.layers, depth) if settings.layers else layers
     heads = parse_layers(settings.heads, count, "heads") if settings.heads else []
+    query, who = find_query(settings.query, model.net)
     x, maps, logits = look(photo, model)
     print(f"{photo} by {model.checkpoint}")
     likeliest = {} if logits is None else name_likeliest(logits, model.checkpoint.classes)
     for name, percent in likeliest.items():
         print(f"{percent:7.2f} %  {name}")
     out.parent.mkdir(parents=True, exist_ok=True)
-    pictures.save(draw(model, x, maps, layers, heads), out)
+    name = source.removesuffix("/model.pt").rpartition("/")[-1]
+    title = f"Where {who} in {Path(photo).name}: {name}"
+    pictures.save(draw(model, x, maps, layers, heads, query, title), out)
     print(f"where it looks: {out}")
     return likeliest
 
@@ -105,56 +126,32 @@ def main(settings: Settings) -> dict[str, float]:
 # Maps over images --------------------------------------------------------------------------------
 
 
-def mean_look(p: Tensor, prefix: int, head: int | None = None) -> Tensor:
+def mean_look(p: Tensor, prefix: int, head: int | None = None, query: int | None = None) -> Tensor:
     """Where the patches look on average: maps (B, H, N, N) to (B, N), of one head or of all.
 
-    `prefix`: tokens before the patches.
+    `prefix`: tokens before the patches. `query`: where this token looks.
     """
     p = p if head is None else p[:, head : head + 1]
-    return p[:, :, prefix:].mean(dim=(1, 2))
-
-
-def overlay(axis, pixels: Tensor, weights: Tensor, most: float):
-    """Weights (h, w) in orange over a gray image (H, W); none of them is above `most`."""
-    from matplotlib.colors import LinearSegmentedColormap
-
-    ink = LinearSegmentedColormap.from_list("ink", [(1, 0.5, 0, 0), (1, 0.5, 0, 0.9)])
-    whole = (0, pixels.shape[1], pixels.shape[0], 0)
-    axis.imshow(pixels, extent=whole, cmap="gray", vmin=-0.6, vmax=1)  # black would hide the orange
-    return axis.imshow(weights, extent=whole, cmap=ink, vmin=0, vmax=most)
+    return (p[:, :, prefix:] if query is None else p[:, :, query : query + 1]).mean(dim=(1, 2))
 
 
 def overlays(
-    images: Tensor, looks: dict[str, Tensor], normalization: Normalization, prefix: int = 1, rows=()
-):
-    """A row for each image, a column for each of `looks`: weights (B, N) drawn over it.
+    images: Tensor, looks: dict[str, Tensor], normalization: Normalization, prefix: int = 1,
+    rows=(), title: str = "", marked: dict[str, int] | None = None, most: float = 0.0,
+):  # fmt: skip
+    """A row for each image, a column for each of `looks`: weights (B, N) as light on it.
 
-    The more orange, the more a ViT looks there. All share one scale: multiples of the share that
-    each token would get of uniform attention. The `prefix` tokens before the patches are left out.
-    `rows`: their names.
+    All share one scale: multiples of the share that each token would get of uniform attention, up
+    to `most` [the largest, but for outliers]. The `prefix` tokens before the patches are left out.
+    `rows`: their names. `marked`: for columns by name, the number of a patch to frame.
     """
     pixels = rearrange(to_pixels(images, normalization), "b c h w -> b h w c").cpu()
-    whole = (0, pixels.shape[2], pixels.shape[1], 0)
     shares = {name: p[:, prefix:].detach().cpu() * p.shape[1] for name, p in looks.items()}
-    most = max(p.max() for p in shares.values()).item()
-    fig, axes = pictures.figure(
-        len(images), 1 + len(looks), 1.6 + len(looks), len(images) + 0.4, squeeze=False
-    )
-    for i, line in enumerate(axes):
-        line[0].imshow(pixels[i].expand(-1, -1, 3), extent=whole)
-        for axis, p in zip(line[1:], shares.values(), strict=True):
-            side = isqrt(p.shape[1])
-            drawn = overlay(axis, pixels[i].mean(-1), p[i].view(side, side), most)
-        for axis in line:
-            axis.set(xticks=[], yticks=[])
-    for axis, name in zip(axes[0], ("image", *looks), strict=True):
-        title = textwrap.fill(name, 9, break_long_words=False, break_on_hyphens=False)
-        axis.set_title(title, fontsize=8)
-    for axis, name in zip(axes[:, 0], rows, strict=False):
-        axis.set_ylabel(name, fontsize=8)
-    bar = fig.colorbar(drawn, ax=axes, shrink=0.8, aspect=30)
-    bar.set_label("attention (1: uniform)", fontsize=8)
-    return fig
+    drawn = torch.cat([p.flatten() for p in shares.values()])
+    most = most or min(drawn.max().item(), 1.1 * drawn.quantile(0.99).item())
+    side, label = isqrt(next(iter(shares.values())).shape[1]), "attention\n(1: uniform)"
+    lights = {name: p.view(-1, side, side) for name, p in shares.items()}
+    return pictures.draw_lights(pixels, lights, most, label, rows, title, marked or {})
 
 
 if __name__ == "__main__":

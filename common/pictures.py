@@ -1,17 +1,29 @@
-"""Pictures: figures that are saved, and the curves of a run."""
+"""Pictures: figures that are saved, attention as light on images, and the curves of a run."""
 
+import textwrap
 from pathlib import Path
+
+import numpy as np
 
 from common import checkpoints
 from common.progress import NOT_SHOWN
 
+LIGHT = "#3f5290", "#8a3080", "#ef5a3c", "#ffc53d"  # from what is not looked at to what is most
+FRAME = "#4de8ff"
+BLACK = 0.45  # how bright a black pixel is drawn, over a white one: its colour must show
 
-def figure(rows: int = 1, columns: int = 1, width: float = 5.0, height: float = 3.2, **how):
+
+def figure(rows=1, columns=1, width: float = 5.0, height: float = 3.2, title: str = "", **how):
     """A white figure, also in a dark notebook, and its axes."""
     import matplotlib.pyplot as plt
 
-    size = (width, height)
-    return plt.subplots(rows, columns, figsize=size, facecolor="white", layout="constrained", **how)
+    fig, axes = plt.subplots(
+        rows, columns, figsize=(width, height), facecolor="white", layout="constrained", **how
+    )
+    if title:
+        text = textwrap.fill(title, round(13 * width), break_on_hyphens=False)
+        fig.suptitle(text, x=0.01, ha="left", fontsize=10)
+    return fig, axes
 
 
 def save(fig, path: Path, dpi: int = 160) -> None:
@@ -20,6 +32,74 @@ def save(fig, path: Path, dpi: int = 160) -> None:
     kind = path.suffix.removeprefix(".") or "png"
     checkpoints.write(path, lambda file: fig.savefig(file, dpi=dpi, format=kind))
     plt.close(fig)
+
+
+def draw_lights(pixels, lights: dict, most: float, label: str, rows=(), title="", marked=None):
+    """A row for each image (B, H, W, C), a column for each of `lights`: weights (B, h, w) over it.
+
+    `rows`: names of the rows. `marked`: for columns by name, the number of a patch to frame.
+    """
+    count, names, marked = len(pixels), ("image", *lights), marked or {}
+    size = 2.2 + 1.1 * len(lights), 0.7 + 1.1 * count
+    fig, axes = figure(count, len(names), *size, title, squeeze=False)
+    for image, line, *weights in zip(pixels, axes, *lights.values(), strict=True):
+        line[0].imshow(image.expand(-1, -1, 3), extent=(0, image.shape[1], image.shape[0], 0))
+        for axis, p in zip(line[1:], weights, strict=True):
+            drawn = overlay(axis, image.mean(-1), p, most)
+        for axis, name in zip(line, names, strict=True):
+            axis.set(xticks=[], yticks=[])
+            if name in marked:
+                frame(axis, marked[name], weights[0].shape[1], image.shape[1])
+    for axis, name in zip(axes[0], names, strict=True):
+        axis.set_title(textwrap.fill(name, 11, break_long_words=False), fontsize=9)
+    for axis, name in zip(axes[:, 0], rows, strict=False):
+        axis.set_ylabel(name, fontsize=9)
+    above = any(p.max() > most for p in lights.values())
+    draw_bar(fig, drawn, axes, label, above)
+    return fig
+
+
+def overlay(axis, pixels, weights, most: float):
+    """A gray image (H, W) in the light of weights (h, w): dark at 0, bright at `most`.
+
+    The weight decides the colour. The pixel decides how bright it is.
+    """
+    from matplotlib.colors import LinearSegmentedColormap
+
+    whole = (0, pixels.shape[1], pixels.shape[0], 0)
+    light = LinearSegmentedColormap.from_list("light", LIGHT)
+    drawn = axis.imshow(weights, extent=whole, cmap=light, vmin=0, vmax=most)
+    axis.imshow(shade(pixels), extent=whole)
+    return drawn
+
+
+def shade(pixels):
+    """Black (H, W, 4) that lies over the light. It is denser where a gray image (H, W) is dark."""
+    rgba = np.zeros((*pixels.shape, 4))
+    rgba[..., 3] = (1 - BLACK) * (1 - np.asarray(pixels))
+    return rgba
+
+
+def frame(axis, patch: int, side: int, pixels: int) -> None:
+    """A frame around a patch of an image that is so many patches and pixels wide."""
+    from matplotlib.patches import Rectangle
+
+    size, (y, x) = pixels / side, divmod(patch, side)
+    box = Rectangle((x * size, y * size), size, size, fill=False, clip_on=False, zorder=3)
+    box.set(edgecolor=FRAME, linewidth=1.8)
+    axis.add_patch(box)
+
+
+def draw_bar(fig, drawn, axes, label: str, above: bool = False) -> None:
+    """A bar for overlays, with all colours that they show: black pixels (left) to white ones.
+
+    `above`: it ends in an arrow, as some weights are above its end.
+    """
+    ends = "max" if above else "neither"
+    bar = fig.colorbar(drawn, ax=axes, shrink=0.8, aspect=6 * len(axes), extend=ends)
+    ramp, whole = shade(np.linspace(0, 1, 64)[None]), (0, 1, *bar.ax.get_ylim())
+    bar.ax.imshow(ramp, extent=whole, aspect="auto", zorder=5)
+    bar.set_label(label, fontsize=9)
 
 
 def curves(rows: list[dict]):

@@ -139,7 +139,8 @@ def draw(found: dict, a: Model, b: Model, dataset: data.Data, settings: Settings
         p = [cut(qk.map()) for _, qk in model.blockwise(some)][settings.layer]
         prefix = p.shape[-1] - patches
         one_layer[f"{name} {which}"] = look.mean_look(p, prefix, head)
-    overlays = look.overlays(some, one_layer, dataset.normalization, prefix)
+    title = "Where all patches look ({data}). A: {models[0]}, B: {models[1]}".format(**found)
+    overlays = look.overlays(some, one_layer, dataset.normalization, prefix, title=title)
     pictures.save(overlays, out / "maps.png")
     pictures.save(figures.draw_layers(found["layers"]), out / "layers.png")
     pictures.save(figures.draw_similarity(found["cka"]), out / "cka.png")

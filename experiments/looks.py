@@ -64,11 +64,16 @@ def draw_scenes(runs: Runs):
     nets |= {row: of_rows[row][0].out / "model.pt" for row in ("attention distillation", BASELINE)}
     for name, path in nets.items():
         model = open_model(path, images.device)
-        prefix, patches = model.net.config.num_prefix_tokens, model.net.config.grid_size**2
+        prefix, middle = model.net.config.num_prefix_tokens, model.net.config.grid_size**2 // 2
         first, second, *_ = (qk.map() for _, qk in model.blockwise(images))
-        looks[f"{name}: layer 0, from the centre"] = first[:, :, prefix + patches // 2].mean(dim=1)
+        looks[f"{name}: layer 0, from the centre"] = look.mean_look(
+            first, prefix, query=prefix + middle
+        )
         looks[f"{name}: layer 1, from all cells"] = look.mean_look(second, prefix)
-    return look.overlays(images, looks, data.DATA_SETS["scenes"].normalization, prefix)
+    title = f"Where nets look: pointer scenes, seed {settings.seed}"
+    marked = {name: middle for name in looks if name.endswith("from the centre")}
+    how = dict(title=title, marked=marked | {"image": middle})
+    return look.overlays(images, looks, data.DATA_SETS["scenes"].normalization, prefix, **how)
 
 
 @torch.no_grad()

@@ -32,7 +32,7 @@ def run(*argv):
 
 
 def get_weights(fig) -> list[torch.Tensor]:  # what is drawn over the photograph
-    return [torch.tensor(ax.images[1].get_array().data) for ax in fig.axes if len(ax.images) == 2]
+    return [torch.tensor(ax.images[0].get_array().data) for ax in fig.axes if len(ax.images) == 2]
 
 
 def test_the_likeliest_classes_are_those_of_the_model(trained, small, photos, capsys):
@@ -59,6 +59,42 @@ def test_what_is_drawn_is_the_mean_of_the_maps(trained, photos, figures):
     for ours, theirs in zip(get_weights(figures[0]), expected, strict=True):
         torch.testing.assert_close(ours.float(), theirs)
     assert [axis.get_title() for axis in figures[0].axes[1:3]] == ["layer 1", "layer 2"]
+
+
+@pytest.mark.parametrize(("query", "token"), [("2,3", 1 + 2 * 4 + 3), ("class", 0)])
+def test_a_query_shows_where_one_token_looks_and_frames_its_patch(
+    query, token, trained, photos, figures
+):
+    photo = str(photos / "val" / "red" / "1.jpg")
+    run(photo, trained, "--layers", "1", "--heads", "3", "--query", query, "--out", "a.png")
+    p = look.look(photo, open_model(trained))[1][1][0]
+    for ours, of_heads in zip(get_weights(figures[0]), (p, p[3:4]), strict=True):
+        expected = 17 * of_heads[:, token, 1:].mean(dim=0).view(4, 4)
+        torch.testing.assert_close(ours.float(), expected)
+    frames = [box for axis in figures[0].axes[:4] for box in axis.patches]
+    assert len(frames) == (4 if token else 0)
+    assert {box.get_bbox().bounds for box in frames} == (
+        {(12.0, 8.0, 4.0, 4.0)} if token else set()
+    )
+
+
+@pytest.mark.parametrize("query", ["4,0", "-1,0", "1", "1,2,3", "centre"])
+def test_a_query_that_is_no_patch_is_refused(query, trained):
+    with pytest.raises(ValueError, match="0,0 to 3,3, or class"):
+        look.find_query(query, open_model(trained).net)
+
+
+def test_a_bright_pixel_shows_the_colour_of_its_weight_and_a_dark_one_a_darker_one():
+    fig, axis = pictures.figure(width=1, height=1)
+    axis.set_position([0, 0, 1, 1])
+    axis.axis("off")
+    drawn = pictures.overlay(axis, torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 0.5]]), 1.0)
+    fig.set_layout_engine("none")
+    fig.canvas.draw()
+    seen = torch.tensor(fig.canvas.buffer_rgba().tolist())[50, [10, 90], :3] / 255
+    light = torch.tensor(drawn.cmap(0.5)[:3], dtype=torch.float32)
+    torch.testing.assert_close(seen[1], light, atol=0.01, rtol=0)
+    torch.testing.assert_close(seen[0], pictures.BLACK * light, atol=0.01, rtol=0)
 
 
 def test_a_teacher_without_a_head_still_shows_where_it_looks(teacher, photos, figures, capsys):
