@@ -24,6 +24,8 @@ results/benchmark-DEVICE.json.
 import math
 import multiprocessing
 import statistics
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -39,7 +41,7 @@ import pretrain
 import vit
 from common import launch
 from common.augment import Normalise
-from common.launch import Failed, print0
+from common.launch import print0
 from common.precision import has_bf16
 from common.settings import parse_settings, setting, to_argv
 from datasets import sources
@@ -99,63 +101,56 @@ def build(method: str, variant: str, recipe) -> tuple[Learner, Tensor, Tensor]:
     return make(task, recipe, 10**6), images, labels  # steps: as in a long run
 
 
-def work(pipe, method: str, variant: str, recipe, steps: int) -> None:
-    """One variant, in a process and memory of its own: sends its peak, then times of steps."""
+take_step: Callable  # of this process: `prepare` sets it
+
+
+def prepare(method: str, variant: str, recipe) -> float:
+    """Makes a variant in this process, which is its own. Returns the GiB that its steps take."""
+    global take_step
     device = launch.get_device(recipe.device)
     before = measure.read_peak(device)
-    try:
-        learner, *batch = build(method, variant, recipe)
-        step = partial(learner.train_step, *batch, 1e-6)
-        for _ in range(3):  # the warm-up, and compilation
-            step()
-        answer = measure.read_peak(device) - before
-        while True:
-            if device.type == "cuda":
-                torch.cuda.empty_cache()  # for the others
-            pipe.send(answer)
-            if not pipe.recv():
-                break
-            step()  # not timed: others have used the device in between
-            answer = [measure.measure_seconds(step, device) for _ in range(steps)]
-    except (torch.OutOfMemoryError, ValueError) as error:
-        pipe.send(error)
+    learner, *batch = build(method, variant, recipe)
+    take_step = partial(learner.train_step, *batch, 1e-6)
+    for _ in range(3):  # the warm-up, and compilation
+        take_step()
+    spare_others(device)
+    return measure.read_peak(device) - before
+
+
+def take_turn(device: torch.device) -> list[float]:
+    """Seconds of the next few steps of what `prepare` made."""
+    take_step()  # not timed: others have used the device in between
+    times = [measure.measure_seconds(take_step, device) for _ in range(STEPS_PER_TURN)]
+    spare_others(device)
+    return times
+
+
+def spare_others(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def time_variants(method: str, variants: list[str], settings: Settings, batch: int) -> dict:
     """A row for each variant whose batch fits: one process each, timed in turns."""
     recipe, spawn = get_recipe(method, settings, batch), multiprocessing.get_context("spawn")
-    rows, times, pipes = {}, {}, {}
-    for variant in variants:
-        pipe, theirs = spawn.Pipe()
-        arguments = (theirs, method, variant, recipe, STEPS_PER_TURN)
-        spawn.Process(target=work, args=arguments, daemon=True).start()
-        theirs.close()  # so that a worker that died is the end of the file
+    device, rows, times = launch.get_device(settings.device), {}, {}
+    pools = {variant: ProcessPoolExecutor(1, spawn) for variant in variants}
+    for variant, pool in pools.items():
         try:
-            memory = round(receive(pipe, method, variant), 2)
-            rows[variant] = {"batch": batch, "memory_gib": memory}
-            pipes[variant], times[variant] = pipe, []
+            memory = pool.submit(prepare, method, variant, recipe).result()
+            rows[variant], times[variant] = {"batch": batch, "memory_gib": round(memory, 2)}, []
         except torch.OutOfMemoryError:
+            pool.shutdown()
             print0(f"{method:9} {variant:10} {batch:5} images do not fit")
     for _ in range(math.ceil(settings.steps / STEPS_PER_TURN)):
-        for variant, pipe in pipes.items():
-            pipe.send(True)
-            times[variant] += receive(pipe, method, variant)
+        for variant, took in times.items():
+            took += pools[variant].submit(take_turn, device).result()
     for variant, took in times.items():
-        pipes[variant].send(False)
+        pools[variant].shutdown()
         low, middle, high = statistics.quantiles(took, n=4)
         rows[variant]["images_per_s"] = round(batch / middle, 2)
         rows[variant]["quartiles"] = [round(batch / high, 2), round(batch / low, 2)]
     return rows
-
-
-def receive(pipe, method: str, variant: str):
-    try:
-        answer = pipe.recv()
-    except EOFError:
-        raise Failed(f"{method} {variant} ended before its time (see above)") from None
-    if isinstance(answer, Exception):
-        raise answer
-    return answer
 
 
 def find_best(method: str, variants: list[str], settings: Settings, batches: list[int]) -> dict:
