@@ -12,9 +12,8 @@ def choose_precision(amp: str, net: nn.Module) -> torch.dtype:
     where = next(net.parameters()).device.type
     small = sum(p.numel() for p in net.parameters()) < 1e6  # its time goes into calls, not products
     if amp == "auto":
-        amp = (
-            "off" if small else "bf16" if has_bf16(where) else "fp16" if where == "cuda" else "off"
-        )
+        fast = "bf16" if has_bf16(where) else "fp16" if where == "cuda" else "off"
+        amp = "off" if small else fast
     return {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
 
 

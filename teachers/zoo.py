@@ -46,9 +46,8 @@ FAMILIES = (
     Family("MAE", "nothing", NO_COMMERCE, """
     base,large 16 224 vit_{}_patch16_224.mae
     huge       14 224 vit_{}_patch14_224.mae
-    base       16 224 mae_pretrain_vit_{} {name}.pth#md5=8cad7c
-    large      16 224 mae_pretrain_vit_{} {name}.pth#md5=b8b06e
-    huge       14 224 mae_pretrain_vit_{} {name}.pth#md5=9bdbb0""", files=FAIR + "mae/pretrain/{}"),
+    base,large 16 224 mae_pretrain_vit_{} {name}.pth
+    huge       14 224 mae_pretrain_vit_{} {name}.pth""", files=FAIR + "mae/pretrain/{}"),
     Family("Web-MAE", "nothing", NO_COMMERCE, """
     large=300m               16 224 webssl_mae{}_full2b_224 {name}.pth
     huge=700m,giant=1b,2b,3b 14 224 webssl_mae{}_full2b_224 {name}.pth""",
@@ -181,7 +180,6 @@ def recognise(place: str) -> PublicViT | None:
     """The model whose file this path or URL is: by its authors' name, or a folder's for timm's."""
     path = PurePosixPath(place.partition("?")[0])
     shared = path.name in ("model.safetensors", "checkpoint_teacher.pth")  # names of many files
-    known = {PurePosixPath(model.url.partition("#")[0]).name: model for model in MODELS.values()}
-    known |= MODELS
+    known = {PurePosixPath(model.url).name: model for model in MODELS.values()} | MODELS
     names = path.parts[:-1] if shared else (path.name, path.stem)
     return next((known[name] for name in names if name in known), None)

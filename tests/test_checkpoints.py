@@ -214,19 +214,6 @@ def test_what_does_not_fit_is_refused_by_name(net, tmp_path):
         build_vit(read_checkpoint(f"tiny={tmp_path / 'odd.pth'}"))
 
 
-@pytest.mark.parametrize("odd, words", [
-    (b"<!DOCTYPE html><html>", "web page"), (b"version https://git-lfs.github.com", "Git LFS"),
-    (b"", "cannot be read"), ({"optimizer": {}, "run": {}}, "model.pt of a run"), ([1], "no model"),
-    ({"epoch": 3}, "no ViT we know"), ({"cls_token": torch.ones(3)}, "no ViT we know"),
-])  # fmt: skip
-def test_what_is_no_model_is_refused_in_one_line(odd, words, failing, tmp_path):
-    path = tmp_path / "odd.pth"
-    path.write_bytes(odd) if isinstance(odd, bytes) else torch.save(odd, path)
-    for script in (attention_copy, finetune):
-        code, line = failing(script, ["--teacher", path])
-        assert code == 2 and words in line and "odd.pth" in line
-
-
 def test_flipped_bytes_are_found(tmp_path):
     path = tmp_path / "model.pt"
     torch.save(checkpoints.export(vit.ViT(vit.Config(**SHAPE))), path)
@@ -250,17 +237,16 @@ class Answers(http.server.BaseHTTPRequestHandler):
 
 def test_a_download_is_checked_kept_and_leaves_nothing_else_behind(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    md5 = hashlib.md5(b"abcd").hexdigest()[:6]
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
         threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/"
-        for wrong in ("404/x.pth", "x.pth#md5=12ab34", "x-0123456789.pth"):
+        for wrong in ("404/x.pth", "x-0123456789.pth"):
             with pytest.raises(ValueError, match="cannot download"):
                 checkpoints.download(url + wrong)
         assert not [path for path in (tmp_path / "hub").rglob("*") if path.is_file()]
-        assert checkpoints.download(f"{url}y.pth#md5={md5}").read_bytes() == b"abcd"
+        assert checkpoints.download(f"{url}y.pth").read_bytes() == b"abcd"
         server.shutdown()
-    assert checkpoints.download(f"{url}y.pth#md5={md5}").is_file()  # without the server
+    assert checkpoints.download(f"{url}y.pth").is_file()  # without the server
     with pytest.raises(ValueError, match=r"cannot download .*z\.pth"):
         checkpoints.download(f"{url}z.pth")
 

@@ -1,7 +1,6 @@
 """Wrong input of every kind: one line that says how to mend it, exit code 2, nothing spoiled."""
 
 import json
-import os
 import pickle
 import subprocess
 import sys
@@ -19,7 +18,6 @@ import finetune
 import look
 import pretrain
 import vit
-from common import launch
 from common.checkpoints import read_file
 
 ROOT = Path(__file__).parent.parent
@@ -84,13 +82,13 @@ def save(contents):
 
 @pytest.mark.parametrize("spoil, words", [
     (lambda whole: whole[: len(whole) // 2], "cannot be read"),
-    (lambda whole: whole[:-9000] + b"?" + whole[-8999:], "changed since it was written"),
     (lambda _: b"", "cannot be read"), (lambda _: b"hello", "cannot be read"),
-    (lambda _: b"\n<!DOCTYPE html><html>", "a web page"),
+    (lambda _: b"\n<!DOCTYPE html><html>", "a web page"), (lambda _: save([1, 2]), "no model"),
     (lambda _: b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS pointer"),
-    (lambda _: pickle.dumps(Exploit(), 2), "cannot be read"), (lambda _: save([1, 2]), "file.pt"),
+    (lambda _: pickle.dumps(Exploit(), 2), "cannot be read"),
     (lambda _: save({"model": Exploit()}), "cannot be read"),
-    (lambda _: save({"model": {"fc.weight": torch.ones(3)}}), "file.pt"),
+    (lambda _: save({"model": {"fc.weight": torch.ones(3)}}), "no ViT we know"),
+    (lambda _: save({"optimizer": {}, "run": {}}), "model.pt of a run"),
 ])  # fmt: skip
 def test_files_that_are_no_checkpoints(spoil, words, failing):
     whole = (ROOT / "weights" / "digits.pt").read_bytes()
@@ -116,19 +114,6 @@ def test_too_little_memory_is_no_damage(error, failing, monkeypatch):
     assert code == 1 and "out of memory" in line and Path("file.pt").exists()
 
 
-def test_names_that_are_not_utf8(photos, small, capsys, monkeypatch):
-    name = os.fsdecode(b"\xff")
-    for image in photos.glob("*/*/[01].jpg"):
-        copied = Path("images", *image.parts[-3:-1], f"{name}{image.name}")
-        copied.parent.mkdir(parents=True, exist_ok=True)
-        copied.write_bytes(image.read_bytes())
-        copied.with_name(f"{name}.txt").touch()
-    argv = "--num-labels 0 --batch 2 --data-dir images --teacher none".split()
-    monkeypatch.setattr(sys, "argv", ["finetune.py", *small, *argv])
-    launch.run(finetune.main, finetune.parse)
-    assert "\\udcff.txt" in capsys.readouterr().out
-
-
 TENSORS = {
     "a.weight": torch.randn(3, 5), "b": torch.randn(7).bfloat16(), "c": torch.randn(2, 2).half(),
     "empty": torch.empty(0, 4), "one": torch.tensor(3.5), "index": torch.arange(6).view(2, 3),
@@ -137,15 +122,14 @@ TENSORS = {
 FILE = Path("x.safetensors")
 
 
-@pytest.mark.parametrize("name", [FILE, "known by its contents"])
-def test_it_reads_what_the_reference_wrote(name):
-    save_file(TENSORS, name, metadata={"format": "pt"})
-    torch.testing.assert_close(read_file(name), TENSORS, rtol=0, atol=0)  # dtypes as well
+def test_it_reads_what_the_reference_wrote():
+    save_file(TENSORS, FILE, metadata={"format": "pt"})
+    torch.testing.assert_close(read_file(FILE), TENSORS, rtol=0, atol=0)  # dtypes as well
 
 
 @pytest.mark.parametrize("key, changes, cut, add", [
-    ("b", {}, 3, b""), ("b", {}, 0, b"xx"), ("a.weight", {"data_offsets": [0, 60]}, 0, b""),
-    ("b", {"dtype": "F8"}, 0, b""), ("b", {"shape": [9]}, 0, b""), ("b", {"shape": [-7]}, 0, b""),
+    ("b", {}, 3, b""), ("b", {}, 0, b"xx"), ("b", {"dtype": "F8"}, 0, b""),
+    ("b", {"shape": [9]}, 0, b""), ("b", {"shape": [-7]}, 0, b""),
 ])  # fmt: skip
 def test_a_file_that_lies_is_refused(key, changes, cut, add):
     save_file(TENSORS, FILE)
@@ -154,12 +138,7 @@ def test_a_file_that_lies_is_refused(key, changes, cut, add):
     header = json.loads(whole[8:end])
     header[key] |= changes
     text, raw = json.dumps(header).encode(), whole[end : len(whole) - cut] + add
-    for content in (
-        len(text).to_bytes(8, "little") + text + raw,
-        b"",
-        whole[:end],
-        b"\xff" + whole,
-    ):
+    for content in (len(text).to_bytes(8, "little") + text + raw, b"", whole[:end]):
         FILE.write_bytes(content)
         with pytest.raises(ValueError, match=r"x\.safetensors cannot be read as a checkpoint"):
             read_file(FILE)
@@ -174,12 +153,9 @@ TRAINING = f"{ROOT}/finetune.py --teacher none --epochs 4 --model nano"
 
 
 @pytest.mark.slow
-def test_a_reader_that_leaves_and_a_closed_terminal():
-    """`| head` ends the run quietly; without any stdout it goes on."""
+def test_a_reader_that_leaves_ends_the_run_quietly():
     done = shell(f"set -o pipefail; python {TRAINING} --out run | head -1")
     assert len(done.stdout.splitlines()) == 1 and (done.returncode, done.stderr) == (141, "")
-    done = shell(f"python {TRAINING} --out closed >&-")
-    assert (done.returncode, done.stderr) == (0, "") and Path("closed/model.pt").exists()
 
 
 @pytest.mark.slow
