@@ -59,20 +59,16 @@ def adapt(teacher: vit.ViT, student: vit.ViT, layers, teacher_layers=(), heads=(
     """
     theirs, ours, sources = teacher.config, student.config, list(teacher_layers or layers)
     if len(sources) != len(layers) or sources[-1] >= theirs.depth:
-        raise ValueError(
-            f"--layers {list(layers)} cannot take the maps of layers {sources} of a teacher with "
-            f"{theirs.depth} layers: choose as many --teacher-layers, from 0 to {theirs.depth - 1}"
-        )
+        remedy = f"choose as many --teacher-layers, from 0 to {theirs.depth - 1}"
+        raise ValueError(f"--layers {list(layers)} cannot take the maps of {sources}: {remedy}")
     heads = () if list(heads) == list(range(theirs.heads)) else tuple(heads)
     registers = 0 if getattr(ours, "registers", 0) else getattr(theirs, "registers", 0)
     tokens = [config.num_prefix_tokens + config.grid_size**2 for config in (theirs, ours)]
     lent = {"heads": len(heads) or theirs.heads, "tokens": tokens[0] - registers}
     taken = {"heads": ours.heads, "tokens": tokens[1]}
     if lent != taken:
-        raise ValueError(
-            f"the teacher's maps have {lent} and the student's {taken}: choose --model, --patch, "
-            "--teacher or --heads so that they agree"
-        )
+        remedy = "choose --model, --patch, --teacher or --heads so that they agree"
+        raise ValueError(f"the teacher's maps have {lent} and the student's {taken}: {remedy}")
     if theirs.depth == ours.depth and sources == list(layers) and not (registers or heads):
         return teacher
     pairs = dict(zip(layers, sources, strict=True))

@@ -15,24 +15,23 @@ from teachers.vit import Config
 from teachers.zoo import PublicViT
 
 DROPPED = re.compile(  # pre-training's, and heads that read other tokens than ours does
-    r"decoder|mask_token|(encoder\.)?(norm|ln)\.|ln_post|proj$|attn_pool|lm_head|cls_pt_layers|"
+    r"decoder|mask_token|(encoder\.)?(norm|ln)\.|attn_pool|lm_head|cls_pt_layers|"
     r"projectors|local_cls_norm|rope_embed|head_dist|momentum_encoder|predictor|"
     r".*(relative_position_index|rope\.|num_batches)"
 )
 RENAMED = {
-    r"^(module\.|backbone\.|base_encoder\.|visual\.)+": "",
-    r"^class_token$|^class_embedding$": "cls_token",
-    r"^encoder\.pos_embedding$|^positional_embedding$": "pos_embed",
-    r"^conv_proj\.|^conv1\.": "patch_embed.proj.",
-    r"^encoder\.layers\.encoder_layer_|^transformer\.resblocks\.": "blocks.",
-    r"\.(self_attention|attn)\.in_proj_": ".attn.qkv.",
-    r"\.(self_attention|attn)\.out_proj\.": ".attn.proj.",
+    r"^(module\.|backbone\.|base_encoder\.)+": "",
+    r"^class_token$": "cls_token",
+    r"^encoder\.pos_embedding$": "pos_embed",
+    r"^conv_proj\.": "patch_embed.proj.",
+    r"^encoder\.layers\.encoder_layer_": "blocks.",
+    r"\.self_attention\.in_proj_": ".attn.qkv.",
+    r"\.self_attention\.out_proj\.": ".attn.proj.",
     r"\.ln_([12])\.": r".norm\1.",
-    r"\.mlp\.(0|linear_1|c_fc|w12)\.": ".mlp.fc1.",
-    r"\.mlp\.(3|linear_2|c_proj|w3)\.": ".mlp.fc2.",
+    r"\.mlp\.(0|linear_1|w12)\.": ".mlp.fc1.",
+    r"\.mlp\.(3|linear_2|w3)\.": ".mlp.fc2.",
     r"\.mlp\.w1\.": ".mlp.fc1_g.",
     r"\.mlp\.w2\.": ".mlp.fc1_x.",
-    r"^ln_pre\.": "norm_pre.",
     r"^blocks\.\d+\.(\d+)\.": r"blocks.\1.",  # DINOv2's code may keep them in chunks
     r"^(register_tokens|storage_tokens)$": "reg_token",
     r"\.gamma_([12])$": r".ls\1.gamma",
@@ -56,8 +55,6 @@ def parse_foreign(found: dict, source: str, model: PublicViT | None, size=None) 
     family = model.family
     if "no commercial use" in family.licence:
         print0(f"note: the licence of {model.name} is {family.licence}")
-    if family.note:
-        print0(f"note: {model.name} {family.note}")
     known = dict(normalization=family.normalization, method=family.title, resize=family.resize)
     return Checkpoint(source, weights, architecture, **known)
 
@@ -65,13 +62,10 @@ def parse_foreign(found: dict, source: str, model: PublicViT | None, size=None) 
 def rename(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a ViT's file by our names, with zeros for biases that no block has."""
     found: dict[str, Tensor] = {}
-    images_alone = any(name.startswith("visual.") for name in weights)  # CLIP reads text as well
     for theirs, value in weights.items():
         name = theirs
         for pattern, ours in RENAMED.items():
             name = re.sub(pattern, ours, name)
-        if images_alone and not theirs.startswith("visual."):
-            continue
         if name in found:
             raise ValueError(f"two of its tensors are {name}, one of them {theirs}")
         if not DROPPED.match(name):
@@ -84,13 +78,10 @@ def rename(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         rename_in_block(found, f"blocks.{i}.", biased)
         if shared is not None:
             found[f"blocks.{i}.attn.relative.table"] = shared
-    if "cls_token" in found:
-        found["cls_token"] = found["cls_token"].reshape(1, 1, -1)
-    if "pos_embed" in found:
-        positions = found["pos_embed"].reshape(1, -1, found["pos_embed"].shape[-1])
-        if "cls_token" in found and math.isqrt(positions.shape[1]) ** 2 == positions.shape[1]:
-            positions = F.pad(positions, (0, 0, 1, 0))  # none for the class token
-        found["pos_embed"] = positions
+    if "pos_embed" in found and "cls_token" in found:
+        tokens = found["pos_embed"].shape[1]
+        if math.isqrt(tokens) ** 2 == tokens:  # it has none for the class token
+            found["pos_embed"] = F.pad(found["pos_embed"], (0, 0, 1, 0))
     if "norm_pre.weight" in found:  # CLIP has no bias of patches
         patches = found["patch_embed.proj.weight"]
         found.setdefault("patch_embed.proj.bias", patches.new_zeros(len(patches)))
@@ -138,8 +129,6 @@ def describe(weights: dict[str, Tensor], model: PublicViT | None, size=None) -> 
         usual = dict(image_size=model.image_size, heads=model.heads)
         return Config(**usual | found | model.family.overrides)
     if not size or size[0] != dim:
-        raise ValueError(
-            f"neither it nor its width of {dim} tells how many attention heads it has: write "
-            "SIZE=FILE, such as small=FILE, or NAME=FILE (python -m teachers lists names)"
-        )
+        remedy = "write SIZE=FILE, such as small=FILE, or NAME=FILE (python -m teachers)"
+        raise ValueError(f"{dim} wide, it may have any number of attention heads: {remedy}")
     return Config(**{"image_size": 0} | found, heads=size[2])

@@ -1,7 +1,6 @@
 """Finds the teacher that --teacher asks for, or pre-trains one."""
 
 import contextlib
-import hashlib
 import json
 from dataclasses import fields, replace
 from pathlib import Path
@@ -24,9 +23,7 @@ def find_teacher(settings, dataset) -> Checkpoint | None:
     """
     source: str | Path = settings.teacher
     if source == "random" and not hasattr(settings, "layers"):
-        raise ValueError(
-            "--teacher random has no maps to give here: from scratch is --teacher none"
-        )
+        raise ValueError("--teacher random lends maps, not weights: from scratch is --teacher none")
     if source in ("none", "random"):
         return None
     if source == "mae" or (source, settings.data) == ("auto", "imagenet"):
@@ -59,8 +56,6 @@ def find_bundled(settings) -> Path | None:
     for about in BUNDLED.glob("*.json"):
         facts, file = json.loads(about.read_text()), about.with_suffix(".pt")
         if all(getattr(settings, name) == value for name, value in facts["for"].items()):
-            if hashlib.sha256(file.read_bytes()).hexdigest() != facts["sha256"]:
-                raise ValueError(f"{file} is not the file that {about.name} describes: fetch both")
             return file
     return None
 

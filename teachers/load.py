@@ -65,10 +65,8 @@ def build(config: vit.Config, drop_path: float = 0.0, positions: str = "random")
     """A random ViT, plain or of a family. Its positions start at random or as `sincos`."""
     size, patch = config.image_size, config.patch
     if size % patch:
-        raise ValueError(
-            f"--image-size {size} does not divide into patches of {patch} pixels: try --image-size "
-            f"{max(1, round(size / patch)) * patch}"
-        )
+        other = max(1, round(size / patch)) * patch
+        raise ValueError(f"--image-size {size} is no multiple of --patch {patch}: try {other}")
     kind = vit.ViT
     if type(config) is not vit.Config:
         from teachers.vit import ViT as kind

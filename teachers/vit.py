@@ -154,11 +154,7 @@ def parse_components(text: str) -> dict:
     """Fields of Config from the end of --model: "registers=4+positions=rope"."""
     found, words = {}, {"positions": POSITIONS, "activation": ACTIVATIONS}
     for name, _, value in (part.partition("=") for part in re.split(r"\+(?=\w+=)", text)):
-        if (
-            name not in COMPONENTS
-            or value.startswith("-")
-            or value.removeprefix("absolute+") not in words.get(name, value)
-        ):
+        if name not in COMPONENTS or value.removeprefix("absolute+") not in words.get(name, value):
             known = ", ".join((*COMPONENTS, *POSITIONS, *ACTIVATIONS))
             raise ValueError(f"--model ...+{text}: choose from {known}")
         found[name] = value if name in words else type(COMPONENTS[name])(float(value))

@@ -39,7 +39,6 @@ class Family:
     normalization: tuple[list[float], list[float]] = IMAGENET
     resize: Resize = field(default_factory=Resize)  # as the family's own code does it
     files: str = ""
-    note: str = ""  # printed behind a model's name when it is read
 
 
 FAMILIES = (
@@ -67,10 +66,7 @@ FAMILIES = (
     small/12=s,base=b 16 224 vit-{}-300ep {name}/{name}.pth.tar""", files=FAIR + "moco-v3/{}"),
     Family("DeiT", "nothing", APACHE, """
     tiny,small,base 16 224 deit_{}_patch16_224.fb_in1k
-    base            16 384 deit_{}_patch16_384.fb_in1k
-    tiny            16 224 deit_{}_patch16_224-a1311bcf {name}.pth
-    small           16 224 deit_{}_patch16_224-cd65a155 {name}.pth
-    base            16 224 deit_{}_patch16_224-b5f2ef4d {name}.pth""", files=FAIR + "deit/{}"),
+    base            16 384 deit_{}_patch16_384.fb_in1k"""),
     Family("DeiT III", "LayerScale", APACHE, """
     small,medium,base,large 16 224 deit3_{}_patch16_224.fb_in1k
     huge                    14 224 deit3_{}_patch14_224.fb_in1k
@@ -104,11 +100,6 @@ FAMILIES = (
     base  32,16 224  vit_{}_patch{p}_clip_quickgelu_{i}.openai vit_{}_patch{p}_clip_{i}.openai
     large 14 224,336 vit_{}_patch{p}_clip_quickgelu_{i}.openai vit_{}_patch{p}_clip_{i}.openai""",
         dict(norm_pre=True, eps=1e-5, activation="quick_gelu"), CLIP, Resize(antialias=True), TIMM),
-    Family("CLIP (OpenAI's, with GELU as in timm)", "a norm before the blocks", "MIT", """
-    base  32,16 224 vit_{}_patch{p}_clip_224.openai
-    large 14    224 vit_{}_patch{p}_clip_224.openai""",
-        dict(norm_pre=True, eps=1e-5), CLIP, Resize(antialias=True),
-        note="is read with GELU, as timm does. It was trained with QuickGELU (clip_quickgelu_224)"),
     Family("CLIP (LAION's)", "a norm before the blocks", "MIT", """
     base 32,16 224 vit_{}_patch{p}_clip_224.laion2b
     huge 14    224 vit_{}_patch{p}_clip_224.laion2b""",

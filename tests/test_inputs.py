@@ -34,7 +34,7 @@ ROOT = Path(__file__).parent.parent
     (finetune, "--num-labels 9999", "only 997 images"), (finetune, "--no-flag", "--no-flag"),
     (finetune, "--teacher none --model gigantic", "gigantic"),
     (finetune, f"--model tiny --teacher {ROOT}/weights/digits.pt", "another size than --model"),
-    (finetune, "--teacher none --patch 5", "try --image-size 10"),
+    (finetune, "--teacher none --patch 5", "try 10"),
     (finetune, "--data scenes --scene twins --classes 3", "two classes or more"),
     (pretrain, "--data scenes --reconstruct x.png", "--target masked"),
     (finetune, "--image-size 30", "--image-size 30"), (finetune, "--device tpu", "not available"),

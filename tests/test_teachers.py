@@ -214,26 +214,6 @@ def test_web_dino_in_its_authors_names(small, tmp_path):
     assert_alike(open_vit(path), net, 224)
 
 
-def test_clip_in_its_authors_names(small, tmp_path):
-    name = "vit_base_patch32_clip_quickgelu_224.openai"
-    net, theirs = timms(name), {}
-    for key, value in net.state_dict().items():
-        for timms_word, word in (
-            ("patch_embed.proj.", "conv1."), ("blocks.", "transformer.resblocks."),
-            ("norm_pre.", "ln_pre."), ("norm1.", "ln_1."), ("norm2.", "ln_2."),
-            ("attn.qkv.", "attn.in_proj_"), ("attn.proj.", "attn.out_proj."),
-            ("mlp.fc1.", "mlp.c_fc."), ("mlp.fc2.", "mlp.c_proj."), ("norm.", "ln_post."),
-        ):  # fmt: skip
-            key = key.replace(timms_word, word)
-        if key == "cls_token":
-            key, value = "class_embedding", value[0, 0]
-        if key == "pos_embed":
-            key, value = "positional_embedding", value[0]
-        theirs[f"visual.{key}"] = value
-    torch.save(theirs | {"visual.proj": torch.ones(48, 8)}, tmp_path / "clip.pt")
-    assert_alike(open_vit(f"{name}={tmp_path / 'clip.pt'}"), net, 224)
-
-
 def test_beits_pre_training_shares_one_table_of_positions(small, tmp_path):
     net = timms("beitv2_base_patch16_224.in1k_ft_in1k")
     state, table = net.state_dict(), net.blocks[0].attn.relative_position_bias_table.data
@@ -478,7 +458,7 @@ def test_a_teacher_of_another_depth_drops_no_paths():
     (["--model", "micro+register=4"], "choose from mlp"),
     (["--model", "micro+positions=near"], "relative, rope"), (["--model", "medium-ish"], "size"),
     (["--model", "micro+positions=relative+registers=2"], "other components"),
-    (["--patch", "5"], "--image-size 12 does not divide into patches of 5 pixels: try"),
+    (["--patch", "5"], "--image-size 12 is no multiple of --patch 5: try 10"),
     (["--teacher", "none"], "no maps"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_refused(more, words, tmp_path):
@@ -501,7 +481,7 @@ def test_components_are_those_of_the_models_name():
     for model, size in (("huge+", 1280), ("huge++registers=1", 1280), ("micro", 64)):
         config = load.make_config(replace(settings, model=model), images_of(12))
         assert config.dim == size and (type(config) is vit.Config) == ("=" not in model)
-    with pytest.raises(ValueError, match="try --image-size 98"):
+    with pytest.raises(ValueError, match="try 98"):
         build(vit.Config(96, 14, 3, 5, 64, 2, 4))
 
 
@@ -513,8 +493,8 @@ def test_a_file_is_known_by_its_name_or_its_folders(capsys):
         ("a/vit_base_patch16_224.mae/model.safetensors", "vit_base_patch16_224.mae"),
         ("a/dinov2_vits14_reg4_pretrain.pth", "dinov2_vits14_reg4_pretrain"),
         ("https://x.com/dino_vitbase8_pretrain.pth", "dino_vitbase8_pretrain"),
-        ("https://huggingface.co/timm/vit_base_patch16_clip_224.openai/resolve/main/"
-         "model.safetensors?download=true", "vit_base_patch16_clip_224.openai"),
+        ("https://huggingface.co/timm/vit_base_patch16_clip_224.laion2b/resolve/main/"
+         "model.safetensors?download=true", "vit_base_patch16_clip_224.laion2b"),
         ("a/vit_b_16-c867db91.pth", "torchvision:vit_b_16"),
         (zoo.MODELS["mae_pretrain_vit_base"].url, "mae_pretrain_vit_base"),
         ("a/model.safetensors", None), ("checkpoint_teacher.pth", None), ("runs/a/model.pt", None),
@@ -524,7 +504,7 @@ def test_a_file_is_known_by_its_name_or_its_folders(capsys):
     assert zoo.locate("vit_huge_patch14_clip_224")[0].name == "vit_huge_patch14_clip_224.laion2b"
     assert zoo.locate("ibot_vitb_16=a.pth")[1] == "a.pth"
     for wrong, words in (
-        ("vit_base_patch16_clip_224", r"is it vit_base_patch16_clip_224\.openai or"),
+        ("vit_base_patch16_224", r"is it vit_base_patch16_224\.mae or"),
         ("vit_small_patch16_dinov4.lvd1689m", r"vit_small_patch16_dinov3\.lvd1689m"),
         ("no_such_file.pth", "neither a file nor"),
     ):
@@ -539,7 +519,7 @@ def test_a_name_that_does_not_fit_its_file_is_refused(tmp_path, monkeypatch):
     path = write(timms("vit_small_plus_patch16_dinov3.lvd1689m"), tmp_path)
     with pytest.raises(ValueError, match="'dim': 48, 'depth': 2"):
         read_checkpoint(f"vit_base_patch16_224.mae={path}")
-    with pytest.raises(ValueError, match="how many attention heads"):
+    with pytest.raises(ValueError, match="any number of attention heads"):
         read_checkpoint(path)
     path = tmp_path / "x.pth"
     models = {k: m._replace(**SMALL) for k, m in zoo.MODELS.items()}
