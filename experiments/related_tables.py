@@ -53,6 +53,7 @@ REMINDED = {
     ALONE: Row("reminders", "", {"reminder": "none"}),
     f"{ALONE} again": Row("reminders", "", {"reminder": "none"}),  # how often errs another?
     "words": Row("reminders", "", {"reminder": "words"}),
+    "words, a map beside": Row("reminders", "", {"reminder": "beside"}),  # learned, and not used
     "words to attention": Row("reminders", ""),
     "words to attention, its map untaught": Row("reminders", "", {"attention_weight": 0.0}),
 }
@@ -112,7 +113,7 @@ def find_reminded(table: Table, runs: Runs) -> dict:
             cells["attention lands right"] = estimate_over_seeds(lands.mean(axis=1))
             for kind, of_kind in told.items():
                 cells[f"told {kind}"] = estimate_over_seeds(lands[:, of_kind].mean(axis=1))
-    for other in ("words", "words to attention, its map untaught"):
+    for other in ("words", "words, a map beside", "words to attention, its map untaught"):
         paired = estimate_over_seeds(100 * (avoided["words to attention"] - avoided[other]))
         found["contrasts"][f"failures avoided: words to attention − {other}"] = paired
     return found

@@ -15,6 +15,7 @@ reminder names the digit, its place, or its neighbour, in many phrasings:
 
     python -m related.reminders
     python -m related.reminders --reminder words --out runs/words     no looking
+    python -m related.reminders --reminder beside --out runs/beside   a map unused
     python -m related.reminders --reminder none --out runs/none  the robot alone
 
 The test has scenes of other digits, with phrasings that were never heard. In
@@ -41,6 +42,8 @@ from related import scenes
 from teachers.load import new_vit
 from vit import QK, ViT
 
+REMINDERS = "attention", "beside", "words", "none"
+
 
 @dataclass(frozen=True)
 class Settings(recipes.Settings):
@@ -49,9 +52,7 @@ class Settings(recipes.Settings):
     mixup: float = 0.0
     cutmix: float = 0.0
     data: str = setting("digits", "data set of the scenes: digits", ("digits",))
-    reminder: str = setting(
-        "attention", "what it is for: attention, words, none", ("attention", "words", "none")
-    )
+    reminder: str = setting("attention", "what it is for: " + ", ".join(REMINDERS), REMINDERS)
     attention_weight: float = setting(5.0, "weight of the loss of the map")
     digits: int = setting(100, "digits in the scenes of training", low=50, high=997)
     scenes: int = setting(4000, "scenes to train on, each with one reminder", low=100)
@@ -107,9 +108,10 @@ class Robot(nn.Module):
         if not self.reader:
             return alone, None
         asked, log_map = self.reader(words), None
-        if self.reminder == "attention":
+        if self.reminder in ("attention", "beside"):
             qk = QK(asked[:, None, None], patches[:, None])  # one head, one query
             log_map = qk.scores().log_softmax(dim=-1)[:, 0, 0]
+        if self.reminder == "attention":
             asked = (log_map.exp()[:, None] @ patches)[:, 0]
         return alone + self.correct(torch.cat([whole, asked], dim=-1)), log_map
 
