@@ -1,0 +1,44 @@
+"""Sets where on GitHub this repository is: in the badges, and in the notebooks.
+
+python -m common.address OWNER/NAME
+"""
+
+import re
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from common import checkpoints, launch
+from common.settings import Base, parse_settings
+
+ROOT = Path(__file__).parent.parent
+PAGES = "README.md", "tutorial.ipynb", "solutions.ipynb"
+SET = re.compile(r"github\.com/([\w.-]+/[\w.-]+)/actions")  # in README's badge
+
+
+@dataclass(frozen=True)
+class Settings(Base):
+    address: tuple[str, ...] = ()
+
+
+WORDS = "address", "OWNER/NAME, as in github.com/OWNER/NAME", 1
+parse = partial(parse_settings, __doc__, Settings, {}, positional=WORDS)
+
+
+def parse_address(given: str) -> str:
+    found = re.fullmatch(r"(?:https://github\.com/)?([\w.-]+/[\w.-]+?)(?:\.git)?/?", given)
+    if not found:
+        raise ValueError(f"'{given}': give OWNER/NAME, or https://github.com/OWNER/NAME")
+    return found[1]
+
+
+def main(settings: Settings) -> None:
+    new, old = parse_address(settings.address[0]), SET.search((ROOT / "README.md").read_text())
+    for page in PAGES if old else ():
+        text = (ROOT / page).read_text()
+        checkpoints.write_text(ROOT / page, text.replace(old[1], new))
+        print(f"wrote {page}")
+
+
+if __name__ == "__main__":
+    launch.run(main, parse)
