@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 
 import attention_copy
@@ -20,7 +19,6 @@ import finetune
 import pretrain
 import vit
 from common import checkpoints
-from common.augment import Normalise
 from teachers import find
 from teachers.adapt import adapt
 from teachers.find import find_teacher, make_teacher
@@ -68,27 +66,6 @@ def test_bundled_files_are_what_is_said_of_them_and_plain_vits(name):
     settings = replace(settings, **{key: facts["for"][key] for key in ("model", "patch")})
     assert find.find_bundled(settings) == file
     assert find.find_bundled(replace(settings, patch=2)) is None
-
-
-def test_a_teacher_with_another_pooling_can_teach(net, tmp_path):
-    """timm's usual ViTs pool by class token: no fc_norm, but a norm and a head of their own."""
-    theirs = timm.create_model("deit_tiny_patch16_224", num_classes=7, img_size=32, patch_size=8)
-    torch.save(theirs.state_dict(), tmp_path / "deit.pth")
-    argv = ["--data", "cifar10", "--teacher", f"tiny={tmp_path / 'deit.pth'}", "--device", "cpu"]
-    settings = attention_copy.parse(argv)
-    images = data.Data(CLASSES, 3, 32, Normalise(([0.5] * 3, [0.5] * 3), "cpu"))
-    task = attention_copy.task(settings, images, read_checkpoint(settings.teacher))
-    teacher, layers = task.loss.keywords["teacher"], task.loss.keywords["layers"]
-    batch, seen = torch.randn(2, 3, 32, 32), []
-    timm.layers.set_fused_attn(False)
-    for i in layers:
-        attention = theirs.blocks[i].attn
-        attention.fused_attn = False
-        attention.attn_drop.register_forward_hook(lambda *hook: seen.append(hook[-1]))
-    theirs.eval()(batch)
-    for lent, p in zip(teacher.lend(batch, layers), seen, strict=True):
-        torch.testing.assert_close(lent.map(), p)
-    assert task.predict(task.net, batch).shape == (2, 10)
 
 
 # Teachers that are made here ----------------------------------------------------------------------

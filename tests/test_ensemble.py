@@ -11,7 +11,6 @@ import attention_copy
 import data
 import ensemble
 import finetune
-from common.checkpoints import Checkpoint
 from teachers.load import open_model
 
 
@@ -84,13 +83,6 @@ def test_it_is_said_how_many_of_the_images_were_trained_on(small, photos, tmp_pa
     assert evaluate(path, "--holdout", "0.5")["members"][0]["learned_from"] > 5
     shutil.move(root / "train", tmp_path / "moved")
     assert evaluate(path, "--data-dir", tmp_path / "moved")["members"][0]["learned_from"] == 24
-
-
-def test_distractors_are_those_of_training():
-    own = dict(data="digits", data_dir="", distractors=0)
-    made = Checkpoint("x", {}, {"image_size": 12}, settings=own)
-    for more, expected in ([], 0), (["--distractors", "3"], 3):
-        assert ensemble.choose_images(made, ensemble.parse(["x", *more])).distractors == expected
 
 
 def test_ruined_logits_are_no_accuracy(tmp_path, failing):

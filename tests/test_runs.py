@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,10 +16,8 @@ import attention_copy
 import attention_distill
 import data
 import finetune
-import pretrain
 import train
 from common import runs
-from teachers import find
 
 ROOT = Path(__file__).parent.parent
 SHORT = "--teacher random --epochs 6 --num-labels 300 --batch 50 --eval-every 3 --ema 0.9".split()
@@ -45,14 +42,6 @@ def loss(net, images, *rest, **bound):
     return honest(net, images, *rest, **bound)
 script.loss = loss
 launch.run(script.main, script.parse)
-"""
-OTHER = """
-import fcntl, sys, time
-file = open(sys.argv[1] + "/.lock", "a")
-fcntl.lockf(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if sys.argv[2:] else 0))
-print("locked", flush=True)
-time.sleep(0.5)
-open(sys.argv[1] + "/model.pt", "w").close()
 """
 
 
@@ -315,22 +304,3 @@ def test_processes_that_resume_from_different_steps_are_told(tmp_path, failing, 
     monkeypatch.setattr(train, "from_all", lambda mine: [mine, mine + 1])  # on disks of their own
     code, line = failing(finetune, [*QUICK, "--out", tmp_path])
     assert code == 1 and "different steps" in line
-
-
-def test_a_second_student_waits_for_the_teacher_that_another_makes():
-    settings, made = attention_copy.parse(["--data", "digits", "--model", "nano"]), []
-    other = dict(stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-
-    def make(own):  # meanwhile another process must wait
-        made.append(own.out)
-        assert subprocess.run([sys.executable, "-c", OTHER, own.out, "now"], **other).returncode
-
-    script = SimpleNamespace(parse=pretrain.parse, main=make)
-    model = find.make_teacher(script, settings, model="nano", num_labels=0)
-    with subprocess.Popen([sys.executable, "-c", OTHER, made[0]], **other) as run:
-        assert run.stdout.readline() == "locked\n"
-        assert (
-            find.make_teacher(script, settings, model="nano", num_labels=0) == model
-            and model.exists()
-        )
-    assert made == [str(model.parent)]

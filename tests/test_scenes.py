@@ -136,11 +136,3 @@ def test_a_teacher_made_for_scenes_sees_other_digits_than_its_student(monkeypatc
     find.make_teacher(pretrain, settings, load("--scene", "twins"))
     (own,) = made
     assert (own.scene, own.classes, own.dial, own.target) == ("twins", ":5", 0.0, "cell")
-
-
-def test_sizes_that_do_not_fit_are_refused():
-    for size in ("16", "20", "32"):
-        with pytest.raises(ValueError, match="3, 5, 7"):
-            load("--image-size", size)
-    with pytest.raises(ValueError, match="only --data scenes has cells"):
-        data.load(finetune.parse(["--data", "digits", "--label", "cell"]))
