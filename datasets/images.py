@@ -109,29 +109,25 @@ class Files(Dataset):
         """
         if len(self) * 3 * self.size**2 > HELD:
             return None
-        found, bad, left = [], [], HELD
-
-        def prepare(index: int) -> Tensor | None:
-            try:
-                return self.crop_centre(index) if centred else self.shrink(index)
-            except ValueError as error:
-                bad.append(error)
-                return None
-
+        found, bad, left = {}, [], HELD
         with ThreadPoolExecutor(count_cores()) as pool:
-            for image in count(pool.map(prepare, range(len(self))), len(self), "images decoded"):
-                found.append(image)
-                left -= 0 if image is None else image.numel()
+            prepare = self.crop_centre if centred else self.shrink
+            jobs = [pool.submit(prepare, i) for i in range(len(self))]
+            for i, job in enumerate(count(jobs, len(jobs), "images decoded")):
+                try:
+                    found[i] = job.result()
+                    left -= found[i].numel()
+                except ValueError as error:
+                    bad.append(error)
                 if left < 0:
                     pool.shutdown(cancel_futures=True)
                     return None
-        kept = [i for i, image in enumerate(found) if image is not None]
-        if not kept:
+        if not found:
             raise bad[0]
         if bad:
             print0(f"note: {len(bad)} unreadable image(s) left out: {bad[0]}")
-        self.samples, self.names = [self.samples[i] for i in kept], [self.names[i] for i in kept]
-        images = [found[i] for i in kept]
+        self.samples, self.names = [self.samples[i] for i in found], [self.names[i] for i in found]
+        images = list(found.values())
         if {image.shape[1:] for image in images} == {(self.size, self.size)}:
             return torch.stack(images)
         self.held = images

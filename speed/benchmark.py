@@ -187,7 +187,7 @@ def main(settings: Settings) -> dict:
         raise ValueError(f"--method {settings.method}: choose {', '.join(SCRIPTS)} or all")
     variants = [name for name in VARIANTS if name != "plain-amp" or has_bf16(device.type)]
     batches = [int(word) for word in settings.batch.split(",")]
-    records, matrix = measure.Records(settings, device), measure.measure_matrix_rate(device)
+    matrix = measure.measure_matrix_rate(device)
     print0(f"matrix rate {matrix / 1e12:.4g} Tflop/s; {settings.steps} steps of each, in turns\n")
     print0("method    variant    batch  images/s    GiB  share  x plain  x plain-amp")
     rows = {}
@@ -204,7 +204,7 @@ def main(settings: Settings) -> dict:
     about = {name: getattr(recipe, name) for name in ("data", "model", "patch", "compile")}
     about["image_size"] = data.DATA_SETS[settings.data].image_size
     about |= {"steps": settings.steps, "matrix_tflops": round(matrix / 1e12, 3)}
-    return records.add("speed.benchmark", about | {"rows": rows})
+    return measure.add_record(settings, device, "speed.benchmark", about | {"rows": rows})
 
 
 if __name__ == "__main__":

