@@ -81,7 +81,8 @@ def get_ends(cells: list[dict]) -> list[list[float]]:
 def draw_record(table, record: dict, path: Path) -> None:
     """A picture of a study.Table's record beside it, if it holds accuracies."""
     if not (table.tunes or table.find):
-        title = f"{table.about} ({table.study.base['data']}; seeds: {len(record['seeds'])})"
+        seeds = "1 seed" if len(record["seeds"]) == 1 else f"{len(record['seeds'])} seeds"
+        title = f"{table.about} ({table.study.base['data']}, {seeds})"
         save(draw_accuracies(record["points"], title), path.with_suffix(".png"))
 
 
@@ -89,34 +90,35 @@ def draw_accuracies(points: dict[str, dict], title: str):
     """The rows of a table: lines along several points, or their differences at a single one."""
     rows = next(iter(points.values()))
     if len(points) > 1:
-        fig, axis = figure(width=8, height=3.8)
+        fig, axis = figure(width=8, height=3.8, title=title)
         cells = {row: [of_rows[row] for of_rows in points.values()] for row in rows}
         draw_points(axis, cells, points)
         axis.set_ylabel("test accuracy (top-1, %)")
         axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     else:
-        fig, axis = figure(width=8, height=1.2 + 0.28 * len(rows))
+        fig, axis = figure(width=8, height=1.3 + 0.28 * len(rows), title=title)
         draw_differences(axis, rows)
-    axis.set_title(textwrap.fill(title, 90), fontsize=9, loc="left")
     axis.spines[["top", "right"]].set_visible(False)
     return fig
 
 
 def draw_differences(axis, rows: dict[str, dict]) -> None:
-    """Paired differences with intervals, or a dot for each seed; beside them the accuracies."""
+    """Paired differences with intervals, or a dash for each seed; at the right the accuracies."""
     known = [cells.get("difference", {}) for cells in rows.values()]
     sources = [cell["from"] for cell in known if cell]
-    usual = max(sources, key=sources.count)
+    usual, labels = max(sources, key=sources.count), []
     for y, ((row, found), cell) in enumerate(zip(rows.items(), known, strict=True)):
         cell = cell or {"mean": 0.0, "interval": None, "values": [0.0]}
         colour, dots = COLOURS.get(row, "#333333"), [] if cell["interval"] else cell["values"]
         axis.errorbar(cell["mean"], y, xerr=get_ends([cell]), fmt="o", color=colour, capsize=2)
         axis.plot(dots, [y] * len(dots), "|", color=colour)
-        right = max([*(cell["interval"] or dots), cell["mean"]])
-        other = f", less {cell['from']}" if cell.get("from", usual) != usual else ""
-        axis.text(right, y, f"  {found['mean']:.1f} %{other}", va="center", fontsize=8)
+        other = f"  (− {cell['from']})" if cell.get("from", usual) != usual else ""
+        labels.append(f"{found['mean']:.1f} %{other}")
     axis.set_yticks(range(len(rows)), rows)
-    axis.invert_yaxis()
+    axis.set_ylim(len(rows) - 0.5, -0.5)  # the first on top
     axis.axvline(0, color=COLOURS["from scratch"], linewidth=0.8)
-    axis.margins(x=0.2)
-    axis.set_xlabel(f"paired difference from '{usual}' (points of top-1)")
+    right = axis.secondary_yaxis("right")
+    right.set_yticks(range(len(rows)), labels, fontsize=9)
+    right.tick_params(length=0)
+    right.spines["right"].set_visible(False)
+    axis.set_xlabel(f"paired difference from '{usual}' (points of top-1; right: top-1)")
