@@ -1,0 +1,130 @@
+"""The animation: two students learn from the same scenes, one of them from a teacher, too."""
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import attention_distill
+import data
+import finetune
+import look
+import train
+from common import launch, pictures
+from common.augment import to_pixels
+from experiments.figures import COLOURS
+from teachers.find import BUNDLED, find_teacher
+from teachers.load import Model, open_model
+from vit import ViT
+
+CENTRE = 5  # the token of a scene's centre cell: the class token, then nine cells
+LEARNING = {
+    "attention distillation": (attention_distill,),
+    "from scratch": (finetune, "--teacher", "none"),
+}
+FRAMES = {0, 5, 10, 14, *range(16, 31), 33, 36, 40, 45, 50, 60, 75}  # epochs
+TITLE = "Learning to look where the teacher looks"
+SUBTITLE = "The square in the middle points to a cell. Which digit is there?"
+DETAILS = "test accuracy · pointer scenes, 300 labels, seed 0 · layer 0, from the centre"
+PER_SECOND, HELD = 5, 3  # frames; seconds of the last one
+
+
+def load_images(name: str, count: int):
+    """The first test images of a data set, and their normalisation."""
+    dataset = data.load(finetune.parse(["--data", name]), train=False)
+    return next(dataset.test.in_order(count))[0], dataset.normalization
+
+
+def open_bundled(name: str) -> Model:
+    return open_model(BUNDLED / f"{name}.pt", launch.get_device("auto"))
+
+
+def draw_pointer(path: Path, *changes: str) -> None:
+    """`changes`: flags for both students."""
+    images, normalization = load_images("scenes", 2)
+    pixels = to_pixels(images, normalization)[:, 0].cpu()
+    teacher = look_from_centre(open_bundled("scenes").net, images)
+    moments = [learn(script, images, *argv, *changes) for script, *argv in LEARNING.values()]
+    animate(pixels, teacher, zip(*moments, strict=True), path)
+
+
+def learn(script, images: Tensor, *argv: str) -> Iterator[tuple[int, Tensor, float]]:
+    """Trains as train.fit does. At each of FRAMES: epoch, looks at the images, test accuracy."""
+    settings = script.parse(argv)
+    dataset = data.load(settings)
+    task = script.task(settings, dataset, find_teacher(settings, dataset))
+    source, net = dataset.train, task.net
+    per_epoch = len(source) // source.batch
+    steps, peak = settings.epochs * per_epoch, settings.blr * source.batch / 256
+    learner = train.Learner(task, settings, steps)
+    net.train()
+    for epoch in range(settings.epochs + 1):
+        if epoch in FRAMES:
+            found = learner.classify(task.predict, net, dataset.test)
+            yield epoch, look_from_centre(net, images), train.compute_top1(*found)
+        for batch, labels in source.epoch(epoch) if epoch < settings.epochs else ():
+            warmup = round(settings.warmup * steps)
+            rate = train.get_learning_rate(learner.done, steps, warmup, peak, settings.final_lr)
+            learner.train_step(batch, labels, rate)
+
+
+@torch.no_grad()
+def look_from_centre(net: ViT, images: Tensor) -> Tensor:
+    """Where the centre of scenes looks in layer 0, mean of the heads: (B, 3, 3), 1 is uniform."""
+    was_training = net.training
+    _, qk = next(net.eval().blockwise(images))
+    net.train(was_training)
+    p = look.mean_look(qk.map(), 1, query=CENTRE)
+    return p.shape[1] * p[:, 1:].unflatten(1, (3, 3)).cpu()
+
+
+def animate(pixels: Tensor, teacher: Tensor, moments, path: Path) -> None:
+    """A frame for each of `moments`: what learn yields, of the two nets."""
+    import matplotlib.pyplot as plt
+    from matplotlib.animation import PillowWriter
+
+    fig, so_far = plt.figure(figsize=(7.2, 7), facecolor="white"), []
+    pixels = (7 * pixels).round() / 7  # few colours: a small file
+    writer = PillowWriter(PER_SECOND)
+    writer.setup(fig, path, dpi=100)
+    for moment in moments:
+        so_far.append((moment[0][0], *(top1 for _, _, top1 in moment)))
+        draw_frame(fig, pixels, [teacher, *(looks for _, looks, _ in moment)], so_far)
+        writer.grab_frame()
+    for _ in range(HELD * PER_SECOND):
+        writer.grab_frame()
+    writer.finish()
+    plt.close(fig)
+
+
+def draw_frame(fig, pixels: Tensor, looks: list[Tensor], so_far: list[tuple]) -> None:
+    """Scenes and maps above, accuracies up to an epoch below. `so_far`: epoch, two accuracies."""
+    fig.clear()
+    say, colours = partial(fig.text, va="center"), [COLOURS[name] for name in LEARNING]
+    say(0.5, 0.965, TITLE, ha="center", fontsize=18)
+    say(0.5, 0.915, SUBTITLE, ha="center", fontsize=12.5)
+    names = "scene", "teacher", *LEARNING
+    for column, (name, colour) in enumerate(zip(names, ["black"] * 2 + colours, strict=True)):
+        name = name.replace(" ", "\n")
+        say(0.129 + 0.2475 * column, 0.845, name, ha="center", color=colour, fontsize=14)
+        for row, gray in enumerate(pixels):
+            axis = fig.add_axes((0.012 + 0.2475 * column, 0.56 - 0.247 * row, 0.2335, 0.2402))
+            axis.set(xticks=[], yticks=[])
+            if column:
+                light = (2 * looks[column - 1][row]).round() / 2
+                pictures.overlay(axis, gray, light, 10)
+            else:
+                axis.imshow(gray, cmap="gray", vmin=0, vmax=1, extent=(0, 24, 24, 0))
+                pictures.frame(axis, CENTRE - 1, 3, 24)
+    axis = fig.add_axes((0.085, 0.115, 0.63, 0.145))
+    epoch, *top1 = zip(*so_far, strict=True)
+    for i, (values, colour) in enumerate(zip(top1, colours, strict=True)):
+        axis.plot(epoch, values, color=colour, linewidth=2.5, marker="o", markevery=[-1])
+        say(0.98, 0.24 - 0.08 * i, f"{values[-1]:.0f} %", ha="right", color=colour, fontsize=26)
+    say(0.98, 0.082, f"epoch {epoch[-1]}", ha="right", fontsize=13)
+    axis.set(xlim=(0, 1.02 * max(FRAMES)), ylim=(0, 104), yticks=[0, 50, 100])
+    axis.tick_params(labelsize=11)
+    axis.spines[["top", "right"]].set_visible(False)
+    say(0.5, 0.025, DETAILS, ha="center", fontsize=10.5, color="0.3")
