@@ -2,6 +2,8 @@
 
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -86,6 +88,21 @@ def test_every_exercise_fails_until_it_is_solved(text, copy):
 def test_the_solutions_have_the_asserts_of_the_exercises():
     tutorial, solutions = (find_checks(name) for name in BOTH)
     assert tutorial == solutions and len(tutorial) >= 6
+
+
+def test_the_first_cell_finds_the_scripts_or_says_what_is_missing(copy, tmp_path):
+    first = next(cell.source for cell in read("tutorial.ipynb").cells if cell.cell_type == "code")
+
+    def run() -> subprocess.CompletedProcess:
+        command = [sys.executable, "-c", f"{first}\nprint(os.getcwd())"]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+
+    assert "Set REPOSITORY" in run().stderr.splitlines()[-1]  # alone, before any error of git
+    shutil.make_archive(str(tmp_path / "course"), "zip", copy.parent, copy.name)
+    for _ in range(2):  # beside an archive, which is then unpacked
+        assert run().stdout.strip() == str(tmp_path / copy.name)
+    shutil.copy(copy / "vit.py", tmp_path)  # beside the scripts
+    assert run().stdout.strip() == str(tmp_path)
 
 
 @pytest.mark.parametrize("name", BOTH)
