@@ -86,8 +86,8 @@ def write(path: Path, fill: Callable) -> None:
             os.fsync(file.fileno())
         os.replace(part, path)
     except (OSError, RuntimeError) as error:
-        reason = error.__context__ or error  # what torch.save met
-        raise Failed(f"could not write {path} ({reason}): what was there is intact") from error
+        met = error if isinstance(error, OSError) else error.__context__  # by torch.save
+        raise Failed(f"could not write {path} ({met or error}): the old file is intact") from error
     finally:
         part.unlink(missing_ok=True)
 

@@ -74,10 +74,8 @@ def show_row(row: dict, epochs: int, left: str) -> None:
     """A line for every tenth of the epochs: the loss or its terms, accuracy, the time left."""
     if row["epoch"] % max(1, epochs // 10) and row["epoch"] != epochs:
         return
-    words = [
-        f"epoch {row['epoch']:>3}/{epochs}",
-        *(f"{k} {v:#.3g}" for k, v in select_terms(row).items()),
-    ]
+    words = [f"epoch {row['epoch']:>3}/{epochs}"]
+    words += [f"{k} {v:#.3g}" for k, v in select_terms(row).items()]
     if "val_top1" in row:
         average = " (EMA)" if "val_top1_ema" in row else ""
         words.append(f"val {get_validation(row):.1f} %{average}")

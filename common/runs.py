@@ -134,13 +134,10 @@ def hash_settings(values: dict) -> str:
 
 def read_commit() -> str:
     """The commit of this repository, marked if the code has changed since."""
-
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parents[1]), *words]
-        return subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
-
+    how: Any = dict(cwd=Path(__file__).parent.parent, text=True, stderr=subprocess.DEVNULL)
     try:
-        changed = git("status", "--porcelain", "--", "*.py", "*.npz")
-        return git("rev-parse", "HEAD") + (" with changes" if changed else "")
+        changed = subprocess.check_output("git status --porcelain -- *.py *.npz".split(), **how)
+        commit = subprocess.check_output("git rev-parse HEAD".split(), **how).strip()
+        return commit + (" with changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):  # no git, or no repository
         return "unknown"

@@ -60,7 +60,6 @@ class Tensors:
 
 def hold(source, device, centred: bool = False):
     """Decodes image files once, if they fit in memory. `centred`: as evaluation sees them."""
-    images = None if isinstance(source, Tensors) else source.hold(centred)
-    return (
-        source if images is None else Tensors(images.to(device), source.labels.to(device), source)
-    )
+    if isinstance(source, Tensors) or (images := source.hold(centred)) is None:
+        return source
+    return Tensors(images.to(device), source.labels.to(device), source)

@@ -1,4 +1,4 @@
-"""How fast each method trains, and how much of the hardware it uses.
+"""How fast each method trains.
 
     python -m speed.benchmark --model large --batch 64
     python -m speed.benchmark --method distill --model large --batch 8,16,32
@@ -14,11 +14,9 @@ Variants take turns, a few steps each, in processes of their own:
 
 Of several batch sizes the best of each variant counts. images/s is the median
 over steps after warm-up. A step includes the optimizer and, where the recipe
-has one, the average of the weights. The share of the hardware is relative to
-its own rate of multiplying matrices, measured in the same run (in bf16 where
-that is faster). It counts the operations that a method needs, whatever a
-variant does beyond (measure.count_operations). --record keeps the figures in
-results/benchmark-DEVICE.json.
+has one, the average of the weights. The operations are those that a method needs,
+whatever a variant does beyond (measure.count_operations). --record keeps the
+figures in results/benchmark-DEVICE.json.
 """
 
 import math
@@ -163,11 +161,10 @@ def find_best(method: str, variants: list[str], settings: Settings, batches: lis
     return best
 
 
-def add_ratios(best: dict[str, dict], flop: float, matrix: float) -> None:
-    """Adds to each row its share of the hardware and its speed relative to the others."""
+def add_ratios(best: dict[str, dict], flop: float) -> None:
+    """Adds to each row its operations, and its speed relative to the others."""
     for row in best.values():
         row["gflop_per_image"] = round(flop / 1e9, 4)
-        row["share"] = round(row["images_per_s"] * flop / matrix, 4)
         for other in [name for name in best if name != "ours"]:
             row[f"times_{other}"] = round(row["images_per_s"] / best[other]["images_per_s"], 3)
 
@@ -177,7 +174,7 @@ def show(method: str, best: dict[str, dict]) -> None:
         speed = f"{row['batch']:5} {row['images_per_s']:9,.1f} {row['memory_gib']:6.2f}"
         ratios = (row.get(f"times_{other}", math.nan) for other in ("plain", "plain-amp"))
         shown = "  ".join(f"{times:7.2f}" for times in ratios)
-        print0(f"{method:9} {variant:10} {speed} {row['share']:6.1%}  {shown}")
+        print0(f"{method:9} {variant:10} {speed}  {shown}")
 
 
 def main(settings: Settings) -> dict:
@@ -187,14 +184,13 @@ def main(settings: Settings) -> dict:
         raise ValueError(f"--method {settings.method}: choose {', '.join(SCRIPTS)} or all")
     variants = [name for name in VARIANTS if name != "plain-amp" or has_bf16(device.type)]
     batches = [int(word) for word in settings.batch.split(",")]
-    matrix = measure.measure_matrix_rate(device)
-    print0(f"matrix rate {matrix / 1e12:.4g} Tflop/s; {settings.steps} steps of each, in turns\n")
-    print0("method    variant    batch  images/s    GiB  share  x plain  x plain-amp")
+    print0(f"{launch.device_name(device)}: {settings.steps} steps of each, in turns\n")
+    print0("method    variant    batch  images/s    GiB  x plain  x plain-amp")
     rows = {}
     for method in methods:
         recipe = get_recipe(method, settings, batches[0])
         best = rows[method] = find_best(method, variants, settings, batches)
-        add_ratios(best, measure.count_operations(method, recipe), matrix)
+        add_ratios(best, measure.count_operations(method, recipe))
         show(method, best)
         if settings.data == "imagenet" and "ours" in best:
             hours = round(recipe.epochs * IMAGES / best["ours"]["images_per_s"] / 3600, 1)
@@ -203,8 +199,8 @@ def main(settings: Settings) -> dict:
             print0(f"          {recipe.epochs} epochs of ImageNet: {hours:,.0f} hours at this rate")
     about = {name: getattr(recipe, name) for name in ("data", "model", "patch", "compile")}
     about["image_size"] = data.DATA_SETS[settings.data].image_size
-    about |= {"steps": settings.steps, "matrix_tflops": round(matrix / 1e12, 3)}
-    return measure.add_record(settings, device, "speed.benchmark", about | {"rows": rows})
+    about |= {"steps": settings.steps, "rows": rows}
+    return measure.add_record(settings, device, "speed.benchmark", about)
 
 
 if __name__ == "__main__":

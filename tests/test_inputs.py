@@ -59,17 +59,23 @@ def test_wrong_flags_and_values(script, argv, words, failing):
     assert code == 2 and words in line and not list(Path().rglob("*.pt"))
 
 
-@pytest.mark.parametrize("changes, stored, words", [
-    (dict(heads=2), {}, "--heads"), (dict(patch=4), {}, "--patch"),
-    (dict(channels=3), {}, "3 channels"), (dict(depth=2), {}, "0 to 1"),
-    ({}, dict(dim=64), "size mismatch for cls_token"), ({}, dict(depth=5), "blocks.4.norm1.weight"),
+@pytest.mark.parametrize("argv, changes, stored, words", [
+    ("", dict(heads=2), {}, "'heads': 2"), ("", dict(patch=4), {}, "--patch"),
+    ("", dict(channels=3), {}, "3 channels"), ("", dict(depth=2), {}, "0 to 1"),
+    ("", {}, dict(dim=64), "size mismatch for cls_token"),
+    ("", {}, dict(depth=5), "blocks.4.norm1.weight"),
+    ("--layers 0,1 --teacher-layers 3", {}, {}, "cannot take the maps"),
+    ("--model nano+registers=4", {}, {}, "other components"),
+    ("--model nano+register=4", {}, {}, "choose from mlp"),
+    ("--model nano+positions=near", {}, {}, "relative, rope"),
 ])  # fmt: skip
-def test_a_checkpoint_that_does_not_fit(changes, stored, words, failing):
+def test_a_checkpoint_that_does_not_fit(argv, changes, stored, words, failing):
     shape = dict(image_size=12, patch=3, channels=1, classes=0, dim=32, depth=4, heads=4)
     config = vit.Config(**shape | changes)
     found = {"model": vit.ViT(config).state_dict(), "architecture": asdict(config) | stored}
     torch.save(found | {"normalization": [[0.5] * config.channels] * 2}, "teacher.pt")
-    code, line = failing(copy, "--data digits --teacher teacher.pt --model micro --patch 3".split())
+    usual = "--data digits --teacher teacher.pt --model micro --patch 3"
+    code, line = failing(copy, [*usual.split(), *argv.split()])
     assert code == 2 and words in line and not Path("runs").exists()
 
 
