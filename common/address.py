@@ -33,10 +33,10 @@ def parse_address(given: str) -> str:
 
 
 def main(settings: Settings) -> None:
-    new, old = parse_address(settings.address[0]), SET.search((ROOT / "README.md").read_text())
-    for page in PAGES if old else ():
+    new, old = parse_address(settings.address[0]), SET.findall((ROOT / "README.md").read_text())[0]
+    for page in PAGES:
         text = (ROOT / page).read_text()
-        checkpoints.write_text(ROOT / page, text.replace(old[1], new))
+        checkpoints.write_text(ROOT / page, text.replace(old, new))
         print(f"wrote {page}")
 
 
