@@ -1,4 +1,4 @@
-"""How fast each method trains.
+"""How fast each method trains, and how much of the hardware it uses.
 
     python -m speed.benchmark --model large --batch 64
     python -m speed.benchmark --method distill --model large --batch 8,16,32
@@ -14,9 +14,10 @@ Variants take turns, a few steps each, in processes of their own:
 
 Of several batch sizes the best of each variant counts. images/s is the median
 over steps after warm-up. A step includes the optimizer and, where the recipe
-has one, the average of the weights. The operations are those that a method needs,
-whatever a variant does beyond (measure.count_operations). --record keeps the
-figures in results/benchmark-DEVICE.json.
+has one, the average of the weights. The share of the hardware is relative to its
+own rate of multiplying matrices, measured in the same run. It counts the
+operations that a method needs, whatever a variant does beyond
+(measure.count_operations). --record keeps results/benchmark-DEVICE.json.
 """
 
 import math
@@ -58,6 +59,7 @@ SCRIPTS = {
 @dataclass(frozen=True)
 class Settings(measure.Settings):
     data: str = setting("imagenet", "whose recipe, on made-up images", ("cifar10", "imagenet"))
+    image_size: int = setting(0, "pixels per side (0: the data set's own)", high=4096)
     method: str = setting("all", "finetune, copy, distill, pretrain, several with commas, or all")
     model: str = setting("", "size of the ViT [the recipe's]", ("", *vit.SIZES))
     batch: str = setting("64", "images at a time: of several (32,64,128) the best counts")
@@ -73,8 +75,8 @@ IMAGES = 1_281_167  # in an epoch of ImageNet
 
 
 def get_recipe(method: str, settings: Settings, batch: int):
-    """The method's own recipe, for this model."""
-    names = ("data", "device", "amp", "compile", "model")
+    """The method's own recipe, at this model and size."""
+    names = ("data", "device", "amp", "compile", "model", "image_size")
     asked = {name: value for name in names if (value := getattr(settings, name))}
     return SCRIPTS[method].parse(to_argv(asked | {"batch": batch, "micro_batch": batch}))
 
@@ -83,7 +85,7 @@ def build(method: str, variant: str, recipe) -> tuple[Learner, Tensor, Tensor]:
     """A learner of a random net, with images and labels (mixed as by MixUp) to learn from."""
     device, classes = launch.get_device(recipe.device), measure.count_classes(recipe)
     kind = data.DATA_SETS[recipe.data]
-    size = kind.image_size
+    size = recipe.image_size or kind.image_size
     images = torch.randn(recipe.batch, kind.channels, size, size, device=device)
     labels = torch.rand(recipe.batch, classes, device=device).softmax(-1)
     view = data.Train(sources.Tensors(images, labels), lambda x, _: x, recipe, classes, device)
@@ -161,10 +163,11 @@ def find_best(method: str, variants: list[str], settings: Settings, batches: lis
     return best
 
 
-def add_ratios(best: dict[str, dict], flop: float) -> None:
-    """Adds to each row its operations, and its speed relative to the others."""
+def add_ratios(best: dict[str, dict], flop: float, matrix: float) -> None:
+    """Adds to each row its share of the hardware, and its speed relative to the others."""
     for row in best.values():
         row["gflop_per_image"] = round(flop / 1e9, 4)
+        row["share"] = round(row["images_per_s"] * flop / matrix, 4)
         for other in [name for name in best if name != "ours"]:
             row[f"times_{other}"] = round(row["images_per_s"] / best[other]["images_per_s"], 3)
 
@@ -174,7 +177,7 @@ def show(method: str, best: dict[str, dict]) -> None:
         speed = f"{row['batch']:5} {row['images_per_s']:9,.1f} {row['memory_gib']:6.2f}"
         ratios = (row.get(f"times_{other}", math.nan) for other in ("plain", "plain-amp"))
         shown = "  ".join(f"{times:7.2f}" for times in ratios)
-        print0(f"{method:9} {variant:10} {speed}  {shown}")
+        print0(f"{method:9} {variant:10} {speed} {row['share']:6.1%}  {shown}")
 
 
 def main(settings: Settings) -> dict:
@@ -184,13 +187,15 @@ def main(settings: Settings) -> dict:
         raise ValueError(f"--method {settings.method}: choose {', '.join(SCRIPTS)} or all")
     variants = [name for name in VARIANTS if name != "plain-amp" or has_bf16(device.type)]
     batches = [int(word) for word in settings.batch.split(",")]
-    print0(f"{launch.device_name(device)}: {settings.steps} steps of each, in turns\n")
-    print0("method    variant    batch  images/s    GiB  x plain  x plain-amp")
+    matrix = measure.measure_matrix_rate(device)
+    print0(f"{launch.device_name(device)}, matrix rate {matrix / 1e12:.4g} Tflop/s")
+    print0(f"{settings.steps} steps of each variant, in turns\n")
+    print0("method    variant    batch  images/s    GiB  share  x plain  x plain-amp")
     rows = {}
     for method in methods:
         recipe = get_recipe(method, settings, batches[0])
         best = rows[method] = find_best(method, variants, settings, batches)
-        add_ratios(best, measure.count_operations(method, recipe))
+        add_ratios(best, measure.count_operations(method, recipe), matrix)
         show(method, best)
         if settings.data == "imagenet" and "ours" in best:
             hours = round(recipe.epochs * IMAGES / best["ours"]["images_per_s"] / 3600, 1)
@@ -198,8 +203,8 @@ def main(settings: Settings) -> dict:
             best["ours"] |= projected
             print0(f"          {recipe.epochs} epochs of ImageNet: {hours:,.0f} hours at this rate")
     about = {name: getattr(recipe, name) for name in ("data", "model", "patch", "compile")}
-    about["image_size"] = data.DATA_SETS[settings.data].image_size
-    about |= {"steps": settings.steps, "rows": rows}
+    about["image_size"] = recipe.image_size or data.DATA_SETS[settings.data].image_size
+    about |= {"steps": settings.steps, "matrix_tflops": round(matrix / 1e12, 3), "rows": rows}
     return measure.add_record(settings, device, "speed.benchmark", about)
 
 

@@ -47,8 +47,8 @@ def measure_speeds(settings: Settings, device: torch.device) -> dict[str, list[f
     return found
 
 
-def draw(found: dict[str, list[float]]):
-    fig, axis = pictures.figure()
+def draw(found: dict[str, list[float]], title: str):
+    fig, axis = pictures.figure(title=title)
     for name, speeds in found.items():
         axis.plot(TOKENS, speeds, marker="o", label=f"{name} attention")
     axis.set(xscale="log", yscale="log", xlabel="patches", ylabel="images/s")
@@ -68,7 +68,8 @@ def main(settings: Settings) -> dict:
     about = {"tokens": TOKENS, "model": settings.model, "patch": settings.patch}
     record = measure.add_record(settings, device, "speed.linear", about | {"images_per_s": found})
     if settings.record:
-        pictures.save(draw(found), Path(settings.results) / f"linear-{device.type}.png")
+        title = f"Softmax and linear attention (ViT-{settings.model}, {record['device']})"
+        pictures.save(draw(found, title), Path(settings.results) / f"linear-{device.type}.png")
     return record
 
 

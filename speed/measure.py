@@ -3,6 +3,7 @@
 import json
 import platform
 import resource
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import data
 import vit
 from common import checkpoints, runs
 from common.launch import device_name, print0
+from common.precision import has_bf16
 from common.settings import Base, parse_layers, setting
 
 
@@ -40,7 +42,7 @@ def count_operations(method: str, recipe) -> float:
     """
     dim, depth, _ = vit.SIZES[recipe.model]
     kind = data.DATA_SETS[recipe.data]
-    patches = (kind.image_size // recipe.patch) ** 2
+    patches = ((recipe.image_size or kind.image_size) // recipe.patch) ** 2
     pixels = recipe.patch**2 * kind.channels
 
     def block(tokens: int, d: int = dim) -> float:
@@ -68,6 +70,19 @@ def count_operations(method: str, recipe) -> float:
     if method == "copy":  # of a copied block: no queries and keys, and no gradient of the map
         return teacher + student - len(layers) * 3 * (queries_keys + one_map(n))
     return teacher + student + one_map(n)  # the teacher's last map
+
+
+def measure_matrix_rate(device: torch.device) -> float:
+    """Operations per second of the device's own matrix product, in bf16 or float32, two sizes."""
+    best, dtypes = 0.0, [torch.float32]
+    if has_bf16(device.type):
+        dtypes.append(torch.bfloat16)
+    for n in (4096, 8192) if device.type == "cuda" else (1024, 2048):
+        for dtype in dtypes:
+            a, b = torch.randn(2, n, n, device=device).to(dtype).unbind()
+            times = [measure_seconds(lambda a=a, b=b: a @ b, device) for _ in range(12)]
+            best = max(best, 2 * n**3 / statistics.median(times))
+    return best
 
 
 def measure_seconds(work: Callable, device: torch.device) -> float:

@@ -96,6 +96,7 @@ def test_a_run_leaves_a_record_that_its_command_replaces(tmp_path, monkeypatch):
     argv = f"--method distill --batch 4 --steps 4 --record --results {tmp_path}".split() + TINY
     monkeypatch.setattr(sys, "argv", ["benchmark", *argv])
     monkeypatch.setattr(benchmark, "has_bf16", lambda where: False)
+    monkeypatch.setattr(measure, "measure_matrix_rate", lambda device: 1e11)
     command, path = "python -m speed.benchmark " + " ".join(argv), tmp_path / "benchmark-cpu.json"
     path.write_text(json.dumps([{"command": command, "rows": "old"}, {"command": "another"}]))
     benchmark.main(benchmark.parse(argv))
@@ -105,6 +106,9 @@ def test_a_run_leaves_a_record_that_its_command_replaces(tmp_path, monkeypatch):
     assert rows.keys() == {"plain", "ours"}  # bf16 is not emulated
     times = rows["ours"]["images_per_s"] / rows["plain"]["images_per_s"]
     assert rows["ours"]["times_plain"] == pytest.approx(times, rel=1e-2)
+    for row in rows.values():
+        rate = row["images_per_s"] * row["gflop_per_image"] / 100
+        assert 0 < row["share"] == pytest.approx(rate, rel=0.05)
 
 
 @pytest.mark.slow
