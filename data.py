@@ -23,7 +23,7 @@ from torch import Tensor
 from common.augment import Augment, BatchRandom, Normalise, Normalization, hash_seed, reseed, seeded
 from common.launch import get_device, print0, rank, world
 from common.settings import Base, setting
-from datasets.sources import Tensors, hold, hold_out
+from datasets.sources import Tensors, check_choices, hold, hold_out
 
 CIFAR10 = ([0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616])
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
@@ -126,8 +126,7 @@ def load(settings, train: bool = True) -> Data:
     kind, device = DATA_SETS[settings.data], get_device(settings.device)
     size = settings.image_size or kind.image_size
     normalise = Normalise(kind.normalization, device)
-    if settings.label != "class" and kind.module != "scenes":
-        raise ValueError("--label cell: only --data scenes has cells")
+    check_choices(settings, kind.module)
     module = importlib.import_module(f"datasets.{kind.module}")
     parts = module.load(settings, kind, size, normalise, device)
     if train and not parts.train:

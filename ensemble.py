@@ -24,6 +24,7 @@ import data
 from common import checkpoints, launch
 from common.precision import autocast
 from common.settings import parse_settings, setting
+from datasets.sources import CHOICES
 from teachers.load import Model, open_model
 from train import compute_top1
 
@@ -69,7 +70,7 @@ def choose_images(checkpoint: checkpoints.Checkpoint, settings):
     if not name:
         raise ValueError(f"{checkpoint.source} does not say which images it is for: name --data")
     changes = {"data": name, "image_size": checkpoint.architecture["image_size"]}
-    for choice in {"distractors", "scene", "dial", "classes", "label"} - settings.given:
+    for choice in CHOICES.keys() - settings.given:
         changes[choice] = own.get(choice, getattr(settings, choice))
     if settings.holdout < 0:  # the same split, wherever the folder lies now
         changes["holdout"] = own.get("holdout", 0.0) if name == own.get("data") else 0.0

@@ -7,6 +7,19 @@ from torch import Tensor
 
 from common.augment import hash_seed
 
+CHOICES = {  # settings that only these files here have a use for
+    "distractors": {"digits"}, "scene": {"scenes"}, "dial": {"scenes"}, "label": {"scenes"},
+    "classes": {"digits", "scenes"},
+}  # fmt: skip
+
+
+def check_choices(settings, module: str) -> None:
+    """ValueError for a setting that would silently have no effect."""
+    changed = settings.given | ({"label"} if settings.label != "class" else set())
+    for name in sorted(changed & CHOICES.keys()):
+        if module not in CHOICES[name]:
+            raise ValueError(f"--{name}: only --data {' and '.join(sorted(CHOICES[name]))} has it")
+
 
 class Parts(NamedTuple):
     """Images in three parts, and how those of the first are augmented."""
