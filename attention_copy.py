@@ -37,7 +37,7 @@ class Settings(recipes.TransferSettings):
 RECIPES = merge_recipes(
     recipes.RECIPES,
     scenes=dict(epochs=75, blr=6.4e-2, weight_decay=0.05, drop_path=0.0),
-    digits=dict(epochs=450, blr=0.02048, weight_decay=0.2),
+    digits=dict(epochs=450, blr=0.02048, weight_decay=0.2, layers=":3"),
     cifar=dict(epochs=100, blr=5e-4, weight_decay=0.05),
     imagenet=dict(  # the authors' README, ViT-L: 85.1 in the paper, not run here
         epochs=100, warmup=0.05, blr=1e-3, final_lr=0.25, weight_decay=0.05, beta2=0.999,

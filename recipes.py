@@ -59,7 +59,7 @@ PHOTOS = dict(random_erase=0.25, mixup=0.8, cutmix=1.0, smoothing=0.1)
 RECIPES: Recipes = {  # training from scratch; each method changes what differs
     "scenes": dict(patch=8, classes="5:", num_labels=300, drop_path=0.1, epochs=75, blr=3.2e-2,
                    weight_decay=0.5, clip=1.0, eval_every=15),
-    "digits": dict(num_labels=100, epochs=450, batch=50, blr=0.01024, weight_decay=1.5, clip=1.0,
+    "digits": dict(num_labels=100, epochs=450, batch=50, blr=0.01024, weight_decay=0.5, clip=1.0,
                    eval_every=45),
     "cifar": dict(model="tiny", patch=4, drop_path=0.1, epochs=100, warmup=0.05, batch=512,
                   blr=5e-4, final_lr=1e-3, clip=1.0, ema=0.999, **PHOTOS),
