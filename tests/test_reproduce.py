@@ -340,9 +340,11 @@ def test_the_base_task_is_what_the_rule_chose():
 
 
 @pytest.mark.parametrize("row", MAIN)
-@pytest.mark.parametrize("name, point", [("digits", rows.BASE), ("scenes", "pointer")])
-def test_the_defaults_of_the_scripts_are_what_tuning_chose(name, point, row):
-    chosen = dict(RESULTS[f"{name}-tuning"]["points"][point][row]["chosen"])
+@pytest.mark.parametrize("table, name, point", [
+    ("fair-tuning", "digits", rows.BASE), ("scenes-tuning", "scenes", "pointer"),
+])  # fmt: skip
+def test_the_defaults_of_the_scripts_are_what_tuning_chose(table, name, point, row):
+    chosen = dict(RESULTS[table]["points"][point][row]["chosen"])
     none = ["--teacher", "none"] if MAIN[row].teacher == "none" else []
     usual = values_of(jobs.load(MAIN[row].script).parse(["--data", name, *none]))
     assert usual["blr"] * usual["batch"] / 256 == pytest.approx(chosen.pop("lr"))
