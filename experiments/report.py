@@ -28,7 +28,7 @@ PAGES = tuple(ROOT / folder / "README.md" for folder in (".", "experiments", "re
 TASKS = {  # the records of each, the first that has a row counts
     "pointer": ("scenes-pointer",),
     "twins": ("scenes-twins",),
-    "digits": ("digits-maps",),
+    "digits": ("fair-main",),
     "CIFAR-10": ("cifar10-main", "cifar10-controls"),
 }
 TASK_ROWS = ("attention copy", "copy, mean maps", "attention distillation")
