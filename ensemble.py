@@ -49,10 +49,13 @@ def evaluate(paths, settings: Settings) -> dict:
     """Top-1 in per cent of each checkpoint, and of their averaged probabilities."""
     models = [open_model(path, launch.get_device(settings.device)) for path in paths]
     settings = choose_images(models[0].checkpoint, settings)
-    members, total = [], torch.zeros(())
+    members: list[dict] = []
+    total, labels = torch.zeros(()), torch.zeros(())
     for model in models:
-        p, labels, dataset = compute_probabilities(model, settings)
-        total = total + p
+        p, theirs, dataset = compute_probabilities(model, settings)
+        if members and not torch.equal(labels, theirs):  # scenes of another size are others
+            raise ValueError(f"{model.checkpoint.source} is for other images than the first")
+        total, labels = total + p, theirs
         members.append({
             "checkpoint": model.checkpoint.source,
             "method": model.checkpoint.method,

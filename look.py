@@ -87,7 +87,8 @@ def draw(model: Model, x: Tensor, maps: list[Tensor], layers, heads, query: int 
     }
     names = ["mean of heads", *(f"head {head}" for head in heads)]
     images, kind = x.expand(len(rows), -1, -1, -1), get_kind(model)
-    marked = dict.fromkeys(("image", *looks), query - prefix) if query else {}
+    place = -1 if query is None else query - prefix  # that of a class token is below 0
+    marked = dict.fromkeys(("image", *looks), place) if place >= 0 else {}
     return overlays(images, looks, kind.normalization, prefix, names, title, marked)
 
 
@@ -112,6 +113,8 @@ def main(settings: Settings) -> dict[str, float]:
     query, who = find_query(settings.query, model.net)
     x, maps, logits = look(photo, model)
     print(f"{photo} by {model.checkpoint}")
+    if model.checkpoint.method == "pretrain":  # of a scene's teacher they are pixels
+        logits = None
     likeliest = {} if logits is None else name_likeliest(logits, model.checkpoint.classes)
     for name, percent in likeliest.items():
         print(f"{percent:7.2f} %  {name}")

@@ -13,7 +13,8 @@ from common.settings import Base, parse_settings
 
 ROOT = Path(__file__).parent.parent
 PAGES = "README.md", "tutorial.ipynb", "solutions.ipynb"
-SET = re.compile(r"github\.com/([\w.-]+/[\w.-]+)/actions")  # in README's badge
+# In badges, and where the notebooks set REPOSITORY:
+PLACE = re.compile(r'(github(?:\.com)?/)[\w.-]+/[\w.-]+?(?=/actions|/blob/main/tutorial|\\")')
 
 
 @dataclass(frozen=True)
@@ -26,18 +27,18 @@ parse = partial(parse_settings, __doc__, Settings, {}, positional=WORDS)
 
 
 def parse_address(given: str) -> str:
-    found = re.fullmatch(r"(?:https://github\.com/)?([\w.-]+/[\w.-]+?)(?:\.git)?/?", given)
+    found = re.fullmatch(r"(?:.*github\.com[/:])?(\w[\w.-]*/\w[\w.-]*?)(?:\.git)?/?", given)
     if not found:
         raise ValueError(f"'{given}': give OWNER/NAME, or https://github.com/OWNER/NAME")
     return found[1]
 
 
 def main(settings: Settings) -> None:
-    new, old = parse_address(settings.address[0]), SET.findall((ROOT / "README.md").read_text())[0]
+    new = parse_address(settings.address[0])
     for page in PAGES:
-        text = (ROOT / page).read_text()
-        checkpoints.write_text(ROOT / page, text.replace(old, new))
-        print(f"wrote {page}")
+        text, count = PLACE.subn(rf"\g<1>{new}", (ROOT / page).read_text())
+        checkpoints.write_text(ROOT / page, text)
+        print(f"{page}: {count} set")
 
 
 if __name__ == "__main__":

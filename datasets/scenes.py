@@ -41,8 +41,12 @@ def load(settings, kind, size: int, normalise: Normalise, device) -> Parts:
         held = [hold(source, device) for source in hold_out(found, 0.1)]
         names, pools = found.classes, [(F.avg_pool2d(x.images / 255, 2), x.labels) for x in held]
     kinds = parse_layers(settings.classes, len(names), "classes")
-    if len(kinds) < 2:
-        raise ValueError(f"--classes {settings.classes}: scenes show two classes or more")
+    twins = settings.scene == "twins"
+    if len(kinds) < 2 + twins:
+        least = "three" if twins else "two"
+        raise ValueError(f"--classes {settings.classes}: such scenes show {least} classes or more")
+    if twins and settings.dial:
+        raise ValueError(f"--dial {settings.dial}: only --scene pointer has a pointer")
     grid, rest = divmod(size, pools[0][0].shape[-1])
     if rest or grid < 3 or not grid % 2:
         raise ValueError(f"--image-size {size}: scenes have 3, 5, 7 ... cells to a side")

@@ -157,7 +157,7 @@ class Runner:
         process.join()
         self.processes.discard(process)
         if process.exitcode:
-            last = output.read_text().strip().splitlines()[-1:]
+            last = output.read_text().strip().splitlines()[-1:] if output.exists() else []
             raise Failed(f"{name} failed: {' '.join(last)} (see {output})")
 
     def record(self, name: str, extra: str, found: dict) -> dict:

@@ -28,7 +28,8 @@ class Settings(Base):
 
 def parse(argv: Sequence[str]) -> Settings:
     words = "pictures", f"which to draw: {', '.join(PICTURES)} [all]", 0
-    return parse_settings(__doc__, Settings, {}, [*argv] or [*PICTURES], words)
+    named = {*argv} & PICTURES.keys()
+    return parse_settings(__doc__, Settings, {}, [*argv, *([] if named else PICTURES)], words)
 
 
 def draw_scenes(path: Path) -> None:

@@ -55,11 +55,12 @@ def test_one_command_sets_the_address_everywhere(tmp_path, monkeypatch):
     for page in address.PAGES:
         shutil.copy(ROOT / page, tmp_path)
     monkeypatch.setattr(address, "ROOT", tmp_path)
-    for given in ("https://github.com/some-one/course.git", "other/name"):
+    for given in ("git@github.com:some-one/course.git", "https://github.com/other/name"):
         address.main(address.parse([given]))
     for page in address.PAGES:
         text = (tmp_path / page).read_text()
         assert "OWNER/" not in text and "some-one" not in text
         assert "github.com/other/name" in text
-    with pytest.raises(ValueError, match="OWNER/NAME"):
-        address.parse_address("name")
+    for wrong in ("name", "../.."):
+        with pytest.raises(ValueError, match="OWNER/NAME"):
+            address.parse_address(wrong)

@@ -113,7 +113,7 @@ def test_the_teacher_says_the_pixels_of_the_cell_asked_for():
 
 
 def test_a_student_is_scored_on_the_scenes_that_it_was_trained_for():
-    argv = "--data scenes --scene twins --dial 0.3 --classes 2:7 --model nano --epochs 1".split()
+    argv = "--data scenes --dial 0.3 --classes 2:7 --model nano --epochs 1".split()
     argv += "--out run --teacher random".split()
     row = attention_copy.main(attention_copy.parse(argv))
     again = ensemble.evaluate(["run/model.pt"], ensemble.parse(["run/model.pt"]))

@@ -491,7 +491,8 @@ def test_a_name_that_does_not_fit_its_file_is_refused(tmp_path, monkeypatch):
     for name, gone, theirs, words in (
         (dinov2, "", mae14, "ls1.gamma"), (mae14, "", dinov2, "ls1.gamma"),
         ("vit_small_patch16_dinov3.lvd1689m", "", mae, "pos_embed"), (mae, "", beit, "table"),
-        (mae, "blocks.1.attn.qkv.bias", mae, "qkv.bias"), (beit, "blocks.1.attn.v_bias", beit, "blocks.1.attn"),
+        (mae, "blocks.1.attn.qkv.bias", mae, "qkv.bias"),
+        (beit, "blocks.1.attn.v_bias", beit, "blocks.1.attn"),
         (mae, "patch_embed.proj.bias", mae, "proj.bias"),
     ):  # fmt: skip
         torch.save({k: v for k, v in timms(name).state_dict().items() if k != gone}, path)
