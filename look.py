@@ -154,7 +154,7 @@ def overlays(
     most = most or min(drawn.max().item(), 1.1 * drawn.quantile(0.99).item())
     side, label = isqrt(next(iter(shares.values())).shape[1]), "attention\n(1: uniform)"
     lights = {name: p.view(-1, side, side) for name, p in shares.items()}
-    return pictures.draw_lights(pixels, lights, most, label, rows, title, marked or {})
+    return pictures.draw_lights(pixels, lights, most, label, rows, title, marked)
 
 
 if __name__ == "__main__":

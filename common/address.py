@@ -14,7 +14,7 @@ from common.settings import Base, parse_settings
 ROOT = Path(__file__).parent.parent
 PAGES = "README.md", "tutorial.ipynb", "solutions.ipynb"
 # In badges, and where the notebooks set REPOSITORY:
-PLACE = re.compile(r'(github(?:\.com)?/)[\w.-]+/[\w.-]+?(?=/actions|/blob/main/tutorial|\\"| )')
+PLACE = re.compile(r'(github(?:\.com)?/)[\w.-]+/[\w.-]+?(?=/actions|/blob/|\\"| attention-)')
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,8 @@ def write(path: Path, fill: Callable) -> None:
         os.replace(part, path)
     except (OSError, RuntimeError) as error:
         met = error if isinstance(error, OSError) else error.__context__  # by torch.save
-        raise Failed(f"could not write {path} ({met or error}): the old file is intact") from error
+        kept = ": the old file is intact" if path.is_file() else ""
+        raise Failed(f"could not write {path} ({met or error}){kept}") from error
     finally:
         part.unlink(missing_ok=True)
 

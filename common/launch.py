@@ -161,11 +161,13 @@ class Every:
 def count(things: Iterable, total: int, words: str) -> Iterator:
     """Passes things on. On a terminal it counts them, if they take more than a second."""
     due = Every(1)
-    for i, thing in enumerate(things, 1):
-        yield thing
-        if due():
-            rewrite(f"{i:,} of {total:,} {words}")
-    rewrite("")
+    try:
+        for i, thing in enumerate(things, 1):
+            yield thing
+            if due():
+                rewrite(f"{i:,} of {total:,} {words}")
+    finally:
+        rewrite("")
 
 
 def rewrite(line: str) -> None:

@@ -1,6 +1,7 @@
 """Reads safetensors files, as timm publishes them: a length, a header in JSON, raw tensors."""
 
 import json
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -20,10 +21,12 @@ def read(path: Path) -> dict[str, Tensor]:
     begin = 8 + int.from_bytes(whole[:8].numpy(), "little")
     header = json.loads(whole[8:begin].numpy().tobytes())
     header.pop("__metadata__", None)
+    spans = sorted(about["data_offsets"] for about in header.values())
+    edges = [0, *chain(*spans), size - begin]
+    if edges[::2] != edges[1::2]:  # each tensor must begin where another one ends
+        raise ValueError("its tensors overlap, or some of its bytes belong to none")
     for name, about in header.items():
         first, last = about["data_offsets"]
         part = whole[begin + first : begin + last].clone()  # aligned, and in memory
         found[name] = part.view(DTYPES[about["dtype"]]).view(about["shape"])
-    if begin + sum(x.nbytes for x in found.values()) != size:
-        raise ValueError("some of its bytes belong to no tensor")
     return found

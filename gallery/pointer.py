@@ -58,6 +58,7 @@ def learn(script, images: Tensor, *argv: str) -> Iterator[tuple[int, Tensor, flo
     source, net = dataset.train, task.net
     per_epoch = len(source) // source.batch
     steps, peak = settings.epochs * per_epoch, settings.blr * source.batch / 256
+    warmup = round(settings.warmup * steps)
     learner = train.Learner(task, settings, steps)
     net.train()
     for epoch in range(settings.epochs + 1):
@@ -65,7 +66,6 @@ def learn(script, images: Tensor, *argv: str) -> Iterator[tuple[int, Tensor, flo
             found = learner.classify(task.predict, net, dataset.test)
             yield epoch, look_from_centre(net, images), train.compute_top1(*found)
         for batch, labels in source.epoch(epoch) if epoch < settings.epochs else ():
-            warmup = round(settings.warmup * steps)
             rate = train.get_learning_rate(learner.done, steps, warmup, peak, settings.final_lr)
             learner.train_step(batch, labels, rate)
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from common import pictures
 from experiments.figures import COLOURS
+from experiments.report import PAPER
 
 LENT, LEARNED, BOTH = "#ffd27a", "#9cc9ea", "#ffd27a #9cc9ea"  # of boxes: where, then what
 WIDE, HIGH, APART = 0.73, 0.46, 0.21  # a box, and half the way from teacher to student, in inches
@@ -17,7 +18,6 @@ METHODS = {  # the student, arrows from the teacher and their name; in training,
     "fine-tuning": ((BOTH, BOTH), "->", "", "starts as the teacher", "student alone"),
 }  # fmt: skip
 MIDDLES = 1.13, 2.99, 5.14, 7.31  # of the columns
-PAPER = 83.0, 85.1, 85.7, 85.7
 SOURCE = "top-1 on ImageNet-1K, ViT-L, MAE teacher: the paper's figures"
 LEGEND = {LENT: "the teacher's, frozen", LEARNED: "learned", BOTH: "the teacher's, then learned"}
 WORDS = "where: attention maps (queries, keys)       what: values, MLPs, embeddings"
@@ -31,14 +31,15 @@ def draw_schematic(path: Path) -> None:
         write(axis, 0.15, y, name, 13.5, rotation=90)
     axis.plot((0.35, 8.38), (2.98, 2.98), color="0.8", linewidth=1)
     for column, (name, (student, arrow, word, training, test)) in enumerate(METHODS.items()):
-        middle, colour = MIDDLES[column], COLOURS[name.replace("\n", " ")]
+        middle, row = MIDDLES[column], name.replace("\n", " ")
+        colour = COLOURS[row]
         copied = student[0] is LENT
         write(axis, middle, 5.04, name, 14, color=colour, weight="bold")
         draw_nets(axis, middle, 3.4, student, arrow, word)
         write(axis, middle, 3.19, training)
         draw_nets(axis, middle, 1.76, student, arrow if copied else "", word)
         write(axis, middle, 1.55, test)
-        write(axis, middle, 1.15, f"{PAPER[column]} %", 16, color=colour, weight="bold")
+        write(axis, middle, 1.15, f"{PAPER[row]} %", 16, color=colour, weight="bold")
     write(axis, 4.37, 0.86, SOURCE, SMALL)
     for x, (colour, words) in zip((0.72, 3.3, 4.85), LEGEND.items(), strict=True):
         draw_box(axis, x, 0.43, 0.3, 0.2, colour)

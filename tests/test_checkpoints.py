@@ -29,7 +29,7 @@ SHAPE = dict(image_size=12, patch=3, channels=1, classes=10, dim=32, depth=3, he
 WEIGHTS = Path(__file__).parent.parent / "weights"
 
 
-@pytest.mark.parametrize("name", ["digits", "cifar10"])
+@pytest.mark.parametrize("name", ["digits", "cifar10", "scenes"])
 def test_bundled_files_are_what_is_said_of_them_and_plain_vits(name):
     facts, file = json.loads((WEIGHTS / f"{name}.json").read_text()), WEIGHTS / f"{name}.pt"
     assert hashlib.sha256(file.read_bytes()).hexdigest() == facts["sha256"]

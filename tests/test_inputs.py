@@ -94,6 +94,7 @@ def save(contents):
 
 @pytest.mark.parametrize("spoil, words", [
     (lambda whole: whole[: len(whole) // 2], "cannot be read"),
+    (lambda whole: whole[:-9000] + b"?" + whole[-8999:], "changed since it was written"),
     (lambda _: b"", "cannot be read"), (lambda _: b"hello", "cannot be read"),
     (lambda _: b"\n<!DOCTYPE html><html>", "a web page"), (lambda _: save([1, 2]), "no model"),
     (lambda _: b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS pointer"),
@@ -141,6 +142,7 @@ def test_it_reads_what_the_reference_wrote():
 
 @pytest.mark.parametrize("key, changes, cut, add", [
     ("b", {}, 3, b""), ("b", {}, 0, b"xx"), ("b", {"dtype": "F8"}, 0, b""),
+    ("a.weight", {"data_offsets": [0, 60]}, 0, b""),
     ("b", {"shape": [9]}, 0, b""), ("b", {"shape": [-7]}, 0, b""),
 ])  # fmt: skip
 def test_a_file_that_lies_is_refused(key, changes, cut, add):
