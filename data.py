@@ -39,7 +39,7 @@ class DataSet(NamedTuple):
 
 DATA_SETS = {
     "scenes": DataSet("scenes", 24, 1, ([0.25], [0.35])),
-    "scenes-cifar10": DataSet("scenes", 48, 3, CIFAR10),
+    "scenes-cifar10": DataSet("scenes", 24, 3, ([0.47] * 3, [2.0] * 3)),  # faint beside positions
     "digits": DataSet("digits", 12, 1, ([0.25], [0.35])),
     "cifar10": DataSet("cifar", 32, 3, CIFAR10),
     "cifar100": DataSet("cifar", 32, 3, ([0.5071, 0.4865, 0.4409], [0.2673, 0.2564, 0.2762])),

@@ -74,6 +74,12 @@ SCENES = Study(
         "linear probe of the teacher": ("lr", (4e-3, 3.2e-2, 6.4e-2)),
     },
 )  # fmt: skip
+PHOTO_SCENES = SCENES._replace(
+    base={"data": "scenes-cifar10", "num_labels": 2000, "epochs": 20},
+    own={row: SCENES.own[row] for row in (*rows.MAIN, "copy, mean maps")},
+    rates=(2e-3, 4e-3, 8e-3),
+    decays=(0.05, 0.5),
+)
 
 # Contrasts ----------------------------------------------------------------------------------------
 
@@ -133,6 +139,7 @@ SCENE_LABELS = {  # at 300 steps, or more where there are more scenes
     for labels, epochs in {100: 300, 300: 75, 1000: 40, 3000: 22}.items()
 }
 scenes = partial(Table, study=SCENES, points=POINTER, rows=tuple(MAIN))
+photo_scenes = partial(Table, study=PHOTO_SCENES, points=POINTER)
 fair = partial(Table, study=FAIR, points=AT_BASE)
 digits = partial(Table, study=DIGITS, points=AT_BASE, rows=tuple(MAIN))
 photos = partial(Table, study=CIFAR, points=AT_PHOTOS, rows=tuple(MAIN))
@@ -173,6 +180,12 @@ TABLES = {
     "scenes-ensembles": scenes("pointer: pairs of nets and their controls",
         rows=(*MAIN, *rows.AGAIN),
         find=lambda _, runs: find_pairs(runs)),
+    "scenes-tuning-photos": photo_scenes("settings for a pointer among photographs of CIFAR-10",
+        tunes=True, rows=ENDS),
+    "scenes-photos": photo_scenes("pointer: photographs of CIFAR-10 in its cells", seeds=5,
+        rows=(*ENDS, "copy, other maps", "copy, random teacher", "distillation, mean maps"),
+        contrasts=share_of_gain("copy, mean maps", COPY)
+        | subtract((COPY, TUNED), (DISTILLATION, COPY))),
     "digits-tuning": digits(
         "settings of the main rows for 0, 1 and 2 distractors; and which of these is the base task",
         rows=(*MAIN, *rows.PROBE, NEAREST), points=CLUTTER, tunes=True,
