@@ -15,6 +15,7 @@ from experiments.study import NEAREST, Study, Table, share_of_gain, subtract
 DROPS, DECAYS = ("drop_path", (0.0, 0.1, 0.2)), ("layer_decay", (0.75, 1.0, 0.5))
 COPIED, DISTILLED = ("layers", ("all", ":3", ":2")), ("layers", (":3", "all", ":2"))
 WEIGHTS = ("attention_weight", (3.0, 1.0, 10.0))
+ENDS = (*MAIN, "copy, mean maps")
 DIGITS = Study(
     rows=rows.ROWS,
     base={"data": "digits", "num_labels": 100, "epochs": 450, "positions": "random"},
@@ -22,26 +23,19 @@ DIGITS = Study(
     rates=(1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
     decays=(0.05, 0.2, 0.5, 1.5, 5.0),
     own={
-        "from scratch": DROPS,
-        "attention copy": COPIED,
-        "attention distillation": DISTILLED,
-        "fine-tuning": DECAYS,
-        "linear probe of the teacher": ("lr", (4e-3, 3.2e-2, 6.4e-2)),  # of a head alone
-        "feature distillation": WEIGHTS,
-        "logit distillation": WEIGHTS,
-        "copy, random teacher": COPIED,
-        "distillation, random teacher": DISTILLED,
-        "copy, fine-tuned teacher": COPIED,
-        "teacher's maps and weights": COPIED,
-        "copy, mean maps": COPIED,
-        "distillation, detached": DISTILLED,
+        "from scratch": DROPS, "attention copy": COPIED, "attention distillation": DISTILLED,
+        "fine-tuning": DECAYS, "linear probe of the teacher": ("lr", (4e-3, 3.2e-2, 6.4e-2)),
+        "feature distillation": WEIGHTS, "logit distillation": WEIGHTS,
+        "copy, random teacher": COPIED, "distillation, random teacher": DISTILLED,
+        "copy, fine-tuned teacher": COPIED, "teacher's maps and weights": COPIED,
+        "copy, mean maps": COPIED, "distillation, detached": DISTILLED,
     },
-)
+)  # fmt: skip
 FAIR = DIGITS._replace(  # students start from sin-cos positions, as their teachers
     base=DIGITS.base | {"positions": "sincos"},
     rates=(2e-3, 4e-3, 8e-3, 1.6e-2),
     decays=(0.05, 0.2, 0.5, 1.5),
-    own={row: DIGITS.own[row] for row in (*rows.MAIN, "copy, mean maps")},
+    own={row: DIGITS.own[row] for row in ENDS},
 )
 PLAIN = dict.fromkeys(("mixup", "cutmix", "random_erase", "smoothing", "ema", "drop_path"), 0.0)
 CIFAR = Study(  # small enough for a CPU: shifts and flips, a tenth of the labels
@@ -59,6 +53,12 @@ CIFAR = Study(  # small enough for a CPU: shifts and flips, a tenth of the label
         "attention distillation": ("layers", (":5",)), "fine-tuning": ("layer_decay", (0.75,)),
     },
 )  # fmt: skip
+FAIR_CIFAR = CIFAR._replace(
+    base=CIFAR.base | {"positions": "sincos"},
+    rates=(1e-3, 2e-3, 4e-3),
+    decays=(0.3,),
+    own=CIFAR.own | {"copy, mean maps": ("layers", ("all",))},
+)
 RECIPE = CIFAR._replace(base={"data": "cifar10"}, teacher={}, images=("data", "model"), own={})
 
 SCENES = Study(
@@ -68,15 +68,10 @@ SCENES = Study(
     seeds=(100, 101),
     rates=(2e-3, 4e-3, 8e-3, 1.6e-2),
     decays=(0.05, 0.5, 1.5),
-    own={
-        "from scratch": DROPS, "attention copy": COPIED, "attention distillation": DISTILLED,
-        "fine-tuning": DECAYS, "copy, mean maps": COPIED, "feature distillation": WEIGHTS,
-        "linear probe of the teacher": ("lr", (4e-3, 3.2e-2, 6.4e-2)),
-    },
-)  # fmt: skip
+    own={row: DIGITS.own[row] for row in (*ENDS, *rows.PROBE, "feature distillation")},
+)
 PHOTO_SCENES = SCENES._replace(
     base={"data": "scenes-cifar10", "num_labels": 2000, "epochs": 20},
-    own={row: SCENES.own[row] for row in (*rows.MAIN, "copy, mean maps")},
     rates=(2e-3, 4e-3, 8e-3),
     decays=(0.05, 0.5),
 )
@@ -139,13 +134,11 @@ SCENE_LABELS = {  # at 300 steps, or more where there are more scenes
     for labels, epochs in {100: 300, 300: 75, 1000: 40, 3000: 22}.items()
 }
 scenes = partial(Table, study=SCENES, points=POINTER, rows=tuple(MAIN))
-photo_scenes = partial(Table, study=PHOTO_SCENES, points=POINTER)
 fair = partial(Table, study=FAIR, points=AT_BASE)
 digits = partial(Table, study=DIGITS, points=AT_BASE, rows=tuple(MAIN))
 photos = partial(Table, study=CIFAR, points=AT_PHOTOS, rows=tuple(MAIN))
 LOOKS = "of each layer: shares of attention; divergence, nats; CKA"
 looked = {"find": lambda _, runs: {"points": find_looks(runs), "measure": LOOKS}}
-ENDS = (*MAIN, "copy, mean maps")
 TABLES = {
     "scenes-tuning": scenes("settings for the pointer", tunes=True,
         rows=(*ENDS, *rows.PROBE, "feature distillation")),
@@ -180,9 +173,9 @@ TABLES = {
     "scenes-ensembles": scenes("pointer: pairs of nets and their controls",
         rows=(*MAIN, *rows.AGAIN),
         find=lambda _, runs: find_pairs(runs)),
-    "scenes-tuning-photos": photo_scenes("settings for a pointer among photographs of CIFAR-10",
-        tunes=True, rows=ENDS),
-    "scenes-photos": photo_scenes("pointer: photographs of CIFAR-10 in its cells", seeds=5,
+    "scenes-tuning-photos": scenes("settings for a pointer among photographs of CIFAR-10",
+        tunes=True, study=PHOTO_SCENES, rows=ENDS),
+    "scenes-photos": scenes("pointer among photographs of CIFAR-10", seeds=5, study=PHOTO_SCENES,
         rows=(*ENDS, "copy, other maps", "copy, random teacher", "distillation, mean maps"),
         contrasts=share_of_gain("copy, mean maps", COPY)
         | subtract((COPY, TUNED), (DISTILLATION, COPY))),
@@ -278,6 +271,11 @@ TABLES = {
         tuned_at="5,000 labels", contrasts=along(PHOTO_LENGTHS)),
     "cifar10-labels": photos("the main rows with 1,000 to 41,600 labels, at equal steps", seeds=1,
         points=PHOTO_LABELS, tuned_at="5,000 labels", contrasts=along(PHOTO_LABELS)),
+    "cifar10-fair-tuning": photos("settings, for students that start from sin-cos positions",
+        study=FAIR_CIFAR, points=SHORT, rows=ENDS, tunes=True),
+    "cifar10-fair": photos("students that start from sin-cos positions, as their teacher", seeds=3,
+        study=FAIR_CIFAR, rows=(*ENDS, "copy, fine-tuned teacher", "copy, its mean maps"),
+        contrasts=share_of_gain("copy, mean maps", COPY)),
     "cifar10-recipe": photos(
         "the main rows as --data cifar10 has them: 50,000 labels, 100 epochs (takes a GPU)",
         study=RECIPE, points={"50,000 labels": {"model": "tiny"}}, seeds=3,
