@@ -149,7 +149,7 @@ TABLES = {
         contrasts=subtract(*((AFTER[n], LORA[n]) for n in LORA), (AFTER[60], TAUGHT)),
     ),
     "related-attndistill": related(
-        "without labels: class tokens and where they look; 20 nearest neighbours",
+        "students without labels: class tokens and where they look; 20 nearest neighbours",
         rows=tuple(ATTNDISTILL),
         against={LABELLED: "random, teacher", "token": "random, student", "token and map": "token"},
         contrasts=subtract(("token", LABELLED)),

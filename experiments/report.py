@@ -20,6 +20,7 @@ from common.settings import Base, parse_settings
 from experiments import estimates, figures, related_tables, tables
 from experiments.estimates import BASELINE, CEILING, estimate, format_cell, format_means
 from experiments.jobs import ROOT, read_record
+from experiments.rows import PAPER
 
 TABLES = tables.TABLES | related_tables.TABLES
 parse = partial(parse_settings, __doc__, Base, {})
@@ -32,8 +33,6 @@ TASKS = {  # the records of each, the first that has a row counts
     "CIFAR-10": ("cifar10-main", "cifar10-controls"),
 }
 TASK_ROWS = ("attention copy", "copy, mean maps", "attention distillation")
-PAPER = {"from scratch": 83.0, "attention copy": 85.1, "attention distillation": 85.7}
-PAPER |= {CEILING: 85.7}  # Li et al. 2024, ImageNet-1K, ViT-L, MAE teacher
 MARKED = re.compile(r"<!-- ([\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
 
 

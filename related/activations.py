@@ -57,12 +57,12 @@ class Settings(recipes.Settings):
         return self.model != "teacher" and bool(self.at_weight or self.kd_weight)
 
 
-SHARED = dict(weight_decay=0.05)
-PHOTOS = SHARED | dict(model="small", at_weight=1000.0)  # theirs, for the mean of 32 x 32 places
+PHOTOS = dict(weight_decay=0.05, model="small", at_weight=1000.0)  # theirs, for 32 x 32 places
 RECIPES = merge_recipes(
     recipes.RECIPES,
-    digits=SHARED  # with one distractor small nets have nothing to gain
-    | dict(num_labels=300, distractors=4, epochs=40, blr=0.04096, eval_every=20),
+    digits=dict(  # with one distractor small nets have nothing to gain
+        num_labels=300, distractors=4, epochs=40, blr=0.04096, eval_every=20, weight_decay=0.05
+    ),
     cifar=PHOTOS | dict(blr=1e-3, final_lr=5e-4, eval_every=5),
     imagenet=PHOTOS,
     folder=PHOTOS | dict(blr=8e-3, final_lr=5e-4),

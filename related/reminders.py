@@ -155,13 +155,8 @@ def task(settings: Settings) -> train.Task:
         raise ValueError(f"--patch {settings.patch} does not divide a place of {scenes.PLACE}")
     torch.manual_seed(settings.seed)
     net = Robot(new_vit(settings, dataset, classes=0), settings.reminder).to(device)
-    return train.Task(
-        net,
-        dataset,
-        loss=partial(loss, known=known, weight=settings.attention_weight),
-        predict=None,
-        export=export,
-    )
+    own_loss = partial(loss, known=known, weight=settings.attention_weight)
+    return train.Task(net, dataset, own_loss, predict=None, export=export)
 
 
 def make_trial(name: str, settings: Settings, device) -> scenes.Scenes:
