@@ -72,7 +72,7 @@ SCENES = Study(
 )
 PHOTO_SCENES = SCENES._replace(
     base={"data": "scenes-cifar10", "num_labels": 2000, "epochs": 20},
-    rates=(2e-3, 4e-3, 8e-3),
+    rates=(1e-3, 2e-3, 4e-3, 8e-3),
     decays=(0.05, 0.5),
 )
 
