@@ -244,7 +244,7 @@ TABLES = {
         rows=ENDS),
     "fair-main": fair("students that start from sin-cos positions, as their teachers",
         rows=(*ENDS, "copy, impulse maps", "copy, fine-tuned teacher", "distillation, mean maps"),
-        contrasts=share_of_gain("copy, mean maps", COPY)),
+        contrasts=share_of_gain("copy, mean maps", COPY) | subtract((COPY, "copy, mean maps"))),
     "fair-whose": fair("whose maps? Students see the digits 5 to 9", seeds=5,
         points={"digits 5 to 9": {"classes": "5:"}}, tuned_at=BASE,
         rows=(*ENDS, *(row for row in rows.FINE_TUNED if row not in ENDS))),
