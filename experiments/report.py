@@ -28,6 +28,7 @@ USUAL = ("mean", "interval", "values", "difference", "recovery")
 PAGES = tuple(ROOT / folder / "README.md" for folder in (".", "experiments", "related"))
 TASKS = {  # the records of each, the first that has a row counts
     "pointer": ("scenes-pointer",),
+    "pointer, photographs": ("scenes-photos",),
     "twins": ("scenes-twins",),
     "digits": ("fair-main",),
     "CIFAR-10": ("cifar10-main", "cifar10-controls"),

@@ -170,6 +170,8 @@ TABLES = {
     "scenes-looks": scenes("where nets look in scenes of a pointer", seeds=5, picture=draw_scenes,
         **looked),
     "scenes-looks-twins": scenes("where nets look at twins", seeds=5, points=TWINS, **looked),
+    "scenes-looks-photos": scenes("where nets look among photographs", seeds=5, study=PHOTO_SCENES,
+        picture=draw_scenes, **looked),
     "scenes-ensembles": scenes("pointer: pairs of nets and their controls",
         rows=(*MAIN, *rows.AGAIN),
         find=lambda _, runs: find_pairs(runs)),
@@ -263,10 +265,7 @@ TABLES = {
         contrasts=INTERACTION | share_of_gain("copy, mean maps", COPY)
         | share_of_gain("distillation, mean maps", DISTILLATION),
     ),
-    "cifar10-looks": photos(
-        "how like the teacher's are maps and features; do maps depend on the image?",
-        seeds=5, **looked,
-    ),
+    "cifar10-looks": photos("are maps and features like the teacher's?", seeds=5, **looked),
     "cifar10-length": photos("the main rows, three times as long", seeds=3, points=PHOTO_LENGTHS,
         tuned_at="5,000 labels", contrasts=along(PHOTO_LENGTHS)),
     "cifar10-labels": photos("the main rows with 1,000 to 41,600 labels, at equal steps", seeds=1,

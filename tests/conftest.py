@@ -73,15 +73,15 @@ def teacher(small, tmp_path_factory):
 
 @pytest.fixture
 def failing(capsys, monkeypatch):
-    """Runs a script with arguments that must fail: the exit code, and the one line on stderr."""
+    """Runs a script that must fail: with this exit code, and one line on stderr with all words."""
 
-    def run(script, argv):
+    def run(script, argv, *words, code=2):
         monkeypatch.setattr(sys, "argv", ["script", *map(str, argv)])
         with pytest.raises(SystemExit) as stopped:
             launch.run(script.main, script.parse)
         lines = capsys.readouterr().err.strip().splitlines()
         assert len(lines) == 1 and lines[0].startswith("error: "), lines
-        return stopped.value.code, lines[0]
+        assert stopped.value.code == code and all(str(word) in lines[0] for word in words), lines
 
     return run
 

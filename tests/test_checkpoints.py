@@ -44,9 +44,6 @@ def test_bundled_files_are_what_is_said_of_them_and_plain_vits(name):
     assert find.find_bundled(replace(settings, patch=2)) is None
 
 
-# Teachers that are made here ----------------------------------------------------------------------
-
-
 @pytest.fixture
 def pretrainings(monkeypatch):
     """The settings of each pre-training of a teacher, which leave untrained ones."""
@@ -136,9 +133,6 @@ def test_a_teacher_that_learned_from_test_images_is_said(small, photos, tmp_path
     assert "was trained on 15 of the test images" in train_on(photos / "val", "same")
 
 
-# What does not fit --------------------------------------------------------------------------------
-
-
 def test_heads_are_never_guessed(tmp_path):
     """With other heads the same weights are another function: MoCo v3's ViT-S has 12, not 6."""
     small = vit.ViT(vit.Config(32, 8, 3, 5, *vit.SIZES["small"])).eval()
@@ -190,9 +184,6 @@ def test_a_download_is_checked_kept_and_leaves_nothing_else_behind(monkeypatch, 
     assert checkpoints.download(f"{url}y.pth").is_file()  # without the server
     with pytest.raises(ValueError, match=r"cannot download .*z\.pth"):
         checkpoints.download(f"{url}z.pth")
-
-
-# Ours ---------------------------------------------------------------------------------------------
 
 
 def test_a_model_opens_as_what_it_was_exported_from(tmp_path):

@@ -30,9 +30,8 @@ def test_differences_are_paired_and_recovery_is_their_ratio():
     mean, deviation = gains["copy"].mean(), gains["copy"].std(ddof=1)
     half = 2.262 * deviation / 10**0.5
     cell = found["copy"]["difference"]
-    assert [cell["mean"], *cell["interval"]] == pytest.approx(
-        [mean, mean - half, mean + half], rel=1e-3
-    )
+    expected = [mean, mean - half, mean + half]
+    assert [cell["mean"], *cell["interval"]] == pytest.approx(expected, rel=1e-3)
     assert half < np.diff(found["copy"]["interval"]) / 4  # of the row alone
     recovery = mean / gains["fine-tuning"].mean()
     assert found["copy"]["recovery"]["mean"] == pytest.approx(recovery)
@@ -50,9 +49,8 @@ def test_a_ratio_leaves_out_one_seed_after_the_other():
         of = {row: v[keep].mean() for row, v in values.items()}
         return (of["copy"] - of["from scratch"]) / (of["fine-tuning"] - of["from scratch"])
 
-    whole, pseudo = share(range(6)), []
-    for i in range(6):
-        pseudo.append(6 * whole - 5 * share([j for j in range(6) if j != i]))
+    whole = share(range(6))
+    pseudo = [6 * whole - 5 * share([j for j in range(6) if j != i]) for i in range(6)]
     half = estimates.get_quantile(5) * np.std(pseudo, ddof=1) / 6**0.5
     assert found["interval"] == pytest.approx([whole - half, whole + half])
     nothing = draw(6, np.random.default_rng(4), tuned=0.0)

@@ -127,9 +127,6 @@ def test_average_of_weights_forgets_its_start_and_then_follows_the_decay():
         torch.testing.assert_close(list(learner.average.module.parameters()), expected)
 
 
-# The loss of attention distillation --------------------------------------------------------------
-
-
 def draw_qk(*widths, dtype=torch.float64, tokens=5):
     """q and k of a student (which learns) and of a teacher, of these widths."""
     shapes = [(2, 3, tokens, width) for width in widths for _ in "qk"]
@@ -147,16 +144,13 @@ def assert_close(found, expected, close):
 
 
 def test_the_definition_is_the_cross_entropy_between_maps():
-    student, teacher = (QK(*(x.detach() for x in side[:2])) for side in draw_qk(8, 8))
-    total = 0.0
+    both, total = [QK(*(x.detach() for x in side[:2])) for side in draw_qk(8, 8)], 0.0
     for b, h, i in torch.cartesian_prod(torch.arange(2), torch.arange(3), torch.arange(5)):
-        ours, theirs = (
-            [math.exp(x.q[b, h, i] @ x.k[b, h, j] / math.sqrt(8)) for j in range(5)]
-            for x in (student, teacher)
-        )
+        scores = [(x.k[b, h] @ x.q[b, h, i] / math.sqrt(8)).tolist() for x in both]
+        ours, theirs = ([math.exp(score) for score in of_row] for of_row in scores)
         for o, t in zip(ours, theirs, strict=True):
             total -= t / sum(theirs) * math.log(o / sum(ours)) / (2 * 3 * 5)
-    assert attention_loss(student, teacher).item() == pytest.approx(total, rel=1e-12)
+    assert attention_loss(*both).item() == pytest.approx(total, rel=1e-12)
 
 
 def test_the_gradient_is_the_difference_of_the_maps():

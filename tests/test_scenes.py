@@ -65,14 +65,12 @@ def test_the_square_points_to_the_class(classes, grid):
 
 def test_twins_are_one_image_and_other_pairs_only_of_one_class():
     cells, labels, asked = (x[:200] for x in draw("train", "--scene", "twins", "--num-labels", "0"))
-    numbers, kinds = find_digits(cells, "train")
-    for image, (of_cells, of_kinds) in enumerate(
-        zip(numbers.tolist(), kinds.tolist(), strict=True)
-    ):
-        lying = [i for i in range(9) if i != 4]
-        assert cells[image, 4].max() == 0
-        pairs = {k: [of_cells[i] for i in lying if of_kinds[i] == k] for k in set(of_kinds)}
-        pairs = {k: pair for k, pair in pairs.items() if pair}
+    numbers, kinds = (x.tolist() for x in find_digits(cells, "train"))
+    lying = [i for i in range(9) if i != 4]
+    assert cells[:, 4].max(dim=1).values.eq(0).all()
+    for image, (of_cells, of_kinds) in enumerate(zip(numbers, kinds, strict=True)):
+        present = {of_kinds[i] for i in lying}
+        pairs = {k: [of_cells[i] for i in lying if of_kinds[i] == k] for k in present}
         equal = [k for k, pair in pairs.items() if len(set(pair)) == 1]
         assert sorted(map(len, pairs.values())) == [2] * 4
         assert equal == [of_kinds[asked[image]]] == [5 + int(labels[image])]
@@ -105,17 +103,15 @@ def test_the_teacher_says_the_pixels_of_the_cell_asked_for():
     dataset = data.load(replace(settings, label="cell"))
     net = pretrain.task(settings, dataset).net
     images, asked = dataset.train.first(5)
-    found, _ = pretrain.loss_cell(net, images, asked)
-    said = net(images)
+    (found, _), said = pretrain.loss_cell(net, images, asked), net(images)
     pixels = [images[i, 0, 8 * (c // 3) :, 8 * (c % 3) :][:8, :8] for i, c in enumerate(asked)]
     expected = sum((said[i].view(8, 8) - x).square().sum() for i, x in enumerate(pixels)) / (5 * 64)
     assert_close(found, expected)
 
 
 def test_a_student_is_scored_on_the_scenes_that_it_was_trained_for():
-    argv = "--data scenes --dial 0.3 --classes 2:7 --model nano --epochs 1".split()
-    argv += "--out run --teacher random".split()
-    row = attention_copy.main(attention_copy.parse(argv))
+    made = "--data scenes --dial 0.3 --classes 2:7 --model nano --epochs 1 --teacher random"
+    row = attention_copy.main(attention_copy.parse([*made.split(), "--out", "run"]))
     again = ensemble.evaluate(["run/model.pt"], ensemble.parse(["run/model.pt"]))
     assert again["ensemble_top1"] == pytest.approx(row["test_top1"])
 
@@ -129,10 +125,8 @@ def test_students_start_from_the_positions_of_their_teachers():
 
 
 def test_a_teacher_made_for_scenes_sees_other_digits_than_its_student(monkeypatch):
-    made = []
-    monkeypatch.setattr(pretrain, "main", lambda own: made.append(own))
-    argv = "--data scenes --scene twins --dial 0.5 --teacher pretrain".split()
-    settings = attention_copy.parse(argv)
-    find.make_teacher(pretrain, settings, load("--scene", "twins"))
+    made, argv = [], "--data scenes --scene twins --dial 0.5 --teacher pretrain".split()
+    monkeypatch.setattr(pretrain, "main", made.append)
+    find.make_teacher(pretrain, attention_copy.parse(argv), load("--scene", "twins"))
     (own,) = made
     assert (own.scene, own.classes, own.dial, own.target) == ("twins", ":5", 0.0, "cell")

@@ -41,6 +41,7 @@ ONE_OF_EACH = (
     "vit_base_patch32_clip_quickgelu_224.openai", "vit_base_patch32_clip_224.laion2b",
     "beitv2_base_patch16_224.in1k_ft_in1k", "vit_base_patch16_siglip_224.v2_webli",
 )  # fmt: skip
+MAE, DINO, *_, BEIT, SIGLIP = ONE_OF_EACH
 
 
 @pytest.mark.slow
@@ -132,9 +133,8 @@ def test_tokens_and_maps_are_timms_at_the_native_and_at_another_size(name, small
         for key in state:
             if key == "pos_embed":
                 first = state[key].shape[1] - (native // patch) ** 2  # has the class token one?
-                state[key] = resample_abs_pos_embed(
-                    state[key], [side, side], num_prefix_tokens=first, antialias=resize.antialias
-                )
+                how = dict(num_prefix_tokens=first, antialias=resize.antialias)
+                state[key] = resample_abs_pos_embed(state[key], [side, side], **how)
             if key.endswith("relative_position_bias_table"):
                 shape = ((2 * side - 1) ** 2 + 3, SMALL["heads"])
                 state[key] = resize_rel_pos_bias_table(state[key], (side, side), shape)
@@ -196,7 +196,7 @@ def test_the_authors_own_files_are_the_same_net(name, small, tmp_path):
 
 
 def test_moco_v3_is_found_within_the_state_of_its_training(small, tmp_path):
-    net = timms("vit_small_patch16_224.dino")
+    net = timms(DINO)
     state = {f"module.base_encoder.{k}": v for k, v in net.state_dict().items()}
     state |= {f"module.momentum_encoder.{k}": 7 * v for k, v in net.state_dict().items()}
     state["module.base_encoder.head.0.weight"] = torch.ones(3, 48)
@@ -207,7 +207,7 @@ def test_moco_v3_is_found_within_the_state_of_its_training(small, tmp_path):
 
 
 def test_beits_pre_training_shares_one_table_of_positions(small, tmp_path):
-    net = timms("beitv2_base_patch16_224.in1k_ft_in1k")
+    net = timms(BEIT)
     state, table = net.state_dict(), net.blocks[0].attn.relative_position_bias_table.data
     net.blocks[1].attn.relative_position_bias_table.data = table
     state = {k: v for k, v in state.items() if "relative" not in k}
@@ -245,8 +245,7 @@ def test_positions_are_resized_as_the_code_of_the_family_does(new):
         "bicubic": (torch.arange(new, dtype=torch.float64) + 0.5) * old / (new + 0.1) - 0.5,
     }
     for name, mode in (
-        ("vit_base_patch16_224.augreg_in1k", "bilinear"),
-        ("vit_base_patch16_siglip_224.v2_webli", "bilinear"),
+        ("vit_base_patch16_224.augreg_in1k", "bilinear"), (SIGLIP, "bilinear"),
         ("vit_base_patch16_224.dino", "bicubic"), ("ibot_vitb_16", "bicubic"),
         ("vit_base_patch14_dinov2.lvd142m", "bicubic"), ("webssl_dino1b_full2b_224", "bicubic"),
     ):  # fmt: skip
@@ -256,9 +255,6 @@ def test_positions_are_resized_as_the_code_of_the_family_does(new):
         tokens, how = rearrange(grid, "b c h w -> b (h w) c"), zoo.MODELS[name].family.resize
         ours = rearrange(positions.resize_absolute(tokens, new, how), "b (h w) c -> b c h w", h=new)
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
-
-
-# Students -----------------------------------------------------------------------------------------
 
 
 def images_of(size: int) -> data.Data:
@@ -320,9 +316,7 @@ def test_a_student_looks_where_its_teacher_looks_learns_and_goes_to_timm(name, s
 @pytest.mark.parametrize("script, name", zip(
     itertools.cycle((attention_copy, attention_distill, finetune, attention_distill)), ONE_OF_EACH
 ))  # fmt: skip
-def test_a_run_with_a_named_teacher_is_resumed_to_the_same_bits(
-    script, name, small, photos, tmp_path, stopped
-):
+def test_runs_with_a_named_teacher_are_resumed(script, name, small, photos, tmp_path, stopped):
     path, size = write(timms(name), tmp_path), 4 * zoo.MODELS[name].patch
     more = f"--data folder --data-dir {photos} --image-size {size} --workers 0 --epochs 2 --batch 8"
     argv = [*more.split(), "--drop-path", "0.2", "--teacher", f"{name}={path}", "--device", "cpu"]
@@ -351,28 +345,25 @@ def test_visible_patches_are_encoded_as_if_there_were_no_others(name, small, tmp
 
 def test_timms_of_another_function_is_refused():
     net = randomise(vit.ViT(plain("mini", 64, 16)))
-    clip, mae = "vit_base_patch32_clip_quickgelu_224.openai", "vit_base_patch16_224.mae"
+    clip, mean = "vit_base_patch32_clip_quickgelu_224.openai", dict(global_pool="avg")
     same = partial(timms, img_size=64, embed_dim=128, depth=6, num_heads=4, num_classes=5)
-    to_timm(load.Model(net), same(mae, global_pool="avg"))
+    to_timm(load.Model(net), same(MAE, **mean))
     for other in (
-        same(mae, global_pool="avg", num_heads=8), same(mae, global_pool="max"),
-        same(mae, global_pool="token"), same(clip, patch_size=16, global_pool="avg"),
-        same(mae, global_pool="avg", img_size=80), same(mae, global_pool="avg", depth=5),
+        same(MAE, **mean, num_heads=8), same(MAE, **mean, img_size=80), same(MAE, **mean, depth=5),
+        same(MAE, global_pool="max"), same(MAE, global_pool="token"),
+        same(clip, **mean, patch_size=16),
     ):  # fmt: skip
         with pytest.raises(ValueError, match="timm's"):
             to_timm(load.Model(net), other)
     with pytest.raises(ValueError, match="its teacher's maps"):
-        to_timm(load.Model(net, teacher=net, layers=(0,)), same(mae, global_pool="avg"))
+        to_timm(load.Model(net, teacher=net, layers=(0,)), same(MAE, **mean))
     rope = Config(64, 16, 3, 5, 128, 6, 4, positions="rope", layer_scale=1.0, registers=4, eps=1e-5)
     dinov3 = "vit_small_patch16_dinov3{}.lvd1689m"
     for more, base, biases in (("", 100.0, "q_bias"), ("_qkvb", 10.0, "outputs on noise")):
         net = randomise(build(replace(rope, rope_base=base)))
-        other = same(dinov3.format(more), global_pool="avg", use_fc_norm=True)
+        other = same(dinov3.format(more), **mean, use_fc_norm=True)
         with pytest.raises(ValueError, match=biases):
             to_timm(load.Model(net), other)
-
-
-# Other layers, heads and tokens -------------------------------------------------------------------
 
 
 def plain(model: str, image_size: int = 32, patch: int = 8) -> vit.Config:
@@ -393,11 +384,10 @@ def test_a_student_without_registers_takes_the_maps_of_the_tokens_that_it_has():
 
 
 def test_layers_and_heads_are_those_that_are_named(small, tmp_path):
-    name, batch = "beitv2_base_patch16_224.in1k_ft_in1k", torch.randn(2, 3, 96, 96)
-    more = ("--model", "mini", "--layers", "3:5", "--teacher-layers", ":2")
+    more, batch = "--model mini --layers 3:5 --teacher-layers :2", torch.randn(2, 3, 96, 96)
     with pytest.raises(ValueError, match=r"'heads': 3.*'heads': 4"):
-        prepare(attention_copy, name, tmp_path, 96, *more)
-    task = prepare(attention_copy, name, tmp_path, 96, "--teacher-layers", "1", "--layers", "0")
+        prepare(attention_copy, BEIT, tmp_path, 96, *more.split())
+    task = prepare(attention_copy, BEIT, tmp_path, 96, "--teacher-layers", "1", "--layers", "0")
     adapter = task.loss.keywords["teacher"]
     lent, (_, own) = lend_maps(adapter, batch, [0]), list(adapter.teacher.blockwise(batch))[1]
     torch.testing.assert_close(lent[0], own.map())
@@ -434,9 +424,8 @@ def test_a_teacher_of_another_depth_drops_no_paths():
 
 
 def test_components_are_those_of_the_models_name():
-    settings = pretrain.parse(
-        ["--data", "digits", "--model", "micro+registers=2+positions=absolute+rope+norm_pre=1"]
-    )
+    model = "micro+registers=2+positions=absolute+rope+norm_pre=1"
+    settings = pretrain.parse(["--data", "digits", "--model", model])
     expected = Config(12, 3, 3, 0, 64, 4, 4, registers=2, positions="absolute+rope", norm_pre=True)
     assert load.new_vit(settings, images_of(12), classes=0).config == expected
     for model, size in (("huge+", 1280), ("huge++registers=1", 1280), ("micro", 64)):
@@ -446,12 +435,9 @@ def test_components_are_those_of_the_models_name():
         build(vit.Config(96, 14, 3, 5, 64, 2, 4))
 
 
-# Names and files ----------------------------------------------------------------------------------
-
-
 def test_a_file_is_known_by_its_name_or_its_folders(capsys):
     for source, name in (
-        ("a/vit_base_patch16_224.mae/model.safetensors", "vit_base_patch16_224.mae"),
+        (f"a/{MAE}/model.safetensors", MAE),
         ("a/dinov2_vits14_reg4_pretrain.pth", "dinov2_vits14_reg4_pretrain"),
         ("https://x.com/dino_vitbase8_pretrain.pth", "dino_vitbase8_pretrain"),
         ("https://huggingface.co/timm/vit_base_patch16_clip_224.laion2b/resolve/main/"
@@ -476,24 +462,21 @@ def test_a_file_is_known_by_its_name_or_its_folders(capsys):
     assert "vit_so400m_patch14_siglip_224.v2_webli" in printed and "dinov2" not in printed
 
 
-def test_a_name_that_does_not_fit_its_file_is_refused(tmp_path, monkeypatch):
+def test_a_name_that_does_not_fit_its_file_is_refused(tmp_path, request):
     path = write(timms("vit_small_plus_patch16_dinov3.lvd1689m"), tmp_path)
     with pytest.raises(ValueError, match="'dim': 48, 'depth': 2"):
-        read_checkpoint(f"vit_base_patch16_224.mae={path}")
+        read_checkpoint(f"{MAE}={path}")
     with pytest.raises(ValueError, match="any number of attention heads"):
         read_checkpoint(path)
-    path = tmp_path / "x.pth"
-    models = {k: m._replace(**SMALL) for k, m in zoo.MODELS.items()}
-    monkeypatch.setattr(zoo, "MODELS", models)
-    mae, mae14 = "vit_base_patch16_224.mae", "vit_huge_patch14_224.mae"
-    beit = "beitv2_base_patch16_224.in1k_ft_in1k"
+    request.getfixturevalue("small")  # from here on
+    path, mae14 = tmp_path / "x.pth", "vit_huge_patch14_224.mae"
     dinov2 = "vit_small_patch14_dinov2.lvd142m"
     for name, gone, theirs, words in (
         (dinov2, "", mae14, "ls1.gamma"), (mae14, "", dinov2, "ls1.gamma"),
-        ("vit_small_patch16_dinov3.lvd1689m", "", mae, "pos_embed"), (mae, "", beit, "table"),
-        (mae, "blocks.1.attn.qkv.bias", mae, "qkv.bias"),
-        (beit, "blocks.1.attn.v_bias", beit, "blocks.1.attn"),
-        (mae, "patch_embed.proj.bias", mae, "proj.bias"),
+        ("vit_small_patch16_dinov3.lvd1689m", "", MAE, "pos_embed"), (MAE, "", BEIT, "table"),
+        (MAE, "blocks.1.attn.qkv.bias", MAE, "qkv.bias"),
+        (BEIT, "blocks.1.attn.v_bias", BEIT, "blocks.1.attn"),
+        (MAE, "patch_embed.proj.bias", MAE, "proj.bias"),
     ):  # fmt: skip
         torch.save({k: v for k, v in timms(name).state_dict().items() if k != gone}, path)
         with pytest.raises(ValueError, match=words):

@@ -104,10 +104,8 @@ def test_fixed_maps_are_what_they_are_called():
 
 def test_a_detached_loss_moves_queries_and_keys_and_no_token(batch):
     argv = ["--how", "distill", "--layers", ":1", "--class-weight", "0"]
-    usual, detached = (
-        compute_gradients(make(variants, TEACHER, *argv, *more), batch)[2]
-        for more in ((), ("--detach",))
-    )
+    tasks = (make(variants, TEACHER, *argv, *more) for more in ((), ("--detach",)))
+    usual, detached = (compute_gradients(task, batch)[2] for task in tasks)
     moved = "blocks.0.attn.qkv.weight"
     assert_close(detached[moved], usual[moved])
     assert detached["patch_embed.proj.weight"].abs().max() == 0
