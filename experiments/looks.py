@@ -70,10 +70,10 @@ def draw_scenes(runs: Runs):
             first, prefix, query=prefix + middle
         )
         looks[f"{name}: layer 1, from all cells"] = look.mean_look(second, prefix)
-    title = f"Where nets look: {settings.data}, pointer, seed {settings.seed}"
+    title = f"Where nets look: pointer scenes, seed {settings.seed}"
     marked = {name: middle for name in looks if name.endswith("from the centre")}
     how = dict(title=title, marked=marked | {"image": middle})
-    return look.overlays(images, looks, data.DATA_SETS[settings.data].normalization, prefix, **how)
+    return look.overlays(images, looks, data.DATA_SETS["scenes"].normalization, prefix, **how)
 
 
 @torch.no_grad()
