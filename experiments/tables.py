@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import combinations
 
 from experiments import rows
 from experiments.estimates import compute_share
@@ -139,6 +140,7 @@ digits = partial(Table, study=DIGITS, points=AT_BASE, rows=tuple(MAIN))
 photos = partial(Table, study=CIFAR, points=AT_PHOTOS, rows=tuple(MAIN))
 LOOKS = "of each layer: shares of attention; divergence, nats; CKA"
 looked = {"find": lambda _, runs: {"points": find_looks(runs), "measure": LOOKS}}
+paired = {"rows": (*MAIN, *rows.AGAIN), "find": lambda _, runs: find_pairs(runs)}
 TABLES = {
     "scenes-tuning": scenes("settings for the pointer", tunes=True,
         rows=(*ENDS, *rows.PROBE, "feature distillation")),
@@ -172,9 +174,7 @@ TABLES = {
     "scenes-looks-twins": scenes("where nets look at twins", seeds=5, points=TWINS, **looked),
     "scenes-looks-photos": scenes("where nets look among photographs", seeds=5,
         study=PHOTO_SCENES, **looked),
-    "scenes-ensembles": scenes("pointer: pairs of nets and their controls",
-        rows=(*MAIN, *rows.AGAIN),
-        find=lambda _, runs: find_pairs(runs)),
+    "scenes-ensembles": scenes("pointer: pairs of nets and their controls", **paired),
     "scenes-tuning-photos": scenes("settings for a pointer among photographs of CIFAR-10",
         tunes=True, study=PHOTO_SCENES, rows=ENDS),
     "scenes-photos": scenes("pointer among photographs of CIFAR-10", seeds=5, study=PHOTO_SCENES,
@@ -232,10 +232,7 @@ TABLES = {
         "where rows and teachers look; how like the teacher's are maps and features",
         rows=(*MAIN, "distillation, detached"), **looked,
     ),
-    "digits-ensembles": digits(
-        "pairs of nets and their controls; do they err together?", rows=(*MAIN, *rows.AGAIN),
-        find=lambda _, runs: find_pairs(runs),
-    ),
+    "digits-ensembles": digits("pairs of nets and controls; do they err together?", **paired),
     "digits-components": digits(
         "teachers with a component, students with and without it", points=COMPONENTS,
         rows=(*MAIN, *rows.MISMATCHED), seeds=5, tuned_at=BASE,
@@ -249,7 +246,7 @@ TABLES = {
         contrasts=share_of_gain("copy, mean maps", COPY) | subtract((COPY, "copy, mean maps"))),
     "fair-whose": fair("whose maps? Students see the digits 5 to 9", seeds=5,
         points={"digits 5 to 9": {"classes": "5:"}}, tuned_at=BASE,
-        rows=(*ENDS, *(row for row in rows.FINE_TUNED if row not in ENDS))),
+        rows=(*ENDS, *rows.FINE_TUNED), contrasts=subtract(*combinations(rows.FINE_TUNED, 2))),
     "cifar10-gate": photos("settings of the two ends; go on if they differ by 6 points",
         points=SHORT, rows=(SCRATCH, TUNED), tunes=True),
     "cifar10-tuning": photos("settings of copy and distillation",
