@@ -113,9 +113,10 @@ def find_reminded(table: Table, runs: Runs) -> dict:
             cells["attention lands right"] = estimate_over_seeds(lands.mean(axis=1))
             for kind, of_kind in told.items():
                 cells[f"told {kind}"] = estimate_over_seeds(lands[:, of_kind].mean(axis=1))
-    for other in ("words", "words, a map beside", "words to attention, its map untaught"):
-        paired = estimate_over_seeds(100 * (avoided["words to attention"] - avoided[other]))
-        found["contrasts"][f"failures avoided: words to attention − {other}"] = paired
+    beside, look, untaught = list(REMINDED)[-3:]
+    for row, other in ((look, "words"), (look, beside), (beside, "words"), (look, untaught)):
+        paired = estimate_over_seeds(100 * (avoided[row] - avoided[other]))
+        found["contrasts"][f"failures avoided: {row} − {other}"] = paired
     return found
 
 
