@@ -41,8 +41,8 @@ class Settings(data.Settings):
     )
 
     @property
-    def method(self) -> str:  # names the run's folder. Each method has its own
-        return ""
+    def method(self) -> str:  # names the run's folder
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)

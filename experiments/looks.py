@@ -89,7 +89,7 @@ def find_of_seed(nets: dict[str, str | Path], settings) -> dict:
         images, kinds = load_digits(settings, teacher.net.config.patch, device)
         shares = kinds.mean(dim=(0, 1))[:, None].tolist()
         found["patches"] = dict(zip(PATCHES, shares, strict=True))
-    elif settings.data.startswith("scenes"):
+    elif data.DATA_SETS[settings.data].module == "scenes":
         images, pairs = load_scenes(settings)
     else:
         images = load_photographs(settings, teacher)

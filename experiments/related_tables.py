@@ -48,14 +48,15 @@ ATTNDISTILL = {
     "token": Row("attndistill", LABELLED, {"attention_weight": 0.0}),
     "token and map": Row("attndistill", LABELLED),
 }
-ALONE = "the robot alone"
+ALONE, BESIDE, LOOK = "the robot alone", "words, a map beside", "words to attention"
+UNTAUGHT = f"{LOOK}, its map untaught"
 REMINDED = {
     ALONE: Row("reminders", "", {"reminder": "none"}),
     f"{ALONE} again": Row("reminders", "", {"reminder": "none"}),  # how often errs another?
     "words": Row("reminders", "", {"reminder": "words"}),
-    "words, a map beside": Row("reminders", "", {"reminder": "beside"}),  # learned, and not used
-    "words to attention": Row("reminders", ""),
-    "words to attention, its map untaught": Row("reminders", "", {"attention_weight": 0.0}),
+    BESIDE: Row("reminders", "", {"reminder": "beside"}),  # learned, and not used
+    LOOK: Row("reminders", ""),
+    UNTAUGHT: Row("reminders", "", {"attention_weight": 0.0}),
 }
 STUDY = Study(ACTIVATIONS | GRADIENTS | LINEAR | ATTNDISTILL | REMINDED, {"data": "digits"})
 
@@ -113,8 +114,7 @@ def find_reminded(table: Table, runs: Runs) -> dict:
             cells["attention lands right"] = estimate_over_seeds(lands.mean(axis=1))
             for kind, of_kind in told.items():
                 cells[f"told {kind}"] = estimate_over_seeds(lands[:, of_kind].mean(axis=1))
-    beside, look, untaught = list(REMINDED)[-3:]
-    for row, other in ((look, "words"), (look, beside), (beside, "words"), (look, untaught)):
+    for row, other in ((LOOK, "words"), (LOOK, BESIDE), (BESIDE, "words"), (LOOK, UNTAUGHT)):
         paired = estimate_over_seeds(100 * (avoided[row] - avoided[other]))
         found["contrasts"][f"failures avoided: {row} − {other}"] = paired
     return found

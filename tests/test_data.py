@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from einops import rearrange
 from torchvision import datasets
 
 import data
@@ -116,22 +117,41 @@ def test_normalisation_is_the_teachers(small, storage):
     torch.testing.assert_close((usual * std + mean - 0.5) / 0.5, other, atol=1e-5, rtol=1e-5)
 
 
-def test_cifar_as_torchvision_stores_it(tmp_path, monkeypatch):
-    """A made-up CIFAR-10 in torchvision's own format, with the check sums of these files."""
+def make_cifar(tmp_path, monkeypatch, images=20):
+    """The pixels of a made-up CIFAR-10 in torchvision's own format, and arguments that load it."""
     rng = np.random.default_rng(0)
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
     pixels = {}
     for name in ("data_batch_1", "test_batch"):
-        pixels[name] = rng.integers(0, 256, (20, 3072), dtype=np.uint8)
-        content = {"data": pixels[name], "labels": [i % 10 for i in range(20)]}
+        pixels[name] = rng.integers(0, 256, (images, 3072), dtype=np.uint8)
+        content = {"data": pixels[name], "labels": [i % 10 for i in range(images)]}
         (folder / name).write_bytes(pickle.dumps(content))
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
     kind = datasets.CIFAR10
     monkeypatch.setattr(kind, "train_list", [["data_batch_1", None]])
     monkeypatch.setattr(kind, "test_list", [["test_batch", None]])
     monkeypatch.setattr(kind, "meta", kind.meta | {"md5": None})
-    argv = ["--data", "cifar10", "--data-dir", str(tmp_path)]
+    return pixels, ["--data", "cifar10", "--data-dir", str(tmp_path)]
+
+
+def test_scenes_of_photographs_show_averaged_training_images(tmp_path, monkeypatch):
+    pixels, argv = make_cifar(tmp_path, monkeypatch, 400)
+    argv += "--data scenes-cifar10 --classes 2,5 --num-labels 0 --label".split()
+    asked, of_class = (
+        data.load(finetune.parse([*argv, x])).train.source for x in ("cell", "class")
+    )
+    cells = rearrange(asked.images[:200], "b c (h p) (w q) -> b (h w) (c p q)", h=3, w=3)
+    shown = cells[torch.arange(200), asked.labels[:200]]
+    photos = torch.from_numpy(pixels["data_batch_1"]).view(-1, 3, 8, 4, 8, 4) / 255
+    photos = photos.mean(dim=(3, 5)).flatten(1)
+    number = torch.cdist(shown, photos).argmin(dim=1)
+    torch.testing.assert_close(shown, photos[number])
+    assert torch.equal(number % 10, torch.tensor([2, 5])[of_class.labels[:200]])
+
+
+def test_cifar_as_torchvision_stores_it(tmp_path, monkeypatch):
+    pixels, argv = make_cifar(tmp_path, monkeypatch)
     dataset = data.load(finetune.parse([*argv, "--batch", "10"]))
     assert dataset.classes == list("abcdefghij") and len(dataset.train) == 20
     batch, labels = next(dataset.test.in_order(20))
