@@ -108,13 +108,6 @@ class Data(NamedTuple):
     def normalization(self) -> Normalization:
         return self.normalise.normalization
 
-    def set_normalization(self, normalization: Normalization) -> None:
-        """Normalises all images as a teacher is used to."""
-        taken, own = len(normalization[0]), self.channels
-        if taken != own:
-            raise ValueError(f"--teacher takes images of {taken} channels, these have {own}")
-        self.normalise.set(normalization)
-
     def count_learned(self, hashes: Tensor | None, part: str = "test") -> int:
         """How many images of a part are among those that a checkpoint learned from."""
         own = None if hashes is None else getattr(self, part).source.hashes

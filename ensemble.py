@@ -102,7 +102,7 @@ def load_images(model: Model, settings) -> data.Data:
     size, normalization = model.net.config.image_size, model.checkpoint.normalization
     dataset = data.load(replace(settings, image_size=size), train=False)
     if normalization:
-        dataset.set_normalization(normalization)
+        dataset.normalise.set(normalization)
     return dataset
 
 

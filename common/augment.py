@@ -48,10 +48,14 @@ class Normalise:
     """Bytes, or floats in 0..1, minus the mean of a data set, over its standard deviation."""
 
     def __init__(self, normalization: Normalization, device):
-        self.device = device
+        self.normalization, self.device = normalization, device
         self.set(normalization)
 
     def set(self, normalization: Normalization) -> None:
+        """Takes that of a teacher."""
+        taken, own = len(normalization[0]), len(self.normalization[0])
+        if taken != own:
+            raise ValueError(f"--teacher takes images of {taken} channels, these have {own}")
         self.normalization = normalization
         mean, std = (torch.tensor(x, device=self.device) for x in normalization)
         self.mean, self.std = mean[:, None, None], std[:, None, None]

@@ -84,7 +84,7 @@ def open_pair(settings: Settings) -> tuple[Model, Model, data.Data, str]:
     settings = choose_images(trained, settings)
     dataset = data.load(settings, train=False)
     if normalizations:
-        dataset.set_normalization(normalizations[0])
+        dataset.normalise.set(normalizations[0])
     return a, b, dataset, settings.data
 
 

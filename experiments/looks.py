@@ -105,7 +105,7 @@ def find_of_seed(nets: dict[str, str | Path], settings) -> dict:
 def load_photographs(settings, teacher: Model) -> Tensor:
     """IMAGES of the test images, evenly spaced: a folder is sorted by class."""
     dataset = data.load(settings, train=False)
-    dataset.set_normalization(teacher.checkpoint.normalization)
+    dataset.normalise.set(teacher.checkpoint.normalization)
     images = torch.cat([some for some, _ in dataset.test.in_order(256)])
     return images[:: max(1, len(images) // IMAGES)][:IMAGES]
 

@@ -148,7 +148,7 @@ def find_teacher(settings: Settings, dataset: data.Data) -> checkpoints.Checkpoi
     classes, normalization = found["classes"], found["normalization"]
     if (classes, len(normalization[0])) != (dataset.classes, dataset.channels):
         raise ValueError(f"--teacher {path} is for other images than --data {settings.data}")
-    dataset.set_normalization(normalization)
+    dataset.normalise.set(normalization)
     known = dict(classes=classes, normalization=normalization, method="activations")
     return checkpoints.Checkpoint(str(path), found["model"], {}, **known)
 

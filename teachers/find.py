@@ -43,7 +43,7 @@ def find_teacher(settings, dataset) -> Checkpoint | None:
     if checkpoint.teacher:
         raise ValueError(f"{source} is a student of attention copy: name the teacher it had")
     if checkpoint.normalization:
-        dataset.set_normalization(checkpoint.normalization)
+        dataset.normalise.set(checkpoint.normalization)
     else:
         print0(f"note: {source} names no normalisation: the data set's is used")
     if seen := dataset.count_learned(checkpoint.learned_from):

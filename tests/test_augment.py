@@ -87,7 +87,7 @@ def test_the_gaps_of_randaugment_have_the_mean_that_a_teacher_brings(held, small
     settings = finetune.parse([*small, *"--crop-area 1 --randaugment 10 --random-erase 0".split()])
     dataset, theirs = data.load(settings), ([0.9, 0.05, 0.6], [1.0, 1.0, 1.0])
     for normalization, gaps in ((data.IMAGENET, False), (theirs, True)):
-        dataset.set_normalization(normalization)
+        dataset.normalise.set(normalization)
         images = dataset.train.first(24)[0]
         if held:  # on the device, as CIFAR
             pixels = torch.randint(90, 160, (40, 3, 16, 16), dtype=torch.uint8)

@@ -111,7 +111,7 @@ def test_ranks_share_each_batch_and_each_evaluation_without_overlap(small):
 def test_normalisation_is_the_teachers(small, storage):
     dataset = data.load(finetune.parse(small))
     usual, _ = next(dataset.test.in_order(4))
-    dataset.set_normalization(([0.5] * 3, [0.5] * 3))
+    dataset.normalise.set(([0.5] * 3, [0.5] * 3))
     other, _ = next(dataset.test.in_order(4))
     mean, std = (torch.tensor(x)[:, None, None] for x in data.IMAGENET)
     torch.testing.assert_close((usual * std + mean - 0.5) / 0.5, other, atol=1e-5, rtol=1e-5)
