@@ -63,6 +63,8 @@ def evaluate(paths, settings: Settings) -> dict:
             "learned_from": dataset.count_learned(model.checkpoint.learned_from, settings.part),
         })  # fmt: skip
     about = {"data": settings.data, "part": settings.part, "images": len(labels)}
+    choices = {name: getattr(settings, name) for name in sorted(CHOICES)}
+    about["choices"] = {k: v for k, v in choices.items() if v != getattr(Settings, k)}
     together = compute_top1(total.argmax(dim=-1), labels)
     return about | {"members": members, "ensemble_top1": together}
 
@@ -122,7 +124,8 @@ def main(settings: Settings) -> dict:
     launch.one_process()
     checkpoints.check_place(Path(settings.json or "runs/ensemble.json"), "--json", ".json")
     result = evaluate(settings.checkpoints, settings)
-    print(f"top-1 on {result['images']:,} images of {result['data']} ({result['part']})")
+    which = [result["part"], *(f"{name} {value}" for name, value in result["choices"].items())]
+    print(f"top-1 on {result['images']:,} images of {result['data']} ({', '.join(which)})")
     for member in result["members"]:
         seen = member["learned_from"]
         note = f" ({seen:,} of these images were TRAINED ON)" if seen else ""

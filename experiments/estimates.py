@@ -46,8 +46,9 @@ def estimate_rows(values: Values, against: Mapping[str, str]) -> dict[str, dict]
             rows[row]["difference"] = paired | {"from": other}
     if not {BASELINE, CEILING} <= values.keys():
         return rows
-    gain = estimate_over_seeds(values[CEILING] - values[BASELINE])["interval"] or [1, 1]
-    for row in values.keys() - {BASELINE} if gain[0] > 0 or gain[1] < 0 else ():
+    gain = estimate_over_seeds(values[CEILING] - values[BASELINE])
+    low, high = gain["interval"] or [gain["mean"]] * 2
+    for row in values.keys() - {BASELINE} if low > 0 or high < 0 else ():
         rows[row]["recovery"] = summarise(lambda of: compute_share(of, row, CEILING), values)
     return rows
 

@@ -55,8 +55,8 @@ CIFAR = Study(  # small enough for a CPU: shifts and flips, a tenth of the label
     },
 )  # fmt: skip
 FAIR_CIFAR = CIFAR._replace(
-    base=CIFAR.base | {"positions": "sincos", "amp": "bf16"},  # twice as fast
-    rates=(5e-4, 1e-3, 2e-3, 4e-3),
+    base=CIFAR.base | {"positions": "sincos"},
+    rates=(1e-3, 2e-3, 4e-3),
     decays=(0.3,),
     own=CIFAR.own | {"copy, mean maps": ("layers", ("all",))},
 )

@@ -54,7 +54,9 @@ def test_a_ratio_leaves_out_one_seed_after_the_other():
     half = estimates.get_quantile(5) * np.std(pseudo, ddof=1) / 6**0.5
     assert found["interval"] == pytest.approx([whole - half, whole + half])
     nothing = draw(6, np.random.default_rng(4), tuned=0.0)
-    assert "recovery" not in estimates.estimate({"": nothing})["points"][""]["copy"]
+    alike = dict.fromkeys(nothing, np.full(2, 50.0))
+    for rows in (nothing, alike):
+        assert "recovery" not in estimates.estimate({"": rows})["points"][""]["copy"]
 
 
 def test_contrasts_take_the_same_seeds_at_all_points():

@@ -114,6 +114,7 @@ def test_a_student_is_scored_on_the_scenes_that_it_was_trained_for():
     row = attention_copy.main(attention_copy.parse([*made.split(), "--out", "run"]))
     again = ensemble.evaluate(["run/model.pt"], ensemble.parse(["run/model.pt"]))
     assert again["ensemble_top1"] == pytest.approx(row["test_top1"])
+    assert again["choices"] == {"dial": 0.3, "classes": "2:7"}
 
 
 def test_students_start_from_the_positions_of_their_teachers():
