@@ -45,8 +45,8 @@ def load(settings, kind, size: int, normalise: Normalise, device) -> Parts:
     if len(kinds) < 2 + twins:
         least = "three" if twins else "two"
         raise ValueError(f"--classes {settings.classes}: such scenes show {least} classes or more")
-    if twins and (settings.dial or settings.label == "cell"):
-        raise ValueError("--scene twins: --dial and --label cell are for --scene pointer")
+    if twins and settings.dial:
+        raise ValueError(f"--dial {settings.dial}: only --scene pointer has a pointer")
     grid, rest = divmod(size, pools[0][0].shape[-1])
     if rest or grid < 3 or not grid % 2:
         raise ValueError(f"--image-size {size}: scenes have 3, 5, 7 ... cells to a side")

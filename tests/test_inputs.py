@@ -36,7 +36,7 @@ ROOT = Path(__file__).parent.parent
     (finetune, f"--model tiny --teacher {ROOT}/weights/digits.pt", "another size than --model"),
     (finetune, "--teacher none --patch 5", "try 10"),
     (finetune, "--data scenes --scene twins --classes 3", "three classes or more"),
-    (finetune, "--data scenes --scene twins --label cell", "for --scene pointer"),
+    (finetune, "--data scenes --scene twins --dial 0.5", "only --scene pointer"),
     (finetune, "--data scenes --image-size 20", "3, 5, 7"),
     (finetune, "--data scenes --image-size 32", "3, 5, 7"),
     (finetune, "--label cell", "--label: only --data scenes"),
