@@ -1,4 +1,4 @@
-"""The baselines: fine-tuning starts from a teacher's weights, scratch from none.
+"""The baselines: fine-tuning starts from a teacher's weights, scratch from random ones.
 
     python finetune.py                             scenes (weights/scenes.pt)
     python finetune.py --teacher none              from scratch
@@ -64,9 +64,8 @@ def task(settings: Settings, dataset: data.Data, checkpoint=None) -> train.Task:
     if checkpoint:
         how = dict(image_size=dataset.image_size, classes=len(dataset.classes))
         net = build_vit(checkpoint, **how, drop_path=settings.drop_path)
-        nn.init.trunc_normal_(
-            net.get_parameter("head.weight"), std=2e-5
-        )  # as in MAE: small, to spare the rest
+        head = net.get_parameter("head.weight")
+        nn.init.trunc_normal_(head, std=2e-5)  # as in MAE: small, for small first gradients below
     else:
         net = new_vit(settings, dataset)
     return train.Task(

@@ -59,8 +59,8 @@ class QK(NamedTuple):
 
 def attend(qk: QK, v: Tensor) -> Tensor:
     """map @ v: what each query finds, (B, H, N, d). The fused kernel never stores the map."""
-    frozen = v.requires_grad and not qk.q.requires_grad  # the kernel computes their gradients, too
-    slow = v.device.type == "cpu" and (frozen or v.dtype is torch.bfloat16)
+    frozen = v.requires_grad and not qk.q.requires_grad  # it would compute their gradients, too,
+    slow = v.device.type == "cpu" and (frozen or v.dtype is torch.bfloat16)  # slower on CPUs
     return qk.map() @ v if slow else F.scaled_dot_product_attention(qk.q, qk.k, v, qk.bias)
 
 
@@ -127,7 +127,7 @@ class ViT(nn.Module):
         self.apply(initialise)
         self.add_tokens()
 
-    def add_tokens(self) -> None:
+    def add_tokens(self) -> None:  # --positions sincos replaces the random ones
         tokens, dim = 1 + self.config.grid_size**2, self.config.dim
         self.cls_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, dim), std=0.02))
         self.pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, tokens, dim), std=0.02))

@@ -108,16 +108,17 @@ def format_record(record: dict) -> str:
     if "mean" not in next(iter(first.values())):
         return format_layers(first)
     table = format_points(points) if others else format_rows(first)
-    return table + ("\n" + format_contrasts(asked) if asked else "")
+    return table + ("\n" + format_contrasts(asked, len(record["seeds"])) if asked else "")
 
 
-def format_contrasts(asked: dict[str, dict]) -> str:
+def format_contrasts(asked: dict[str, dict], seeds: int) -> str:
     """A line for each contrast. Across points, the head names the first and the last."""
     head, ends = "difference", {name.partition(": ")[2] for name in asked}
     if len(ends) == 1 and " → " in (end := ends.pop()):
         head = f"change from {end.replace(' → ', ' to ')}"
         asked = {name.removesuffix(f": {end}"): cell for name, cell in asked.items()}
     sure = "95 % interval" if all(cell.get("interval") for cell in asked.values()) else "one seed"
+    sure = f"mean of {seeds} seeds" if sure == "one seed" and seeds > 1 else sure
     lines = [[name, format_cell(cell, "+.2f")] for name, cell in asked.items()]
     return format_table([head, sure], lines)
 
