@@ -69,7 +69,7 @@ def compare_maps(student: QK, teacher: QK) -> tuple[Tensor, Tensor]:
 
 def loss(student: ViT, images, labels, teacher: Teacher, layers: list[int], settings: Settings):
     """Student and teacher run side by side, block by block. In `layers` their maps are compared."""
-    keep = student.draw_drop_path(len(images))  # drop path drops the same branches in both
+    keep = student.draw_drop_path(len(images))  # drops the same branches in both, as the authors do
     losses, divergences = [], []
     for (x, ours), theirs in zip(
         student.blockwise(images, keep=keep), teacher.lend(images, layers, keep), strict=True

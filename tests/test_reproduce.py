@@ -218,8 +218,6 @@ def test_runs_that_differ_lie_in_folders_of_their_own(name):
     table, runner = reproduce.TABLES[name], SimpleNamespace(run=lambda _: None)
     planner = Planner(table.study, Path("runs"))
     tuned = tune.read_tuning(table.study, reproduce.TABLES, ROOT / "results")
-    if table.study is tables.FAIR_CIFAR:  # not tuned yet
-        tuned = {p: {row: {"chosen": {}} for row in table.study.own} for p in table.points}
     planned, asked = reproduce.train(table, planner, tuned, runner, [1, 2]), {}
     for job in (job for of_rows in planned.values() for row in of_rows.values() for job in row):
         assert asked.setdefault(job.out, job) == job
