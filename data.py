@@ -225,7 +225,7 @@ class Eval:
 
     def in_order(self, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """This process' share of all images, in order, as they are: images, and labels (B,)."""
-        order = torch.arange(self.rank, len(self), self.world).split(batch)
-        for images, labels in self.source.batches(order):
+        order = torch.arange(len(self))[self.rank :: self.world]
+        for images, labels in self.source.batches(order.split(batch) if len(order) else ()):
             images = images.to(self.device, non_blocking=True)
             yield self.normalise(images), labels.to(self.device, non_blocking=True)

@@ -37,7 +37,7 @@ from teachers.positions import make_sincos
 @dataclass(frozen=True)
 class Settings(recipes.Settings):
     method = "pretrain"
-    mask_ratio: float = setting(0.6, "share of the patches masked", low=0.05, high=0.95)
+    mask_ratio: float = setting(0.6, "share masked (--target masked)", low=0.05, high=0.95)
     decoder_dim: int = setting(48, "width of the decoder", low=4)
     decoder_depth: int = setting(1, "blocks of the decoder")
     decoder_heads: int = setting(4, "heads of the decoder", low=1)
@@ -166,31 +166,34 @@ def main(settings: Settings) -> dict | None:
     if settings.reconstruct and settings.target != "masked":
         raise ValueError("--reconstruct draws what an MAE has learned: --target masked")
     label = "cell" if settings.target == "cell" else settings.label
-    dataset = data.load(replace(settings, label=label))
     if settings.reconstruct:
-        draw_reconstructions(settings, dataset)
+        draw_reconstructions(settings)
         return None
+    dataset = data.load(replace(settings, label=label))
     return train.fit(task(settings, dataset), settings)
 
 
 # Pictures of what it learned ----------------------------------------------------------------------
 
 
-def draw_reconstructions(settings: Settings, dataset: data.Data) -> None:
+def draw_reconstructions(settings: Settings) -> None:
     from common import pictures
 
     launch.one_process()
     picture, last = Path(settings.reconstruct), runs.get_folder(settings) / "last.pt"
     checkpoints.check_place(picture, "--reconstruct", ".png", ".jpg", ".pdf", ".svg")
     state = checkpoints.read_file(last)
-    mae = build(replace(settings, **{k: state["run"][k] for k in DECODER}), dataset)
+    settings = replace(settings, **{k: state["run"][k] for k in SHAPE})
+    dataset = data.load(settings)
+    mae = build(settings, dataset)
     mae.load_state_dict(state["net"])
     some = next(dataset.test.in_order(8))[0]
     pictures.save(reconstruct(mae.eval(), some, dataset.normalization), picture)
     launch.print0(f"{last.parent}: wrote {picture}")
 
 
-DECODER = ("model", "patch", "decoder_dim", "decoder_depth", "decoder_heads", "norm_pix_loss")
+SHAPE = ("model", "patch", "image_size", "decoder_dim", "decoder_depth", "decoder_heads",
+         "norm_pix_loss")  # fmt: skip
 
 
 @torch.no_grad()

@@ -48,8 +48,6 @@ def fit(task: Task, settings, test: Callable | None = None) -> dict:
     the weights is reported and saved. Raises Failed if the loss is no longer finite.
     """
     runs.check_folder(settings)
-    if task.predict and len(task.data.classes) < 2:
-        raise ValueError("the images are of one class: give each class a folder of its own")
     with runs.lock(runs.get_folder(settings)) as out:
         return train(task, settings, out, test)
 

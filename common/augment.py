@@ -55,10 +55,13 @@ class Normalise:
         """Takes that of a teacher."""
         taken, own = len(normalization[0]), len(self.normalization[0])
         if taken != own:
-            raise ValueError(f"--teacher takes images of {taken} channels, these have {own}")
+            raise ValueError(f"the ViT takes images of {taken} channels, these have {own}")
         self.normalization = normalization
         mean, std = (torch.tensor(x, device=self.device) for x in normalization)
         self.mean, self.std = mean[:, None, None], std[:, None, None]
+
+    def __reduce__(self):  # for workers that are spawned: a GPU's memory may not be passed on
+        return Normalise, (self.normalization, "cpu")
 
     def __call__(self, images: Tensor) -> Tensor:
         scale = 255.0 if images.dtype is torch.uint8 else 1.0

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils._triton import has_triton
 
 
 def choose_precision(amp: str, net: nn.Module) -> torch.dtype:
@@ -33,5 +34,5 @@ def autocast(amp: str, net: nn.Module):
 
 def choose_compilation(choice: str, where: torch.device, steps: int) -> str:
     """--compile, with auto decided. Compiling takes minutes: only long GPU runs earn them back."""
-    long = where.type == "cuda" and steps >= 5000
+    long = where.type == "cuda" and steps >= 5000 and has_triton()
     return choice if choice != "auto" else "on" if long else "off"

@@ -38,7 +38,7 @@ def load(settings, kind, size: int, normalise: Normalise, device) -> Parts:
 
         photos = replace(settings, data=settings.data.removeprefix("scenes-"))
         found = cifar.load(photos, kind._replace(image_size=32), 32, normalise, device)
-        held = [hold(source, device) for source in hold_out(found, 0.1)]
+        held = [hold(source, device, centred=True) for source in hold_out(found, 0.1)]
         names, pools = found.classes, [(F.avg_pool2d(x.images / 255, 4), x.labels) for x in held]
     kinds = parse_layers(settings.classes, len(names), "classes")
     twins = settings.scene == "twins"

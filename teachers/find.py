@@ -8,7 +8,7 @@ from pathlib import Path
 from common import runs
 from common.checkpoints import Checkpoint
 from common.launch import first_alone, print0
-from common.settings import free_in, values_of
+from common.settings import free_in, parse_layers, values_of
 from data import Images
 from teachers import adapt
 from teachers.load import make_config, read_checkpoint
@@ -22,6 +22,8 @@ def find_teacher(settings, dataset) -> Checkpoint | None:
     auto: the bundled one if it fits, MAE's for ImageNet, otherwise one is pre-trained first.
     """
     source: str | Path = settings.teacher
+    if len(dataset.classes) < 2:
+        raise ValueError("the images are of one class: give each class a folder of its own")
     if source == "random" and not hasattr(settings, "layers"):
         raise ValueError("--teacher random lends maps, not weights: from scratch is --teacher none")
     if source in ("none", "random"):
@@ -33,13 +35,17 @@ def find_teacher(settings, dataset) -> Checkpoint | None:
     elif source in ("auto", "pretrain"):
         import pretrain
 
+        parse_layers(getattr(settings, "layers", "all"), make_config(settings, dataset).depth)
         own = dict(model=settings.model, patch=settings.patch, num_labels=0, subset_seed=-1)
         source = make_teacher(pretrain, settings, dataset, **own)
     checkpoint = read_checkpoint(source)
-    if settings.given & {"model", "patch"} and not hasattr(settings, "layers"):  # fine-tuning
-        asked = make_config(settings, dataset)
-        if any(getattr(asked, name) != checkpoint.architecture[name] for name in adapt.SIZE):
-            raise ValueError(f"{source} has another size than --model and --patch: leave these out")
+    if not hasattr(settings, "layers"):  # fine-tuning
+        asked, own = make_config(settings, dataset), checkpoint.architecture
+        named = {name for name, flag in adapt.SIZE.items() if flag in settings.given}
+        if "=" in settings.model:  # with components
+            named |= vars(asked).keys() - {"image_size", "classes", "patch"}
+        if any(getattr(asked, name) != own.get(name) for name in named):
+            raise ValueError(f"{source} is another ViT than --model and --patch: leave these out")
     if checkpoint.teacher:
         raise ValueError(f"{source} is a student of attention copy: name the teacher it had")
     if checkpoint.normalization:

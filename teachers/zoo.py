@@ -169,7 +169,7 @@ def locate(source: str) -> tuple[PublicViT, str]:
 
 def recognise(place: str) -> PublicViT | None:
     """The model whose file this path or URL is: by its authors' name, or a folder's for timm's."""
-    path = PurePosixPath(place.partition("?")[0])
+    path = PurePosixPath(place.partition("?")[0].replace("\\", "/"))
     shared = path.name in ("model.safetensors", "checkpoint_teacher.pth")  # names of many files
     known = {PurePosixPath(model.url).name: model for model in MODELS.values()} | MODELS
     names = path.parts[:-1] if shared else (path.name, path.stem)

@@ -438,7 +438,7 @@ def test_components_are_those_of_the_models_name():
 def test_a_file_is_known_by_its_name_or_its_folders(capsys):
     for source, name in (
         (f"a/{MAE}/model.safetensors", MAE),
-        ("a/dinov2_vits14_reg4_pretrain.pth", "dinov2_vits14_reg4_pretrain"),
+        (r"C:\a\dinov2_vits14_reg4_pretrain.pth", "dinov2_vits14_reg4_pretrain"),
         ("https://x.com/dino_vitbase8_pretrain.pth", "dino_vitbase8_pretrain"),
         ("https://huggingface.co/timm/vit_base_patch16_clip_224.laion2b/resolve/main/"
          "model.safetensors?download=true", "vit_base_patch16_clip_224.laion2b"),
