@@ -165,6 +165,8 @@ def task(settings: Settings, dataset: data.Data) -> train.Task:
 def main(settings: Settings) -> dict | None:
     if settings.reconstruct and settings.target != "masked":
         raise ValueError("--reconstruct draws what an MAE has learned: --target masked")
+    if settings.mixup or settings.cutmix:
+        raise ValueError("--mixup and --cutmix mix labels, and pre-training has none")
     label = "cell" if settings.target == "cell" else settings.label
     if settings.reconstruct:
         draw_reconstructions(settings)

@@ -55,6 +55,7 @@ ROOT = Path(__file__).parent.parent
     (pretrain, "--mask-ratio 0.999", "between 0.05 and 0.95"),
     (pretrain, "--reconstruct x.png", "runs/pretrain-digits-micro-s0"),
     (pretrain, "--reconstruct x.txt", "ends in .png"), (pretrain, "--decoder-dim 10", "not 10"),
+    (pretrain, "--mixup 0.5", "--mixup and --cutmix"),
     (ensemble, "missing.pt", "missing.pt"), (ensemble, "", "name one or more"),
     (look, "a.jpg", "name a photograph"), (look, "a.jpg missing.pt", "missing.pt"),
 ])  # fmt: skip
