@@ -60,7 +60,7 @@ def loss(student: ViT, images, labels, teacher: Teacher, layers: list[int], smoo
 
 
 def task(settings: Settings, dataset: data.Data, checkpoint=None) -> train.Task:
-    teacher, student, layers = make_pair(settings, dataset, checkpoint)  # frozen, random weights
+    teacher, student, layers = make_pair(settings, dataset, checkpoint)
     return train.Task(
         student,
         dataset,

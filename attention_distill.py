@@ -86,7 +86,7 @@ def loss(student: ViT, images, labels, teacher: Teacher, layers: list[int], sett
 
 
 def task(settings: Settings, dataset: data.Data, checkpoint=None) -> train.Task:
-    teacher, student, layers = make_pair(settings, dataset, checkpoint)  # frozen, random weights
+    teacher, student, layers = make_pair(settings, dataset, checkpoint)
     return train.Task(
         student,
         dataset,

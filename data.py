@@ -108,6 +108,11 @@ class Data(NamedTuple):
     def normalization(self) -> Normalization:
         return self.normalise.normalization
 
+    def check_classes(self) -> None:
+        """ValueError if there is nothing to tell apart."""
+        if len(self.classes) < 2:
+            raise ValueError("the images are of one class: give each class a folder of its own")
+
     def count_learned(self, hashes: Tensor | None, part: str = "test") -> int:
         """How many images of a part are among those that a checkpoint learned from."""
         own = None if hashes is None else getattr(self, part).source.hashes

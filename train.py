@@ -48,6 +48,8 @@ def fit(task: Task, settings, test: Callable | None = None) -> dict:
     the weights is reported and saved. Raises Failed if the loss is no longer finite.
     """
     runs.check_folder(settings)
+    if task.predict:
+        task.data.check_classes()
     with runs.lock(runs.get_folder(settings)) as out:
         return train(task, settings, out, test)
 

@@ -22,8 +22,6 @@ def find_teacher(settings, dataset) -> Checkpoint | None:
     auto: the bundled one if it fits, MAE's for ImageNet, otherwise one is pre-trained first.
     """
     source: str | Path = settings.teacher
-    if len(dataset.classes) < 2:
-        raise ValueError("the images are of one class: give each class a folder of its own")
     if source == "random" and not hasattr(settings, "layers"):
         raise ValueError("--teacher random lends maps, not weights: from scratch is --teacher none")
     if source in ("none", "random"):
@@ -40,11 +38,11 @@ def find_teacher(settings, dataset) -> Checkpoint | None:
         source = make_teacher(pretrain, settings, dataset, **own)
     checkpoint = read_checkpoint(source)
     if not hasattr(settings, "layers"):  # fine-tuning
-        asked, own = make_config(settings, dataset), checkpoint.architecture
+        asked, there = make_config(settings, dataset), checkpoint.architecture
         named = {name for name, flag in adapt.SIZE.items() if flag in settings.given}
-        if "=" in settings.model:  # with components
+        if "model" in settings.given and "=" in settings.model:  # with components
             named |= vars(asked).keys() - {"image_size", "classes", "patch"}
-        if any(getattr(asked, name) != own.get(name) for name in named):
+        if any(getattr(asked, name) != there.get(name) for name in named):
             raise ValueError(f"{source} is another ViT than --model and --patch: leave these out")
     if checkpoint.teacher:
         raise ValueError(f"{source} is a student of attention copy: name the teacher it had")
@@ -78,6 +76,8 @@ def make_teacher(script, settings, dataset=None, **changes) -> Path:
     out = Path("runs") / name.replace("/", "-")
     own = replace(own, out=str(out), resume=True)
     runs.check_folder(settings)
+    if dataset:
+        dataset.check_classes()
     if not (out / "model.pt").is_file():
         runs.check_folder(own)
     with contextlib.ExitStack() as stack:  # locked until it is made: other processes wait for it
