@@ -37,8 +37,7 @@ def run(main: Callable, parse: Callable) -> None:
             raise
         who = f"error (rank {rank()}): " if rank() else "error: "
         print(who + " ".join(text.split()), file=sys.stderr, flush=True)
-        lost = "DataLoader worker" in str(error) or isinstance(error, ConnectionResetError)
-        if dist.is_initialized() or lost:
+        if dist.is_initialized() or "DataLoader worker" in str(error):
             os._exit(code)  # others may never reach a clean shutdown
         sys.exit(code)
     if dist.is_initialized():
@@ -53,7 +52,7 @@ def describe_error(error: BaseException) -> tuple[str, int]:
         return "out of memory: try a smaller --micro-batch (--batch stays the same)", 1
     if "in DataLoader worker process" in str(error):  # with the worker's traceback
         return str(error).strip().splitlines()[-1].partition(": ")[2], 2
-    if "DataLoader worker" in str(error) or isinstance(error, ConnectionResetError):
+    if "DataLoader worker" in str(error):
         return "a worker that decodes images was killed (out of memory?): try fewer --workers", 1
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}", 2

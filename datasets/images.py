@@ -4,6 +4,7 @@ import contextlib
 import math
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -153,7 +154,7 @@ class Files(Dataset):
         if key:
             mean, _ = self.normalise.normalization
             self.random_crop = random_crop(self.size, self.settings, mean)
-        yield from DataLoader(
+        loader = DataLoader(
             self,
             batch_sampler=([(*key, i) for i in indices.tolist()] for indices in order),
             num_workers=workers,
@@ -161,6 +162,11 @@ class Files(Dataset):
             worker_init_fn=leave_group,
             multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         )
+        try:
+            yield from loader
+        except (ConnectionError, EOFError):  # a worker was killed, in the middle of a batch
+            time.sleep(5)  # torch's own error, which says so, arrives by a signal
+            raise
 
     def __getitem__(self, key: tuple) -> tuple[Tensor, int]:
         *seed, index = key
