@@ -26,10 +26,15 @@ ACTIVATIONS = {
     "thin, KD": Row("activations", WIDE, {"at_weight": 0.0, "kd_weight": 0.9}),
     "thin, AT": Row("activations", WIDE),
 }
+overlay = partial(Row, "integrated_gradients", WIDE)
 GRADIENTS = {
-    "neither": Row("integrated_gradients", WIDE, {"overlay": 0.0}),
-    "IG": Row("integrated_gradients", WIDE),
-    f"IG {OTHER}": Row("integrated_gradients", WIDE, {"shuffle": True}),
+    "neither": overlay({"overlay": 0.0}),
+    "IG": overlay(),
+    f"IG {OTHER}": overlay({"shuffle": True}),
+    "KD": overlay({"overlay": 0.0, "kd_weight": 0.3}),
+    "KD, IG": overlay({"kd_weight": 0.3}),
+    f"KD, IG {OTHER}": overlay({"kd_weight": 0.3, "shuffle": True}),
+    "KD, AT, IG: the authors'": overlay({"kd_weight": 0.01, "at_weight": 0.8, "raw": True}),
 }
 SOFTMAX, TAUGHT = "softmax", "linear, transfer"
 LORA, AFTER = ({n: f"{how}, {n} epochs" for n in (2, 6, 20, 60)} for how in ("LoRA", "both"))
@@ -40,13 +45,15 @@ LINEAR = {
     **{LORA[n]: Row("linear_attention", SOFTMAX, {"lora": True, "epochs": n}) for n in LORA},
     **{AFTER[n]: Row("linear_attention", TAUGHT, {"lora": True, "epochs": n}) for n in AFTER},
 }
-LABELLED = "labels, teacher"
+LABELLED, GATED = "labels, teacher", "random, teacher"
 ATTNDISTILL = {
-    "random, teacher": Row("attndistill", "none", {"model": "micro"} | UNTRAINED),
+    GATED: Row("attndistill", "none", {"model": "micro"} | UNTRAINED),
+    "DINO, teacher": Row("dino", ""),
     LABELLED: Row("attndistill", "none", {"model": "micro"}),
     "random, student": Row("attndistill", "none", UNTRAINED),
     "token": Row("attndistill", LABELLED, {"attention_weight": 0.0}),
     "token and map": Row("attndistill", LABELLED),
+    "token and map, weight 1": Row("attndistill", LABELLED, {"attention_weight": 1.0}),
 }
 ALONE, BESIDE, LOOK = "the robot alone", "words, a map beside", "words to attention"
 UNTAUGHT = f"{LOOK}, its map untaught"
@@ -141,8 +148,8 @@ TABLES = {
     ),
     "related-gradients": related(
         "what contributed to a teacher's class, laid over images", rows=tuple(GRADIENTS),
-        points=FOUR, against=dict.fromkeys(GRADIENTS, "neither"),
-        contrasts=subtract(("IG", f"IG {OTHER}")),
+        points=FOUR, against=dict.fromkeys(GRADIENTS, "neither") | {"KD, IG": "KD"},
+        contrasts=subtract(*((row, f"{row} {OTHER}") for row in ("IG", "KD, IG"))),
     ),
     "related-linear": related(
         "softmax attention made linear", rows=tuple(LINEAR), find=find_trained,
@@ -152,7 +159,8 @@ TABLES = {
     "related-attndistill": related(
         "students without labels: class tokens and where they look; 20 nearest neighbours",
         rows=tuple(ATTNDISTILL),
-        against={LABELLED: "random, teacher", "token": "random, student", "token and map": "token"},
+        against={"DINO, teacher": GATED, LABELLED: GATED, "token": "random, student"}
+        | dict.fromkeys(("token and map", "token and map, weight 1"), "token"),
         contrasts=subtract(("token", LABELLED)),
     ),
     "related-reminders": related(
