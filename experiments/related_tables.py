@@ -31,9 +31,6 @@ GRADIENTS = {
     "neither": overlay({"overlay": 0.0}),
     "IG": overlay(),
     f"IG {OTHER}": overlay({"shuffle": True}),
-    "KD": overlay({"overlay": 0.0, "kd_weight": 0.3}),
-    "KD, IG": overlay({"kd_weight": 0.3}),
-    f"KD, IG {OTHER}": overlay({"kd_weight": 0.3, "shuffle": True}),
     "KD, AT, IG: the authors'": overlay({"kd_weight": 0.01, "at_weight": 0.8, "raw": True}),
 }
 SOFTMAX, TAUGHT = "softmax", "linear, transfer"
@@ -148,8 +145,8 @@ TABLES = {
     ),
     "related-gradients": related(
         "what contributed to a teacher's class, laid over images", rows=tuple(GRADIENTS),
-        points=FOUR, against=dict.fromkeys(GRADIENTS, "neither") | {"KD, IG": "KD"},
-        contrasts=subtract(*((row, f"{row} {OTHER}") for row in ("IG", "KD, IG"))),
+        points=FOUR, against=dict.fromkeys(GRADIENTS, "neither"),
+        contrasts=subtract(("IG", f"IG {OTHER}")),
     ),
     "related-linear": related(
         "softmax attention made linear", rows=tuple(LINEAR), find=find_trained,
