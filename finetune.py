@@ -30,7 +30,7 @@ class Settings(recipes.Settings):
     )
 
     @property
-    def method(self) -> str:  # names the run's folder
+    def method(self) -> str:
         return "scratch" if self.teacher == "none" else "finetune"
 
 

@@ -5,6 +5,7 @@ defaults. Those below are for training from scratch. Each method's file shows wh
 """
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import data
 from common.settings import Recipes, setting
@@ -12,6 +13,7 @@ from common.settings import Recipes, setting
 
 @dataclass(frozen=True)
 class Settings(data.Settings):
+    method: ClassVar[Any]  # names the run's folder
     teacher = ""  # a setting of most methods
     model: str = setting("micro", "size of the ViT: nano to huge")
     patch: int = setting(3, "pixels per side of a patch", low=1)
@@ -39,10 +41,6 @@ class Settings(data.Settings):
     compile: str = setting(
         "auto", "auto, off, on, graphs", ("auto", "off", "on", "graphs"), free=True
     )
-
-    @property
-    def method(self) -> str:  # names the run's folder
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

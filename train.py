@@ -70,7 +70,7 @@ def train(task: Task, settings, out: Path, test: Callable | None) -> dict:
         runs.clear(out)
     del state  # gigabytes, for a large net
     clock = Clock(learner.done, steps, images.batch, seconds)
-    runs.write_config(out, run, settings, learner.device)
+    runs.write_config(out, run, settings, learner.device, learner.precision)
     runs.write_rows(out, rows)
     task.net.train()
     with catch_signals() as signals:
@@ -126,7 +126,8 @@ class Learner:
             fused=self.device.type in ("cuda", "cpu"),
         )
         self.average = AveragedModel(net, multi_avg_fn=self.move_average) if settings.ema else None
-        fp16 = choose_precision(settings.amp, net) is torch.float16
+        self.precision = choose_precision(settings.amp, net)
+        fp16 = self.precision is torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
         self.autocast = autocast(settings.amp, net)
         self.loss_module: Any = LossModule(net, task.loss)

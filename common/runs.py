@@ -114,9 +114,10 @@ def clear(out: Path) -> None:
         (out / name).unlink(missing_ok=True)
 
 
-def write_config(out: Path, run: dict, settings, device) -> None:
+def write_config(out: Path, run: dict, settings, device, precision) -> None:
     if rank() == 0:
-        about = {"torch": torch.__version__, "on": str(device), "commit": read_commit(), "run": run}
+        about: dict[str, Any] = {"torch": torch.__version__, "on": str(device)}
+        about |= {"precision": str(precision), "commit": read_commit(), "run": run}
         text = json.dumps(values_of(settings) | about, indent=1)
         checkpoints.write_text(out / "config.json", text)
 
