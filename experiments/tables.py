@@ -268,8 +268,9 @@ TABLES = {
     "cifar10-fair": photos("students that start from sin-cos positions, as their teacher", seeds=3,
         study=FAIR_CIFAR, rows=(*ENDS, "copy, fine-tuned teacher", "copy, its mean maps"),
         contrasts=share_of_gain("copy, mean maps", COPY)),
-    "cifar10-fair-length": photos("a fair start, three times as long", study=FAIR_CIFAR, rows=ENDS,
-        points=PHOTO_LENGTHS, tuned_at="5,000 labels", contrasts=along(PHOTO_LENGTHS)),
+    "cifar10-fair-length": photos("a fair start, three times as long", study=FAIR_CIFAR, seeds=1,
+        points=PHOTO_LENGTHS, tuned_at="5,000 labels", rows=(SCRATCH, COPY, TUNED, ENDS[-1]),
+        contrasts={name: f for name, f in along(PHOTO_LENGTHS).items() if "distillation" not in name}),
     "cifar10-recipe": photos(
         "the main rows as --data cifar10 has them: 50,000 labels, 100 epochs (takes a GPU)",
         study=RECIPE, points={"50,000 labels": {"model": "tiny"}}, seeds=3,
