@@ -270,7 +270,7 @@ TABLES = {
         contrasts=share_of_gain("copy, mean maps", COPY)),
     "cifar10-fair-length": photos("a fair start, three times as long", study=FAIR_CIFAR, seeds=1,
         points=PHOTO_LENGTHS, tuned_at="5,000 labels", rows=(SCRATCH, COPY, TUNED, ENDS[-1]),
-        contrasts={name: f for name, f in along(PHOTO_LENGTHS).items() if "distillation" not in name}),
+        contrasts={k: f for k, f in along(PHOTO_LENGTHS).items() if "distillation" not in k}),
     "cifar10-recipe": photos(
         "the main rows as --data cifar10 has them: 50,000 labels, 100 epochs (takes a GPU)",
         study=RECIPE, points={"50,000 labels": {"model": "tiny"}}, seeds=3,
