@@ -16,14 +16,20 @@ def find_micro_batch(net: nn.Module, compute: Callable, images: Tensor) -> int:
     """
     size = len(images)
     learned = [p for p in net.parameters() if p.requires_grad]
-    moments = [torch.empty_like(p) for p in learned * 2]  # leaves room for AdamW's
+    copies = 3 + dist.is_initialized()  # AdamW's two, gradients so far, and DDP's
+    try:
+        reserved = [torch.empty_like(p) for p in learned * copies]
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise Failed("the net does not fit in memory: try a smaller --model") from error
     if dist.is_initialized():
         dist.all_reduce(images.new_zeros(1))  # NCCL takes its memory at its first use
     while not all_fit(net, compute, images[:size]):
         if size == 1:
             raise Failed("one image does not fit in memory: try a smaller --model or --image-size")
         size = (size + 1) // 2
-    del moments
+    del reserved
     return size
 
 
