@@ -42,9 +42,9 @@ LINEAR = {
     **{LORA[n]: Row("linear_attention", SOFTMAX, {"lora": True, "epochs": n}) for n in LORA},
     **{AFTER[n]: Row("linear_attention", TAUGHT, {"lora": True, "epochs": n}) for n in AFTER},
 }
-LABELLED, GATED = "labels, teacher", "random, teacher"
+LABELLED, RANDOM = "labels, teacher", "random, teacher"
 ATTNDISTILL = {
-    GATED: Row("attndistill", "none", {"model": "micro"} | UNTRAINED),
+    RANDOM: Row("attndistill", "none", {"model": "micro"} | UNTRAINED),
     "DINO, teacher": Row("dino", ""),
     LABELLED: Row("attndistill", "none", {"model": "micro"}),
     "random, student": Row("attndistill", "none", UNTRAINED),
@@ -156,7 +156,7 @@ TABLES = {
     "related-attndistill": related(
         "students without labels: class tokens and where they look; 20 nearest neighbours",
         rows=tuple(ATTNDISTILL),
-        against={"DINO, teacher": GATED, LABELLED: GATED, "token": "random, student"}
+        against={"DINO, teacher": RANDOM, LABELLED: RANDOM, "token": "random, student"}
         | dict.fromkeys(("token and map", "token and map, weight 1"), "token"),
         contrasts=subtract(("token", LABELLED)),
     ),
