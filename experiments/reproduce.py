@@ -64,7 +64,7 @@ def train(table: Table, planner: Planner, tuned: tune.Tuned, runner: Runner, see
     jobs, found = {}, {}
     for point, flags in table.points.items():
         found[point] = {row: [] for row in table.rows if row in table.study.rows}
-        own = tune.get_chosen(tuned.get(point) or tuned.get(table.tuned_at, {}))
+        own = tune.get_chosen(tuned.get(table.tuned_at, {}) | tuned.get(point, {}))
         needed = [*found[point], *tune.list_teachers(found[point], table.study)]
         tune.check_tuned(own, table.study, needed, TABLES)
         for row in found[point]:

@@ -268,7 +268,9 @@ TABLES = {
     "cifar10-fair": photos("students that start from sin-cos positions, as their teacher", seeds=3,
         study=FAIR_CIFAR, rows=(*ENDS, "copy, fine-tuned teacher", "copy, its mean maps"),
         contrasts=share_of_gain("copy, mean maps", COPY)),
-    "cifar10-fair-length": photos("a fair start, three times as long", study=FAIR_CIFAR, seeds=1,
+    "cifar10-fair-length-tuning": photos("fine-tuning's settings, three times as long",
+        study=FAIR_CIFAR, points={"75 epochs": {"epochs": 75}}, rows=(TUNED,), tunes=True),
+    "cifar10-fair-length": photos("a fair start, three times as long", study=FAIR_CIFAR, seeds=3,
         points=PHOTO_LENGTHS, tuned_at="5,000 labels", rows=(SCRATCH, COPY, TUNED, ENDS[-1]),
         contrasts={k: f for k, f in along(PHOTO_LENGTHS).items() if "distillation" not in k}),
     "cifar10-recipe": photos(
