@@ -11,6 +11,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel
 
 import data
 from common import checkpoints, runs
@@ -125,7 +125,7 @@ class Learner:
             betas=(0.9, settings.beta2),
             fused=self.device.type in ("cuda", "cpu"),
         )
-        self.average = AveragedModel(net, multi_avg_fn=self.move_average) if settings.ema else None
+        self.average = deepcopy(net).requires_grad_(False) if settings.ema else None
         self.precision = choose_precision(settings.amp, net)
         fp16 = self.precision is torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
@@ -168,7 +168,7 @@ class Learner:
         self.optimizer.zero_grad()
         self.done += 1
         if self.average:
-            self.average.update_parameters(self.net)
+            self.move_average(self.average)
 
     def compute_loss(self, images: Tensor, labels: Tensor, share: float = 0.0) -> Tensor:
         with self.autocast:
@@ -182,10 +182,13 @@ class Learner:
             self.sums[name] = self.sums.get(name, 0) + value.detach() * share
 
     @torch.no_grad()
-    def move_average(self, averages, weights, _) -> None:
+    def move_average(self, average: nn.Module) -> None:
         """Exponential, with a smaller decay at first, to forget the initial weights."""
-        decay = min(self.settings.ema, (1 + self.done) / (10 + self.done))
-        torch._foreach_lerp_(averages, weights, 1 - decay)
+        decay = min(self.settings.ema, (self.done - 1) / (8 + self.done))  # 0 after the first step
+        averages: list[Tensor] = [*average.parameters()]
+        torch._foreach_lerp_(averages, [*self.net.parameters()], 1 - decay)
+        for buffer, value in zip(average.buffers(), self.net.buffers(), strict=True):
+            buffer.copy_(value)
 
     def average_over_ranks(self) -> None:
         """Sums become means over all processes. Buffers are copied from rank 0."""
@@ -203,7 +206,7 @@ class Learner:
         """Accuracies on the validation images: of the weights, and of their average."""
         nets = {"val_top1": task.net}
         if self.average:
-            nets["val_top1_ema"] = self.average.module
+            nets["val_top1_ema"] = self.average
         found = {k: self.classify(task.predict, net, task.data.val) for k, net in nets.items()}
         return {k: compute_top1(*predicted) for k, predicted in found.items()}
 
@@ -288,7 +291,7 @@ def finish(task: Task, learner: Learner, rows: list, out: Path, test: Callable |
     """Tests what was trained, and writes model.pt."""
     net, settings, found = task.net, learner.settings, {}
     if learner.average:
-        net = learner.average.module
+        net = learner.average
     if task.predict:
         predicted, labels = learner.classify(task.predict, net, task.data.test)
         found = {"predicted": predicted, "labels": labels}

@@ -23,6 +23,7 @@ operations that a method needs, whatever a variant does beyond
 import math
 import multiprocessing
 import statistics
+from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -133,23 +134,30 @@ def spare_others(device: torch.device) -> None:
 def time_variants(method: str, variants: list[str], settings: Settings, batch: int) -> dict:
     """A row for each variant whose batch fits: one process each, timed in turns."""
     recipe, spawn = get_recipe(method, settings, batch), multiprocessing.get_context("spawn")
-    device, rows, times = launch.get_device(settings.device), {}, {}
+    device, rows, times = launch.get_device(settings.device), {}, defaultdict(list)
     pools = {variant: ProcessPoolExecutor(1, spawn) for variant in variants}
-    for variant, pool in pools.items():
+
+    def ask(variant: str, work: Callable, *args):
+        """What its process answers. A variant whose memory does not suffice is left out."""
         try:
-            memory = pool.submit(prepare, method, variant, recipe).result()
-            rows[variant], times[variant] = {"batch": batch, "memory_gib": round(memory, 2)}, []
+            return pools[variant].submit(work, *args).result()
         except torch.OutOfMemoryError:
-            pool.shutdown()
+            pools.pop(variant).shutdown()
             print0(f"{method:9} {variant:10} {batch:5} images do not fit")
+
+    memory = {variant: ask(variant, prepare, method, variant, recipe) for variant in variants}
     for _ in range(math.ceil(settings.steps / STEPS_PER_TURN)):
-        for variant, took in times.items():
-            took += pools[variant].submit(take_turn, device).result()
-    for variant, took in times.items():
-        pools[variant].shutdown()
-        low, middle, high = statistics.quantiles(took, n=4)
-        rows[variant]["images_per_s"] = round(batch / middle, 2)
-        rows[variant]["quartiles"] = [round(batch / high, 2), round(batch / low, 2)]
+        for variant in list(pools):
+            times[variant] += ask(variant, take_turn, device) or []
+    for variant, pool in pools.items():
+        pool.shutdown()
+        low, middle, high = statistics.quantiles(times[variant], n=4)
+        rows[variant] = {
+            "batch": batch,
+            "memory_gib": round(memory[variant], 2),
+            "images_per_s": round(batch / middle, 2),
+            "quartiles": [round(batch / high, 2), round(batch / low, 2)],
+        }
     return rows
 
 
@@ -188,6 +196,7 @@ def main(settings: Settings) -> dict:
     variants = [name for name in VARIANTS if name != "plain-amp" or has_bf16(device.type)]
     batches = [int(word) for word in settings.batch.split(",")]
     matrix = measure.measure_matrix_rate(device)
+    spare_others(device)
     print0(f"{launch.device_name(device)}, matrix rate {matrix / 1e12:.4g} Tflop/s")
     print0(f"{settings.steps} steps of each variant, in turns\n")
     print0("method    variant    batch  images/s    GiB  share  x plain  x plain-amp")
