@@ -163,8 +163,6 @@ def task(settings: Settings, dataset: data.Data) -> train.Task:
 
 
 def main(settings: Settings) -> dict | None:
-    if settings.reconstruct and settings.target != "masked":
-        raise ValueError("--reconstruct draws what an MAE has learned: --target masked")
     if settings.mixup or settings.cutmix:
         raise ValueError("--mixup and --cutmix mix labels, and pre-training has none")
     label = "cell" if settings.target == "cell" else settings.label
@@ -185,6 +183,8 @@ def draw_reconstructions(settings: Settings) -> None:
     picture, last = Path(settings.reconstruct), runs.get_folder(settings) / "last.pt"
     checkpoints.check_place(picture, "--reconstruct", ".png", ".jpg", ".pdf", ".svg")
     state = checkpoints.read_file(last)
+    if state["run"].get("target") != "masked":
+        raise ValueError(f"--reconstruct: {last.parent} holds no MAE (--target masked)")
     settings = replace(settings, **{k: state["run"][k] for k in SHAPE})
     dataset = data.load(settings)
     mae = build(settings, dataset)

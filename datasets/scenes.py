@@ -3,7 +3,8 @@
     --scene pointer    a bright square in the centre cell points to another cell
     --scene twins      pairs of one class each; the images of one pair are equal
 
-The label is the class in the cell pointed to, or of the twins. `--label cell` makes it the cell.
+The label is the class in the cell pointed to, or of the twins. `--label cell` makes it the cell,
+of twins one of the two.
 `--dial 0.5`: half of the pointers point to the first cell. `--classes`: which the cells show.
 `--image-size`: more cells, each as large. Pixels have noise, in training anew at every step.
 

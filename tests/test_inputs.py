@@ -44,7 +44,7 @@ ROOT = Path(__file__).parent.parent
     (finetune, "--label cell", "--label: only --data scenes"),
     (finetune, "--scene twins", "--scene: only --data scenes"),
     (finetune, "--data scenes --distractors 2", "--distractors: only --data digits"),
-    (pretrain, "--data scenes --reconstruct x.png", "--target masked"),
+    (pretrain, "--data scenes --reconstruct x.png", "runs/pretrain-scenes-micro-s0"),
     (finetune, "--image-size 30", "--image-size 30"), (finetune, "--device tpu", "not available"),
     (finetune, "--device cuda:99", "cuda:99"), (finetune, "--resume --overwrite", "choose one"),
     (finetune, "--out /dev/null/run", "not a writable folder"),
