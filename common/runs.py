@@ -117,7 +117,8 @@ def clear(out: Path) -> None:
 def write_config(out: Path, run: dict, settings, device, precision) -> None:
     if rank() == 0:
         about: dict[str, Any] = {"torch": torch.__version__, "on": str(device)}
-        about |= {"precision": str(precision), "commit": read_commit(), "run": run}
+        about |= {"precision": str(precision), "threads": torch.get_num_threads()}
+        about |= {"commit": read_commit(), "run": run}
         text = json.dumps(values_of(settings) | about, indent=1)
         checkpoints.write_text(out / "config.json", text)
 

@@ -166,10 +166,10 @@ class Runner:
         command += f" --extra {shlex.quote(extra)}" if extra else ""
         gpu = torch.cuda.is_available()
         device = torch.cuda.get_device_name() if gpu else f"CPU, {os.cpu_count()} cores"
-        minutes = round(sum(self.seconds.values()) / 60, 1)
         about = {"command": command, "commit": runs.read_commit(), "commits": sorted(self.commits)}
         about |= {"device": device, "torch": torch.__version__, "runs": len(self.seconds)}
-        return about | {"runs_at_a_time": self.workers, "training_minutes": minutes} | found
+        about |= {"runs_at_a_time": self.workers, "threads": os.environ["OMP_NUM_THREADS"]}
+        return about | {"training_minutes": round(sum(self.seconds.values()) / 60, 1)} | found
 
 
 def read_record(path: Path) -> dict:
