@@ -14,7 +14,7 @@ import data
 from common.runs import hash_settings
 from common.settings import Base, free_in, setting, to_argv, values_of
 from experiments.estimates import compute_share, estimate, pack
-from experiments.jobs import Job
+from experiments.jobs import ROOT, Job
 
 Flags = Mapping[str, Any]  # settings by name
 Runs = dict[str, dict[str, list[Job]]]  # point: row: its runs, one for each seed
@@ -97,8 +97,8 @@ class Planner(NamedTuple):
     def make_job(self, script: str, name: str, given: Flags, after: tuple[str, ...] = ()) -> Job:
         settings = Job(script, [*to_argv(given), *self.extra], self.folder).get_settings()
         counts = values_of(settings).keys() - free_in(settings) | {"teacher"} & given.keys()
-        digest = hash_settings({key: str(getattr(settings, key)) for key in sorted(counts)})
-        out = self.folder / f"{name} {digest}".replace(":", "-")
+        shown = {k: str(getattr(settings, k)).removeprefix(f"{ROOT}/") for k in sorted(counts)}
+        out = self.folder / f"{name} {hash_settings(shown)}".replace(":", "-")
         return Job(script, [*to_argv(given | {"out": out}), *self.extra], out, after)
 
 

@@ -203,12 +203,17 @@ def test_every_row_gets_as_many_trials_and_shares_all_that_it_must(asked, tmp_pa
     assert (again.seed, again.teacher) == (1003, usual.teacher)
 
 
-def test_a_study_of_one_teacher_takes_the_bundled_one(tmp_path):
-    for bundled in (None, tmp_path / "cifar10.pt"):
+def test_a_study_of_one_teacher_takes_the_bundled_one(tmp_path, monkeypatch):
+    folders = []
+    for root in (None, tmp_path / "clone", tmp_path / "moved"):
+        monkeypatch.setattr(study, "ROOT", root)
+        bundled = root and root / "cifar10.pt"
         planner = Planner(tables.CIFAR, tmp_path, find_bundled=lambda _: bundled)
         *teacher, job = planner.plan("attention copy", 3, {}, {"attention copy": {}}).values()
         expected = bundled or teacher[0].out / "model.pt"
         assert job.get_settings().teacher == str(expected)
+        folders.append(job.out)
+    assert folders[0] != folders[1] == folders[2]  # a clone that was moved knows its runs
     planner = planner._replace(study=tables.DIGITS)  # which has one for each seed
     assert len(planner.plan("attention copy", 3, {}, {"attention copy": {}})) == 2
 
