@@ -76,7 +76,7 @@ class Settings(Images):
     mixup: float = setting(0.0, "alpha of MixUp (0: none)")
     cutmix: float = setting(0.0, "alpha of CutMix (0: none)")
     smoothing: float = setting(0.0, "label smoothing", high=0.99)
-    batch: int = setting(64, "images per step, over all GPUs (0: 1/8 of them)")
+    batch: int = setting(64, "images per step, over all GPUs (0: 1/8 of the images, at most 64)")
 
 
 class Data(NamedTuple):

@@ -114,10 +114,10 @@ def choose_columns(model: Model, classes: list[str]) -> list[int]:
     known, outputs = model.checkpoint.classes or classes, model.net.config.classes
     strange = [name for name in classes if name not in known]
     if strange or len(known) != outputs:
-        raise ValueError(
-            f"{model.checkpoint.source} has {outputs} outputs (0: no head, fine-tune it first) and "
-            f"does not know these {len(classes)} classes ({', '.join(strange[:3])})"
-        )
+        names = ", ".join(strange[:3]) or f"it has {outputs} outputs"
+        odd = f"does not know these {len(classes)} classes ({names})"
+        odd = odd if outputs else "has no head: fine-tune it first"
+        raise ValueError(f"{model.checkpoint.source} {odd}")
     return [known.index(name) for name in classes]
 
 

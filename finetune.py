@@ -26,7 +26,7 @@ from vit import ViT
 @dataclass(frozen=True)
 class Settings(recipes.Settings):
     teacher: str = setting(
-        "auto", "auto, none, mae, NAME (python -m teachers) or a file", free=True
+        "auto", "auto, pretrain, none, mae, NAME (python -m teachers), file or URL", free=True
     )
 
     @property

@@ -29,7 +29,7 @@ import train
 import vit
 from common import checkpoints, launch, runs
 from common.augment import Normalization, to_pixels
-from common.settings import merge_recipes, parse_settings, setting
+from common.settings import flag, merge_recipes, parse_settings, setting, values_of
 from teachers.load import new_vit
 from teachers.positions import make_sincos
 
@@ -40,12 +40,15 @@ class Settings(recipes.Settings):
     mask_ratio: float = setting(0.6, "share masked (--target masked)", low=0.05, high=0.95)
     decoder_dim: int = setting(48, "width of the decoder", low=4)
     decoder_depth: int = setting(1, "blocks of the decoder")
-    decoder_heads: int = setting(4, "heads of the decoder", low=1)
+    decoder_heads: int = setting(4, "heads of the decoder", low=1, divides="decoder_dim")
     norm_pix_loss: bool = setting(False, "compare pixels normalised within their patch")
     target: str = setting("masked", "predict masked patches, or a scene's cell", ("masked", "cell"))
     reconstruct: str = setting("", "train nothing: draw what --out has learned", free=True)
 
 
+LABELS = {"mixup", "cutmix", "smoothing"}  # settings that need them
+DECODER = {"decoder_dim", "decoder_depth", "decoder_heads", "mask_ratio", "norm_pix_loss"}
+UNUSED = {"masked": LABELS, "cell": LABELS | DECODER}  # by --target
 SHARED = dict(num_labels=0, weight_decay=0.05, beta2=0.95, ema=0.0, final_lr=0.0, drop_path=0.0)
 PHOTOS = dict(random_erase=0.0, randaugment=0, mixup=0.0, cutmix=0.0, mask_ratio=0.75, clip=0.0)
 RECIPES = merge_recipes(
@@ -90,7 +93,7 @@ class MAE(nn.Module):
         positions = make_sincos(grid, dim)[:, 1 - self.has_class_token :]
         self.decoder_pos_embed = nn.Parameter(positions, requires_grad=False)
         if encoder.pos_embed is not None:
-            encoder.pos_embed.requires_grad_(False)
+            encoder.pos_embed.requires_grad_(settings.positions == "random")
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The reconstructed patches (B, N, p*p*c), and the mask (B, N): 1 where masked."""
@@ -163,8 +166,8 @@ def task(settings: Settings, dataset: data.Data) -> train.Task:
 
 
 def main(settings: Settings) -> dict | None:
-    if settings.mixup or settings.cutmix:
-        raise ValueError("--mixup and --cutmix mix labels, and pre-training has none")
+    for name in sorted(settings.given & UNUSED[settings.target]):
+        raise ValueError(f"{flag(name)} has no effect with --target {settings.target}")
     label = "cell" if settings.target == "cell" else settings.label
     if settings.reconstruct:
         draw_reconstructions(settings)
@@ -183,19 +186,16 @@ def draw_reconstructions(settings: Settings) -> None:
     picture, last = Path(settings.reconstruct), runs.get_folder(settings) / "last.pt"
     checkpoints.check_place(picture, "--reconstruct", ".png", ".jpg", ".pdf", ".svg")
     state = checkpoints.read_file(last)
-    if state["run"].get("target") != "masked":
+    own = {k: v for k, v in state["run"].items() if k in values_of(settings)}
+    if own.get("target") != "masked":
         raise ValueError(f"--reconstruct: {last.parent} holds no MAE (--target masked)")
-    settings = replace(settings, **{k: state["run"][k] for k in SHAPE})
+    settings = replace(settings, **own)
     dataset = data.load(settings)
     mae = build(settings, dataset)
     mae.load_state_dict(state["net"])
     some = next(dataset.test.in_order(8))[0]
     pictures.save(reconstruct(mae.eval(), some, dataset.normalization), picture)
     launch.print0(f"{last.parent}: wrote {picture}")
-
-
-SHAPE = ("model", "patch", "image_size", "decoder_dim", "decoder_depth", "decoder_heads",
-         "norm_pix_loss")  # fmt: skip
 
 
 @torch.no_grad()

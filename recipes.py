@@ -46,7 +46,7 @@ class Settings(data.Settings):
 @dataclass(frozen=True)
 class TransferSettings(Settings):
     teacher: str = setting(
-        "auto", "auto, random, mae, NAME (python -m teachers) or a file", free=True
+        "auto", "auto, pretrain, random, mae, NAME (python -m teachers), file or URL", free=True
     )
     layers: str = setting("all", "layers to transfer: :18, 6:12, -6:, 0,2,4, 75% or all")
     teacher_layers: str = setting("", "the teacher's layers for these [the same]")
@@ -56,11 +56,12 @@ class TransferSettings(Settings):
 PHOTOS = dict(random_erase=0.25, mixup=0.8, cutmix=1.0, smoothing=0.1)
 RECIPES: Recipes = {  # training from scratch; each method changes what differs
     "scenes": dict(patch=8, classes="5:", num_labels=300, drop_path=0.1, epochs=75, blr=3.2e-2,
-                   weight_decay=0.5, clip=1.0, eval_every=15),
+                   weight_decay=0.5, clip=1.0, eval_every=7),
     "digits": dict(num_labels=100, epochs=450, batch=50, blr=0.01024, weight_decay=0.5, clip=1.0,
                    eval_every=45),
     "cifar": dict(model="tiny", patch=4, drop_path=0.1, epochs=100, warmup=0.05, batch=512,
                   blr=5e-4, final_lr=1e-3, clip=1.0, ema=0.999, **PHOTOS),
+    # MAE's for ViT-L from scratch (appendix A.2; a batch of 4096 there), not run here
     "imagenet": dict(model="large", patch=16, positions="random", drop_path=0.2, epochs=200,
                      batch=2048, blr=1e-4, final_lr=1.25e-3, weight_decay=0.3, beta2=0.95,
                      ema=0.9999, crop_area=0.08, randaugment=9, **PHOTOS),

@@ -21,12 +21,13 @@ from typing import Any
 Recipes = dict[str, dict[str, Any]]  # recipe: setting: default
 
 
-def setting(default, help="", choices=None, low=0, high=math.inf, free=False):
+def setting(default, help="", choices=None, low=0, high=math.inf, free=False, divides=""):
     """A field that is also a flag. Without help it works the same, but --help does not list it.
 
     `low`, `high`: bounds of a number. `free`: may change between a run and its --resume.
+    `divides`: the setting that it must divide.
     """
-    about = dict(help=help, choices=choices, low=low, high=high, free=free)
+    about = dict(help=help, choices=choices, low=low, high=high, free=free, divides=divides)
     return field(default=default, metadata=about)
 
 
@@ -94,8 +95,13 @@ def parse_settings(
         if isinstance(value, int | float) and not low <= value <= high:
             bounds = f"at least {low}" if high == math.inf else f"between {low} and {high}"
             raise ValueError(f"{flag(name)} {value}: must be {bounds}")
-    recipe = recipe_for(recipes, given.get("data", usual))
-    return cls(**recipe | given | words, given=frozenset(given))
+    values = recipe_for(recipes, given.get("data", usual)) | given
+    for name, f in flags.items():
+        if whole := f.metadata["divides"]:
+            a, b = (values.get(one, flags[one].default) for one in (whole, name))
+            if a % b:
+                raise ValueError(f"{flag(name)} {b} does not divide {flag(whole)} {a}")
+    return cls(**values | words, given=frozenset(given))
 
 
 def recipe_for(recipes: Recipes, data: str) -> dict[str, Any]:

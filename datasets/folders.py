@@ -49,7 +49,7 @@ def list_parts(root: Path) -> dict[str, Listing]:
         return {"train": list_images(root)}
     used = [str(listing.folder) for listing in parts.values()]
     if beside := [name for name in folders if str(root / name) not in used]:
-        print0(f"note: {', '.join(used)} are used, and {', '.join(beside[:5])} beside them not")
+        print0(f"note: using {', '.join(used)}, ignoring {', '.join(beside[:5])} beside them")
     classes = [set(listing.classes) for listing in parts.values()]
     if odd := sorted(classes[0].union(*classes) - classes[0].intersection(*classes)):
         raise ValueError(f"{root}: {' and '.join(parts)} have different classes ({odd[0]})")

@@ -5,8 +5,9 @@
 
 The label is the class in the cell pointed to, or of the twins. `--label cell` makes it the cell,
 of twins one of the two.
-`--dial 0.5`: half of the pointers point to the first cell. `--classes`: which the cells show.
-`--image-size`: more cells, each as large. Pixels have noise, in training anew at every step.
+`--dial 0.5`: half of the pointers are turned to the first cell, and the rest point anywhere.
+`--classes`: which the cells show. `--image-size`: more cells, each as large.
+Pixels have noise, in training anew at every step.
 
 Scenes are made so that looking matters. They are a microscope, not a benchmark.
 """

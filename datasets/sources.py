@@ -18,7 +18,9 @@ def check_choices(settings, module: str) -> None:
     changed = settings.given | ({"label"} if settings.label != "class" else set())
     for name in sorted(changed & CHOICES.keys()):
         if module not in CHOICES[name]:
-            raise ValueError(f"--{name}: only --data {' and '.join(sorted(CHOICES[name]))} has it")
+            raise ValueError(f"--{name}: only for --data {' and '.join(sorted(CHOICES[name]))}")
+    if "data_dir" in settings.given and settings.data in ("digits", "scenes"):
+        raise ValueError(f"--data-dir: --data {settings.data} is bundled. Name --data folder, say")
 
 
 class Parts(NamedTuple):
@@ -38,7 +40,7 @@ def hold_out(parts: Parts, share: float) -> tuple:
     held = [is_held_out(name, share) for name in parts.train.names]
     ours, theirs = ([i for i, out in enumerate(held) if out is which] for which in (False, True))
     if parts.val or not ours or not theirs:
-        raise ValueError(f"--holdout {share}: the {len(held)} images are too few, or val/ is there")
+        raise ValueError(f"--holdout {share}: {len(held)} images are too few, or some are held out")
     return parts.train.subset(ours), parts.train.subset(theirs), parts.test
 
 

@@ -104,7 +104,7 @@ class Planner(NamedTuple):
 
 def make_planner(study: Study, settings: RunSettings, **how) -> Planner:
     data_dir = ("--data-dir", settings.data_dir) if settings.data_dir else ()
-    extra = *settings.extra.split(), *(data_dir if study.base["data"] != "digits" else ())
+    extra = *settings.extra.split(), *(data_dir if "cifar" in study.base["data"] else ())
     return Planner(study, Path(settings.runs) / study.base["data"], extra, **how)
 
 

@@ -9,7 +9,7 @@ from common import runs
 from common.checkpoints import Checkpoint
 from common.launch import first_alone, print0
 from common.settings import free_in, parse_layers, values_of
-from data import Images
+from data import DATA_SETS, Images
 from teachers import adapt
 from teachers.load import make_config, read_checkpoint
 
@@ -33,7 +33,10 @@ def find_teacher(settings, dataset) -> Checkpoint | None:
     elif source in ("auto", "pretrain"):
         import pretrain
 
-        parse_layers(getattr(settings, "layers", "all"), make_config(settings, dataset).depth)
+        config = make_config(settings, dataset)
+        for name in ("layers", "teacher_layers", "heads"):  # found wrong before hours of training
+            count = config.heads if name == "heads" else config.depth
+            parse_layers(getattr(settings, name, "") or "all", count, name)
         own = dict(model=settings.model, patch=settings.patch, num_labels=0, subset_seed=-1)
         source = make_teacher(pretrain, settings, dataset, **own)
     checkpoint = read_checkpoint(source)
@@ -57,6 +60,8 @@ def find_teacher(settings, dataset) -> Checkpoint | None:
 
 def find_bundled(settings) -> Path | None:
     """The teacher in weights/ that was made for these images and this ViT, if there is one."""
+    if settings.image_size == DATA_SETS[settings.data].image_size:
+        settings = replace(settings, image_size=0)
     for about in BUNDLED.glob("*.json"):
         facts, file = json.loads(about.read_text()), about.with_suffix(".pt")
         if all(getattr(settings, name) == value for name, value in facts["for"].items()):
