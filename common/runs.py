@@ -11,6 +11,7 @@ test.pt       predicted and true classes of the test images
 import contextlib
 import hashlib
 import json
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,8 +27,12 @@ FILES = ("last.pt", "model.pt", "test.pt", "log.jsonl", "curves.png", "config.js
 
 
 def get_folder(settings) -> Path:
-    name = f"{settings.method}-{settings.data}-{settings.model}-s{settings.seed}"
-    return Path(settings.out or f"runs/{name}")
+    """--out, or a name that says what is trained: a student of a public ViT has that one's size."""
+    model, teacher = settings.model, settings.teacher.partition("=")[0]
+    is_file = re.search(r"[/\\]|\.(pt|pth|tar|bin|safetensors)$", teacher)
+    if not is_file and teacher not in ("", "auto", "pretrain", "none", "random", "mae"):
+        model = teacher.replace(":", "-")
+    return Path(settings.out or f"runs/{settings.method}-{settings.data}-{model}-s{settings.seed}")
 
 
 def describe_run(settings, dataset, teacher=None) -> dict[str, Any]:

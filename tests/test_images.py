@@ -183,7 +183,7 @@ def test_which_folders_are_used_is_said(unsplit, capsys):
     dataset, said = data.load(folder(root)), capsys.readouterr().out
     assert dataset.val is dataset.test and (len(dataset.train), len(dataset.test)) == (30, 29)
     assert "1 files are not images of a known kind" in said
-    assert f"{root / 'Training'}" in said and "pets beside them not" in said
+    assert f"{root / 'Training'}" in said and "ignoring pets beside them" in said
     shutil.copytree(unsplit, root / "valid")
     dataset = data.load(folder(root))
     assert [len(part) for part in (dataset.train, dataset.val, dataset.test)] == [30, 30, 29]

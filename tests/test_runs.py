@@ -60,6 +60,16 @@ def run_here(script, *argv):
     return script.main(script.parse(list(map(str, argv))))
 
 
+@pytest.mark.parametrize("teacher, size", [
+    ("auto", "large"), ("mae", "large"), ("a/model.pt", "large"), ("https://a.com/b.pth", "large"),
+    ("vit_base_patch14_dinov2.lvd142m", "vit_base_patch14_dinov2.lvd142m"),
+    ("torchvision:vit_b_16=a/b.pth", "torchvision-vit_b_16"),
+])  # fmt: skip
+def test_a_folder_is_named_after_the_net_that_is_trained_there(teacher, size):
+    settings = attention_distill.parse(["--data", "imagenet", "--teacher", teacher])
+    assert runs.get_folder(settings) == Path(f"runs/distill-imagenet-{size}-s0")
+
+
 def log_of(out):
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     return [row | {"seconds": 0, "images_per_s": 0} for row in rows]
