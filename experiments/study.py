@@ -103,8 +103,8 @@ class Planner(NamedTuple):
 
 
 def make_planner(study: Study, settings: RunSettings, **how) -> Planner:
-    data_dir = ("--data-dir", settings.data_dir) if settings.data_dir else ()
-    extra = *settings.extra.split(), *(data_dir if "cifar" in study.base["data"] else ())
+    named = settings.data_dir and study.base["data"] not in ("digits", "scenes")  # bundled
+    extra = *settings.extra.split(), *(("--data-dir", settings.data_dir) if named else ())
     return Planner(study, Path(settings.runs) / study.base["data"], extra, **how)
 
 
