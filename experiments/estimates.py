@@ -109,9 +109,6 @@ def format_means(cell: dict[str, list]) -> str:
     return " ".join(f"{x:.2f}" for x in cell["mean"])
 
 
-# What each image adds -----------------------------------------------------------------------------
-
-
 def pack(correct: np.ndarray) -> list[str]:
     """Whether each image was classified correctly, (seeds, images), as text: a bit for each."""
     return [base64.b64encode(np.packbits(of_seed)).decode() for of_seed in correct]

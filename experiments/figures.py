@@ -67,7 +67,6 @@ def draw_points(axis, cells: dict[str, list[dict]], points: Iterable[str]) -> No
         how = dict(marker="o", linestyle=line, color=colour, capsize=2, label=row)
         axis.errorbar(places, means, yerr=get_ends(of_row), **how)
     axis.set_xticks(range(len(places)), [textwrap.fill(point, 11) for point in points])
-    axis.spines[["top", "right"]].set_visible(False)
 
 
 def get_ends(cells: list[dict]) -> list[list[float]]:

@@ -83,8 +83,7 @@ def find_of_seed(nets: dict[str, str | Path], settings) -> dict:
     torch.manual_seed(hash_seed("random net", settings.seed))  # no training begins like this
     models = {"random net": Model(build(teacher.net.config).to(device).eval())}
     models |= {name: open_model(path, device) for name, path in nets.items()}
-    found = {}
-    kinds, pairs = None, {}
+    found, kinds, pairs = {}, None, {}
     if settings.data == "digits":
         images, kinds = load_digits(settings, teacher.net.config.patch, device)
         shares = kinds.mean(dim=(0, 1))[:, None].tolist()

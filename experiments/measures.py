@@ -108,10 +108,9 @@ def compare(a, b, batches: Iterable[Tensor]) -> dict:
             for what, value in compare_maps(p, q, a.net.config).items():
                 sums[i, what] = sums.get((i, what), 0) + value.cpu()
     x, y = (torch.cat(side, dim=1) for side in features)
-    depth = 1 + max(i for i, _ in sums)
     layers = [
         summarise_layer(*(sums[i, what] / count for what in ("pairs", "entropy", "distance")))
-        for i in range(depth)
+        for i in range(1 + max(i for i, _ in sums))
     ]
     similar = [[cka(one, other) for other in y] for one in x]
     return {"images": count, "layers": layers, "cka": similar}

@@ -19,18 +19,26 @@ from experiments.study import estimate_accuracies as estimate
 UNTRAINED = {"epochs": 1, "warmup": 0, "blr": 0.0}
 WIDE, LONG, OTHER = "a wider net", "4 times as long", "of other images"
 FOUR = {"4 distractors": {"distractors": 4}}  # with one, small nets have nothing to gain
+alone, helped = (partial(Row, "activations", teacher) for teacher in ("", WIDE))
+CHEAP = {"model": "bottleneck"}
 ACTIVATIONS = {
-    WIDE: Row("activations", "", {"model": "teacher"}),
-    "thin": Row("activations", "", {"at_weight": 0.0}),
-    f"thin, {LONG}": Row("activations", "", {"at_weight": 0.0, "epochs": 160}),
-    "thin, KD": Row("activations", WIDE, {"at_weight": 0.0, "kd_weight": 0.9}),
-    "thin, AT": Row("activations", WIDE),
+    WIDE: alone({"model": "teacher"}),
+    "thin": alone({"at_weight": 0.0}),
+    f"thin, {LONG}": alone({"at_weight": 0.0, "epochs": 160}),
+    "thin, KD": helped({"at_weight": 0.0, "kd_weight": 0.9}),
+    "thin, AT": helped(),
+    "bottleneck": alone(CHEAP | {"at_weight": 0.0}),
+    f"bottleneck, {LONG}": alone(CHEAP | {"at_weight": 0.0, "epochs": 160}),
+    "bottleneck, AT": helped(CHEAP | {"at_weight": 140.0}),
 }
 overlay = partial(Row, "integrated_gradients", WIDE)
 GRADIENTS = {
     "neither": overlay({"overlay": 0.0}),
     "IG": overlay(),
     f"IG {OTHER}": overlay({"shuffle": True}),
+    "KD": overlay({"overlay": 0.0, "kd_weight": 0.3}),
+    "KD and IG": overlay({"kd_weight": 0.3}),
+    f"KD and IG {OTHER}": overlay({"kd_weight": 0.3, "shuffle": True}),
     "KD, AT, IG: the authors'": overlay({"kd_weight": 0.01, "at_weight": 0.8, "raw": True}),
 }
 SOFTMAX, TAUGHT = "softmax", "linear, transfer"
@@ -141,12 +149,15 @@ TABLES = {
         "where a CNN is active, and its softened classes, given to smaller ones",
         rows=tuple(ACTIVATIONS), find=find_sizes, points=FOUR,
         against={row: row.split(",")[0] if "," in row else WIDE for row in ACTIVATIONS},
-        contrasts=subtract(("thin, AT", f"thin, {LONG}"), ("thin, AT", "thin, KD")),
+        contrasts=subtract(*((f"{net}, AT", f"{net}, {LONG}") for net in ("thin", "bottleneck")),
+                           ("thin, AT", "thin, KD")),
     ),
     "related-gradients": related(
         "what contributed to a teacher's class, laid over images", rows=tuple(GRADIENTS),
-        points=FOUR, against=dict.fromkeys(GRADIENTS, "neither"),
-        contrasts=subtract(("IG", f"IG {OTHER}")),
+        seeds=20, first=6, points=FOUR,  # rounding alone moves these nets
+        against={row: "KD" if "KD and" in row else "neither" for row in GRADIENTS},
+        contrasts=subtract(("IG", f"IG {OTHER}"), ("KD and IG", f"KD and IG {OTHER}"),
+                           ("KD and IG", "neither")),
     ),
     "related-linear": related(
         "softmax attention made linear", rows=tuple(LINEAR), find=find_trained,

@@ -117,8 +117,8 @@ def format_contrasts(asked: dict[str, dict], seeds: int) -> str:
     if len(ends) == 1 and " → " in (end := ends.pop()):
         head = f"change from {end.replace(' → ', ' to ')}"
         asked = {name.removesuffix(f": {end}"): cell for name, cell in asked.items()}
-    sure = "95 % interval" if all(cell.get("interval") for cell in asked.values()) else "one seed"
-    sure = f"mean of {seeds} seeds" if sure == "one seed" and seeds > 1 else sure
+    few = "one seed" if seeds == 1 else f"mean of {seeds} seeds"
+    sure = "95 % interval" if all(cell.get("interval") for cell in asked.values()) else few
     lines = [[name, format_cell(cell, "+.2f")] for name, cell in asked.items()]
     return format_table([head, sure], lines)
 

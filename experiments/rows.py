@@ -44,9 +44,7 @@ MAPS = ("uniform", "impulse", "mean", "other")
 LADDER = {
     **{f"copy, {maps} maps": copied(maps=maps) for maps in MAPS},
     **{f"distillation, {maps} maps": distilled(maps=maps) for maps in MAPS},
-    "distillation, fine-tuned teacher": Row(
-        "distill", "fine-tuning", tuned_as="attention distillation"
-    ),
+    "distillation, fine-tuned teacher": Row("distill", "fine-tuning", {}, "attention distillation"),
 }
 PARTS = {f"copy of {part}": copied(lend=part) for part in ("q", "k", "v", "qkv")}
 WHICH = (":1", ":2", "1:4", "2:4", "3:")

@@ -51,10 +51,8 @@ def score(models: list[Model], settings: Settings) -> dict:
     for model in models:
         if seen := dataset.count_learned(model.checkpoint.learned_from, settings.part):
             print(f"note: {model.checkpoint.source} was TRAINED ON {seen:,} of these images")
-    result = {
-        "images": len(labels),
-        "top1": [compute_top1(p.argmax(dim=-1), labels) for p in every],
-    }
+    top1 = [compute_top1(p.argmax(dim=-1), labels) for p in every]
+    result = {"images": len(labels), "top1": top1}
     if settings.real:
         result["real_top1"] = [compute_real_top1(p, dataset, settings.real) for p in every]
     return result
@@ -82,9 +80,8 @@ def compute_real_top1(p: Tensor, dataset: data.Data, path: str) -> float:
         raise ValueError(f"--real {path}: takes ImageNet's validation images, by their names")
     labels = json.loads(Path(path).read_text())
     numbers = [int(one) if one in NUMBERS else i for i, one in enumerate(dataset.classes)]
-    pairs = zip(
-        p.argmax(dim=-1).tolist(), (labels[int(name[1]) - 1] for name in names), strict=True
-    )
+    known = (labels[int(name[1]) - 1] for name in names)
+    pairs = zip(p.argmax(dim=-1).tolist(), known, strict=True)
     right = [numbers[best] in some for best, some in pairs if some]
     return 100 * sum(right) / len(right)
 
