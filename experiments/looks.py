@@ -64,15 +64,14 @@ def draw_scenes(runs: Runs):
     nets |= {row: of_rows[row][0].out / "model.pt" for row in ("attention distillation", BASELINE)}
     for name, path in nets.items():
         model = open_model(path, images.device)
-        prefix, middle = model.net.config.num_prefix_tokens, model.net.config.grid_size**2 // 2
+        prefix = model.net.config.num_prefix_tokens
+        centre = prefix + model.net.config.grid_size**2 // 2
         first, second, *_ = (qk.map() for _, qk in model.blockwise(images))
-        looks[f"{name}: layer 0, from the centre"] = look.mean_look(
-            first, prefix, query=prefix + middle
-        )
+        looks[f"{name}: layer 0, from the centre"] = look.mean_look(first, prefix, query=centre)
         looks[f"{name}: layer 1, from all cells"] = look.mean_look(second, prefix)
     title = f"Where nets look: pointer scenes, seed {settings.seed}"
-    marked = {name: middle for name in looks if name.endswith("from the centre")}
-    how = dict(title=title, marked=marked | {"image": middle})
+    marked = {name: centre - prefix for name in ("image", *looks) if "all cells" not in name}
+    how = dict(title=title, marked=marked)
     return look.overlays(images, looks, data.DATA_SETS["scenes"].normalization, prefix, **how)
 
 

@@ -26,8 +26,7 @@ def copied(**flags) -> Row:
 
 
 def distilled(**flags) -> Row:
-    flags = {"how": "distill"} | flags
-    return Row("variants", "pre-trained", flags, tuned_as="attention distillation")
+    return Row("variants", "pre-trained", {"how": "distill"} | flags, "attention distillation")
 
 
 def probed(teacher: str) -> Row:

@@ -44,7 +44,7 @@ class Study(NamedTuple):
     base: Flags  # of all rows, unless a point overrides it
     teacher: Flags = MappingProxyType({})
     images: tuple[str, ...] = ("data", "distractors", "model")  # settings the teacher shares
-    own_teachers: bool = True  # one for each seed. Or one for all: the bundled one if it fits
+    teacher_seed: int | None = None  # of one for all (0: the bundled one if it fits)
     seeds: tuple[int, ...] = ()  # of tuning, which no table uses
     rates: tuple[float, ...] = ()  # tried for every row,
     decays: tuple[float, ...] = ()  # weight decays,
@@ -66,7 +66,7 @@ class Planner(NamedTuple):
         if source == "pre-trained":
             needed = self.plan_teacher(seed, point)
             (job,) = needed.values()
-            if not study.own_teachers and (file := self.find_bundled(job.get_settings())):
+            if study.teacher_seed == 0 and (file := self.find_bundled(job.get_settings())):
                 needed, teacher = {}, file
         elif source in study.rows:
             needed = self.plan(source, seed, point, tuned)
@@ -88,7 +88,8 @@ class Planner(NamedTuple):
         return needed | {name: self.make_job(script, name, given, tuple(needed))}
 
     def plan_teacher(self, seed: int, point: Flags) -> dict[str, Job]:
-        study, seed = self.study, seed if self.study.own_teachers else 0
+        study, one = self.study, self.study.teacher_seed
+        seed = seed if one is None else one
         which = {k: v for k, v in point.items() if k in study.images}
         shared = {k: v for k, v in (study.base | point).items() if k in study.images}
         name = f"teacher{format_flags(which)} s{seed}"

@@ -88,7 +88,7 @@ def read_tuning(study: Study, tables: dict[str, Table], results: Path) -> Tuned:
     found = {}
     for name, table in tables.items():
         path = results / f"{name}.json"
-        if table.tunes and table.study is study and path.exists():
+        if table.tunes and table.study.base is study.base and path.exists():
             for point, of_rows in read_record(path)["points"].items():
                 found[point] = found.get(point, {}) | of_rows
     return found
@@ -101,8 +101,9 @@ def check_tuned(
     for row in needed if study.own else ():
         row = row if row in study.own else study.rows[row].tuned_as
         if row and row not in chosen:
-            tunes = [k for k, t in tables.items() if t.tunes and t.study is study and row in t.rows]
-            raise ValueError(f"'{row}' has no settings yet: first reproduce {tunes[0]}")
+            of_study = {k: t for k, t in tables.items() if t.tunes and t.study.base is study.base}
+            first = next(k for k, table in of_study.items() if row in table.rows)
+            raise ValueError(f"'{row}' has no settings yet: first reproduce {first}")
 
 
 def list_teachers(asked: Iterable[str], study: Study) -> list[str]:
