@@ -35,7 +35,7 @@ from vit import QK, ViT
 @dataclass(frozen=True)
 class Settings(recipes.TransferSettings):
     method = "distill"
-    layers: str = setting("75%", "layers to transfer: :18, 6:12, -6:, 0,2,4, 75% or all")
+    layers: str = setting("75%", "layers to transfer: :18 or 6:12 or -6: or 0,2,4 or 75% or all")
     attention_weight: float = setting(3.0, "weight of the attention loss")
 
 

@@ -55,7 +55,7 @@ def evaluate(paths, settings: Settings) -> dict:
     for model in models:
         p, theirs, dataset = compute_probabilities(model, settings)
         if members and not torch.equal(labels, theirs):  # scenes of another size are others
-            raise ValueError(f"{model.checkpoint.source} is for other images than the first")
+            raise ValueError(f"{model.checkpoint.source} needs other test images than the first")
         total, labels = total + p, theirs
         members.append({
             "checkpoint": model.checkpoint.source,
@@ -116,7 +116,8 @@ def choose_columns(model: Model, classes: list[str]) -> list[int]:
     if strange or len(known) != outputs:
         names = ", ".join(strange[:3]) or f"it has {outputs} outputs"
         odd = f"does not know these {len(classes)} classes ({names})"
-        odd = odd if outputs else "has no head: fine-tune it first"
+        teaches = model.checkpoint.method == "pretrain" or not outputs
+        odd = "is no classifier: fine-tune it first" if teaches else odd
         raise ValueError(f"{model.checkpoint.source} {odd}")
     return [known.index(name) for name in classes]
 

@@ -5,8 +5,9 @@
     python look.py photo.jpg vit_small_patch14_dinov2.lvd142m --heads 0:3
     python look.py photo.jpg vit_base_patch16_224.mae --query 7,7
 
-A row for each head, first their mean; a column for each layer. Bright patches
-are looked at: by all patches on average, or by the one that --query names.
+The first row is the mean of all heads; --heads adds a row for each. A column is a
+layer. Bright patches are looked at: by all patches on average, or by the one that
+--query names.
 """
 
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ class Settings(Base):
     device: str = setting("auto", "cpu, cuda, mps, or auto")
 
 
-WORDS = "photo", "a photograph, then a ViT: photo.jpg model.pt", 2
+WORDS = "photo", "a photograph and a ViT: photo.jpg model.pt", 2
 parse = partial(parse_settings, __doc__, Settings, {}, positional=WORDS)
 
 

@@ -3,7 +3,8 @@
 He et al., "Masked Autoencoders Are Scalable Vision Learners", 2022. Most
 patches of an image are masked. The ViT sees the rest, and a light decoder has
 to reconstruct what is missing. For that the ViT must learn where to look. It
-needs no label. In scenes it predicts the pixels of the cell asked for.
+needs no label. On scenes, the default, the ViT sees all patches instead, and
+predicts the pixels of the cell asked for.
 
     python pretrain.py                             scenes, a minute on 2 cores
     python pretrain.py --data digits               masked, minutes on 2 cores
@@ -37,13 +38,16 @@ from teachers.positions import make_sincos
 @dataclass(frozen=True)
 class Settings(recipes.Settings):
     method = "pretrain"
+    mixup: float = setting(0.0)  # this and the next two need labels: no help
+    cutmix: float = setting(0.0)
+    smoothing: float = setting(0.0, high=0.99)
     mask_ratio: float = setting(0.6, "share masked (--target masked)", low=0.05, high=0.95)
     decoder_dim: int = setting(48, "width of the decoder", low=4)
     decoder_depth: int = setting(1, "blocks of the decoder")
     decoder_heads: int = setting(4, "heads of the decoder", low=1, divides="decoder_dim")
     norm_pix_loss: bool = setting(False, "compare pixels normalised within their patch")
     target: str = setting("masked", "predict masked patches, or a scene's cell", ("masked", "cell"))
-    reconstruct: str = setting("", "train nothing: draw what --out has learned", free=True)
+    reconstruct: str = setting("", "picture: train nothing, draw what --out learned", free=True)
 
 
 LABELS = {"mixup", "cutmix", "smoothing"}  # settings that need them
@@ -77,7 +81,8 @@ class MAE(nn.Module):
         super().__init__()
         self.encoder, self.config = encoder, encoder.config
         grid, self.norm_pix_loss = self.config.grid_size, settings.norm_pix_loss
-        self.patches, self.visible = grid**2, int(grid**2 * (1 - settings.mask_ratio))
+        self.patches = grid**2
+        self.visible = max(1, int(self.patches * (1 - settings.mask_ratio)))
         dim, depth = settings.decoder_dim, settings.decoder_depth
         self.decoder_embed = nn.Linear(self.config.dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))

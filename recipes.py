@@ -18,7 +18,7 @@ class Settings(data.Settings):
     model: str = setting("micro", "size of the ViT: nano to huge")
     patch: int = setting(3, "pixels per side of a patch", low=1)
     positions: str = setting("sincos", choices=("sincos", "random"))  # that training starts from
-    drop_path: float = setting(0.0, "probability of dropping the last branch", high=0.99)
+    drop_path: float = setting(0.0, "drop path: probability in the last block", high=0.99)
     epochs: int = setting(450, "passes over the training images", low=1)
     warmup: float = setting(0.1, "share of the epochs with a rising rate", high=0.99)
     blr: float = setting(0.0, "learning rate per 256 images of --batch")
@@ -48,7 +48,7 @@ class TransferSettings(Settings):
     teacher: str = setting(
         "auto", "auto, pretrain, random, mae, NAME (python -m teachers), file or URL", free=True
     )
-    layers: str = setting("all", "layers to transfer: :18, 6:12, -6:, 0,2,4, 75% or all")
+    layers: str = setting("all", "layers to transfer: :18 or 6:12 or -6: or 0,2,4 or 75% or all")
     teacher_layers: str = setting("", "the teacher's layers for these [the same]")
     heads: str = setting("all")  # the teacher's heads to use, written like --layers
 

@@ -70,7 +70,7 @@ def train(task: Task, settings, out: Path, test: Callable | None) -> dict:
         runs.clear(out)
     del state  # gigabytes, for a large net
     clock = Clock(learner.done, steps, images.batch, seconds)
-    runs.write_config(out, run, settings, learner.device, learner.precision)
+    runs.write_config(out, run, settings, learner)
     runs.write_rows(out, rows)
     task.net.train()
     with catch_signals() as signals:

@@ -3,7 +3,7 @@
     for x, qk in vit.blockwise(images): ...    # each block's tokens, and its queries and keys
     logits = vit(images, given=theirs)         # attend with another ViT's queries and keys
 
-Pre-norm blocks, a head on the mean of the patches (He et al. 2022, section 4), timm's names.
+Pre-norm blocks, a head on the mean of the patches (He et al. 2022, appendix A.1), timm's names.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class Config:
     dim: int
     depth: int
     heads: int
-    mlp: float = 4.0  # hidden width of an MLP, over dim
+    mlp: float = 4.0  # hidden width of an MLP, as a multiple of dim
     eps: float = 1e-6  # of the layer norms
     num_prefix_tokens = 1  # tokens before the patches: the class token
 
@@ -154,7 +154,7 @@ class ViT(nn.Module):
             x, qk = block(x, lent, factors, visible_ids)
             yield x, qk
 
-    def forward_features(self, images: Tensor, *args, **kwargs) -> Tensor:  # blockwise's
+    def forward_features(self, images: Tensor, *args, **kwargs) -> Tensor:  # as blockwise
         for x, _ in self.blockwise(images, *args, **kwargs):
             pass
         return x

@@ -14,6 +14,7 @@ import json
 import re
 import subprocess
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -119,10 +120,12 @@ def clear(out: Path) -> None:
         (out / name).unlink(missing_ok=True)
 
 
-def write_config(out: Path, run: dict, settings, device, precision) -> None:
+def write_config(out: Path, run: dict, settings, learner) -> None:
     if rank() == 0:
-        about: dict[str, Any] = {"torch": torch.__version__, "on": str(device)}
-        about |= {"precision": str(precision), "threads": torch.get_num_threads()}
+        about: dict[str, Any] = {"torch": torch.__version__, "on": str(learner.device)}
+        about |= {"precision": str(learner.precision), "threads": torch.get_num_threads()}
+        if net := getattr(learner.net, "config", None):  # --model does not say it all
+            about["architecture"] = asdict(net)
         about |= {"commit": read_commit(), "run": run}
         text = json.dumps(values_of(settings) | about, indent=1)
         checkpoints.write_text(out / "config.json", text)

@@ -68,7 +68,7 @@ def merge_recipes(base: Recipes, **changes: dict) -> Recipes:
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        raise ValueError(f"{message} (--help lists all)")
+        raise ValueError(f"{message} (--help lists the settings)")
 
 
 def parse_settings(

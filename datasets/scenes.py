@@ -49,9 +49,10 @@ def load(settings, kind, size: int, normalise: Normalise, device) -> Parts:
         raise ValueError(f"--classes {settings.classes}: such scenes show {least} classes or more")
     if twins and settings.dial:
         raise ValueError(f"--dial {settings.dial}: only --scene pointer has a pointer")
-    grid, rest = divmod(size, pools[0][0].shape[-1])
+    grid, rest = divmod(size, cell := pools[0][0].shape[-1])
     if rest or grid < 3 or not grid % 2:
-        raise ValueError(f"--image-size {size}: scenes have 3, 5, 7 ... cells to a side")
+        sizes = f"{3 * cell}, {5 * cell}, {7 * cell}"
+        raise ValueError(f"--image-size: scenes are {sizes} ... pixels wide, not {size}")
     train, val, test = (
         Tensors(*draw_scenes(part, *pool, kinds, settings, grid))
         for part, pool in zip(COUNT, pools, strict=True)
