@@ -12,6 +12,7 @@ The images are those that the first checkpoint was trained for, unless --data or
 --data-dir name others.
 """
 
+import itertools
 import json
 from dataclasses import dataclass, replace
 from functools import partial
@@ -49,6 +50,7 @@ parse = partial(
 def evaluate(paths, settings: Settings) -> dict:
     """Top-1 in per cent of each checkpoint, and of their averaged probabilities."""
     models = [open_model(path, launch.get_device(settings.device)) for path in paths]
+    check_images(models, settings)
     settings = choose_images(models[0].checkpoint, settings)
     members: list[dict] = []
     total, labels = torch.zeros(()), torch.zeros(())
@@ -68,6 +70,17 @@ def evaluate(paths, settings: Settings) -> dict:
     about["choices"] = {k: v for k, v in choices.items() if v != getattr(Settings, k)}
     together = compute_top1(total.argmax(dim=-1), labels)
     return about | {"members": members, "ensemble_top1": together}
+
+
+def check_images(models: list[Model], settings: Settings) -> None:
+    """ValueError if they were trained for different images, and it is not said which to score."""
+    first, *others = (model.checkpoint for model in models)
+    for other, name in itertools.product(others, ("data", *CHOICES)):
+        asked, own = (one.settings.get(name) for one in (first, other))
+        if None not in (asked, own) and asked != own and name not in settings.given:
+            raise ValueError(
+                f"{other.source} is for --{name} {own}, the first for {asked}: name one"
+            )
 
 
 def choose_images(checkpoint: checkpoints.Checkpoint, settings):

@@ -192,8 +192,10 @@ def draw_reconstructions(settings: Settings) -> None:
     checkpoints.check_place(picture, "--reconstruct", ".png", ".jpg", ".pdf", ".svg")
     state = checkpoints.read_file(last)
     own = {k: v for k, v in state["run"].items() if k in values_of(settings)}
-    if own.get("target") != "masked":
-        raise ValueError(f"--reconstruct: {last.parent} holds no MAE (--target masked)")
+    odd = [k for k in own.keys() & settings.given if own[k] != getattr(settings, k)]
+    if odd or own.get("target") != "masked":
+        what = f"has another {flag(odd[0])}" if odd else "is no MAE (--target masked)"
+        raise ValueError(f"--reconstruct: the run in {last.parent} {what}")
     settings = replace(settings, **own)
     dataset = data.load(settings)
     mae = build(settings, dataset)

@@ -131,9 +131,10 @@ def read_file(source: str | Path) -> Any:
     except Exception as error:  # unpickling errors are of many kinds
         if is_out_of_memory(error):  # not the file's fault
             raise
-        reason = f"{type(error).__name__}: {str(error)[:80]}"
-        advice = f". Remove {path} to download it again" if is_url(source) else ""
-        raise ValueError(f"{source} cannot be read as a checkpoint ({reason}){advice}") from error
+        reason = f"{type(error).__name__}: {str(error).partition('. ')[0][:80]}"
+        advice = "get it again, or save its weights alone"
+        advice = f"remove {path} to download it again" if is_url(source) else advice
+        raise ValueError(f"{source} cannot be read as a checkpoint ({reason}): {advice}") from error
 
 
 def is_url(source: str | Path) -> bool:

@@ -40,11 +40,15 @@ def list_parts(root: Path) -> dict[str, Listing]:
     """
     if not root.is_dir():
         raise FileNotFoundError(f"no folder {root}: {ADVICE}")
-    folders, parts = list_subfolders(root), {}
-    for part, names in PARTS.items():
-        fit = [root / name for name in folders if name.lower() in names.split()]
-        if fit and list_subfolders(fit[0]):  # without subfolders it is a class called so
-            parts[part] = list_images(fit[0])
+    folders = list_subfolders(root)
+    fit = {
+        part: root / name
+        for part, names in PARTS.items()
+        for name in reversed(folders) if name.lower() in names.split()
+    }  # fmt: skip
+    labelled = {part: folder for part, folder in fit.items() if list_subfolders(folder)}
+    chosen = labelled or (fit if len(fit) > 1 else {})  # one without subfolders is a class
+    parts = {part: list_images(folder) for part, folder in chosen.items()}
     if not parts:
         return {"train": list_images(root)}
     used = [str(listing.folder) for listing in parts.values()]

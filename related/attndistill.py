@@ -143,7 +143,7 @@ def task(settings: Settings, dataset: data.Data, checkpoint) -> train.Task:
     if not checkpoint:
         torch.manual_seed(settings.seed)
         net = new_vit(settings, dataset).to(dataset.train.device)
-        return train.Task(net, dataset, loss=label_loss, predict=None)
+        return train.Task(net, dataset, loss=label_loss, predict=None, export=export)
     teacher = build_vit(checkpoint, dataset.image_size, classes=0)
     if teacher.cls_token is None:
         raise ValueError(f"--teacher {settings.teacher}: has no class token")
@@ -172,8 +172,11 @@ def find_teacher(settings: Settings, dataset: data.Data) -> checkpoints.Checkpoi
     return find.find_teacher(settings, dataset)
 
 
-def export(net: Student) -> dict:
-    return checkpoints.export(net.vit)
+def export(net: Student | ViT) -> dict:
+    """Without the head of a teacher: it reads the class token, where others read the patches."""
+    found = checkpoints.export(getattr(net, "vit", net))
+    weights = {k: v for k, v in found["model"].items() if not k.startswith("head.")}
+    return found | {"model": weights, "architecture": found["architecture"] | {"classes": 0}}
 
 
 def main(settings: Settings) -> dict:

@@ -8,7 +8,7 @@ from teachers.zoo import FAMILIES, list_models
 def main(word: str = "") -> None:
     print("name, width x depth, heads, patch and image size in pixels")
     for family in FAMILIES:
-        models = [model for model in list_models(family) if word in model.name]
+        models = [model for model in list_models(family) if word.lower() in model.name.lower()]
         if models:
             hosts = ", ".join(sorted({model.url.split("/")[2] for model in models}))
             print(f"\n{family.title}: adds {family.description}")

@@ -74,6 +74,7 @@ def make_teacher(script, settings, dataset=None, **changes) -> Path:
     own = script.parse(["--data", settings.data])
     shared = {f.name for f in fields(Images)} - {"given", "classes", "label", "dial"}
     shared |= {"seed", "amp", "compile", "num_labels", "subset_seed"}
+    changes |= {"batch": min(own.batch, dataset.available)} if dataset else {}
     own = replace(own, **{name: getattr(settings, name) for name in shared} | changes)
     counts = {k: v for k, v in values_of(own).items() if k not in free_in(own) | {"amp"}} | changes
     counts |= {"method": own.method, "images": dataset and (dataset.available, dataset.fingerprint)}

@@ -109,8 +109,7 @@ def make_config(settings, dataset, **changes) -> vit.Config:
 
 def new_vit(settings, dataset, **changes) -> vit.ViT:
     """A random one, on the CPU. The caller seeds."""
-    config = make_config(settings, dataset, **changes)
-    return build(config, settings.drop_path, settings.positions)
+    return build(make_config(settings, dataset, **changes), settings.drop_path, settings.positions)
 
 
 @dataclass

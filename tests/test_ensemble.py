@@ -84,6 +84,15 @@ def test_it_is_said_how_many_of_the_images_were_trained_on(small, photos, tmp_pa
     assert evaluate(path, "--data-dir", tmp_path / "moved")["members"][0]["learned_from"] == 24
 
 
+def test_nets_of_different_images_are_not_averaged(failing):
+    argv = "--teacher none --model nano --epochs 1 --num-labels 50 --batch 50".split()
+    for more in (["--scene", "twins"], ["--data", "digits", "--classes", "5:"], []):
+        finetune.main(finetune.parse([*argv, *more, "--out", f"{len(more)}"]))
+    failing(ensemble, ["0/model.pt", "2/model.pt"], "2/model.pt is for --scene twins")
+    failing(ensemble, ["4/model.pt", "0/model.pt"], "--data scenes, the first for digits")
+    assert len(evaluate("0/model.pt", "2/model.pt", "--scene", "twins")["members"]) == 2
+
+
 def test_ruined_logits_are_no_accuracy(tmp_path, failing):
     argv = "--data digits --teacher none --epochs 1 --warmup 0 --num-labels 50 --lr 1e18".split()
     failing(finetune, [*argv, "--out", tmp_path], "no longer finite", code=1)

@@ -83,6 +83,10 @@ def test_a_flat_folder_without_labels_is_enough_to_pretrain_on(tmp_path, failing
     assert next(part.epoch(0))[0].shape == (len(part) // 8, 3, 96, 96)
     argv = f"--teacher none --data folder --data-dir {tmp_path} --out run".split()
     failing(finetune, argv, "one class")
+    for i in range(20):  # train/* and val/* are parts, not classes
+        picture(tmp_path / "parts" / ("val" if i < 5 else "train") / f"{i}.png")
+    dataset = data.load(folder(tmp_path / "parts", script=pretrain))
+    assert (len(dataset.train), len(dataset.test)) == (15, 5)
 
 
 def test_files_decode_to_pils_pixels_whatever_they_are_called(photos, tmp_path):

@@ -1,6 +1,7 @@
 """The methods and their losses against their definitions, written out in full."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -100,6 +101,15 @@ def test_mae_does_not_see_masked_patches_and_is_judged_on_them_alone():
     errors = reconstructed - (patches - patches.mean(-1, keepdim=True)) / deviation
     expected = torch.stack([errors[b, i] for b, i in mask.nonzero().tolist()]).square().mean()
     torch.testing.assert_close(at_seed(pretrain.loss, mae, images, None)[0], expected)
+
+
+def test_reconstructions_are_drawn_with_the_settings_of_their_run(failing):
+    argv = "--data digits --model nano --mask-ratio 0.95 --out mae".split()
+    pretrain.main(pretrain.parse([*argv, "--epochs", "1"]))
+    draw = "--data digits --out mae --reconstruct mae.png".split()
+    pretrain.main(pretrain.parse(draw))
+    assert Path("mae.png").exists()
+    failing(pretrain, [*draw, "--mask-ratio", "0.9"], "another --mask-ratio")
 
 
 def test_learning_rate_warms_up_and_falls_as_half_a_cosine():
