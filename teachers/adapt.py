@@ -89,8 +89,7 @@ def make_pair(settings, dataset, checkpoint) -> tuple[Teacher, vit.ViT, list[int
     layers, sources = parse_layers(settings.layers, config.depth), settings.teacher_layers
     sources = parse_layers(sources, teacher.config.depth, "teacher_layers") if sources else ()
     heads = parse_layers(settings.heads or "all", teacher.config.heads, "heads")
-    device = get_device(settings.device)
-    teacher.to(device).eval().requires_grad_(False)
+    teacher.to(device := get_device(settings.device)).eval().requires_grad_(False)
     return adapt(teacher, student, layers, sources, heads), student.to(device), layers
 
 
