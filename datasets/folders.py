@@ -79,7 +79,10 @@ def list_images(folder: Path) -> Listing:
     classes = list_subfolders(folder)
     numbers = {name: number for number, name in enumerate(classes)}
     if classes:
-        samples = make_dataset(str(folder), numbers, is_valid_file=is_image)
+        samples = make_dataset(str(folder), numbers, is_valid_file=is_image, allow_empty=True)
+        if empty := numbers.keys() - {classes[number] for _, number in samples}:
+            where = folder / min(empty)
+            raise FileNotFoundError(f"{where} holds no image that we can read: fill or remove it")
     else:
         files = sorted(entry.path for entry in os.scandir(folder) if entry.is_file())
         samples = [(path, 0) for path in files if is_image(path)]

@@ -89,6 +89,13 @@ def test_a_flat_folder_without_labels_is_enough_to_pretrain_on(tmp_path, failing
     assert (len(dataset.train), len(dataset.test)) == (15, 5)
 
 
+def test_a_class_without_images_is_named(unsplit, failing):
+    (unsplit / "zebra").mkdir()
+    (unsplit / "zebra" / "notes.txt").write_text("none yet")
+    argv = f"--teacher none --data folder --data-dir {unsplit}".split()
+    failing(finetune, argv, unsplit / "zebra", "no image")
+
+
 def test_files_decode_to_pils_pixels_whatever_they_are_called(photos, tmp_path):
     pixels = np.random.default_rng(1).integers(0, 256, (9, 7, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a png.jpg", format="png")
