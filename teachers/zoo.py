@@ -163,7 +163,7 @@ def locate(source: str) -> tuple[PublicViT, str]:
     if model := MODELS.get(name) or (alike[0] if len(alike) == 1 else None):
         return model, file or model.url
     close = [model.name for model in alike] or difflib.get_close_matches(name, MODELS)
-    close = [f"{source}/model.pt"] if Path(source).is_dir() else close
+    close = [f"{source}/model.pt"] if Path(source, "model.pt").is_file() else close
     advice = f"is it {' or '.join(close)}?" if close else "python -m teachers lists them"
     raise FileNotFoundError(f"{source} is neither a file nor a public ViT's name ({advice})")
 
