@@ -78,9 +78,8 @@ def check_images(models: list[Model], settings: Settings) -> None:
     for other, name in itertools.product(others, ("data", *CHOICES)):
         asked, own = (one.settings.get(name) for one in (first, other))
         if None not in (asked, own) and asked != own and name not in settings.given:
-            raise ValueError(
-                f"{other.source} is for --{name} {own}, the first for {asked}: name one"
-            )
+            said = f"--{name} {own}, the first for {asked}"
+            raise ValueError(f"{other.source} is for {said}: name the one to score")
 
 
 def choose_images(checkpoint: checkpoints.Checkpoint, settings):

@@ -5,9 +5,9 @@
     python look.py photo.jpg vit_small_patch14_dinov2.lvd142m --heads 0:3
     python look.py photo.jpg vit_base_patch16_224.mae --query 7,7
 
-The first row is the mean of all heads; --heads adds a row for each. A column is a
-layer. Bright patches are looked at: by all patches on average, or by the one that
---query names.
+The first row is the mean of all heads; --heads adds a row for each. A column is
+a layer. Bright patches are looked at: by all patches on average, or by the one
+that --query names.
 """
 
 from dataclasses import dataclass

@@ -171,8 +171,12 @@ def task(settings: Settings, dataset: data.Data) -> train.Task:
 
 
 def main(settings: Settings) -> dict | None:
-    for name in sorted(settings.given & UNUSED[settings.target]):
-        raise ValueError(f"{flag(name)} has no effect with --target {settings.target}")
+    unused = sorted(settings.given & UNUSED[settings.target])
+    wrong = [f"{flag(name)} has no effect with --target {settings.target}" for name in unused]
+    if settings.target == "cell" and data.DATA_SETS[settings.data].module != "scenes":
+        wrong = ["--target cell: only for --data scenes"]
+    if wrong:
+        raise ValueError(wrong[0])
     label = "cell" if settings.target == "cell" else settings.label
     if settings.reconstruct:
         draw_reconstructions(settings)

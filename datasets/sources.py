@@ -18,9 +18,7 @@ def check_choices(settings, module: str) -> None:
     changed = settings.given | ({"label"} if settings.label != "class" else set())
     for name in sorted(changed & CHOICES.keys()):
         if module not in CHOICES[name]:
-            allowed = " and ".join(sorted(CHOICES[name]))
-            allowed += " (so is --target cell)" if name == "label" else ""
-            raise ValueError(f"--{name}: only for --data {allowed}")
+            raise ValueError(f"--{name}: only for --data {' and '.join(sorted(CHOICES[name]))}")
     if "data_dir" in settings.given and settings.data in ("digits", "scenes"):
         raise ValueError(f"--data-dir: --data {settings.data} is bundled. Name --data folder, say")
 

@@ -54,6 +54,7 @@ ROOT = Path(__file__).parent.parent
     (distill, "--teacher-layers :3 --layers :2", "--teacher-layers"),
     (pretrain, "--mask-ratio 0.999", "between 0.05 and 0.95"),
     (pretrain, "--reconstruct x.png", "runs/pretrain-digits-micro-s0"),
+    (pretrain, "--data digits --target cell", "--target cell: only"),
     (pretrain, "--reconstruct x.txt", "ends in .png"), (pretrain, "--decoder-dim 10", "not divide"),
     (pretrain, "--mixup 0.5", "--mixup has no effect"), (finetune, "--data-dir x", "is bundled"),
     (pretrain, "--data scenes --mask-ratio 0.5", "no effect with --target cell"),
