@@ -39,7 +39,7 @@ class DataSet(NamedTuple):
 
 DATA_SETS = {
     "scenes": DataSet("scenes", 24, 1, ([0.25], [0.35])),
-    "scenes-cifar10": DataSet("scenes", 24, 3, ([0.47] * 3, [2.0] * 3)),  # faint beside positions
+    "scenes-cifar10": DataSet("scenes", 24, 3, ([0.47] * 3, [2.0] * 3)),  # low contrast
     "digits": DataSet("digits", 12, 1, ([0.25], [0.35])),
     "cifar10": DataSet("cifar", 32, 3, CIFAR10),
     "cifar100": DataSet("cifar", 32, 3, ([0.5071, 0.4865, 0.4409], [0.2673, 0.2564, 0.2762])),
@@ -203,7 +203,7 @@ class Train:
         """The first images that training shows, over all processes, unmixed; and their labels."""
         whole = copy.copy(self)
         whole.rank, whole.world, whole.mix = 0, 1, None
-        batches = itertools.chain.from_iterable(map(whole.epoch, itertools.count()))
+        batches = (batch for epoch in itertools.count() for batch in whole.epoch(epoch))
         found = itertools.islice(batches, math.ceil(count / self.batch))
         images, labels = (torch.cat(parts)[:count] for parts in zip(*found, strict=True))
         return images, labels

@@ -65,7 +65,7 @@ def task(settings: Settings, dataset: data.Data, checkpoint=None) -> train.Task:
         how = dict(image_size=dataset.image_size, classes=len(dataset.classes))
         net = build_vit(checkpoint, **how, drop_path=settings.drop_path)
         head = net.get_parameter("head.weight")
-        nn.init.trunc_normal_(head, std=2e-5)  # tiny, as in MAE: first gradients below are, too
+        nn.init.trunc_normal_(head, std=2e-5)  # as in MAE; blocks' first gradients are tiny, too
     else:
         net = new_vit(settings, dataset)
     return train.Task(

@@ -33,7 +33,7 @@ from vit import ViT
 class Settings(Base):
     photo: tuple[str, ...] = ()
     layers: str = setting("", "layers to draw: 0,6,11, -4: or all [four of them]")
-    heads: str = setting("", "heads to draw, written the same way [their mean only]")
+    heads: str = setting("", "heads to draw, such as 0:3 or all [their mean only]")
     query: str = setting("", "who looks: the patch ROW,COLUMN, from 0,0, or class [all patches]")
     image_size: int = setting(0, "pixels per side [the ViT's own]", high=4096)
     out: str = setting("", "the picture [runs/look-PHOTO.png]")
@@ -74,7 +74,7 @@ def find_query(name: str, net: ViT) -> tuple[int | None, str]:
     if name == "class" and has_class:
         return 0, "the class token looks"
     if not (row.isdecimal() and column.isdecimal() and max(int(row), int(column)) < side):
-        words = f"ROW,COLUMN, from 0,0 to {side - 1},{side - 1}" + ", or class" * has_class
+        words = f"ROW,COLUMN, from 0,0 to {side - 1},{side - 1}{', or class' if has_class else ''}"
         raise ValueError(f"--query {name}: write {words}")
     return net.config.num_prefix_tokens + int(row) * side + int(column), f"patch {name} looks"
 

@@ -95,7 +95,7 @@ class MAE(nn.Module):
             part.apply(vit.initialise)
         nn.init.normal_(self.mask_token, std=0.02)
         self.has_class_token = encoder.cls_token is not None
-        positions = make_sincos(grid, dim)[:, 1 - self.has_class_token :]
+        positions = make_sincos(grid, dim)[:, 0 if self.has_class_token else 1 :]
         self.decoder_pos_embed = nn.Parameter(positions, requires_grad=False)
         if encoder.pos_embed is not None:
             encoder.pos_embed.requires_grad_(settings.positions == "random")

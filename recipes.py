@@ -34,9 +34,7 @@ class Settings(data.Settings):
     resume: bool = setting(False, "continue the run in --out", free=True)
     overwrite: bool = setting(False, "start over, though --out holds a run", free=True)
     save_every: int = setting(600, free=True)  # seconds between checkpoints within an epoch
-    amp: str = setting(
-        "auto", "mixed precision: auto, off, bf16, fp16", ("auto", "off", "bf16", "fp16")
-    )
+    amp: str = setting("auto", "precision: auto, off, bf16, fp16", ("auto", "off", "bf16", "fp16"))
     micro_batch: int = setting(0, free=True)  # images at a time per GPU (0: all that fit)
     compile: str = setting(
         "auto", "auto, off, on, graphs", ("auto", "off", "on", "graphs"), free=True
@@ -49,7 +47,7 @@ class TransferSettings(Settings):
         "auto", "auto, pretrain, random, mae, NAME (python -m teachers), file or URL", free=True
     )
     layers: str = setting("all", "layers to transfer: :18 or 6:12 or -6: or 0,2,4 or 75% or all")
-    teacher_layers: str = setting("", "the teacher's layers for these [the same]")
+    teacher_layers: str = setting("", "the teacher's layers to take for these [the same]")
     heads: str = setting("all")  # the teacher's heads to use, written like --layers
 
 

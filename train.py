@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 from common import checkpoints, runs
-from common.launch import Failed, catch_signals, from_all, print0, rank, world
+from common.launch import Failed, catch_signals, first_alone, from_all, print0, rank, world
 from common.precision import autocast, choose_compilation, choose_precision
 from common.progress import Clock, conclude, introduce, show_progress, show_row
 from common.settings import values_of
@@ -253,7 +253,7 @@ def group_parameters(net: nn.Module, weight_decay: float, layer_decay: float) ->
         if p.requires_grad:
             block = re.match(r"(encoder\.)?blocks\.(\d+)", name)
             on_top = re.match(r"(encoder\.)?(fc_norm|head)|decoder|mask_token", name)
-            layer = int(block[2]) + 1 if block else head if on_top or head == 1 else 0
+            layer = int(block[2]) + 1 if block else head if on_top else 0
             undecayed = p.ndim <= 1 or name.endswith(("pos_embed", "_token", "relative.table"))
             key = layer_decay ** (head - layer), 0.0 if undecayed else weight_decay
             groups.setdefault(key, []).append(p)
@@ -289,9 +289,7 @@ def compute_top1(predicted: Tensor, labels: Tensor) -> float:
 
 def finish(task: Task, learner: Learner, rows: list, out: Path, test: Callable | None) -> dict:
     """Tests what was trained, and writes model.pt."""
-    net, settings, found = task.net, learner.settings, {}
-    if learner.average:
-        net = learner.average
+    net, settings, found = learner.average or task.net, learner.settings, {}
     if task.predict:
         predicted, labels = learner.classify(task.predict, net, task.data.test)
         found = {"predicted": predicted, "labels": labels}
@@ -302,17 +300,18 @@ def finish(task: Task, learner: Learner, rows: list, out: Path, test: Callable |
     if found:
         result["test_top1"] = compute_top1(found["predicted"], found["labels"])
     runs.write_rows(out, [*rows[:-1], result])
-    if rank() == 0:
+
+    def write() -> None:
         if found:
             checkpoints.save(found, out / "test.pt")
         about: dict[str, Any] = {"method": settings.method, "classes": task.data.classes}
         about["normalization"] = task.data.normalization
-        about["learned_from"] = task.data.train.source.hashes
+        about["learned_from"] = task.data.train.source.hashes  # it opens a million files
         about |= {"settings": values_of(settings) | {"holdout": task.data.holdout}}
         checkpoints.save(task.export(net) | about, out / "model.pt")
+
+    first_alone(write)
     draw(rows, out)
-    if dist.is_initialized():
-        dist.barrier()
     conclude(result, out)
     return result
 

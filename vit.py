@@ -22,8 +22,8 @@ SIZES = {  # width, depth, heads
 
 @dataclass(frozen=True)
 class Config:
-    image_size: int  # pixels per side; so is patch
-    patch: int
+    image_size: int  # pixels per side
+    patch: int  # pixels per side
     channels: int
     classes: int  # 0: no head
     dim: int
@@ -46,7 +46,7 @@ class QK(NamedTuple):
     bias: Tensor | None = None  # broadcasts to (B, H, N, N)
 
     def scores(self) -> Tensor:
-        scores = self.q * self.q.shape[-1] ** -0.5 @ self.k.mT
+        scores = (self.q * self.q.shape[-1] ** -0.5) @ self.k.mT
         return scores if self.bias is None else scores + self.bias
 
     def map(self) -> Tensor:  # (B, H, N, N): for each query a distribution over keys
@@ -54,7 +54,7 @@ class QK(NamedTuple):
 
     @staticmethod
     def from_map(p: Tensor) -> "QK":  # a QK whose map is p: scores are 0, the bias is log p
-        return QK._make([*p.new_zeros(2, *p.shape[:-1], 8), p.log()])  # 8 wide: fused kernels
+        return QK(zeros := p.new_zeros(*p.shape[:-1], 8), zeros, p.log())  # 8: for fused kernels
 
 
 def attend(qk: QK, v: Tensor) -> Tensor:
@@ -64,14 +64,14 @@ def attend(qk: QK, v: Tensor) -> Tensor:
     return qk.map() @ v if slow else F.scaled_dot_product_attention(qk.q, qk.k, v, qk.bias)
 
 
-class Attention(nn.Module):
+class Attention(nn.Module):  # tokens (B, N, D) to tokens, and the QK they attended with
     def __init__(self, config: Config):
         super().__init__()
         self.dim, self.heads = config.dim, config.heads
         self.qkv = nn.Linear(config.dim, 3 * config.dim)
         self.proj = nn.Linear(config.dim, config.dim)
 
-    def project(self, x: Tensor, rows: slice = slice(None)) -> Tensor:  # by default q, k and v
+    def project(self, x: Tensor, rows: slice = slice(None)) -> Tensor:  # q, k, v: each (B, H, N, d)
         y = F.linear(x, self.qkv.weight[rows], self.qkv.bias[rows])
         return rearrange(y, "b n (p h d) -> p b h n d", h=self.heads, d=self.dim // self.heads)
 
@@ -87,7 +87,7 @@ class Attention(nn.Module):
         return self.proj(rearrange(attend(qk, v), "b h n d -> b n (h d)")), qk
 
 
-class Mlp(nn.Module):
+class Mlp(nn.Module):  # (B, N, D) to (B, N, D)
     def __init__(self, config: Config):
         super().__init__()
         hidden = int(config.mlp * config.dim)
@@ -113,10 +113,10 @@ class Block(nn.Module):
         return x + keep[1] * self.mlp(self.norm2(x)), qk
 
 
-class ViT(nn.Module):
+class ViT(nn.Module):  # images (B, C, H, W) to logits (B, classes)
     block = Block  # families of public ViTs have others: teachers/vit.py
 
-    def __init__(self, config: Config, drop_path: float = 0.0):  # of the last block
+    def __init__(self, config: Config, drop_path: float = 0.0):  # its rate in the last block
         super().__init__()
         self.config, self.drop_path = config, drop_path
         proj = nn.Conv2d(config.channels, config.dim, config.patch, stride=config.patch)
@@ -176,7 +176,7 @@ class ViT(nn.Module):
         yield from [None] * (len(self.blocks) - last - 1)
 
     def draw_drop_path(self, batch: int):
-        """Factors of each block's two branches: 0 drops it for an image, 1 / P(kept) keeps it."""
+        """Factors (depth, 2, B, 1, 1) of the branches: 0 drops one, 1 / P(kept) keeps it."""
         if not (self.training and self.drop_path):
             return [(1, 1)] * len(self.blocks)
         depth, device = len(self.blocks), self.fc_norm.weight.device

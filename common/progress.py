@@ -5,6 +5,8 @@ import textwrap
 import time
 from pathlib import Path
 
+import torch
+
 from common.launch import Every, device_name, on_terminal, print0, rewrite, world
 from common.precision import choose_precision
 
@@ -86,7 +88,10 @@ def show_row(row: dict, epochs: int, left: str) -> None:
 def introduce(task, settings, out: Path, micro_batch: int, rate: float) -> None:
     """What is about to be trained, on what, how, and where it goes."""
     net, batch = task.net, task.data.train.batch
-    device = device_name(next(net.parameters()).device)
+    where = next(net.parameters()).device
+    device = f"{device_name(where)}, {choose_precision(settings.amp, net)}".replace("torch.", "")
+    if where.type == "cuda" and world() == 1 < (gpus := torch.cuda.device_count()):
+        device += f"; one of {gpus} GPUs (torchrun --nproc_per_node={gpus} uses all)"
     teacher = task.teacher or ("random weights" if settings.teacher == "random" else "")
     if teacher and hasattr(settings, "layers"):
         teacher = f"{teacher}; its maps in --layers {settings.layers}"
@@ -101,7 +106,7 @@ def introduce(task, settings, out: Path, micro_batch: int, rate: float) -> None:
         "net": shape,
         "teacher": teacher,
         "images": f"{settings.data}, {task.data.describe(labels=bool(task.predict))}",
-        "device": f"{device}, {choose_precision(settings.amp, net)}".replace("torch.", ""),
+        "device": device,
         "steps": f"{steps}; learning rate {rate:.3g}, warm-up {settings.warmup:.0%}",
     }
     print0(f"{settings.method} -> {out}")

@@ -80,7 +80,8 @@ def parse_settings(
     """
     flags = flags_of(cls)
     usual = str(flags["data"].default) if "data" in flags else ""
-    parser = build_parser(doc, flags, recipe_for(recipes, usual), positional)
+    shown = argv[argv.index("--data") + 1] if "--data" in argv[:-1] else usual  # by --help
+    parser = build_parser(doc, flags, recipes, shown, positional)
     if {"--help", "-h"} & set(argv):
         print(parser.format_help(), end="")
         sys.exit(0)
@@ -108,9 +109,10 @@ def recipe_for(recipes: Recipes, data: str) -> dict[str, Any]:
     return next((recipe for name, recipe in recipes.items() if data.startswith(name)), {})
 
 
-def build_parser(doc: str, flags: dict, recipe: dict, positional: tuple) -> Parser:
+def build_parser(doc: str, flags: dict, recipes: Recipes, data: str, positional: tuple) -> Parser:
     words = f" {positional[0].upper()} ..." if positional else ""
-    end = "Defaults in [brackets] are those of the bundled scenes. Other data: see RECIPES."
+    recipe = recipe_for(recipes, data)
+    end = f"Defaults in [brackets] are those of --data {data}. Others: --data NAME --help."
     parser = Parser(
         description=doc,
         usage=f"%(prog)s{words} [--NAME VALUE ...]",

@@ -6,7 +6,7 @@
 The label is the class in the cell pointed to, or of the twins. `--label cell` makes it the cell,
 of twins one of the two.
 `--dial 0.5`: half of the pointers are turned to the first cell, and the rest point anywhere.
-`--classes`: which the cells show. `--image-size`: more cells, each as large.
+`--classes`: which the cells show. `--image-size`: a larger image has more cells of that size.
 Pixels have noise, in training anew at every step.
 
 Scenes are made so that looking matters. They are a microscope, not a benchmark.
@@ -27,7 +27,7 @@ from datasets.sources import Parts, Tensors, hold, hold_out
 
 COUNT = {"train": 20_000, "val": 2_000, "test": 2_000}  # scenes of each part
 SQUARE = 0.25  # side of the square, over that of a cell
-NOISE = 0.2  # it is uniform up to this, in pixels of 0..1
+NOISE = 0.2  # pixels of 0..1 change by up to this
 
 
 def load(settings, kind, size: int, normalise: Normalise, device) -> Parts:
@@ -78,7 +78,9 @@ def draw_scenes(part: str, images: Tensor, labels: Tensor, kinds: list[int], set
 def draw_pointers(count: int, grid: int, images: Tensor, of_kind: list[Tensor], settings, draws):
     """Cells (count, grid^2, c, p, p); what is pointed to: its kind (count,), its cell (count,)."""
     kinds = torch.randint(len(of_kind), (count, grid**2), generator=draws)
-    cells = pick(images, of_kind, kinds, torch.rand(kinds.shape, generator=draws))
+    sizes = torch.tensor([len(of_one) for of_one in of_kind])[kinds]
+    which = (torch.rand(kinds.shape, generator=draws) * sizes).long()
+    cells = pick(images, of_kind, kinds, which)
     centre, others = grid**2 // 2, list_others(grid)
     cell = others[torch.randint(len(others), (count,), generator=draws)]
     cell[torch.rand(count, generator=draws) < settings.dial] = 0
@@ -101,10 +103,11 @@ def draw_twins(count: int, grid: int, images: Tensor, of_kind: list[Tensor], set
     kinds = torch.rand(count, len(of_kind), generator=draws).argsort(dim=1)[:, :pairs]
     first, step = torch.rand(2, count, pairs, generator=draws)
     sizes = torch.tensor([len(of_one) for of_one in of_kind])[kinds]
-    steps = 1 + (step * (sizes - 1)).long()  # to another image of the kind
-    steps[:, 0] = 0  # the twins: to the same
-    second = (((first * sizes).long() + steps) % sizes + 0.5) / sizes
-    both = pick(images, of_kind, kinds.repeat(1, 2), torch.cat([first, second], dim=1))
+    first = (first * sizes).long()
+    step = 1 + (step * (sizes - 1)).long()  # to another image of the kind
+    step[:, 0] = 0  # the twins: to the same
+    which = torch.cat([first, (first + step) % sizes], dim=1)
+    both = pick(images, of_kind, kinds.repeat(1, 2), which)
     others = list_others(grid)
     places = others[torch.rand(count, len(others), generator=draws).argsort(dim=1)[:, : 2 * pairs]]
     cells = images.new_zeros(count, grid**2, *images.shape[1:])
@@ -112,12 +115,12 @@ def draw_twins(count: int, grid: int, images: Tensor, of_kind: list[Tensor], set
     return cells, kinds[:, 0], places[:, 0]
 
 
-def pick(images: Tensor, of_kind: list[Tensor], kinds: Tensor, u: Tensor) -> Tensor:
-    """An image of each of `kinds` (n, k), by a number `u` in 0..1: (n, k, c, p, p)."""
+def pick(images: Tensor, of_kind: list[Tensor], kinds: Tensor, which: Tensor) -> Tensor:
+    """Of each of `kinds` (n, k) the image number `which` (n, k) of that kind: (n, k, c, p, p)."""
     chosen = torch.empty_like(kinds)
     for kind, of_one in enumerate(of_kind):
         asked = kinds == kind
-        chosen[asked] = of_one[(u[asked] * len(of_one)).long()]
+        chosen[asked] = of_one[which[asked]]
     return images[chosen]
 
 

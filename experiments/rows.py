@@ -4,7 +4,7 @@ import data
 from experiments.study import Row
 
 CLUTTER = {f"{n} distractor{'s' * (n != 1)}": {"distractors": n} for n in (0, 1, 2)}
-BASE = list(CLUTTER)[data.Images.distractors]  # chosen by reproduce.choose_base
+BASE = list(CLUTTER)[data.Images.distractors]  # by the rule in LOG.md, section 3
 AT_BASE = {BASE: CLUTTER[BASE]}
 
 MAIN = {

@@ -108,7 +108,7 @@ def make_config(settings, dataset, **changes) -> vit.Config:
 
 
 def new_vit(settings, dataset, **changes) -> vit.ViT:
-    """A random one, on the CPU. The caller seeds."""
+    """A random one, on the CPU. Call torch.manual_seed before."""
     return build(make_config(settings, dataset, **changes), settings.drop_path, settings.positions)
 
 

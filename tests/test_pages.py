@@ -1,13 +1,10 @@
-"""The pages: links lead somewhere, figures are those of the records, one address for all."""
+"""The pages: links lead somewhere, figures are those of the records."""
 
 import json
 import re
-import shutil
 from pathlib import Path
 
 import pytest
-
-from common import address
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("*/*.md"), *ROOT.glob("*.ipynb")]
@@ -47,18 +44,3 @@ def test_the_figures_of_readme_are_those_of_the_records():
     prose = "\n".join(line for line in first.splitlines() if not line.startswith("|"))
     shares = re.findall(r"\b\d\.\d\d\b", prose)
     assert shares and set(shares) <= set(re.findall(r"\d\.\d\d\b", tables))
-
-
-def test_one_command_sets_the_address_everywhere(tmp_path, monkeypatch):
-    for page in address.PAGES:
-        shutil.copy(ROOT / page, tmp_path)
-    monkeypatch.setattr(address, "ROOT", tmp_path)
-    for given in ("git@github.com:some-one/course.git", "https://github.com/other/name"):
-        address.main(address.parse([given]))
-    for page in address.PAGES:
-        text = (tmp_path / page).read_text()
-        assert "OWNER/" not in text and "some-one" not in text
-        assert "github.com/other/name" in text
-    for wrong in ("name", "../.."):
-        with pytest.raises(ValueError, match="OWNER/NAME"):
-            address.parse_address(wrong)
