@@ -1,4 +1,4 @@
-"""The tables of every README.md, and their pictures, from results/*.json.
+"""The tables of all pages, and their pictures, from results/*.json.
 
     python -m experiments.report
 
@@ -25,7 +25,7 @@ from experiments.rows import PAPER
 TABLES = tables.TABLES | related_tables.TABLES
 parse = partial(parse_settings, __doc__, Base, {})
 USUAL = ("mean", "interval", "values", "difference", "recovery")
-PAGES = tuple(ROOT / folder / "README.md" for folder in (".", "experiments", "related"))
+PAGES = "README.md", "experiments/README.md", "experiments/OLDER.md", "related/README.md"
 TASKS = {
     "pointer": "scenes-pointer", "pointer, photographs": "scenes-photos", "twins": "scenes-twins",
     "digits": "fair-main", "CIFAR-10": "cifar10-fair",
@@ -189,7 +189,7 @@ def main(settings: Base) -> None:
             record = recompute(read_record(path), TABLES[path.stem])
             checkpoints.write_text(path, json.dumps(record, indent=1) + "\n")
             figures.draw_record(TABLES[path.stem], record, path)
-    for page in PAGES:
+    for page in map(ROOT.joinpath, PAGES):
         checkpoints.write_text(page, fill_tables(page.read_text(), ROOT / "results"))
         print(f"wrote {page}")
 

@@ -325,8 +325,8 @@ def test_records_are_of_todays_rows_and_can_be_drawn(name, tmp_path):
 
 
 @pytest.mark.parametrize("page", report.PAGES)
-def test_the_tables_of_a_readme_are_those_of_the_records(page):
-    text = page.read_text()
+def test_the_tables_of_a_page_are_those_of_the_records(page):
+    text = (ROOT / page).read_text()
     assert report.fill_tables(text, ROOT / "results") == text
 
 
