@@ -135,7 +135,7 @@ def choose_columns(model: Model, classes: list[str]) -> list[int]:
 
 
 def main(settings: Settings) -> dict:
-    launch.one_process()
+    launch.require_one_process()
     checkpoints.check_place(Path(settings.json or "runs/ensemble.json"), "--json", ".json")
     result = evaluate(settings.checkpoints, settings)
     which = [result["part"], *(f"{name} {value}" for name, value in result["choices"].items())]

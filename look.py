@@ -90,7 +90,7 @@ def draw(model: Model, x: Tensor, maps: list[Tensor], layers, heads, query: int 
     images, kind = x.expand(len(rows), -1, -1, -1), get_kind(model)
     place = -1 if query is None else query - prefix  # that of a class token is below 0
     marked = dict.fromkeys(("image", *looks), place) if place >= 0 else {}
-    return overlays(images, looks, kind.normalization, prefix, names, title, marked)
+    return draw_overlays(images, looks, kind.normalization, prefix, names, title, marked)
 
 
 def name_likeliest(logits: Tensor, classes: list[str] | None) -> dict[str, float]:
@@ -101,7 +101,7 @@ def name_likeliest(logits: Tensor, classes: list[str] | None) -> dict[str, float
 
 
 def main(settings: Settings) -> dict[str, float]:
-    launch.one_process()
+    launch.require_one_process()
     photo, source = settings.photo
     out = Path(settings.out or f"runs/look-{Path(photo).stem}.png")
     checkpoints.check_place(out, "--out", ".png", ".pdf", ".svg")
@@ -139,7 +139,7 @@ def mean_look(p: Tensor, prefix: int, head: int | None = None, query: int | None
     return (p[:, :, prefix:] if query is None else p[:, :, query : query + 1]).mean(dim=(1, 2))
 
 
-def overlays(
+def draw_overlays(
     images: Tensor, looks: dict[str, Tensor], normalization: Normalization, prefix: int = 1,
     rows=(), title: str = "", marked: dict[str, int] | None = None, most: float = 0.0,
 ):  # fmt: skip

@@ -30,7 +30,7 @@ import train
 import vit
 from common import checkpoints, launch, runs
 from common.augment import Normalization, to_pixels
-from common.settings import flag, merge_recipes, parse_settings, setting, values_of
+from common.settings import format_flag, get_values, merge_recipes, parse_settings, setting
 from teachers.load import new_vit
 from teachers.positions import make_sincos
 
@@ -172,7 +172,9 @@ def task(settings: Settings, dataset: data.Data) -> train.Task:
 
 def main(settings: Settings) -> dict | None:
     unused = sorted(settings.given & UNUSED[settings.target])
-    wrong = [f"{flag(name)} has no effect with --target {settings.target}" for name in unused]
+    wrong = [
+        f"{format_flag(name)} has no effect with --target {settings.target}" for name in unused
+    ]
     if settings.target == "cell" and data.DATA_SETS[settings.data].module != "scenes":
         wrong = ["--target cell: only for --data scenes"]
     if wrong:
@@ -191,14 +193,14 @@ def main(settings: Settings) -> dict | None:
 def draw_reconstructions(settings: Settings) -> None:
     from common import pictures
 
-    launch.one_process()
+    launch.require_one_process()
     picture, last = Path(settings.reconstruct), runs.get_folder(settings) / "last.pt"
     checkpoints.check_place(picture, "--reconstruct", ".png", ".jpg", ".pdf", ".svg")
     state = checkpoints.read_file(last)
-    own = {k: v for k, v in state["run"].items() if k in values_of(settings)}
+    own = {k: v for k, v in state["run"].items() if k in get_values(settings)}
     odd = [k for k in own.keys() & settings.given if own[k] != getattr(settings, k)]
     if odd or own.get("target") != "masked":
-        what = f"has another {flag(odd[0])}" if odd else "is no MAE (--target masked)"
+        what = f"has another {format_flag(odd[0])}" if odd else "is no MAE (--target masked)"
         raise ValueError(f"--reconstruct: the run in {last.parent} {what}")
     settings = replace(settings, **own)
     dataset = data.load(settings)

@@ -23,10 +23,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 from common import checkpoints, runs
-from common.launch import Failed, catch_signals, first_alone, from_all, print0, rank, world
+from common.launch import Failed, catch_signals, collect, print0, rank, run_first, world
 from common.precision import autocast, choose_compilation, choose_precision
 from common.progress import Clock, conclude, introduce, show_progress, show_row
-from common.settings import values_of
+from common.settings import get_values
 
 
 @dataclass
@@ -64,7 +64,7 @@ def train(task: Task, settings, out: Path, test: Callable | None) -> dict:
     learner = Learner(task, settings, steps)
     introduce(task, settings, out, learner.micro_batch, peak)
     rows, seconds = learner.restore(state) if state else ([], 0.0)
-    if len(set(from_all(learner.done))) > 1:
+    if len(set(collect(learner.done))) > 1:
         raise Failed("the processes resume from different steps: all must see the same --out disk")
     if not state:
         runs.clear(out)
@@ -277,7 +277,7 @@ def classify(predict: Callable, net: nn.Module, images, amp: str, at_a_time: int
     runs.check_finite({"the sum of all logits": total})
     net.train(was_training)
     found = torch.zeros(2, len(images), dtype=torch.long)
-    for i, share in enumerate(from_all(torch.cat(mine, dim=1).cpu())):
+    for i, share in enumerate(collect(torch.cat(mine, dim=1).cpu())):
         found[:, i :: world()] = share
     return found[0], found[1]
 
@@ -307,10 +307,10 @@ def finish(task: Task, learner: Learner, rows: list, out: Path, test: Callable |
         about: dict[str, Any] = {"method": settings.method, "classes": task.data.classes}
         about["normalization"] = task.data.normalization
         about["learned_from"] = task.data.train.source.hashes  # it opens a million files
-        about |= {"settings": values_of(settings) | {"holdout": task.data.holdout}}
+        about |= {"settings": get_values(settings) | {"holdout": task.data.holdout}}
         checkpoints.save(task.export(net) | about, out / "model.pt")
 
-    first_alone(write)
+    run_first(write)
     draw(rows, out)
     conclude(result, out)
     return result
@@ -320,4 +320,4 @@ def draw(rows: list[dict], out: Path) -> None:
     if rank() == 0:
         from common import pictures
 
-        pictures.save(pictures.curves(rows), out / "curves.png", dpi=100)
+        pictures.save(pictures.draw_curves(rows), out / "curves.png", dpi=100)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.launch import Failed, first_alone, is_out_of_memory
+from common.launch import Failed, is_out_of_memory, run_first
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def download(url: str) -> Path:
             torch.hub.download_url_to_file(url, str(path), named and named[1])
 
     try:
-        first_alone(get)
+        run_first(get)
         get()  # on the other machines
     except (OSError, RuntimeError) as error:
         remedy = "accept its licence in a browser if it has one, download it, and write NAME=FILE"

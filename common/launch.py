@@ -76,7 +76,7 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def from_all(mine) -> list:
+def collect(mine) -> list:
     """What each process passes in, in the order of ranks."""
     found = [mine] * world()
     if dist.is_initialized():
@@ -84,7 +84,7 @@ def from_all(mine) -> list:
     return found
 
 
-def first_alone(make: Callable) -> None:
+def run_first(make: Callable) -> None:
     """Rank 0 does it. The others wait, for hours if it takes hours."""
     if rank() == 0:
         make()
@@ -93,7 +93,7 @@ def first_alone(make: Callable) -> None:
         dist.barrier(group)
 
 
-def one_process() -> None:
+def require_one_process() -> None:
     """ValueError under torchrun."""
     if world() > 1:
         raise ValueError("this runs in one process: start it with python, not torchrun")

@@ -45,7 +45,7 @@ def draw_lights(pixels, lights: dict, most: float, label: str, rows=(), title=""
     for image, line, *weights in zip(pixels, axes, *lights.values(), strict=True):
         line[0].imshow(image.expand(-1, -1, 3), extent=(0, image.shape[1], image.shape[0], 0))
         for axis, p in zip(line[1:], weights, strict=True):
-            drawn = overlay(axis, image.mean(-1), p, most)
+            drawn = draw_overlay(axis, image.mean(-1), p, most)
         for axis, name in zip(line, names, strict=True):
             axis.set(xticks=[], yticks=[])
             if name in marked:
@@ -59,7 +59,7 @@ def draw_lights(pixels, lights: dict, most: float, label: str, rows=(), title=""
     return fig
 
 
-def overlay(axis, pixels, weights, most: float):
+def draw_overlay(axis, pixels, weights, most: float):
     """A gray image (H, W) in the light of weights (h, w): dark at 0, bright at `most`.
 
     The weight decides the colour. The pixel decides how bright it is.
@@ -102,7 +102,7 @@ def draw_bar(fig, drawn, axes, label: str, above: bool = False) -> None:
     bar.set_label(label, fontsize=9)
 
 
-def curves(rows: list[dict]):
+def draw_curves(rows: list[dict]):
     """The log of a run: the terms of its loss, what else is watched, and validation accuracy."""
     losses = [name for name in rows[0] if name not in NOT_SHOWN]
     scores = [name for name in rows[-1] if name.startswith("val_")]

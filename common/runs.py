@@ -22,7 +22,7 @@ import torch
 
 from common import checkpoints
 from common.launch import Failed, print0, rank
-from common.settings import free_in, values_of
+from common.settings import get_free, get_values
 
 FILES = ("last.pt", "model.pt", "test.pt", "log.jsonl", "curves.png", "config.json")
 
@@ -38,7 +38,7 @@ def get_folder(settings) -> Path:
 
 def describe_run(settings, dataset, teacher=None) -> dict[str, Any]:
     """The settings and inputs that must match for --resume."""
-    free = free_in(settings)
+    free = get_free(settings)
     return {
         "method": settings.method,
         "classes": dataset.classes,
@@ -48,7 +48,7 @@ def describe_run(settings, dataset, teacher=None) -> dict[str, Any]:
         "normalization": dataset.normalization,
         "teacher_weights": teacher.fingerprint if teacher else None,
         "teacher_family": teacher.method if teacher else None,
-    } | {k: v for k, v in values_of(settings).items() if k not in free}
+    } | {k: v for k, v in get_values(settings).items() if k not in free}
 
 
 def list_differences(before: dict, now: dict) -> list[str]:
@@ -127,7 +127,7 @@ def write_config(out: Path, run: dict, settings, learner) -> None:
         if net := getattr(learner.net, "config", None):  # --model does not say it all
             about["architecture"] = asdict(net)
         about |= {"commit": read_commit(), "run": run}
-        text = json.dumps(values_of(settings) | about, indent=1)
+        text = json.dumps(get_values(settings) | about, indent=1)
         checkpoints.write_text(out / "config.json", text)
 
 

@@ -36,29 +36,29 @@ class Base:
     given: frozenset = field(default=frozenset(), compare=False, repr=False)  # on the command line
 
 
-def flags_of(cls: type) -> dict[str, dataclasses.Field]:
+def list_flags(cls: type) -> dict[str, dataclasses.Field]:
     return {f.name: f for f in fields(cls) if "help" in f.metadata}
 
 
-def flag(name: str) -> str:
+def format_flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def values_of(settings: Base) -> dict[str, Any]:
-    return {name: getattr(settings, name) for name in flags_of(type(settings))}
+def get_values(settings: Base) -> dict[str, Any]:
+    return {name: getattr(settings, name) for name in list_flags(type(settings))}
 
 
-def free_in(settings: Base) -> set[str]:
+def get_free(settings: Base) -> set[str]:
     """Settings that do not shape what is learned."""
-    return {name for name, f in flags_of(type(settings)).items() if f.metadata["free"]}
+    return {name for name, f in list_flags(type(settings)).items() if f.metadata["free"]}
 
 
 def to_argv(values: dict[str, Any]) -> list[str]:
     """The command line that gives these settings."""
     words = []
     for name, value in values.items():
-        yes_or_no = flag(name) if value is True else flag(f"no_{name}")
-        words += [yes_or_no] if isinstance(value, bool) else [flag(name), str(value)]
+        yes_or_no = format_flag(name) if value is True else format_flag(f"no_{name}")
+        words += [yes_or_no] if isinstance(value, bool) else [format_flag(name), str(value)]
     return words
 
 
@@ -78,7 +78,7 @@ def parse_settings(
 
     `positional`: name, help and number (0: any) of the words without a flag, if there are some.
     """
-    flags = flags_of(cls)
+    flags = list_flags(cls)
     usual = str(flags["data"].default) if "data" in flags else ""
     shown = argv[argv.index("--data") + 1] if "--data" in argv[:-1] else usual  # by --help
     parser = build_parser(doc, flags, recipes, shown, positional)
@@ -95,23 +95,23 @@ def parse_settings(
         low, high = (flags[name].metadata[bound] for bound in ("low", "high"))
         if isinstance(value, int | float) and not low <= value <= high:
             bounds = f"at least {low}" if high == math.inf else f"between {low} and {high}"
-            raise ValueError(f"{flag(name)} {value}: must be {bounds}")
-    values = recipe_for(recipes, given.get("data", usual)) | given
+            raise ValueError(f"{format_flag(name)} {value}: must be {bounds}")
+    values = choose_recipe(recipes, given.get("data", usual)) | given
     for name, f in flags.items():
         if whole := f.metadata["divides"]:
             a, b = (values.get(one, flags[one].default) for one in (whole, name))
             if a % b:
-                raise ValueError(f"{flag(name)} {b} does not divide {flag(whole)} {a}")
+                raise ValueError(f"{format_flag(name)} {b}: must divide {format_flag(whole)} {a}")
     return cls(**values | words, given=frozenset(given))
 
 
-def recipe_for(recipes: Recipes, data: str) -> dict[str, Any]:
+def choose_recipe(recipes: Recipes, data: str) -> dict[str, Any]:
     return next((recipe for name, recipe in recipes.items() if data.startswith(name)), {})
 
 
 def build_parser(doc: str, flags: dict, recipes: Recipes, data: str, positional: tuple) -> Parser:
     words = f" {positional[0].upper()} ..." if positional else ""
-    recipe = recipe_for(recipes, data)
+    recipe = choose_recipe(recipes, data)
     end = f"Defaults in [brackets] are those of --data {data}. Others: --data NAME --help."
     parser = Parser(
         description=doc,
@@ -131,9 +131,9 @@ def build_parser(doc: str, flags: dict, recipes: Recipes, data: str, positional:
         text = (about["help"] + shown).replace("%", "%%") if about["help"] else argparse.SUPPRESS
         how: dict[str, Any] = dict(type=type(f.default), metavar="X", choices=about["choices"])
         if isinstance(f.default, bool):
-            how, off = dict(action="store_true"), flag(f"no_{name}")
+            how, off = dict(action="store_true"), format_flag(f"no_{name}")
             parser.add_argument(off, dest=name, action="store_false", help=argparse.SUPPRESS)
-        parser.add_argument(flag(name), help=text, **how)
+        parser.add_argument(format_flag(name), help=text, **how)
     return parser
 
 
@@ -157,4 +157,4 @@ def parse_layers(text: str, depth: int, name: str = "layers") -> list[int]:
         remedy = "write :18, 6:12, -6:, 0,2,4:7, 75% or all"
     except IndexError:
         remedy = f"choose some of 0 to {depth - 1}, in order, each once"
-    raise ValueError(f"{flag(name)} {text}: {remedy}")
+    raise ValueError(f"{format_flag(name)} {text}: {remedy}")

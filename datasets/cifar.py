@@ -6,7 +6,7 @@ import torch
 from einops import rearrange
 
 from common.augment import Normalise
-from common.launch import first_alone, print0
+from common.launch import print0, run_first
 from datasets import folders
 from datasets.sources import Parts, Tensors
 
@@ -22,7 +22,7 @@ def load(settings, kind, size: int, normalise: Normalise, device) -> Parts:
     if not list(folder.glob("cifar-*")):
         print0(f"downloading {name} to {folder} (if it cannot be: {folders.ADVICE})")
     source = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
-    first_alone(lambda: source(folder, download=True))
+    run_first(lambda: source(folder, download=True))
     sets = [source(folder, train=part) for part in (True, False)]
     parts = []
     for part in sets:

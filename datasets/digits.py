@@ -63,9 +63,11 @@ class Split:
         numbers = draws.uniform(5 * self.distractors).unflatten(1, (self.distractors, 5))
         for u in numbers.unbind(1):  # of each distractor: which digit, cut from where, put where
             source = self.pool[(u[:, 0] * len(self.pool)).long()]
-            distractor = source[window(corner(u[:, 1:3], DISTRACTOR, DIGIT), DISTRACTOR)]
-            paste(distractors, corner(u[:, 3:5], DISTRACTOR, CANVAS), distractor)
-        paste(digit, corner(draws.uniform(2), DIGIT, CANVAS), digits)
+            distractor = source[
+                index_windows(compute_corners(u[:, 1:3], DISTRACTOR, DIGIT), DISTRACTOR)
+            ]
+            paste(distractors, compute_corners(u[:, 3:5], DISTRACTOR, CANVAS), distractor)
+        paste(digit, compute_corners(draws.uniform(2), DIGIT, CANVAS), digits)
         return digit[:, None], distractors[:, None]
 
     def layers(self, name: str) -> tuple[Tensor, Tensor]:
@@ -90,12 +92,12 @@ def choose(images: Tensor, labels: Tensor, kinds: list[int]) -> tuple[Tensor, Te
     return images[asked], new[asked].argmax(dim=1)
 
 
-def corner(u: Tensor, side: int, within: int) -> Tensor:
+def compute_corners(u: Tensor, side: int, within: int) -> Tensor:
     """Numbers (B, 2) in 0..1 to corners of squares that lie within a larger one."""
     return (u * (within - side + 1)).long()
 
 
-def window(corner: Tensor, side: int) -> tuple[Tensor, Tensor, Tensor]:
+def index_windows(corner: Tensor, side: int) -> tuple[Tensor, Tensor, Tensor]:
     """Indices of side x side windows that begin at `corner` (B, 2), one in each of B pictures."""
     span = torch.arange(side, device=corner.device)
     pictures = torch.arange(len(corner), device=corner.device)
@@ -105,5 +107,5 @@ def window(corner: Tensor, side: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def paste(pictures: Tensor, corner: Tensor, what: Tensor) -> None:
     """Blends `what` (B, side, side) into `pictures` with max."""
-    at = window(corner, what.shape[-1])
+    at = index_windows(corner, what.shape[-1])
     pictures[at] = torch.maximum(pictures[at], what)

@@ -102,7 +102,7 @@ def pick_images(dataset: data.Data, settings: ImageSettings) -> Iterator[Tensor]
 
 
 def main(settings: Settings) -> dict:
-    launch.one_process()
+    launch.require_one_process()
     checkpoints.check_place(Path(settings.out or "runs") / "analysis.json", "--out", ".json")
     a, b, dataset, name = open_pair(settings)
     found = compare(a, b, pick_images(dataset, settings))
@@ -140,7 +140,7 @@ def draw(found: dict, a: Model, b: Model, dataset: data.Data, settings: Settings
         prefix = p.shape[-1] - patches
         one_layer[f"{name} {which}"] = look.mean_look(p, prefix, head)
     title = "Where all patches look ({data}). A: {models[0]}, B: {models[1]}".format(**found)
-    overlays = look.overlays(some, one_layer, dataset.normalization, prefix, title=title)
+    overlays = look.draw_overlays(some, one_layer, dataset.normalization, prefix, title=title)
     pictures.save(overlays, out / "maps.png")
     pictures.save(figures.draw_layers(found["layers"]), out / "layers.png")
     pictures.save(figures.draw_similarity(found["cka"]), out / "cka.png")

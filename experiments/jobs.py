@@ -19,7 +19,7 @@ import torch
 from common import checkpoints, launch, runs
 from common.launch import Failed
 from common.progress import format_minutes
-from common.settings import free_in, values_of
+from common.settings import get_free, get_values
 
 RELATED = "activations attndistill dino integrated_gradients linear_attention reminders".split()
 SCRIPTS = {  # imported when they are needed
@@ -89,7 +89,7 @@ class Job:
         except (OSError, ValueError, LookupError, TypeError):
             return False
         settings, weights = self.get_settings(), None
-        asked, counts = values_of(settings), values_of(settings).keys() - free_in(settings)
+        asked, counts = get_values(settings), get_values(settings).keys() - get_free(settings)
         if (teacher := Path(asked.get("teacher", ""))).is_file():  # compared by its weights
             weights = checkpoints.fingerprint(checkpoints.read_file(teacher)["model"])
         elif "teacher" in asked:

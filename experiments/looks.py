@@ -72,7 +72,7 @@ def draw_scenes(runs: Runs):
     title = f"Where nets look: pointer scenes, seed {settings.seed}"
     marked = {name: centre - prefix for name in ("image", *looks) if "all cells" not in name}
     how = dict(title=title, marked=marked)
-    return look.overlays(images, looks, data.DATA_SETS["scenes"].normalization, prefix, **how)
+    return look.draw_overlays(images, looks, data.DATA_SETS["scenes"].normalization, prefix, **how)
 
 
 @torch.no_grad()

@@ -79,7 +79,7 @@ def train(table: Table, planner: Planner, tuned: tune.Tuned, runner: Runner, see
 
 
 def main(settings: Settings) -> None:
-    launch.one_process()
+    launch.require_one_process()
     names = [found for name in settings.tables for found in find_names(name)]
     results = Path(settings.results)
     results.mkdir(parents=True, exist_ok=True)

@@ -87,7 +87,7 @@ def compute_real_top1(p: Tensor, dataset: data.Data, path: str) -> float:
 
 
 def main(settings: Settings) -> dict:
-    launch.one_process()
+    launch.require_one_process()
     out = Path(settings.json)
     checkpoints.check_place(out, "--json", ".json")
     device = launch.get_device(settings.device)

@@ -55,7 +55,7 @@ def ship(name: str, settings: Settings, folder: Path = ROOT / "weights") -> Path
 
 
 def main(settings: Settings) -> None:
-    launch.one_process()
+    launch.require_one_process()
     if set(settings.teachers) - TEACHERS.keys():
         raise ValueError(f"choose from {', '.join(TEACHERS)}")
     for name in settings.teachers:

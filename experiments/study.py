@@ -12,7 +12,7 @@ import torch
 
 import data
 from common.runs import hash_settings
-from common.settings import Base, free_in, setting, to_argv, values_of
+from common.settings import Base, get_free, get_values, setting, to_argv
 from experiments.estimates import compute_share, estimate, pack
 from experiments.jobs import ROOT, Job
 
@@ -97,7 +97,7 @@ class Planner(NamedTuple):
 
     def make_job(self, script: str, name: str, given: Flags, after: tuple[str, ...] = ()) -> Job:
         settings = Job(script, [*to_argv(given), *self.extra], self.folder).get_settings()
-        counts = values_of(settings).keys() - free_in(settings) | {"teacher"} & given.keys()
+        counts = get_values(settings).keys() - get_free(settings) | {"teacher"} & given.keys()
         shown = {k: str(getattr(settings, k)).removeprefix(f"{ROOT}/") for k in sorted(counts)}
         out = self.folder / f"{name} {hash_settings(shown)}".replace(":", "-")
         return Job(script, [*to_argv(given | {"out": out}), *self.extra], out, after)

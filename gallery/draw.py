@@ -48,7 +48,7 @@ def draw_digits(path: Path) -> None:
     maps = [qk.map() for _, qk in model.blockwise(images)]
     looks = {f"layer {i}": look.mean_look(p, 1) for i, p in enumerate(maps)}
     title = "Where all patches look: test digits, their MAE (weights/digits.pt)"
-    pictures.save(look.overlays(images, looks, normalization, title=title), path)
+    pictures.save(look.draw_overlays(images, looks, normalization, title=title), path)
 
 
 def draw_house(path: Path) -> None:
@@ -89,7 +89,7 @@ PICTURES = {
 
 
 def main(settings: Settings) -> None:
-    launch.one_process()
+    launch.require_one_process()
     if unknown := set(settings.pictures) - PICTURES.keys():
         raise ValueError(f"no picture {unknown.pop()}: choose from {', '.join(PICTURES)}")
     out = Path(settings.out)

@@ -114,7 +114,7 @@ def draw_frame(fig, pixels: Tensor, looks: list[Tensor], so_far: list[tuple]) ->
             axis.set(xticks=[], yticks=[])
             if column:
                 light = (2 * looks[column - 1][row]).round() / 2
-                pictures.overlay(axis, gray, light, 10)
+                pictures.draw_overlay(axis, gray, light, 10)
             else:
                 axis.imshow(gray, cmap="gray", vmin=0, vmax=1, extent=(0, 24, 24, 0))
                 pictures.frame(axis, CENTRE - 1, 3, 24)

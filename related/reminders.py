@@ -193,7 +193,7 @@ def draw(trial: scenes.Scenes, log_map: Tensor):
     side = math.isqrt(log_map.shape[1])
     fig, axes = pictures.figure(2, 4, 8, 4.3)
     for axis, p, scene, said in zip(axes.flat, log_map.exp().cpu(), *trial[::3], strict=False):
-        pictures.overlay(axis, scene[0].cpu(), p.view(side, side), p.max().item())
+        pictures.draw_overlay(axis, scene[0].cpu(), p.view(side, side), p.max().item())
         axis.set(xticks=[], yticks=[])
         axis.set_title(said, fontsize=9)
     return fig

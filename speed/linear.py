@@ -59,7 +59,7 @@ def draw(found: dict[str, list[float]], title: str):
 
 
 def main(settings: Settings) -> dict:
-    launch.one_process()
+    launch.require_one_process()
     device = launch.get_device(settings.device)
     found = measure_speeds(settings, device)
     print0(f"{'patches':>8}  softmax   linear  images/s")

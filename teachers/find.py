@@ -7,8 +7,8 @@ from pathlib import Path
 
 from common import runs
 from common.checkpoints import Checkpoint
-from common.launch import first_alone, print0
-from common.settings import free_in, parse_layers, values_of
+from common.launch import print0, run_first
+from common.settings import get_free, get_values, parse_layers
 from data import DATA_SETS, Images
 from teachers import adapt
 from teachers.load import make_config, read_checkpoint
@@ -76,9 +76,9 @@ def make_teacher(script, settings, dataset=None, **changes) -> Path:
     shared |= {"seed", "amp", "compile", "num_labels", "subset_seed"}
     changes |= {"batch": min(own.batch, dataset.available)} if dataset else {}
     own = replace(own, **{name: getattr(settings, name) for name in shared} | changes)
-    counts = {k: v for k, v in values_of(own).items() if k not in free_in(own) | {"amp"}} | changes
-    counts |= {"method": own.method, "images": dataset and (dataset.available, dataset.fingerprint)}
-    name = f"teacher-{own.data}-{own.model}-{runs.hash_settings(counts)}"
+    facts = {k: v for k, v in get_values(own).items() if k not in get_free(own) | {"amp"}} | changes
+    facts |= {"method": own.method, "images": dataset and (dataset.available, dataset.fingerprint)}
+    name = f"teacher-{own.data}-{own.model}-{runs.hash_settings(facts)}"
     out = Path("runs") / name.replace("/", "-")
     own = replace(own, out=str(out), resume=True)
     runs.check_folder(settings)
@@ -87,7 +87,7 @@ def make_teacher(script, settings, dataset=None, **changes) -> Path:
     if not (out / "model.pt").is_file():
         runs.check_folder(own)
     with contextlib.ExitStack() as stack:  # locked until it is made: other processes wait for it
-        first_alone(lambda: stack.enter_context(runs.lock(out, wait=True)))
+        run_first(lambda: stack.enter_context(runs.lock(out, wait=True)))
         if not (out / "model.pt").is_file():
             print0(f"No teacher in {out} yet: making one first, by its own recipe.")
             script.main(own)

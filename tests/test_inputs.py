@@ -55,7 +55,7 @@ ROOT = Path(__file__).parent.parent
     (pretrain, "--mask-ratio 0.999", "between 0.05 and 0.95"),
     (pretrain, "--reconstruct x.png", "runs/pretrain-digits-micro-s0"),
     (pretrain, "--data digits --target cell", "--target cell: only"),
-    (pretrain, "--reconstruct x.txt", "ends in .png"), (pretrain, "--decoder-dim 10", "not divide"),
+    (pretrain, "--reconstruct x.txt", "ends in .png"), (pretrain, "--decoder-dim 10", "divide"),
     (pretrain, "--mixup 0.5", "--mixup has no effect"), (finetune, "--data-dir x", "is bundled"),
     (pretrain, "--data scenes --mask-ratio 0.5", "no effect with --target cell"),
     (pretrain, "--decoder-dim 42 --decoder-heads 2", "not 42"),

@@ -85,7 +85,7 @@ def test_a_bright_pixel_shows_the_colour_of_its_weight_and_a_dark_one_a_darker_o
     fig, axis = pictures.figure(width=1, height=1)
     axis.set_position([0, 0, 1, 1])
     axis.axis("off")
-    drawn = pictures.overlay(axis, torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 0.5]]), 1.0)
+    drawn = pictures.draw_overlay(axis, torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 0.5]]), 1.0)
     fig.set_layout_engine("none")
     fig.canvas.draw()
     seen = torch.tensor(fig.canvas.buffer_rgba().tolist())[50, [10, 90], :3] / 255

@@ -22,7 +22,7 @@ import train
 from common import checkpoints
 from common.augment import Normalise
 from common.launch import Failed
-from common.settings import parse_layers, values_of
+from common.settings import get_values, parse_layers
 from datasets import digits
 from experiments import figures, jobs, looks, report, reproduce, rows, ship, study, tables, tune
 from experiments.estimates import estimate, unpack
@@ -349,7 +349,7 @@ def test_the_base_task_is_what_the_rule_chose():
 def test_the_defaults_of_the_scripts_are_what_tuning_chose(table, name, point, row):
     chosen = dict(RESULTS[table]["points"][point][row]["chosen"])
     none = ["--teacher", "none"] if MAIN[row].teacher == "none" else []
-    usual = values_of(jobs.load(MAIN[row].script).parse(["--data", name, *none]))
+    usual = get_values(jobs.load(MAIN[row].script).parse(["--data", name, *none]))
     assert usual["blr"] * usual["batch"] / 256 == pytest.approx(chosen.pop("lr"))
     if "layers" in chosen:
         assert parse_layers(usual["layers"], 4) == parse_layers(chosen.pop("layers"), 4)

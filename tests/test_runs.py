@@ -303,5 +303,5 @@ def test_images_and_runs_are_kept_apart(photos, small, tmp_path, failing, monkey
 
 
 def test_processes_that_resume_from_different_steps_are_told(tmp_path, failing, monkeypatch):
-    monkeypatch.setattr(train, "from_all", lambda mine: [mine, mine + 1])  # on disks of their own
+    monkeypatch.setattr(train, "collect", lambda mine: [mine, mine + 1])  # on disks of their own
     failing(finetune, [*QUICK, "--out", tmp_path], "different steps", code=1)

@@ -13,7 +13,7 @@ import ensemble
 import finetune
 import look
 import pretrain
-from common.settings import flag, flags_of, parse_layers, to_argv, values_of
+from common.settings import format_flag, get_values, list_flags, parse_layers, to_argv
 from train import get_learning_rate
 
 METHODS = (finetune, attention_copy, attention_distill, pretrain)
@@ -42,7 +42,7 @@ def test_every_setting_is_read(script, extra, small, teacher):
         needless |= {"positions"}  # the teacher's
     if script is pretrain:
         needless |= {"smoothing", "eval_every"}  # for classes only
-    assert flags_of(script.Settings).keys() - read == needless
+    assert list_flags(script.Settings).keys() - read == needless
 
 
 @pytest.mark.parametrize("script", ALL)
@@ -50,23 +50,23 @@ def test_help_lists_what_has_a_help_text_and_the_defaults_of_scenes(script, caps
     with pytest.raises(SystemExit):
         script.parse(["--help"])
     text = capsys.readouterr().out
-    flags, usual = flags_of(script.Settings), script.parse(ALL[script])
+    flags, usual = list_flags(script.Settings), script.parse(ALL[script])
     listed = [name for name, field in flags.items() if field.metadata["help"]]
-    assert re.findall(r"^  (--\S+)", text, re.MULTILINE) == [flag(name) for name in listed]
+    assert re.findall(r"^  (--\S+)", text, re.MULTILINE) == [format_flag(name) for name in listed]
     for name in listed:
         if (value := getattr(usual, name)) not in ("", False, -1):
-            assert re.search(rf"^  {flag(name)} [^[]*\[{value}\]", text, re.MULTILINE)
+            assert re.search(rf"^  {format_flag(name)} [^[]*\[{value}\]", text, re.MULTILINE)
 
 
 @pytest.mark.parametrize("script", METHODS)
 @pytest.mark.parametrize("name", ["digits", "cifar10", "cifar100", "imagenet", "folder"])
 def test_a_recipe_changes_defaults_and_the_command_line_beats_both(script, name):
     found, recipe = script.parse(["--data", name, "--blr", "9"]), script.RECIPES[name.rstrip("01")]
-    for key, field in flags_of(script.Settings).items():
+    for key, field in list_flags(script.Settings).items():
         expected = {"data": name, "blr": 9.0}.get(key, recipe.get(key, field.default))
         assert getattr(found, key) == expected
-    assert recipe.keys() <= flags_of(script.Settings).keys()
-    assert found.given == {"data", "blr"} and script.parse(to_argv(values_of(found))) == found
+    assert recipe.keys() <= list_flags(script.Settings).keys()
+    assert found.given == {"data", "blr"} and script.parse(to_argv(get_values(found))) == found
 
 
 @pytest.mark.parametrize("extra, batch, peak", [
