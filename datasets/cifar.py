@@ -20,9 +20,12 @@ def load(settings, kind, size: int, normalise: Normalise, device) -> Parts:
     from torchvision import datasets
 
     if not list(folder.glob("cifar-*")):
-        print0(f"downloading {name} to {folder} (if it cannot be: {folders.ADVICE})")
+        print0(f"downloading {name} to {folder}")
     source = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
-    run_first(lambda: source(folder, download=True))
+    try:
+        run_first(lambda: source(folder, download=True))
+    except (OSError, RuntimeError) as error:  # offline, or a file that is not the one
+        raise ValueError(f"cannot download {name} ({error}): {folders.ADVICE}") from error
     sets = [source(folder, train=part) for part in (True, False)]
     parts = []
     for part in sets:

@@ -17,7 +17,8 @@ over steps after warm-up. A step includes the optimizer and, where the recipe
 has one, the average of the weights. The share of the hardware is relative to its
 own rate of multiplying matrices, measured in the same run. It counts the
 operations that a method needs, whatever a variant does beyond
-(measure.count_operations). --record keeps results/benchmark-DEVICE.json.
+(measure.count_operations). --record writes results/benchmark-DEVICE.json after
+each batch size, so a run that is killed keeps what it has measured.
 """
 
 import math
@@ -161,14 +162,11 @@ def time_variants(method: str, variants: list[str], settings: Settings, batch: i
     return rows
 
 
-def find_best(method: str, variants: list[str], settings: Settings, batches: list[int]) -> dict:
-    """For each variant the row of the batch at which it was fastest."""
-    best: dict[str, dict] = {}
-    for batch in batches:
-        for variant, row in time_variants(method, variants, settings, batch).items():
-            if variant not in best or row["images_per_s"] > best[variant]["images_per_s"]:
-                best[variant] = row
-    return best
+def keep_best(best: dict[str, dict], rows: dict[str, dict]) -> None:
+    """Of each variant the row of the batch at which it was fastest."""
+    for variant, row in rows.items():
+        if variant not in best or row["images_per_s"] > best[variant]["images_per_s"]:
+            best[variant] = row
 
 
 def add_ratios(best: dict[str, dict], flop: float, matrix: float) -> None:
@@ -178,6 +176,13 @@ def add_ratios(best: dict[str, dict], flop: float, matrix: float) -> None:
         row["share"] = round(row["images_per_s"] * flop / matrix, 4)
         for other in [name for name in best if name != "ours"]:
             row[f"times_{other}"] = round(row["images_per_s"] / best[other]["images_per_s"], 3)
+
+
+def project_hours(row: dict, epochs: int) -> None:
+    """Adds how long the recipe would take on ImageNet, on this device alone."""
+    hours = round(epochs * IMAGES / row["images_per_s"] / 3600, 1)
+    row |= {"recipe_epochs": epochs, "projected_hours_of_this_device": hours}
+    print0(f"          {epochs} epochs of ImageNet: {hours:,.0f} hours at this rate")
 
 
 def show(method: str, best: dict[str, dict]) -> None:
@@ -200,21 +205,21 @@ def main(settings: Settings) -> dict:
     print0(f"{launch.device_name(device)}, matrix rate {matrix / 1e12:.4g} Tflop/s")
     print0(f"{settings.steps} steps of each variant, in turns\n")
     print0("method    variant    batch  images/s    GiB  share  x plain  x plain-amp")
-    rows = {}
+    rows: dict[str, dict] = {}
     for method in methods:
         recipe = get_recipe(method, settings, batches[0])
-        best = rows[method] = find_best(method, variants, settings, batches)
-        add_ratios(best, measure.count_operations(method, recipe), matrix)
-        show(method, best)
-        if settings.data == "imagenet" and "ours" in best:
-            hours = round(recipe.epochs * IMAGES / best["ours"]["images_per_s"] / 3600, 1)
-            projected = {"recipe_epochs": recipe.epochs, "projected_hours_of_this_device": hours}
-            best["ours"] |= projected
-            print0(f"          {recipe.epochs} epochs of ImageNet: {hours:,.0f} hours at this rate")
-    about = {name: getattr(recipe, name) for name in ("data", "model", "patch", "compile")}
-    about["image_size"] = recipe.image_size or data.DATA_SETS[settings.data].image_size
-    about |= {"steps": settings.steps, "matrix_tflops": round(matrix / 1e12, 3), "rows": rows}
-    return measure.add_record(settings, device, "speed.benchmark", about)
+        about = {name: getattr(recipe, name) for name in ("data", "model", "patch", "compile")}
+        about["image_size"] = recipe.image_size or data.DATA_SETS[settings.data].image_size
+        about |= {"steps": settings.steps, "matrix_tflops": round(matrix / 1e12, 3), "rows": rows}
+        best, flop = rows.setdefault(method, {}), measure.count_operations(method, recipe)
+        for batch in batches:
+            keep_best(best, time_variants(method, variants, settings, batch))
+            add_ratios(best, flop, matrix)
+            show(method, best)
+            if settings.data == "imagenet" and "ours" in best:
+                project_hours(best["ours"], recipe.epochs)
+            record = measure.add_record(settings, device, "speed.benchmark", about)  # if killed
+    return record
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ def test_all_forms_of_the_loss_have_its_gradient():
 
 @pytest.mark.slow
 def test_a_run_leaves_a_record_that_its_command_replaces(tmp_path, monkeypatch):
-    argv = f"--method distill --batch 4 --steps 4 --record --results {tmp_path}".split() + TINY
+    argv = f"--method distill --batch 4,8 --steps 4 --record --results {tmp_path}".split() + TINY
     monkeypatch.setattr(sys, "argv", ["benchmark", *argv])
     monkeypatch.setattr(benchmark, "has_bf16", lambda where: False)
     monkeypatch.setattr(measure, "measure_matrix_rate", lambda device: 1e11)
