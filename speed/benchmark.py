@@ -142,7 +142,9 @@ def time_variants(method: str, variants: list[str], settings: Settings, batch: i
         """What its process answers. A variant whose memory does not suffice is left out."""
         try:
             return pools[variant].submit(work, *args).result()
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not launch.is_out_of_memory(error):
+                raise
             pools.pop(variant).shutdown()
             print0(f"{method:9} {variant:10} {batch:5} images do not fit")
 

@@ -91,6 +91,15 @@ def time_forms(
     return {name: round(1000 * statistics.median(took) / images, 4) for name, took in times.items()}
 
 
+def can_run(name: str, form: Callable, device) -> bool:
+    """Whether a form can be compiled and timed here. If not, a note says why."""
+    try:
+        return bool(time_forms({name: form}, TOKENS[0], 1, 1, device))
+    except (RuntimeError, ImportError) as error:
+        print0(f"{name}, left out: {str(error).partition(chr(10))[0]}")
+        return False
+
+
 def main(settings: Settings) -> dict:
     """Each form, and on a GPU also compiled."""
     device = launch.get_device(settings.device)
@@ -98,6 +107,7 @@ def main(settings: Settings) -> dict:
     if on_gpu:
         forms |= {f"{name}, compiled": torch.compile(form) for name, form in FORMS.items()}
         forms["flex, compiled"] = torch.compile(flexible)
+    forms = {name: form for name, form in forms.items() if can_run(name, form, device)}
     table = {name: {} for name in forms}
     for tokens in TOKENS:
         images = (64 if on_gpu else 8) * 197 // tokens

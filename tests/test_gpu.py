@@ -35,6 +35,12 @@ launch.run(finetune.main, finetune.parse)
 """
 
 
+@pytest.fixture(autouse=True)
+def exact_convolutions(monkeypatch):
+    """Two runs may choose two kernels, which must not differ by TF32's rounding."""
+    monkeypatch.setattr("torch.backends.cudnn.allow_tf32", False)
+
+
 def run_here(script, *argv):
     return script.main(script.parse(list(map(str, argv))))
 
@@ -42,13 +48,14 @@ def run_here(script, *argv):
 def run_alone(*command):
     how = dict(capture_output=True, text=True, timeout=120)
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    env["NVIDIA_TF32_OVERRIDE"] = "0"
     return subprocess.run([sys.executable, *map(str, command)], env=env, **how)
 
 
 def assert_close(*outs):
     one, two = (torch.load(Path(out) / "last.pt", map_location="cpu") for out in outs)
     for name, value in one["net"].items():
-        if name.endswith("qkv.bias"):  # that of keys has no gradient but rounding's
+        if name.endswith(("qkv.bias", "in_proj_bias")):  # keys' have no gradient but rounding's
             value.chunk(3)[1].copy_(two["net"][name].chunk(3)[1])
     torch.testing.assert_close(one["net"], two["net"], rtol=1e-3, atol=1e-4)
     row, expected = one["rows"][-1], two["rows"][-1]
@@ -67,7 +74,6 @@ def assert_close(*outs):
 ])  # fmt: skip
 def test_a_run_is_what_it_is_on_a_cpu(script, argv, small, tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.images.HELD", 0)
-    monkeypatch.setattr("torch.backends.cudnn.allow_tf32", False)
     if script is linear_attention:
         run_here(finetune, *SHORT, "--data", "digits", "--device", "cpu", "--out", "taught")
     argv = [*(BRIEF if script is reminders else SHORT), *argv.split()]  # scenes have no labels
@@ -78,7 +84,7 @@ def test_a_run_is_what_it_is_on_a_cpu(script, argv, small, tmp_path, monkeypatch
     assert_close(tmp_path / DEVICE, tmp_path / "cpu")
 
 
-@pytest.mark.parametrize("dtype, close", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("dtype, close", [(torch.float32, 3e-5), (torch.bfloat16, 3e-2)])
 @pytest.mark.parametrize("tokens, width", [(17, 16), (197, 64), (261, 64)])
 def test_attention_and_its_loss_are_those_in_double_precision(tokens, width, dtype, close):
     torch.manual_seed(0)
@@ -117,7 +123,8 @@ def test_two_processes_train_to_the_weights_of_one():
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 @pytest.mark.parametrize("script", [attention_copy, attention_distill])
 def test_mixed_precision_trains_close_to_float32(script, amp, tmp_path):
-    rows = [run_here(script, *SHORT, "--amp", x, "--out", tmp_path / x) for x in ("off", amp)]
+    slow = [*SHORT, "--blr", "1e-2"]  # at a high rate fp16 skips a step until its scale fits
+    rows = [run_here(script, *slow, "--amp", x, "--out", tmp_path / x) for x in ("off", amp)]
     exact, mixed = (row["loss"] for row in rows)
     assert mixed == pytest.approx(exact, rel=0.1) and mixed != exact
     assert bool(torch.load(tmp_path / amp / "last.pt")["scaler"]) == (amp == "fp16")

@@ -4,6 +4,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -115,6 +116,7 @@ def test_a_run_leaves_a_record_that_its_command_replaces(tmp_path, monkeypatch):
 def test_other_measurements_run_and_record_only_if_asked(tmp_path, photos, monkeypatch):
     monkeypatch.setattr(linear, "TOKENS", (4, 16))
     monkeypatch.setattr(loss_forms, "TOKENS", (5,))
+    monkeypatch.setitem(loss_forms.FORMS, "left out", Mock(side_effect=RuntimeError))
     monkeypatch.setattr(loader.measure_rate, "__defaults__", (0.1,))
     out = tmp_path / "out"
     for script, argv in (
