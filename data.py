@@ -91,7 +91,7 @@ class Data(NamedTuple):
     test: Any = None  # the same as `val` if there is no third part, as usual on ImageNet
     holdout: float = 0.0  # share of the training images that was held out
     available: int = 0  # images to train on, before --num-labels takes some
-    fingerprint: str = ""  # of the names of all image files; a bundled or downloaded set has none
+    fingerprint: str = ""  # of all image files, of a million their names; a bundled set has none
 
     def describe(self, labels: bool) -> str:
         """How many images there are, and of how many classes if `labels` matter."""
@@ -140,13 +140,14 @@ def load(settings, train: bool = True) -> Data:
         return found
     if test is source:
         print0("note: nothing is held out: accuracies will be those of training images")
-    names = [x.names for x in (source, val, test) if x and not isinstance(x, Tensors)]
-    names_hash, available = f"{hash_seed(*names):014x}" if names else "", len(source)
+    files = [x for x in (source, val, test) if x and not isinstance(x, Tensors)]
+    known = [x.hashes.tolist() if len(x) < 100_000 else x.names for x in files]
+    fingerprint, available = f"{hash_seed(*known):014x}" if files else "", len(source)
     source = hold(draw_labels(source, settings), device)
     in_files = not isinstance(source, Tensors)
     augment = parts.augment or Augment(settings, normalise, cropped=in_files)
     view = Train(source, augment, settings, len(parts.classes), device)
-    return found._replace(train=view, available=available, fingerprint=names_hash)
+    return found._replace(train=view, available=available, fingerprint=fingerprint)
 
 
 def draw_labels(source, settings):

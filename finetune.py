@@ -18,7 +18,7 @@ import data
 import recipes
 import train
 from common import launch
-from common.settings import merge_recipes, parse_settings, setting
+from common.settings import HELP, merge_recipes, parse_settings, setting
 from teachers.load import build_vit, new_vit
 from vit import ViT
 
@@ -49,10 +49,9 @@ RECIPES = merge_recipes(
 
 def parse(argv: Sequence[str]) -> Settings:
     """The settings of a command line. From scratch has its own recipe: recipes.RECIPES."""
-    settings = parse_settings(__doc__, Settings, RECIPES, argv)
-    if settings.teacher == "none":
-        return parse_settings(__doc__, Settings, recipes.RECIPES, argv)
-    return settings
+    asked = parse_settings(__doc__, Settings, RECIPES, [word for word in argv if word not in HELP])
+    own = recipes.RECIPES if asked.teacher == "none" else RECIPES
+    return parse_settings(__doc__, Settings, own, argv)
 
 
 def loss(net: ViT, images: Tensor, labels: Tensor, smoothing: float):

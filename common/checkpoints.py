@@ -66,14 +66,16 @@ def export(net, teacher=None, layers=()) -> dict[str, Any]:
 
 def parse_ours(found: dict[str, Any], source: str) -> Checkpoint:
     """The contents of a model.pt of ours. ValueError if it is none, or its training diverged."""
-    weights = found["model"]
+    weights, shape = found.get("model"), found["architecture"]
+    if not (isinstance(weights, dict) and isinstance(shape, dict) and "image_size" in shape):
+        raise ValueError(f"{source} is no checkpoint of ours: save its weights alone")
     if odd := [name for name, value in weights.items() if not value.isfinite().all()]:
         raise ValueError(f"{source}: {odd[0]} is not finite, its training diverged")
     names = ("classes", "normalization", "method", "settings", "learned_from", "layers", "adapted")
     known = {name: found[name] for name in names if found.get(name) is not None}
     if "teacher" in found:
         known["teacher"] = parse_ours(found["teacher"], source)
-    return Checkpoint(source, weights, found["architecture"], **known)
+    return Checkpoint(source, weights, shape, **known)
 
 
 def write(path: Path, fill: Callable) -> None:

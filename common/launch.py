@@ -1,6 +1,7 @@
 """From a command to processes and devices: one or many (`torchrun`), each error one line."""
 
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -54,6 +55,10 @@ def describe_error(error: BaseException) -> tuple[str, int]:
         return str(error).strip().splitlines()[-1].partition(": ")[2], 2
     if "DataLoader worker" in str(error):
         return "a worker that decodes images was killed (out of memory?): try fewer --workers", 1
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return "the disk is full: make room, then --resume", 1
+    if dist.is_initialized() and re.search(r"closed|reset by peer|Broken pipe", str(error)):
+        return "another process of this run has ended: its own error says why", 1
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}", 2
     if isinstance(error, Failed):

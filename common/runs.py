@@ -65,7 +65,8 @@ def check_folder(settings) -> None:
         raise ValueError(f"--out {out} lies among the images: choose an --out outside --data-dir")
     if settings.resume and settings.overwrite:
         raise ValueError("--resume continues, --overwrite starts over: choose one")
-    if Path(settings.teacher).resolve().parent == out.resolve():
+    teacher = Path(settings.teacher)
+    if teacher.is_file() and teacher.resolve().parent == out.resolve():
         raise ValueError(f"--teacher {settings.teacher} lies in --out: choose another --out")
     there = [name for name in FILES if (out / name).exists()]
     resumable = settings.resume and ("last.pt" in there or "model.pt" not in there)
@@ -91,7 +92,7 @@ def lock(out: Path, wait: bool = False) -> Iterator[Path]:
             fcntl.lockf(file, fcntl.LOCK_EX)
         except (ImportError, OSError):  # Windows, or a disk without locks
             pass
-        for part in out.glob("*.part") if rank() == 0 else ():  # of a process killed while saving
+        for part in out.glob("*.[0-9]*.part") if rank() == 0 else ():  # a process killed in saving
             part.unlink()
         yield out
 

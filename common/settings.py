@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 Recipes = dict[str, dict[str, Any]]  # recipe: setting: default
+HELP = {"--help", "-h"}
 
 
 def setting(default, help="", choices=None, low=0, high=math.inf, free=False, divides=""):
@@ -80,9 +81,10 @@ def parse_settings(
     """
     flags = list_flags(cls)
     usual = str(flags["data"].default) if "data" in flags else ""
-    shown = argv[argv.index("--data") + 1] if "--data" in argv[:-1] else usual  # by --help
-    parser = build_parser(doc, flags, recipes, shown, positional)
-    if {"--help", "-h"} & set(argv):
+    parser = build_parser(doc, flags, recipes, usual, positional)
+    if HELP & set(argv):
+        asked, _ = parser.parse_known_args([word for word in argv if word not in HELP])
+        parser = build_parser(doc, flags, recipes, getattr(asked, "data", usual), positional)
         print(parser.format_help(), end="")
         sys.exit(0)
     given, words = vars(parser.parse_intermixed_args(argv)), {}

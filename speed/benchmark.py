@@ -23,10 +23,13 @@ each batch size, so a run that is killed keeps what it has measured.
 
 import math
 import multiprocessing
+import os
 import statistics
+import threading
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -127,6 +130,16 @@ def take_turn(device: torch.device) -> list[float]:
     return times
 
 
+def leave_with_parent() -> None:
+    """A benchmark that is killed takes its processes with it."""
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def spare_others(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -136,14 +149,16 @@ def time_variants(method: str, variants: list[str], settings: Settings, batch: i
     """A row for each variant whose batch fits: one process each, timed in turns."""
     recipe, spawn = get_recipe(method, settings, batch), multiprocessing.get_context("spawn")
     device, rows, times = launch.get_device(settings.device), {}, defaultdict(list)
-    pools = {variant: ProcessPoolExecutor(1, spawn) for variant in variants}
+    start = partial(ProcessPoolExecutor, 1, spawn, initializer=leave_with_parent)
+    pools = {variant: start() for variant in variants}
 
     def ask(variant: str, work: Callable, *args):
         """What its process answers. A variant whose memory does not suffice is left out."""
         try:
             return pools[variant].submit(work, *args).result()
         except RuntimeError as error:
-            if not launch.is_out_of_memory(error):
+            killed = isinstance(error, BrokenProcessPool)  # perhaps for its memory
+            if not (killed or launch.is_out_of_memory(error)):
                 raise
             pools.pop(variant).shutdown()
             print0(f"{method:9} {variant:10} {batch:5} images do not fit")
@@ -220,7 +235,8 @@ def main(settings: Settings) -> dict:
             show(method, best)
             if settings.data == "imagenet" and "ours" in best:
                 project_hours(best["ours"], recipe.epochs)
-            record = measure.add_record(settings, device, "speed.benchmark", about)  # if killed
+            whole = (method, batch) == (methods[-1], batches[-1])
+            record = measure.add_record(settings, device, "speed.benchmark", about, whole)
     return record
 
 

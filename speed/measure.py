@@ -106,17 +106,22 @@ def read_peak(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-def add_record(settings: Settings, device: torch.device, module: str, found: dict) -> dict:
-    """With --record, results/benchmark-DEVICE.json keeps the newest record of each command."""
+def add_record(settings, device: torch.device, module: str, found: dict, whole=True) -> dict:
+    """With --record, results/benchmark-DEVICE.json keeps the newest record of each command.
+
+    One that is not yet `whole` replaces none that is.
+    """
     name, command = device_name(device), " ".join(["python", "-m", module, *sys.argv[1:]])
-    about = {"command": command, "commit": runs.read_commit(), "device": name}
+    partial = f"{command} (unfinished)"
+    about = {"command": command if whole else partial, "commit": runs.read_commit(), "device": name}
     versions = {"torch": torch.__version__, "python": platform.python_version()}
     record = about | versions | found
     if settings.record:
         kind = name.replace(" ", "-") if device.type == "cuda" else device.type
         path = Path(settings.results) / f"benchmark-{kind}.json"
         kept = json.loads(path.read_text()) if path.exists() else []
-        others = [row for row in kept if row["command"] != command]
+        replaced = (command, partial) if whole else (partial,)
+        others = [row for row in kept if row["command"] not in replaced]
         path.parent.mkdir(exist_ok=True, parents=True)
         checkpoints.write_text(path, json.dumps([*others, record], indent=1) + "\n")
         print0(f"\nwrote {path}")

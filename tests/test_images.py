@@ -54,6 +54,8 @@ def test_what_is_held_out_depends_on_the_names_of_images_alone(unsplit, tmp_path
     monkeypatch.chdir(moved)
     assert held_out(moved) == held_out(".") == before
     assert data.load(folder(moved)).fingerprint == dataset.fingerprint
+    shutil.copy(next(unsplit.rglob("*1.png")), next(moved.rglob("*2.png")))  # under an older name
+    assert data.load(folder(moved)).fingerprint != dataset.fingerprint
     (moved / CAFE).rename(moved / unicodedata.normalize("NFD", CAFE))
     assert held_out(moved) == before
     for path in moved.rglob("*4.png"):
