@@ -57,7 +57,7 @@ def describe_error(error: BaseException) -> tuple[str, int]:
         return "a worker that decodes images was killed (out of memory?): try fewer --workers", 1
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return "the disk is full: make room, then --resume", 1
-    if dist.is_initialized() and re.search(r"closed|reset by peer|Broken pipe", str(error)):
+    if dist.is_initialized() and re.search(r"(closed|reset) by peer|likely closed", str(error)):
         return "another process of this run has ended: its own error says why", 1
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}", 2

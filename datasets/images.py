@@ -180,12 +180,13 @@ class Files(Dataset):
 
 def read_end(path: str) -> tuple[int, bytes]:
     """A file's size, and its last bytes. Images may have equal names and sizes."""
-    if not os.path.exists(path):  # removed while it was trained on
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 256))
+            return size, file.read()
+    except OSError:  # unreadable, or removed while it was trained on
         return 0, b""
-    with open(path, "rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - 256))
-        return size, file.read()
 
 
 def leave_group(_: int) -> None:

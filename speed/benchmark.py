@@ -23,7 +23,6 @@ each batch size, so a run that is killed keeps what it has measured.
 
 import math
 import multiprocessing
-import os
 import statistics
 import threading
 from collections import defaultdict
@@ -49,6 +48,7 @@ from common.launch import print0
 from common.precision import has_bf16
 from common.settings import parse_settings, setting, to_argv
 from datasets import sources
+from experiments.jobs import leave_with_parent
 from speed import measure
 from speed.plain import PlainLearner, make_plain_task
 from train import Learner
@@ -130,14 +130,9 @@ def take_turn(device: torch.device) -> list[float]:
     return times
 
 
-def leave_with_parent() -> None:
+def watch_parent() -> None:
     """A benchmark that is killed takes its processes with it."""
-
-    def wait() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
+    threading.Thread(target=leave_with_parent, daemon=True).start()
 
 
 def spare_others(device: torch.device) -> None:
@@ -149,7 +144,7 @@ def time_variants(method: str, variants: list[str], settings: Settings, batch: i
     """A row for each variant whose batch fits: one process each, timed in turns."""
     recipe, spawn = get_recipe(method, settings, batch), multiprocessing.get_context("spawn")
     device, rows, times = launch.get_device(settings.device), {}, defaultdict(list)
-    start = partial(ProcessPoolExecutor, 1, spawn, initializer=leave_with_parent)
+    start = partial(ProcessPoolExecutor, 1, spawn, initializer=watch_parent)
     pools = {variant: start() for variant in variants}
 
     def ask(variant: str, work: Callable, *args):

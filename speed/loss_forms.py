@@ -96,7 +96,8 @@ def can_run(name: str, form: Callable, device) -> bool:
     try:
         return bool(time_forms({name: form}, TOKENS[0], 1, 1, device))
     except (RuntimeError, ImportError) as error:
-        print0(f"{name}, left out: {str(error).partition(chr(10))[0]}")
+        reason = str(error).partition("\n")[0]
+        print0(f"{name}, left out: {reason}")
         return False
 
 

@@ -112,15 +112,19 @@ def add_record(settings, device: torch.device, module: str, found: dict, whole=T
     One that is not yet `whole` replaces none that is.
     """
     name, command = device_name(device), " ".join(["python", "-m", module, *sys.argv[1:]])
-    partial = f"{command} (unfinished)"
-    about = {"command": command if whole else partial, "commit": runs.read_commit(), "device": name}
+    unfinished = f"{command} (unfinished)"
+    about = {
+        "command": command if whole else unfinished,
+        "commit": runs.read_commit(),
+        "device": name,
+    }
     versions = {"torch": torch.__version__, "python": platform.python_version()}
     record = about | versions | found
     if settings.record:
         kind = name.replace(" ", "-") if device.type == "cuda" else device.type
         path = Path(settings.results) / f"benchmark-{kind}.json"
         kept = json.loads(path.read_text()) if path.exists() else []
-        replaced = (command, partial) if whole else (partial,)
+        replaced = (command, unfinished) if whole else (unfinished,)
         others = [row for row in kept if row["command"] not in replaced]
         path.parent.mkdir(exist_ok=True, parents=True)
         checkpoints.write_text(path, json.dumps([*others, record], indent=1) + "\n")
