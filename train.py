@@ -96,7 +96,9 @@ def train(task: Task, settings, out: Path, test: Callable | None) -> dict:
             learner.sums = {}
             show_row(row, epochs, clock.left(learner.done))
             runs.write_rows(out, [row], "a")
-            learner.save(out, rows, run, clock, signals)
+            short = epoch > 10 and clock.unsaved() < 1  # seconds; saving takes as long as a step
+            if signals or epoch + 1 == epochs or not short:
+                learner.save(out, rows, run, clock, signals)
             if clock.minute_passed():
                 draw(rows, out)
     return finish(task, learner, rows, out, test)

@@ -1,10 +1,7 @@
 """Pictures: curves over layers, similarity of features, the tables of the study."""
 
 import textwrap
-from collections.abc import Iterable
 from pathlib import Path
-
-import numpy as np
 
 from common.pictures import figure, save
 
@@ -57,15 +54,16 @@ def draw_similarity(matrix: list[list[float]]):
 # The study ----------------------------------------------------------------------------------------
 
 
-def draw_points(axis, cells: dict[str, list[dict]], points: Iterable[str]) -> None:
+def draw_points(axis, cells: dict[str, dict[str, dict]], points: list[str]) -> None:
     """Each row at the points of a table, with intervals. Amounts are joined by lines."""
     line, spare = "-" if any(point[0].isdigit() for point in points) else "none", iter(SPARE)
     for i, (row, of_row) in enumerate(cells.items()):
         shift = 0.06 * (i - (len(cells) - 1) / 2)  # so that intervals do not hide each other
-        places, means = np.arange(len(of_row)) + shift, [cell["mean"] for cell in of_row]
+        places, known = [points.index(point) + shift for point in of_row], [*of_row.values()]
+        means = [cell["mean"] for cell in known]
         colour = COLOURS.get(row) or next(spare)
         how = dict(marker="o", linestyle=line, color=colour, capsize=2, label=row)
-        axis.errorbar(places, means, yerr=get_ends(of_row), **how)
+        axis.errorbar(places, means, yerr=get_ends(known), **how)
     axis.set_xticks(range(len(places)), [textwrap.fill(point, 11) for point in points])
 
 
@@ -90,8 +88,8 @@ def draw_accuracies(points: dict[str, dict], title: str):
     rows = next(iter(points.values()))
     if len(points) > 1:
         fig, axis = figure(width=8, height=3.8, title=title)
-        cells = {row: [of_rows[row] for of_rows in points.values()] for row in rows}
-        draw_points(axis, cells, points)
+        cells = {row: {p: of[row] for p, of in points.items() if row in of} for row in rows}
+        draw_points(axis, cells, [*points])
         axis.set_ylabel("test accuracy (top-1, %)")
         axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     else:

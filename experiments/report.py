@@ -163,8 +163,8 @@ def format_points(points: dict[str, dict]) -> str:
     asked = compared or recovered or gained
     what, form = ("recovery", ".2f") if asked is recovered else ("difference", "+.1f")
     lines = [
-        [point, *(f"{of_rows[row]['mean']:.1f}" for row in rows),
-         *(format_cell(of_rows[row].get(what), form) for row in asked.values())]
+        [point, *(f"{of_rows[row]['mean']:.1f}" if row in of_rows else "" for row in rows),
+         *(format_cell(of_rows.get(row, {}).get(what), form) for row in asked.values())]
         for point, of_rows in points.items()
     ]  # fmt: skip
     return format_table(["", *rows, *asked], lines)

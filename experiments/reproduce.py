@@ -63,12 +63,13 @@ def train(table: Table, planner: Planner, tuned: tune.Tuned, runner: Runner, see
     """The finished runs of a table. Those that are missing are trained now."""
     jobs, found = {}, {}
     for point, flags in table.points.items():
-        found[point] = {row: [] for row in table.rows if row in table.study.rows}
+        rows, count = table.fewer.get(point, (table.rows, len(seeds)))
+        found[point] = {row: [] for row in rows if row in table.study.rows}
         own = tune.get_chosen(tuned.get(table.tuned_at, {}) | tuned.get(point, {}))
         needed = [*found[point], *tune.list_teachers(found[point], table.study)]
         tune.check_tuned(own, table.study, needed, TABLES)
         for row in found[point]:
-            for seed in seeds:
+            for seed in seeds[:count]:
                 planned = planner.plan(row, seed, flags, own)
                 found[point][row].append(list(planned.values())[-1])
                 for name, job in planned.items():

@@ -48,6 +48,7 @@ class Study(NamedTuple):
     seeds: tuple[int, ...] = ()  # of tuning, which no table uses
     rates: tuple[float, ...] = ()  # tried for every row,
     decays: tuple[float, ...] = ()  # weight decays,
+    mixes: tuple[Flags, ...] = ()  # ways to regularise,
     own: Mapping[str, tuple[str, tuple]] = MappingProxyType({})  # one more: its default first
 
 
@@ -128,6 +129,9 @@ class Table(NamedTuple):
     tunes: bool = False  # finds settings on validation images, and tests nothing
     tuned_at: str = ""  # the point whose settings others take (empty: each its own)
     against: dict[str, str] | None = None  # what a row is compared with, if not BASELINE
+    fewer: Mapping[str, tuple[tuple[str, ...], int]] = MappingProxyType(
+        {}
+    )  # rows, seeds of a point
     find: Callable[["Table", Runs], dict] | None = None  # something else than accuracies
     picture: Callable[[Runs], Any] | None = None  # a figure, instead of one of accuracies
     contrasts: Mapping[str, Callable[..., float]] = MappingProxyType({})  # by their names

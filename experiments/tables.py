@@ -71,6 +71,11 @@ SCENES = Study(
     decays=(0.05, 0.5, 1.5),
     own={row: DIGITS.own[row] for row in (*ENDS, *rows.PROBE, "feature distillation")},
 )
+STEPS = SCENES._replace(  # tuned at both ends of an axis of training
+    rates=(1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2),
+    mixes=({"mixup": 0.8}, {"smoothing": 0.1}, {"mixup": 0.8, "smoothing": 0.1}),
+    own={row: (name, values[:2]) for row in ENDS for name, values in [DIGITS.own[row]]},
+)
 PHOTO_SCENES = SCENES._replace(
     base={"data": "scenes-cifar10", "num_labels": 2000, "epochs": 20},
     rates=(1e-3, 2e-3, 4e-3, 8e-3),
@@ -106,10 +111,10 @@ def along(points: Iterable[str]) -> dict[str, Callable]:
 
 # The tables ---------------------------------------------------------------------------------------
 
-STEPS = {50: 900, 100: 450, 300: 150, 997: 47}  # labels: epochs of about 900 steps
+EPOCHS = {50: 900, 100: 450, 300: 150, 997: 47}  # labels: epochs of about 900 steps
 LABELS = {
     f"{labels} labels": CLUTTER[BASE] | {"num_labels": labels, "epochs": epochs}
-    for labels, epochs in STEPS.items()
+    for labels, epochs in EPOCHS.items()
 }
 LENGTHS = {f"{epochs} epochs": CLUTTER[BASE] | {"epochs": epochs} for epochs in (150, 450, 1350)}
 COMPONENTS = {
@@ -134,6 +139,28 @@ SCENE_LABELS = {  # at 300 steps, or more where there are more scenes
     f"{labels:,} scenes": {"num_labels": labels, "epochs": epochs}
     for labels, epochs in {100: 300, 300: 75, 1000: 40, 3000: 22}.items()
 }
+
+
+def list_steps(labels: int, epochs: int) -> dict[str, dict]:
+    """1, 3, 10 and 30 times 300 steps."""
+    return {
+        f"{labels} scenes, {300 * times:,} steps": {"num_labels": labels, "epochs": times * epochs}
+        for times in (1, 3, 10, 30)
+    }
+
+
+def choose_ends(points: dict[str, dict]) -> dict[str, dict]:
+    """The first and the third of four points: those that are tuned."""
+    return {name: points[name] for name in list(points)[::2]}
+
+
+def thin_out(points: dict[str, dict], seeds: int) -> dict:
+    """At the second and the fourth point scratch alone, at the fourth with three seeds."""
+    _, second, _, fourth = points
+    return {second: ((SCRATCH,), seeds), fourth: ((SCRATCH,), 3)}
+
+
+AT_100, AT_300 = list_steps(100, 300), list_steps(300, 75)
 scenes = partial(Table, study=SCENES, points=POINTER, rows=tuple(MAIN))
 fair = partial(Table, study=FAIR, points=AT_BASE)
 digits = partial(Table, study=DIGITS, points=AT_BASE, rows=tuple(MAIN))
@@ -169,6 +196,14 @@ TABLES = {
         rows=(*MAIN, "copy, mean maps", *rows.WHOSE), seeds=5),
     "scenes-teachers-twins": scenes("twins: who taught without labels, or with labels", seeds=5,
         points=TWINS, rows=(*MAIN, "copy, mean maps", *list(rows.WHOSE)[:4])),
+    "scenes-steps-tuning": scenes("settings for 100 scenes, at 300 steps and at 3,000", study=STEPS,
+        tunes=True, rows=ENDS, points=choose_ends(AT_100)),
+    "scenes-steps": scenes("pointer: 100 labelled scenes, 300 to 9,000 steps", study=STEPS,
+        rows=ENDS, points=AT_100, tuned_at=list(AT_100)[2], fewer=thin_out(AT_100, 10)),
+    "scenes-steps-300-tuning": scenes("settings for 300 scenes, at 300 steps and at 3,000",
+        study=STEPS, tunes=True, rows=ENDS, points=choose_ends(AT_300)),
+    "scenes-steps-300": scenes("pointer: 300 labelled scenes, 300 to 9,000 steps", study=STEPS,
+        rows=ENDS, points=AT_300, tuned_at=list(AT_300)[2], fewer=thin_out(AT_300, 5), seeds=5),
     "scenes-looks": scenes("where nets look at a pointer", seeds=5, picture=draw_scenes, **looked),
     "scenes-looks-twins": scenes("where nets look at twins", seeds=5, points=TWINS, **looked),
     "scenes-looks-photos": scenes("where nets look among photographs", seeds=5,

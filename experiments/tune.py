@@ -1,7 +1,7 @@
 """Equal tuning: the same number of trials for every row, on validation images.
 
-First the rate, then weight decay at the best rate, then one setting of the row's own at the best of
-both. No table uses the seeds of tuning.
+First the rate, then weight decay, then ways to regularise (MixUp, label smoothing), then a setting
+of the row's own, each at the best so far. No table uses the seeds of tuning.
 """
 
 from collections.abc import Iterable
@@ -41,7 +41,7 @@ def tune(
     study = planner.study
     found = {(point, row): {} for point in points for row in rows}
     best = {key: choose_first(key[1], study) for key in found}
-    for stage in range(3):
+    for stage in range(4):
         jobs, trials = {}, {}
         for point, row in found:
             others = get_chosen(known.get(point, {}))
@@ -50,7 +50,7 @@ def tune(
                 planned = [planner.plan(row, seed, points[point], own) for seed in study.seeds]
                 trials[point, row, tuple(flags.items())] = [list(some)[-1] for some in planned]
                 jobs |= {name: job for some in planned for name, job in some.items()}
-        results = runner.run(jobs)
+        results = runner.run(jobs) if jobs else {}
         for (point, row, flags), names in trials.items():
             found[point, row][flags] = [get_validation(results[name]) for name in names]
         for key, tried in found.items():
@@ -67,11 +67,15 @@ def choose_first(row: str, study: Study) -> Flags:
 
 
 def list_options(row: str, stage: int, best: Flags, study: Study) -> list[Flags]:
-    """What a stage tries: the rates; more weight decays; more of the row's own setting."""
+    """What a stage tries: rates; more weight decays; ways to regularise; its own setting."""
     name, values = study.own[row]
-    stages = (("lr", study.rates), ("weight_decay", study.decays[1:]), (name, values[1:]))
-    what, tried = stages[stage]
-    return [best | {what: value} for value in tried]
+    stages = (
+        [{"lr": rate} for rate in study.rates],
+        [{"weight_decay": decay} for decay in study.decays[1:]],
+        study.mixes,
+        [{name: value} for value in values[1:]],
+    )
+    return [best | flags for flags in stages[stage]]
 
 
 def record_trials(best: Flags, tried: dict[tuple, list[float]]) -> dict:

@@ -218,7 +218,10 @@ def test_a_study_of_one_teacher_takes_the_bundled_one(tmp_path, monkeypatch):
     assert len(planner.plan("attention copy", 3, {}, {"attention copy": {}})) == 2
 
 
-@pytest.mark.parametrize("name", [n for n, table in reproduce.TABLES.items() if not table.tunes])
+RECORDED = [name for name in reproduce.TABLES if (ROOT / "results" / f"{name}.json").exists()]
+
+
+@pytest.mark.parametrize("name", [n for n in RECORDED if not reproduce.TABLES[n].tunes])
 def test_runs_that_differ_lie_in_folders_of_their_own(name):
     table, runner = reproduce.TABLES[name], SimpleNamespace(run=lambda _: None)
     planner = Planner(table.study, Path("runs"))
