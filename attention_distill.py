@@ -26,7 +26,7 @@ import data
 import recipes
 import train
 from common import launch
-from common.fused_loss import fused_attention_loss
+from common.attention import fused_attention_loss
 from common.settings import merge_recipes, parse_settings, setting
 from teachers.adapt import Teacher, make_pair
 from vit import QK, ViT

@@ -1,4 +1,4 @@
-"""Images in, normalised batches on the device out: scenes, digits, CIFAR, ImageNet or a folder.
+"""Images in, batches of pixels in 0..1 out: scenes, digits, CIFAR, ImageNet or a folder.
 
     --data scenes      bundled: digits in a grid; where to look depends (datasets/scenes.py)
     --data digits      bundled: a handwritten digit on a cluttered canvas (datasets/digits.py)
@@ -20,31 +20,32 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from common.augment import Augment, BatchRandom, Normalise, Normalization, hash_seed, reseed, seeded
+from common.augment import Augment, BatchRandom, hash_seed, reseed, seeded, to_pixels
 from common.launch import get_device, print0, rank, world
 from common.settings import Base, setting
-from datasets.sources import Tensors, check_choices, hold, hold_out
-
-CIFAR10 = ([0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616])
-IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+from datasets.sources import NORMALIZATIONS, Tensors, check_choices, hold, hold_out
 
 
 class DataSet(NamedTuple):
     module: str  # of datasets/, whose `load` returns its sources.Parts
     image_size: int
-    channels: int
-    normalization: Normalization
+    mean: tuple[float, ...]  # of the pixels, for each channel: a new ViT normalises with these
+    std: tuple[float, ...]
     crop_pct: float = 1.0  # share of the image's side that evaluation sees
+
+    @property
+    def channels(self) -> int:
+        return len(self.mean)
 
 
 DATA_SETS = {
-    "scenes": DataSet("scenes", 24, 1, ([0.25], [0.35])),
-    "scenes-cifar10": DataSet("scenes", 24, 3, ([0.47] * 3, [2.0] * 3)),  # low contrast
-    "digits": DataSet("digits", 12, 1, ([0.25], [0.35])),
-    "cifar10": DataSet("cifar", 32, 3, CIFAR10),
-    "cifar100": DataSet("cifar", 32, 3, ([0.5071, 0.4865, 0.4409], [0.2673, 0.2564, 0.2762])),
-    "imagenet": DataSet("folders", 224, 3, IMAGENET, 0.875),
-    "folder": DataSet("folders", 96, 3, IMAGENET, 0.875),
+    "scenes": DataSet("scenes", 24, (0.25,), (0.35,)),
+    "scenes-cifar10": DataSet("scenes", 24, (0.47,) * 3, (2.0,) * 3),  # low contrast
+    "digits": DataSet("digits", 12, (0.25,), (0.35,)),
+    "cifar10": DataSet("cifar", 32, *NORMALIZATIONS["cifar10"]),
+    "cifar100": DataSet("cifar", 32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "imagenet": DataSet("folders", 224, *NORMALIZATIONS["imagenet"], 0.875),
+    "folder": DataSet("folders", 96, *NORMALIZATIONS["imagenet"], 0.875),
 }
 
 
@@ -83,9 +84,9 @@ class Data(NamedTuple):
     """What a method needs to know of its images: `val` to choose by, `test` to report."""
 
     classes: list[str]
-    channels: int
     image_size: int
-    normalise: Normalise
+    mean: tuple[float, ...]  # of the pixels, for each channel
+    std: tuple[float, ...]
     train: Any = None  # Train
     val: Any = None  # Eval
     test: Any = None  # the same as `val` if there is no third part, as usual on ImageNet
@@ -105,8 +106,8 @@ class Data(NamedTuple):
         return f"{text}, {parts}; {len(self.classes)} classes"
 
     @property
-    def normalization(self) -> Normalization:
-        return self.normalise.normalization
+    def channels(self) -> int:
+        return len(self.mean)
 
     def check_classes(self) -> None:
         """ValueError if there is nothing to tell apart."""
@@ -123,19 +124,18 @@ def load(settings, train: bool = True) -> Data:
     """The data set of the settings. With train=False its validation and test images only."""
     kind, device = DATA_SETS[settings.data], get_device(settings.device)
     size = settings.image_size or kind.image_size
-    normalise = Normalise(kind.normalization, device)
     check_choices(settings, kind.module)
     module = importlib.import_module(f"datasets.{kind.module}")
-    parts = module.load(settings, kind, size, normalise, device)
+    parts = module.load(settings, kind, size, device)
     if train and not parts.train:
         raise ValueError(f"{settings.data_dir or settings.data} has no train/")
     share = settings.holdout if settings.holdout >= 0 else 0.0 if parts.test else 0.2
     source, val, test = hold_out(parts, share)
     test = test or val or source
-    test_view = val_view = Eval(hold(test, device, centred=True), normalise, device)
+    test_view = val_view = Eval(hold(test, device, centred=True), device)
     if val not in (None, test):
-        val_view = Eval(hold(val, device, centred=True), normalise, device)
-    found = Data(parts.classes, kind.channels, size, normalise, None, val_view, test_view, share)
+        val_view = Eval(hold(val, device, centred=True), device)
+    found = Data(parts.classes, size, kind.mean, kind.std, None, val_view, test_view, share)
     if not train:
         return found
     if test is source:
@@ -145,7 +145,7 @@ def load(settings, train: bool = True) -> Data:
     fingerprint, available = f"{hash_seed(*known):014x}" if files else "", len(source)
     source = hold(draw_labels(source, settings), device)
     in_files = not isinstance(source, Tensors)
-    augment = parts.augment or Augment(settings, normalise, cropped=in_files)
+    augment = parts.augment or Augment(settings, kind, device, cropped=in_files)
     view = Train(source, augment, settings, len(parts.classes), device)
     return found._replace(train=view, available=available, fingerprint=fingerprint)
 
@@ -196,7 +196,7 @@ class Train:
             rows = slice(mine.start, mine.start + len(images))
             draws = BatchRandom(seeded(seed, epoch, step), batch, rows, self.device)
             reseed(self.device, seed, epoch, step)  # for what torchvision draws by itself
-            images = self.augment(images, draws)
+            images = self.augment(to_pixels(images), draws)
             reseed(self.device, seed, epoch, step, self.rank)  # from here on each its own
             yield self.mix(images, labels) if self.mix else (images, labels)
 
@@ -222,8 +222,8 @@ def build_mix(mixup: float, cutmix: float, classes: int) -> Callable:
 class Eval:
     """Images for evaluation."""
 
-    def __init__(self, source, normalise: Normalise, device):
-        self.source, self.normalise, self.device = source, normalise, device
+    def __init__(self, source, device):
+        self.source, self.device = source, device
         self.rank, self.world = rank(), world()
 
     def __len__(self) -> int:
@@ -234,4 +234,4 @@ class Eval:
         order = torch.arange(len(self))[self.rank :: self.world]
         for images, labels in self.source.batches(order.split(batch) if len(order) else ()):
             images = images.to(self.device, non_blocking=True)
-            yield self.normalise(images), labels.to(self.device, non_blocking=True)
+            yield to_pixels(images), labels.to(self.device, non_blocking=True)

@@ -25,7 +25,7 @@ import data
 from common import checkpoints, launch
 from common.precision import autocast
 from common.settings import parse_settings, setting
-from datasets.sources import CHOICES
+from datasets.sources import CHOICES, normalization_setting
 from teachers.load import Model, open_model
 from train import compute_top1
 
@@ -35,6 +35,7 @@ class Settings(data.Images):
     checkpoints: tuple[str, ...] = ()
     data: str = setting("", "data set [the checkpoint's]", ("", *data.DATA_SETS))
     image_size: int = 0  # the checkpoint's
+    normalization: str = normalization_setting()
     amp: str = setting("auto", "mixed precision", ("auto", "off", "bf16", "fp16"))
     holdout: float = setting(-1.0, "share to score (-1: as trained, 0: all)", low=-1, high=0.9)
     part: str = setting("test", "test (to report) or val (to choose by)", ("test", "val"))
@@ -49,22 +50,21 @@ parse = partial(
 
 def evaluate(paths, settings: Settings) -> dict:
     """Top-1 in per cent of each checkpoint, and of their averaged probabilities."""
-    models = [open_model(path, launch.get_device(settings.device)) for path in paths]
+    device = launch.get_device(settings.device)
+    models = [open_model(path, device, normalization=settings.normalization) for path in paths]
     check_images(models, settings)
     settings = choose_images(models[0].checkpoint, settings)
-    members: list[dict] = []
-    total, labels = torch.zeros(()), torch.zeros(())
-    for model in models:
-        p, theirs, dataset = compute_probabilities(model, settings)
-        if members and not torch.equal(labels, theirs):  # scenes of another size are others
-            raise ValueError(f"{model.checkpoint.source} needs other test images than the first")
-        total, labels = total + p, theirs
-        members.append({
+    found, labels, dataset = compute_probabilities(models, settings)
+    members = [
+        {
             "checkpoint": model.checkpoint.source,
             "method": model.checkpoint.method,
             "top1": compute_top1(p.argmax(dim=-1), labels),
             "learned_from": dataset.count_learned(model.checkpoint.learned_from, settings.part),
-        })  # fmt: skip
+        }
+        for model, p in zip(models, found, strict=True)
+    ]
+    total = torch.stack(found).sum(dim=0)
     about = {"data": settings.data, "part": settings.part, "images": len(labels)}
     choices = {name: getattr(settings, name) for name in sorted(CHOICES)}
     about["choices"] = {k: v for k, v in choices.items() if v != getattr(Settings, k)}
@@ -98,27 +98,37 @@ def choose_images(checkpoint: checkpoints.Checkpoint, settings):
 
 
 @torch.no_grad()
-def compute_probabilities(model: Model, settings) -> tuple[Tensor, Tensor, data.Data]:
-    """Class probabilities (images, classes) of a model, labels (images,), and the data set."""
-    dataset = load_images(model, settings)
-    columns = choose_columns(model, dataset.classes)
-    parts, labels = [], []
-    mixed = autocast(settings.amp, model.net)
-    for batch, theirs in getattr(dataset, settings.part).in_order(settings.batch):
-        with mixed:
-            logits = model(batch)
-        parts.append(logits.float()[:, columns].softmax(dim=-1).cpu())
-        labels.append(theirs.cpu())
-    return torch.cat(parts), torch.cat(labels), dataset
+def compute_probabilities(
+    models: list[Model], settings: Settings
+) -> tuple[list[Tensor], Tensor, data.Data]:
+    """Class probabilities (images, classes) of each model, labels (images,), and the images."""
+    sizes = [model.net.config.image_size for model in models]
+    found: dict[int, Tensor] = {}
+    labels = torch.zeros(0)
+    for size in dict.fromkeys(sizes):  # those of one size share a pass over the images
+        some = [i for i, own in enumerate(sizes) if own == size]
+        dataset = data.load(replace(settings, image_size=size), train=False)
+        *p, theirs = run_models([models[i] for i in some], dataset, settings)
+        labels = labels if len(labels) else theirs
+        if not torch.equal(labels, theirs):  # scenes of another size are others
+            source = models[some[0]].checkpoint.source
+            raise ValueError(f"{source} needs other test images than the first")
+        found |= zip(some, p, strict=True)
+    return [found[i] for i in range(len(models))], labels, dataset
 
 
-def load_images(model: Model, settings) -> data.Data:
-    """The images at the size and with the normalisation that the model was trained with."""
-    size, normalization = model.net.config.image_size, model.checkpoint.normalization
-    dataset = data.load(replace(settings, image_size=size), train=False)
-    if normalization:
-        dataset.normalise.set(normalization)
-    return dataset
+def run_models(models: list[Model], dataset: data.Data, settings: Settings) -> list[Tensor]:
+    """Class probabilities of models of one image size, and last the labels."""
+    columns = [choose_columns(model, dataset.classes) for model in models]
+    batches: list[list[Tensor]] = []
+    for images, labels in getattr(dataset, settings.part).in_order(settings.batch):
+        p = []
+        for model, own in zip(models, columns, strict=True):
+            with autocast(settings.amp, model.net):
+                logits = model(images)
+            p.append(logits.float()[:, own].softmax(dim=-1).cpu())
+        batches.append([*p, labels.cpu()])
+    return [torch.cat(parts) for parts in zip(*batches, strict=True)]
 
 
 def choose_columns(model: Model, classes: list[str]) -> list[int]:

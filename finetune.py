@@ -19,6 +19,7 @@ import recipes
 import train
 from common import launch
 from common.settings import HELP, merge_recipes, parse_settings, setting
+from datasets.sources import normalization_setting
 from teachers.load import build_vit, new_vit
 from vit import ViT
 
@@ -28,6 +29,7 @@ class Settings(recipes.Settings):
     teacher: str = setting(
         "auto", "auto, pretrain, none, mae, NAME (python -m teachers), file or URL", free=True
     )
+    normalization: str = normalization_setting()
 
     @property
     def method(self) -> str:

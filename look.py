@@ -22,9 +22,10 @@ from torchvision.transforms import v2
 
 import data
 from common import checkpoints, launch, pictures
-from common.augment import Normalise, Normalization, to_pixels
+from common.augment import to_pixels
 from common.settings import Base, parse_layers, parse_settings, setting
 from datasets.images import centre_crop, read_image
+from datasets.sources import normalization_setting
 from teachers.load import Model, open_model
 from vit import ViT
 
@@ -36,6 +37,7 @@ class Settings(Base):
     heads: str = setting("", "heads to draw, such as 0:3 or all [their mean only]")
     query: str = setting("", "who looks: the patch ROW,COLUMN, from 0,0, or class [all patches]")
     image_size: int = setting(0, "pixels per side [the ViT's own]", high=4096)
+    normalization: str = normalization_setting()
     out: str = setting("", "the picture [runs/look-PHOTO.png]")
     device: str = setting("auto", "cpu, cuda, mps, or auto")
 
@@ -47,22 +49,17 @@ parse = partial(parse_settings, __doc__, Settings, {}, positional=WORDS)
 @torch.no_grad()
 def look(photo: str, model: Model) -> tuple[Tensor, list[Tensor], Tensor | None]:
     """The input (1, C, H, W), each layer's maps (1, H, N, N), and logits (classes,) or None."""
-    config, kind = model.net.config, get_kind(model)
+    config = model.net.config
+    kind = data.DATA_SETS[model.checkpoint.settings.get("data", "imagenet")]
     square = centre_crop(config.image_size, kind.crop_pct)(read_image(photo))
     if config.channels == 1:
         square = v2.functional.rgb_to_grayscale(square)
     device = next(model.net.parameters()).device
-    x = Normalise(kind.normalization, device)(square[None].to(device))
+    x = to_pixels(square[None].to(device))
     maps = []
     for tokens, qk in model.blockwise(x):
         maps.append(qk.map())
     return x, maps, model.net.classify(tokens)[0] if config.classes else None
-
-
-def get_kind(model: Model) -> data.DataSet:
-    """The kind of images it was trained on, with its own normalisation if its file names one."""
-    kind = data.DATA_SETS[model.checkpoint.settings.get("data", "imagenet")]
-    return kind._replace(normalization=model.checkpoint.normalization or kind.normalization)
 
 
 def find_query(name: str, net: ViT) -> tuple[int | None, str]:
@@ -87,10 +84,10 @@ def draw(model: Model, x: Tensor, maps: list[Tensor], layers, heads, query: int 
         for i in layers
     }
     names = ["mean of heads", *(f"head {head}" for head in heads)]
-    images, kind = x.expand(len(rows), -1, -1, -1), get_kind(model)
+    images = x.expand(len(rows), -1, -1, -1)
     place = -1 if query is None else query - prefix  # that of a class token is below 0
     marked = dict.fromkeys(("image", *looks), place) if place >= 0 else {}
-    return draw_overlays(images, looks, kind.normalization, prefix, names, title, marked)
+    return draw_overlays(images, looks, prefix, names, title, marked)
 
 
 def name_likeliest(logits: Tensor, classes: list[str] | None) -> dict[str, float]:
@@ -106,7 +103,8 @@ def main(settings: Settings) -> dict[str, float]:
     out = Path(settings.out or f"runs/look-{Path(photo).stem}.png")
     checkpoints.check_place(out, "--out", ".png", ".pdf", ".svg")
     device = launch.get_device(settings.device)
-    model = open_model(source, device, settings.image_size or None)
+    size, normalization = settings.image_size or None, settings.normalization
+    model = open_model(source, device, size, normalization)
     depth, count = model.net.config.depth, model.net.config.heads
     layers = sorted({round(i * (depth - 1) / 3) for i in range(4)})
     layers = parse_layers(settings.layers, depth) if settings.layers else layers
@@ -140,8 +138,8 @@ def mean_look(p: Tensor, prefix: int, head: int | None = None, query: int | None
 
 
 def draw_overlays(
-    images: Tensor, looks: dict[str, Tensor], normalization: Normalization, prefix: int = 1,
-    rows=(), title: str = "", marked: dict[str, int] | None = None, most: float = 0.0,
+    images: Tensor, looks: dict[str, Tensor], prefix: int = 1, rows=(), title: str = "",
+    marked: dict[str, int] | None = None, most: float = 0.0,
 ):  # fmt: skip
     """A row for each image, a column for each of `looks`: weights (B, N) as light on it.
 
@@ -149,7 +147,7 @@ def draw_overlays(
     to `most` [the largest, but for outliers]. The `prefix` tokens before the patches are left out.
     `rows`: their names. `marked`: for columns by name, the number of a patch to frame.
     """
-    pixels = rearrange(to_pixels(images, normalization), "b c h w -> b h w c").cpu()
+    pixels = rearrange(images, "b c h w -> b h w c").cpu()
     shares = {name: p[:, prefix:].detach().cpu() * p.shape[1] for name, p in looks.items()}
     drawn = torch.cat([p.flatten() for p in shares.values()])
     most = most or min(drawn.max().item(), 1.1 * drawn.quantile(0.99).item())

@@ -29,7 +29,6 @@ import recipes
 import train
 import vit
 from common import checkpoints, launch, runs
-from common.augment import Normalization, to_pixels
 from common.settings import format_flag, get_values, merge_recipes, parse_settings, setting
 from teachers.load import new_vit
 from teachers.positions import make_sincos
@@ -120,7 +119,7 @@ class MAE(nn.Module):
 
     def get_target(self, images: Tensor) -> Tensor:
         """The pixels of each patch (B, N, p*p*c), normalised within the patch (MAE, section 4)."""
-        pixels = patchify(images, self.config.patch)
+        pixels = patchify(self.encoder.normalise(images), self.config.patch)
         if not self.norm_pix_loss:
             return pixels
         mean, deviation = get_statistics(pixels)
@@ -137,7 +136,9 @@ def loss(mae: MAE, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Te
 def loss_cell(net: vit.ViT, images: Tensor, cells: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Mean squared error of the pixels of the cell that a scene asks for. No class is known."""
     side = math.isqrt(net.config.classes // net.config.channels)
-    target = patchify(images, side)[torch.arange(len(images), device=images.device), cells]
+    target = patchify(net.normalise(images), side)[
+        torch.arange(len(images), device=images.device), cells
+    ]
     return F.mse_loss(net(images), target), {}
 
 
@@ -207,27 +208,27 @@ def draw_reconstructions(settings: Settings) -> None:
     mae = build(settings, dataset)
     mae.load_state_dict(state["net"])
     some = next(dataset.test.in_order(8))[0]
-    pictures.save(reconstruct(mae.eval(), some, dataset.normalization), picture)
+    pictures.save(reconstruct(mae.eval(), some), picture)
     launch.print0(f"{last.parent}: wrote {picture}")
 
 
 @torch.no_grad()
-def reconstruct(mae: MAE, images: Tensor, normalization: Normalization):
+def reconstruct(mae: MAE, images: Tensor):
     """A matplotlib figure: images, what the encoder sees of them, what the decoder makes of it."""
     from common import pictures
 
     patches, mask = mae(images)
     if mae.norm_pix_loss:  # the decoder does not know a patch's statistics: the original's
-        mean, deviation = get_statistics(patchify(images, mae.config.patch))
+        mean, deviation = get_statistics(patchify(mae.encoder.normalise(images), mae.config.patch))
         patches = patches * deviation + mean
     fold = dict(h=mae.config.grid_size, p=mae.config.patch, q=mae.config.patch)
     patches = rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", **fold)
     masked = repeat(mask, "b (h w) -> b 1 (h p) (w q)", **fold)
-    original, guess = (to_pixels(x, normalization) for x in (images, patches))
+    guess = (patches * mae.encoder.std + mae.encoder.mean).clamp(0, 1)
     rows = {
-        "original": original,
-        "visible": original * (1 - masked) + 0.6 * masked,
-        "reconstructed": original * (1 - masked) + guess * masked,
+        "original": images,
+        "visible": images * (1 - masked) + 0.6 * masked,
+        "reconstructed": images * (1 - masked) + guess * masked,
     }
     figure, axes = pictures.figure(3, len(images), len(images), 3.2, squeeze=False)
     for line, (name, row) in zip(axes, rows.items(), strict=True):

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import data
 from common.settings import Recipes, setting
+from datasets.sources import normalization_setting
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class TransferSettings(Settings):
     teacher: str = setting(
         "auto", "auto, pretrain, random, mae, NAME (python -m teachers), file or URL", free=True
     )
+    normalization: str = normalization_setting()
     layers: str = setting("all", "layers to transfer: :18 or 6:12 or -6: or 0,2,4 or 75% or all")
     teacher_layers: str = setting("", "the teacher's layers to take for these [the same]")
     heads: str = setting("all")  # the teacher's heads to use, written like --layers

@@ -307,7 +307,6 @@ def finish(task: Task, learner: Learner, rows: list, out: Path, test: Callable |
         if found:
             checkpoints.save(found, out / "test.pt")
         about: dict[str, Any] = {"method": settings.method, "classes": task.data.classes}
-        about["normalization"] = task.data.normalization
         about["learned_from"] = task.data.train.source.hashes  # it opens a million files
         about |= {"settings": get_values(settings) | {"holdout": task.data.holdout}}
         checkpoints.save(task.export(net) | about, out / "model.pt")

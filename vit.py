@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
+from common.attention import scaled_dot_product_attention
+
 SIZES = {  # width, depth, heads
     "nano": (32, 2, 4), "micro": (64, 4, 4), "mini": (128, 6, 4), "tiny": (192, 12, 3),
     "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16), "huge": (1280, 32, 16),
@@ -31,6 +33,8 @@ class Config:
     heads: int
     mlp: float = 4.0  # hidden width of an MLP, as a multiple of dim
     eps: float = 1e-6  # of the layer norms
+    mean: tuple[float, ...] = (0.0,)  # of the pixels it was trained on: one for each channel, or
+    std: tuple[float, ...] = (1.0,)  # one for all; so a ViT normalises its images itself
     num_prefix_tokens = 1  # tokens before the patches: the class token
 
     @property
@@ -54,26 +58,39 @@ class QK(NamedTuple):
 
     @staticmethod
     def from_map(p: Tensor) -> "QK":  # a QK whose map is p: scores are 0, the bias is log p
-        return QK(zeros := p.new_zeros(*p.shape[:-1], 8), zeros, p.log())  # 8: for fused kernels
+        zeros = p.new_zeros(*p.shape[:-1], 8)  # fused kernels want a width of 8
+        return QK(zeros, zeros, p.log())
 
 
 def attend(qk: QK, v: Tensor) -> Tensor:
     """map @ v: what each query finds, (B, H, N, d). The fused kernel never stores the map."""
-    frozen = v.requires_grad and not qk.q.requires_grad  # the kernel computes unused gradients
-    slow = v.device.type == "cpu" and (frozen or v.dtype is torch.bfloat16)  # plain is faster
-    return qk.map() @ v if slow else F.scaled_dot_product_attention(qk.q, qk.k, v, qk.bias)
+    return scaled_dot_product_attention(qk.q, qk.k, v, qk.bias)
+
+
+class QKV(nn.Linear):
+    """Queries, keys and values of tokens. `rows`: compute only these of the outputs."""
+
+    def forward(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
+        return F.linear(x, self.weight[rows], self.bias[rows])
 
 
 class Attention(nn.Module):  # tokens (B, N, D) to tokens, and the QK they attended with
     def __init__(self, config: Config):
         super().__init__()
         self.dim, self.heads = config.dim, config.heads
-        self.qkv = nn.Linear(config.dim, 3 * config.dim)
+        self.qkv = QKV(config.dim, 3 * config.dim)
         self.proj = nn.Linear(config.dim, config.dim)
 
     def project(self, x: Tensor, rows: slice = slice(None)) -> Tensor:  # q, k, v: each (B, H, N, d)
-        y = F.linear(x, self.qkv.weight[rows], self.qkv.bias[rows])
+        partial = isinstance(self.qkv, QKV)  # an adapter in its place computes all
+        y = self.qkv(x, rows) if partial else self.qkv(x)[..., rows]
         return rearrange(y, "b n (p h d) -> p b h n d", h=self.heads, d=self.dim // self.heads)
+
+    def project_queries_keys(self, x: Tensor) -> Tensor:
+        return self.project(x, slice(0, 2 * self.dim))
+
+    def project_values(self, x: Tensor) -> Tensor:
+        return self.project(x, slice(2 * self.dim, None))[0]
 
     def queries_keys(self, q: Tensor, k: Tensor, visible_ids=None) -> QK:
         return QK(q, k)  # families (teachers/vit.py) add rope or a bias here
@@ -83,7 +100,8 @@ class Attention(nn.Module):  # tokens (B, N, D) to tokens, and the QK they atten
             q, k, v = self.project(x)
             qk = self.queries_keys(q, k, visible_ids)
         else:  # attention copy
-            qk, (v,) = given, self.project(x, slice(2 * self.dim, None))
+            qk = given
+            v = self.project_values(x)
         return self.proj(rearrange(attend(qk, v), "b h n d -> b n (h d)")), qk
 
 
@@ -113,14 +131,26 @@ class Block(nn.Module):
         return x + keep[1] * self.mlp(self.norm2(x)), qk
 
 
-class ViT(nn.Module):  # images (B, C, H, W) to logits (B, classes)
+class PatchEmbed(nn.Module):  # pixels (B, C, H, W), normalised, to patches (B, N, D)
+    def __init__(self, config: Config):
+        super().__init__()
+        self.proj = nn.Conv2d(config.channels, config.dim, config.patch, stride=config.patch)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rearrange(self.proj(x), "b d h w -> b (h w) d")
+
+
+class ViT(nn.Module):  # pixels in 0..1 (B, C, H, W) to logits (B, classes)
     block = Block  # families of public ViTs have others: teachers/vit.py
 
     def __init__(self, config: Config, drop_path: float = 0.0):  # its rate in the last block
         super().__init__()
         self.config, self.drop_path = config, drop_path
-        proj = nn.Conv2d(config.channels, config.dim, config.patch, stride=config.patch)
-        self.patch_embed = nn.ModuleDict({"proj": proj})
+        self.mean, self.std = (
+            nn.Buffer(torch.tensor(x)[:, None, None], persistent=False)
+            for x in (config.mean, config.std)
+        )
+        self.patch_embed = PatchEmbed(config)
         self.blocks = nn.ModuleList(self.block(config) for _ in range(config.depth))
         self.fc_norm = nn.LayerNorm(config.dim, eps=config.eps)
         self.head = nn.Linear(config.dim, config.classes) if config.classes else nn.Identity()
@@ -132,10 +162,15 @@ class ViT(nn.Module):  # images (B, C, H, W) to logits (B, classes)
         self.cls_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, dim), std=0.02))
         self.pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, tokens, dim), std=0.02))
 
+    def normalise(self, pixels: Tensor) -> Tensor:
+        channels, size = self.config.channels, self.config.image_size
+        if pixels.shape[1:] != (channels, size, size):
+            shape = " x ".join(map(str, pixels.shape[1:]))
+            raise ValueError(f"this ViT takes images of {channels} x {size} x {size}, not {shape}")
+        return (pixels - self.mean) / self.std
+
     def embed_patches(self, images: Tensor) -> Tensor:
-        if images.shape[-2:] != (self.config.image_size,) * 2:
-            raise ValueError(f"this ViT takes images of {self.config.image_size} pixels a side")
-        return rearrange(self.patch_embed["proj"](images), "b d h w -> b (h w) d")
+        return self.patch_embed(self.normalise(images))
 
     def embed(self, images: Tensor, visible_ids: Tensor | None = None) -> Tensor:
         """Images to tokens (B, N, D). `visible_ids` (B, n): of these patches only, for MAE."""
@@ -172,7 +207,7 @@ class ViT(nn.Module):  # images (B, C, H, W) to logits (B, classes)
             x, qk = block(x, None, (1, 1) if keep is None else keep[i])
             yield qk if i in layers else None
         attn, x = self.blocks[last].attn, self.blocks[last].norm1(x)
-        yield attn.queries_keys(*attn.project(x, slice(0, 2 * attn.dim)))  # no more is needed
+        yield attn.queries_keys(*attn.project_queries_keys(x))  # no more is needed
         yield from [None] * (len(self.blocks) - last - 1)
 
     def draw_drop_path(self, batch: int):

@@ -41,59 +41,35 @@ class BatchRandom:
         return numbers[self.mine].to(self.device, non_blocking=True)
 
 
-Normalization = tuple[list[float], list[float]]  # mean and deviation per channel, of pixels in 0..1
-
-
-class Normalise:
-    """Bytes, or floats in 0..1, minus the mean of a data set, over its standard deviation."""
-
-    def __init__(self, normalization: Normalization, device):
-        self.normalization, self.device = normalization, device
-        self.set(normalization)
-
-    def set(self, normalization: Normalization) -> None:
-        """Takes that of a teacher."""
-        taken, own = len(normalization[0]), len(self.normalization[0])
-        if taken != own:
-            raise ValueError(f"the ViT takes images of {taken} channels, these have {own}")
-        self.normalization = normalization
-        mean, std = (torch.tensor(x, device=self.device) for x in normalization)
-        self.mean, self.std = mean[:, None, None], std[:, None, None]
-
-    def __reduce__(self):  # for workers that are spawned: a GPU's memory may not be passed on
-        return Normalise, (self.normalization, "cpu")
-
-    def __call__(self, images: Tensor) -> Tensor:
-        scale = 255.0 if images.dtype is torch.uint8 else 1.0
-        return (images / scale - self.mean) / self.std
-
-
-def to_pixels(images: Tensor, normalization: Normalization) -> Tensor:
-    """Undoes the normalisation: pixels in 0..1."""
-    mean, std = (torch.tensor(x, device=images.device)[:, None, None] for x in normalization)
-    return (images * std + mean).clamp(0, 1)
+def to_pixels(images: Tensor) -> Tensor:
+    """Bytes to pixels in 0..1. Others are pixels already."""
+    return images / 255 if images.dtype is torch.uint8 else images
 
 
 class Augment:
-    """Crop, flip, RandAugment, normalisation and random erasing, as a recipe has them.
+    """Crop, flip, RandAugment and random erasing of pixels, as a recipe has them.
 
+    `kind`: has their mean and std. Gaps have the mean's colour, and erased boxes are noise of both.
     `cropped`: images.random_crop did the first three, one by one. The distribution is the same.
     """
 
-    def __init__(self, settings, normalise: Normalise, cropped: bool = False):
-        self.settings, self.normalise, self.cropped = settings, normalise, cropped
+    def __init__(self, settings, kind, device, cropped: bool = False):
+        self.settings, self.cropped = settings, cropped
+        self.mean, self.std = (
+            torch.tensor(x, device=device)[:, None, None] for x in (kind.mean, kind.std)
+        )
 
     def __call__(self, images: Tensor, draws: BatchRandom) -> Tensor:
-        images = self.normalise(images)
-        if not self.cropped:
-            images = crop_and_flip(images, draws, self.settings.crop_area)
+        if not self.cropped:  # zero padding is the mean's colour
+            area = self.settings.crop_area
+            images = crop_and_flip(images - self.mean, draws, area) + self.mean
         if self.settings.randaugment and not self.cropped:
-            normalization = self.normalise.normalization
-            augment = rand_augment(self.settings.randaugment, normalization[0], "bilinear")
+            mean = self.mean.flatten().tolist()
+            augment = rand_augment(self.settings.randaugment, mean, "bilinear")
             # One operation for 1/16 of the batch: a few kernels, not thousands.
-            pixels = to_pixels(images, normalization).mul(255).round().byte()
-            images = self.normalise(torch.cat([augment(group) for group in pixels.chunk(16)]))
-        return random_erase(images, draws, self.settings.random_erase)
+            groups = images.clamp(0, 1).mul(255).round().byte().chunk(16)
+            images = to_pixels(torch.cat([augment(group) for group in groups]))
+        return random_erase(images, draws, self.settings.random_erase, self.mean, self.std)
 
 
 def rand_augment(magnitude: int, mean: Sequence[float], interpolation: str) -> Callable:
@@ -137,7 +113,7 @@ def crop_boxes(draws: BatchRandom, area: float, size: int) -> tuple[Tensor, ...]
     return left, top, w, h
 
 
-def random_erase(images: Tensor, draws: BatchRandom, probability: float) -> Tensor:
+def random_erase(images: Tensor, draws: BatchRandom, probability: float, mean, std) -> Tensor:
     """Random erasing (Zhong et al. 2020): noise in a box of 2 % to 33 % of each image."""
     if not probability:
         return images
@@ -149,4 +125,4 @@ def random_erase(images: Tensor, draws: BatchRandom, probability: float) -> Tens
     rows = (line > top[:, None]) & (line < (top + h)[:, None])
     columns = (line > left[:, None]) & (line < (left + w)[:, None])
     box = (rows[:, :, None] & columns[:, None, :] & (u[:, :1, None] < probability))[:, None]
-    return torch.where(box, torch.randn_like(images), images)
+    return torch.where(box, mean + std * torch.randn_like(images), images)

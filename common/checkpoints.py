@@ -1,7 +1,7 @@
 """Checkpoints: saved atomically, read without running anything in them.
 
 A model.pt of ours is a dict: `model` (weights), `architecture` (fields of vit.Config), `classes`,
-`normalization`, `method`, `settings`. A student of attention copy also brings its `teacher`.
+`method`, `settings`. A student of attention copy also brings its `teacher`.
 """
 
 import hashlib
@@ -28,7 +28,6 @@ class Checkpoint:
     weights: dict[str, Tensor]
     architecture: dict[str, Any]  # fields of vit.Config, or of teachers.vit.Config
     classes: list[str] | None = None
-    normalization: tuple[list[float], list[float]] | None = None
     method: str = "?"
     settings: dict[str, Any] = field(default_factory=dict)  # of the run that made it
     learned_from: Tensor | None = None  # hashes of its training images, for image folders
@@ -71,10 +70,14 @@ def parse_ours(found: dict[str, Any], source: str) -> Checkpoint:
         raise ValueError(f"{source} is no checkpoint of ours: save its weights alone")
     if odd := [name for name, value in weights.items() if not value.isfinite().all()]:
         raise ValueError(f"{source}: {odd[0]} is not finite, its training diverged")
-    names = ("classes", "normalization", "method", "settings", "learned_from", "layers", "adapted")
+    older = {"normalization": found["normalization"]} if found.get("normalization") else {}
+    if older:  # ViTs did not yet know their own
+        mean, std = (tuple(x) for x in older["normalization"])
+        shape = {"mean": mean, "std": std} | shape
+    names = ("classes", "method", "settings", "learned_from", "layers", "adapted")
     known = {name: found[name] for name in names if found.get(name) is not None}
     if "teacher" in found:
-        known["teacher"] = parse_ours(found["teacher"], source)
+        known["teacher"] = parse_ours(older | found["teacher"], source)
     return Checkpoint(source, weights, shape, **known)
 
 

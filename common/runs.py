@@ -39,13 +39,14 @@ def get_folder(settings) -> Path:
 def describe_run(settings, dataset, teacher=None) -> dict[str, Any]:
     """The settings and inputs that must match for --resume."""
     free = get_free(settings)
+    pixels = {"mean": dataset.mean, "std": dataset.std} | (teacher.architecture if teacher else {})
     return {
         "method": settings.method,
         "classes": dataset.classes,
         "images": dataset.available,
         "images_fingerprint": dataset.fingerprint,
         "images_per_step": dataset.train.batch,  # with --batch 0 it depends on the folder
-        "normalization": dataset.normalization,
+        "normalization": (list(pixels["mean"]), list(pixels["std"])),
         "teacher_weights": teacher.fingerprint if teacher else None,
         "teacher_family": teacher.method if teacher else None,
     } | {k: v for k, v in get_values(settings).items() if k not in free}

@@ -5,16 +5,15 @@ from pathlib import Path
 import torch
 from einops import rearrange
 
-from common.augment import Normalise
 from common.launch import print0, run_first
 from datasets import folders
 from datasets.sources import Parts, Tensors
 
 
-def load(settings, kind, size: int, normalise: Normalise, device) -> Parts:
+def load(settings, kind, size: int, device) -> Parts:
     name, folder = settings.data, Path(settings.data_dir or f"data/{settings.data}")
     if not all(x.name.startswith((".", "cifar-")) for x in folder.glob("*/")):
-        return folders.load(settings, kind, size, normalise)  # cifar-* are torchvision's own
+        return folders.load(settings, kind, size, device)  # cifar-* are torchvision's own
     if size != kind.image_size:
         raise ValueError(f"--image-size {size}: --data {name} has {kind.image_size}")
     from torchvision import datasets

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.augment import BatchRandom, Normalise, seeded
+from common.augment import BatchRandom, seeded
 from common.settings import parse_layers
 from datasets.sources import Parts, Tensors
 
@@ -24,11 +24,11 @@ PLACES = 4  # of each digit of validation and test
 FILE = Path(__file__).parent / "digits.npz"
 
 
-def load(settings, kind, size: int, normalise: Normalise, device) -> Parts:
+def load(settings, kind, size: int, device) -> Parts:
     check_augmentation(settings)
     if size != kind.image_size:
         raise ValueError(f"--image-size {size}: --data digits has {kind.image_size}")
-    split = Split(settings.distractors, normalise, device)
+    split = Split(settings.distractors, device)
     kinds = parse_layers(settings.classes, 10, "classes")
     parts = split.whole("train"), split.placed("val"), split.placed("test")
     train, val, test = (Tensors(*choose(*part, kinds)) for part in parts)
@@ -44,18 +44,18 @@ def check_augmentation(settings) -> None:
 class Split:
     """The digits in three parts. Called with some, it clutters them: this task's augmentation."""
 
-    def __init__(self, distractors: int, normalise: Normalise, device):
+    def __init__(self, distractors: int, device):
         images, labels = (torch.from_numpy(np.load(FILE)[name]) for name in ("images", "labels"))
         self.images, self.labels = images.to(device) / 16, labels.long().to(device)  # in 0..1
         order = torch.randperm(len(self.images), generator=seeded("digits"))
         parts = (part.to(device) for part in order.split([500, 300, 997]))
         self.parts = dict(zip(("test", "val", "train"), parts, strict=True))
         self.pool = self.images[self.parts["train"]]  # all distractors are cut from these
-        self.distractors, self.normalise = distractors, normalise
+        self.distractors = distractors
 
     def __call__(self, digits: Tensor, draws: BatchRandom) -> Tensor:
-        """Digits (B, 8, 8) on their canvases (B, 1, 12, 12), normalised."""
-        return self.normalise(torch.maximum(*self.place(digits, draws)))
+        """Digits (B, 8, 8) on their canvases (B, 1, 12, 12)."""
+        return torch.maximum(*self.place(digits, draws))
 
     def place(self, digits: Tensor, draws: BatchRandom) -> tuple[Tensor, Tensor]:
         """The digits alone, and the distractors alone, on their canvases: two of (B, 1, 12, 12)."""

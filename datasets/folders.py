@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-from common.augment import Normalise
 from common.launch import print0
 from datasets.sources import Parts
 
@@ -21,13 +20,13 @@ class Listing(NamedTuple):
     samples: list[tuple[str, int]]  # path, number of the class
 
 
-def load(settings, kind, size: int, normalise: Normalise, device=None) -> Parts:
+def load(settings, kind, size: int, device) -> Parts:
     """The images of --data-dir."""
     from datasets import images
 
     folder, sources = Path(settings.data_dir or f"data/{settings.data}"), {}
     for part, found in list_parts(folder).items():
-        how = (size, kind.crop_pct, settings, normalise)
+        how = (size, kind.crop_pct, settings, kind.mean, device)
         sources[part] = images.Files(found.samples, name_images(found), *how)
     train, val, test = (sources.get(part) for part in ("train", "val", "test"))
     return Parts(found.classes, train, val if test else None, test or val)

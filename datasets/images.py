@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import io
 from torchvision.transforms import InterpolationMode, v2
 
-from common.augment import Normalise, hash_seed, rand_augment, reseed
+from common.augment import hash_seed, rand_augment, reseed
 from common.launch import count, print0
 
 BICUBIC = InterpolationMode.BICUBIC
@@ -78,7 +78,8 @@ class Files(Dataset):
     size: int
     crop_pct: float
     settings: Any
-    normalise: Normalise
+    mean: tuple[float, ...]  # the colour of gaps
+    device: torch.device  # where batches go
     held: list[Tensor] | None = None  # the decoded images, if they fit in memory
 
     def __post_init__(self):
@@ -147,13 +148,12 @@ class Files(Dataset):
 
     def batches(self, order, key: tuple = ()) -> Iterator[tuple[Tensor, Tensor]]:
         """Images (uint8) and labels of each row of `order`. key: (seed, epoch) of random crops."""
-        pin = self.normalise.mean.is_cuda
+        pin = self.device.type == "cuda"
         workers = min(self.settings.workers, len(order), count_cores())
         if self.held and not pin:
             workers = 0  # to crop alone is less work than to start them
         if key:
-            mean, _ = self.normalise.normalization
-            self.random_crop = random_crop(self.size, self.settings, mean)
+            self.random_crop = random_crop(self.size, self.settings, self.mean)
         loader = DataLoader(
             self,
             batch_sampler=([(*key, i) for i in indices.tolist()] for indices in order),

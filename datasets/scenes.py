@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from common.augment import BatchRandom, Normalise, seeded
+from common.augment import BatchRandom, seeded
 from common.settings import parse_layers
 from datasets import digits
 from datasets.sources import Parts, Tensors, hold, hold_out
@@ -30,16 +30,16 @@ SQUARE = 0.25  # side of the square, over that of a cell
 NOISE = 0.2  # pixels of 0..1 change by up to this
 
 
-def load(settings, kind, size: int, normalise: Normalise, device) -> Parts:
+def load(settings, kind, size: int, device) -> Parts:
     digits.check_augmentation(settings)
     if settings.data == "scenes":
-        names, split = list("0123456789"), digits.Split(0, normalise, device)
+        names, split = list("0123456789"), digits.Split(0, device)
         pools = [split.whole(part) for part in COUNT]
     else:
         from datasets import cifar  # slow to import
 
         photos = replace(settings, data=settings.data.removeprefix("scenes-"))
-        found = cifar.load(photos, kind._replace(image_size=32), 32, normalise, device)
+        found = cifar.load(photos, kind._replace(image_size=32), 32, device)
         held = [hold(source, device, centred=True) for source in hold_out(found, 0.1)]
         names, pools = found.classes, [(F.avg_pool2d(x.images / 255, 4), x.labels) for x in held]
     kinds = parse_layers(settings.classes, len(names), "classes")
@@ -59,7 +59,7 @@ def load(settings, kind, size: int, normalise: Normalise, device) -> Parts:
     )
     cells = [f"cell {i}" for i in range(grid**2)]
     labels = cells if settings.label == "cell" else [names[kind] for kind in kinds]
-    return Parts(labels, train, val, test, AddNoise(normalise))
+    return Parts(labels, train, val, test, augment)
 
 
 def draw_scenes(part: str, images: Tensor, labels: Tensor, kinds: list[int], settings, grid: int):
@@ -135,11 +135,6 @@ def add_noise(scenes: Tensor, u: Tensor) -> Tensor:
     return (scenes + NOISE * (2 * u.view_as(scenes) - 1)).clamp(0, 1)
 
 
-class AddNoise:
-    """The augmentation of scenes."""
-
-    def __init__(self, normalise: Normalise):
-        self.normalise = normalise
-
-    def __call__(self, scenes: Tensor, draws: BatchRandom) -> Tensor:
-        return self.normalise(add_noise(scenes, draws.uniform(math.prod(scenes.shape[1:]))))
+def augment(scenes: Tensor, draws: BatchRandom) -> Tensor:
+    """Noise, anew at every step."""
+    return add_noise(scenes, draws.uniform(math.prod(scenes.shape[1:])))

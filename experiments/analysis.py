@@ -74,17 +74,12 @@ def open_pair(settings: Settings) -> tuple[Model, Model, data.Data, str]:
         ours, theirs = (getattr(model.net.config, what) for model in models)
         if ours != theirs:
             raise ValueError(f"their maps cannot be compared: {what} differ ({ours}, {theirs})")
-    normalizations = [file.normalization for file in files if file.normalization]
-    if len({str(one) for one in normalizations}) > 1:
-        raise ValueError("these two were trained on images normalised differently")
     depth = min(len(a.net.blocks), len(b.net.blocks))
     for name, count in (("layer", depth), ("head", a.net.config.heads)):
         if getattr(settings, name) >= count:
             raise ValueError(f"--{name} {getattr(settings, name)}: there are 0 to {count - 1}")
     settings = choose_images(trained, settings)
     dataset = data.load(settings, train=False)
-    if normalizations:
-        dataset.normalise.set(normalizations[0])
     return a, b, dataset, settings.data
 
 
@@ -97,7 +92,7 @@ def pick_images(dataset: data.Data, settings: ImageSettings) -> Iterator[Tensor]
     in_files = getattr(source, "files", source)
     step = len(source) // count if in_files else 1
     some = source.subset(list(range(0, step * count, step)))
-    view = data.Eval(some, dataset.normalise, dataset.test.device)
+    view = data.Eval(some, dataset.test.device)
     return (images for images, _ in view.in_order(settings.batch))
 
 
@@ -140,7 +135,7 @@ def draw(found: dict, a: Model, b: Model, dataset: data.Data, settings: Settings
         prefix = p.shape[-1] - patches
         one_layer[f"{name} {which}"] = look.mean_look(p, prefix, head)
     title = "Where all patches look ({data}). A: {models[0]}, B: {models[1]}".format(**found)
-    overlays = look.draw_overlays(some, one_layer, dataset.normalization, prefix, title=title)
+    overlays = look.draw_overlays(some, one_layer, prefix, title=title)
     pictures.save(overlays, out / "maps.png")
     pictures.save(figures.draw_layers(found["layers"]), out / "layers.png")
     pictures.save(figures.draw_similarity(found["cka"]), out / "cka.png")

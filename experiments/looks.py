@@ -12,7 +12,7 @@ from torch import Tensor
 
 import data
 import look
-from common.augment import Normalise, hash_seed
+from common.augment import hash_seed
 from common.launch import get_device
 from datasets import digits
 from experiments.estimates import BASELINE, estimate_over_seeds
@@ -72,7 +72,7 @@ def draw_scenes(runs: Runs):
     title = f"Where nets look: pointer scenes, seed {settings.seed}"
     marked = {name: centre - prefix for name in ("image", *looks) if "all cells" not in name}
     how = dict(title=title, marked=marked)
-    return look.draw_overlays(images, looks, data.DATA_SETS["scenes"].normalization, prefix, **how)
+    return look.draw_overlays(images, looks, prefix, **how)
 
 
 @torch.no_grad()
@@ -90,7 +90,7 @@ def find_of_seed(nets: dict[str, str | Path], settings) -> dict:
     elif data.DATA_SETS[settings.data].module == "scenes":
         images, pairs = load_scenes(settings)
     else:
-        images = load_photographs(settings, teacher)
+        images = load_photographs(settings)
     for name, model in models.items():
         similar = compare(teacher, model, images.split(AT_A_TIME))
         found[name] = measure_looks(model, images, kinds, pairs)
@@ -100,10 +100,9 @@ def find_of_seed(nets: dict[str, str | Path], settings) -> dict:
     return found
 
 
-def load_photographs(settings, teacher: Model) -> Tensor:
+def load_photographs(settings) -> Tensor:
     """IMAGES of the test images, evenly spaced: a folder is sorted by class."""
     dataset = data.load(settings, train=False)
-    dataset.normalise.set(teacher.checkpoint.normalization)
     images = torch.cat([some for some, _ in dataset.test.in_order(256)])
     return images[:: max(1, len(images) // IMAGES)][:IMAGES]
 
@@ -124,10 +123,9 @@ def load_scenes(settings) -> tuple[Tensor, Pairs]:
 
 def load_digits(settings, patch: int, device) -> tuple[Tensor, Tensor]:
     """IMAGES of the test digits, and the kind of each patch."""
-    normalise = Normalise(data.DATA_SETS["digits"].normalization, device)
-    split = digits.Split(settings.distractors, normalise, device)
+    split = digits.Split(settings.distractors, device)
     canvases = [canvas[:IMAGES] for canvas in split.layers("test")]
-    return normalise(torch.maximum(*canvases)), find_kinds(*canvases, patch)
+    return torch.maximum(*canvases), find_kinds(*canvases, patch)
 
 
 def find_kinds(digit: Tensor, distractors: Tensor, patch: int) -> Tensor:

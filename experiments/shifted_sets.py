@@ -45,9 +45,8 @@ def score(models: list[Model], settings: Settings) -> dict:
         parts = folders.list_parts(Path(settings.data_dir or "data/folder")).values()
         if {name for part in parts for name in part.classes} <= set(NUMBERS):
             models = [number_classes(model) for model in models]
-    found = [ensemble.compute_probabilities(model, settings) for model in models]
-    _, labels, dataset = found[0]
-    every = [p for p, _, _ in found] + ([sum(p for p, _, _ in found)] if len(found) > 1 else [])
+    found, labels, dataset = ensemble.compute_probabilities(models, settings)
+    every = [*found, sum(found)] if len(found) > 1 else found
     for model in models:
         if seen := dataset.count_learned(model.checkpoint.learned_from, settings.part):
             print(f"note: {model.checkpoint.source} was TRAINED ON {seen:,} of these images")

@@ -34,7 +34,7 @@ def parse(argv: Sequence[str]) -> Settings:
 
 def draw_scenes(path: Path) -> None:
     """A scene: rows for the mean and each head of the teacher, columns for layers."""
-    images, _ = load_images("scenes", 1)
+    images = load_images("scenes", 1)
     model = open_bundled("scenes")
     maps = [qk.map() for _, qk in model.blockwise(images)]
     title = "Where the centre cell looks: a pointer scene, its teacher (weights/scenes.pt)"
@@ -43,12 +43,12 @@ def draw_scenes(path: Path) -> None:
 
 
 def draw_digits(path: Path) -> None:
-    images, normalization = load_images("digits", 4)
+    images = load_images("digits", 4)
     model = open_bundled("digits")
     maps = [qk.map() for _, qk in model.blockwise(images)]
     looks = {f"layer {i}": look.mean_look(p, 1) for i, p in enumerate(maps)}
     title = "Where all patches look: test digits, their MAE (weights/digits.pt)"
-    pictures.save(look.draw_overlays(images, looks, normalization, title=title), path)
+    pictures.save(look.draw_overlays(images, looks, title=title), path)
 
 
 def draw_house(path: Path) -> None:

@@ -13,7 +13,6 @@ import finetune
 import look
 import train
 from common import launch, pictures
-from common.augment import to_pixels
 from experiments.figures import COLOURS
 from teachers.find import BUNDLED, find_teacher
 from teachers.load import Model, open_model
@@ -31,10 +30,10 @@ DETAILS = "test accuracy · pointer scenes, 300 labels, seed 0 · layer 0, from 
 PER_SECOND, HELD = 5, 3  # frames; seconds of the last one
 
 
-def load_images(name: str, count: int):
-    """The first test images of a data set, and their normalisation."""
+def load_images(name: str, count: int) -> Tensor:
+    """The first test images of a data set."""
     dataset = data.load(finetune.parse(["--data", name]), train=False)
-    return next(dataset.test.in_order(count))[0], dataset.normalization
+    return next(dataset.test.in_order(count))[0]
 
 
 def open_bundled(name: str) -> Model:
@@ -43,11 +42,10 @@ def open_bundled(name: str) -> Model:
 
 def draw_pointer(path: Path, *changes: str) -> None:
     """`changes`: flags for both students."""
-    images, normalization = load_images("scenes", 2)
-    pixels = to_pixels(images, normalization)[:, 0].cpu()
+    images = load_images("scenes", 2)
     teacher = look_from_centre(open_bundled("scenes").net, images)
     moments = [learn(script, images, *argv, *changes) for script, *argv in LEARNING.values()]
-    animate(pixels, teacher, zip(*moments, strict=True), path)
+    animate(images[:, 0].cpu(), teacher, zip(*moments, strict=True), path)
 
 
 def learn(script, images: Tensor, *argv: str) -> Iterator[tuple[int, Tensor, float]]:

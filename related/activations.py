@@ -119,7 +119,7 @@ def loss(
 def task(settings: Settings, dataset: data.Data, checkpoint=None) -> train.Task:
     teacher = build_teacher(checkpoint, dataset) if checkpoint else None
     torch.manual_seed(settings.seed)
-    student = WideResNet(settings.model, dataset.channels, len(dataset.classes))
+    student = WideResNet(settings.model, dataset)
     return train.Task(
         student.to(dataset.train.device),
         dataset,
@@ -130,7 +130,7 @@ def task(settings: Settings, dataset: data.Data, checkpoint=None) -> train.Task:
 
 
 def build_teacher(checkpoint: checkpoints.Checkpoint, dataset: data.Data) -> WideResNet:
-    teacher = WideResNet("teacher", dataset.channels, len(dataset.classes))
+    teacher = WideResNet("teacher", dataset)
     teacher.load_state_dict(checkpoint.weights)
     return teacher.to(dataset.train.device).eval().requires_grad_(False)
 
@@ -145,12 +145,10 @@ def find_teacher(settings: Settings, dataset: data.Data) -> checkpoints.Checkpoi
     found = checkpoints.read_file(path)
     if found.get("method") != "activations" or found["settings"]["model"] != "teacher":
         raise ValueError(f"--teacher {path} is no teacher: --model teacher trains one")
-    classes, normalization = found["classes"], found["normalization"]
-    if (classes, len(normalization[0])) != (dataset.classes, dataset.channels):
+    classes, weights = found["classes"], found["model"]
+    if (classes, len(weights["mean"])) != (dataset.classes, dataset.channels):
         raise ValueError(f"--teacher {path} is for other images than --data {settings.data}")
-    dataset.normalise.set(normalization)
-    known = dict(classes=classes, normalization=normalization, method="activations")
-    return checkpoints.Checkpoint(str(path), found["model"], {}, **known)
+    return checkpoints.Checkpoint(str(path), weights, {}, classes, "activations")
 
 
 def export(net: WideResNet) -> dict:

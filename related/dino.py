@@ -129,7 +129,7 @@ def show_two_views(dataset: data.Data) -> data.Data:
     view = copy.copy(dataset.train)
     once = view.augment
     view.augment = lambda x, draws: torch.cat([once(x, draws), once(x, draws)], dim=1)
-    return dataset._replace(train=view, channels=2 * dataset.channels)
+    return dataset._replace(train=view, mean=2 * dataset.mean, std=2 * dataset.std)
 
 
 def task(settings: Settings, dataset: data.Data) -> train.Task:

@@ -89,14 +89,14 @@ def make_hint(gradients: Tensor) -> Tensor:
     return strength / strength.amax(dim=(1, 2, 3), keepdim=True).clamp_min(1e-12)
 
 
-def lay_over(images: Tensor, draws: BatchRandom, overlay: float, normalise: Callable) -> Tensor:
+def lay_over(images: Tensor, draws: BatchRandom, overlay: float, to_pixels: Callable) -> Tensor:
     """Turns some images into half image, half map. Their map comes in as the last channel.
 
     The images themselves go out in the channels behind.
     """
     images, maps = images[:, :-1], images[:, -1:]
     drawn = draws.uniform(1)[:, :, None, None] < overlay
-    mixed = torch.where(drawn, 0.5 * images + 0.5 * normalise(maps), images)
+    mixed = torch.where(drawn, 0.5 * images + 0.5 * to_pixels(maps), images)
     return torch.cat([mixed, images], dim=1)
 
 
@@ -109,7 +109,7 @@ def loss(student: WideResNet, images, labels, teacher: WideResNet, settings: Set
 def task(settings: Settings, dataset: data.Data, checkpoint) -> train.Task:
     teacher = activations.build_teacher(checkpoint, dataset)
     torch.manual_seed(settings.seed)
-    student = WideResNet(settings.model, dataset.channels, len(dataset.classes))
+    student = WideResNet(settings.model, dataset)
     return train.Task(
         student.to(dataset.train.device),
         add_maps(dataset, teacher, checkpoint, settings),
@@ -129,7 +129,7 @@ def add_maps(
     about = {"images": images, "points": settings.path, "teacher": checkpoint.fingerprint}
     maps = read_maps(kept, about)
     if maps is None:
-        black = dataset.normalise(torch.zeros(1, dataset.channels, 1, 1, device=device))
+        black = torch.zeros(1, dataset.channels, 1, 1, device=device)
         pieces = list(zip(bank.split(100), labels.split(100), strict=True))
         made = [
             make_hint(integrate_gradients(teacher, *piece, black, settings.path))
@@ -140,10 +140,11 @@ def add_maps(
     if settings.shuffle:
         maps = maps.roll(1, dims=0)  # the order of images is random already
     both = sources.Tensors(torch.cat([bank, maps.to(device)], dim=1), labels)
-    normalise = nn.Identity() if settings.raw else dataset.normalise
-    augment = partial(lay_over, overlay=settings.overlay, normalise=normalise)
+    mean, std = teacher.mean, teacher.std  # that undo what the net does to its images
+    to_pixels = (lambda maps: maps * std + mean) if settings.raw else nn.Identity()
+    augment = partial(lay_over, overlay=settings.overlay, to_pixels=to_pixels)
     view = data.Train(both, augment, settings, len(dataset.classes), device)
-    return dataset._replace(train=view, channels=2 * dataset.channels)
+    return dataset._replace(train=view, mean=2 * dataset.mean, std=2 * dataset.std)
 
 
 def read_maps(path: Path, about: dict) -> Tensor | None:

@@ -35,7 +35,7 @@ import data
 import recipes
 import train
 from common import checkpoints, launch, pictures, runs
-from common.augment import Normalise, hash_seed, seeded
+from common.augment import hash_seed, seeded
 from common.settings import merge_recipes, parse_settings, setting
 from datasets import digits, sources
 from related import scenes
@@ -144,13 +144,12 @@ def loss(net: Robot, images: Tensor, which: Tensor, known: scenes.Scenes, weight
 
 def task(settings: Settings) -> train.Task:
     device = launch.get_device(settings.device)
-    normalise = Normalise(data.DATA_SETS["digits"].normalization, device)
-    known = make_trial("train", settings, device)
+    known, kind = make_trial("train", settings, device), data.DATA_SETS["digits"]
     labels = torch.arange(len(known.targets), device=device)
     source = sources.Tensors(known.pictures, labels)  # their numbers stand in for labels
-    view = data.Train(source, lambda x, _: normalise(x), settings, 9, device)
+    view = data.Train(source, lambda x, _: x, settings, 9, device)
     names = [f"{row} {column}" for row in scenes.ROWS for column in scenes.COLUMNS]
-    dataset = data.Data(names, 1, known.pictures.shape[-1], normalise, view)
+    dataset = data.Data(names, known.pictures.shape[-1], kind.mean, kind.std, view)
     if dataset.image_size % (3 * settings.patch):
         raise ValueError(f"--patch {settings.patch} does not divide a place of {scenes.PLACE}")
     torch.manual_seed(settings.seed)
@@ -161,7 +160,7 @@ def task(settings: Settings) -> train.Task:
 
 def make_trial(name: str, settings: Settings, device) -> scenes.Scenes:
     """Scenes of "train", or of "test": of other digits, the same ones for all runs."""
-    split = digits.Split(0, Normalise(data.DATA_SETS["digits"].normalization, device), device)
+    split = digits.Split(0, device)
     images, labels = (x.cpu() for x in split.whole(name))
     if name == "test":
         made = scenes.make_scenes(1000, images, labels, scenes.NEW, hash_seed("trial"))
@@ -176,7 +175,7 @@ def make_trial(name: str, settings: Settings, device) -> scenes.Scenes:
 def test(net: Robot, settings: Settings, dataset: data.Data) -> dict[str, Tensor]:
     """For each scene of the test the right place, and where the robot goes and looks."""
     trial = make_trial("test", settings, dataset.train.device)
-    logits, log_map = net(dataset.normalise(trial.pictures), trial.words)
+    logits, log_map = net(trial.pictures, trial.words)
     found = {"predicted": logits.argmax(dim=1), "labels": trial.targets}
     if log_map is not None:
         places = locate_patches(log_map.shape[1]).to(log_map.device)

@@ -2,8 +2,11 @@
 
 from collections.abc import Iterator
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+import data
 
 MODELS = {  # depth, width and convolutions
     "teacher": (16, 2, "plain"),
@@ -53,11 +56,13 @@ class Block(nn.Module):
 class WideResNet(nn.Module):
     """Three groups of blocks, at the whole, a half and a quarter of the side (arXiv 1605.07146)."""
 
-    def __init__(self, model: str, channels: int, classes: int):
+    def __init__(self, model: str, dataset: data.Data):
         super().__init__()
+        for name in ("mean", "std"):  # as vit.ViT, it normalises its images itself
+            self.register_buffer(name, torch.tensor(getattr(dataset, name))[:, None, None])
         depth, width, kind = MODELS[model]
         dims = [16, *(int(group * width) for group in (16, 32, 64))]
-        self.stem = nn.Conv2d(channels, dims[0], 3, padding=1, bias=False)
+        self.stem = nn.Conv2d(dataset.channels, dims[0], 3, padding=1, bias=False)
         self.groups = nn.ModuleList()
         for i in range(3):
             inputs = [dims[i]] + [dims[i + 1]] * ((depth - 4) // 6 - 1)
@@ -67,11 +72,11 @@ class WideResNet(nn.Module):
             )
             self.groups.append(nn.Sequential(*blocks))
         self.norm = nn.BatchNorm2d(dims[-1])
-        self.head = nn.Linear(dims[-1], classes)
+        self.head = nn.Linear(dims[-1], len(dataset.classes))
 
     def groupwise(self, images: Tensor) -> Iterator[Tensor]:
         """Yields each group's output (B, C, H, W)."""
-        x = self.stem(images)
+        x = self.stem((images - self.mean) / self.std)
         for group in self.groups:
             x = group(x)
             yield x

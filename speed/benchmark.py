@@ -43,7 +43,6 @@ import finetune
 import pretrain
 import vit
 from common import launch
-from common.augment import Normalise
 from common.launch import print0
 from common.precision import has_bf16
 from common.settings import parse_settings, setting, to_argv
@@ -94,8 +93,8 @@ def build(method: str, variant: str, recipe) -> tuple[Learner, Tensor, Tensor]:
     images = torch.randn(recipe.batch, kind.channels, size, size, device=device)
     labels = torch.rand(recipe.batch, classes, device=device).softmax(-1)
     view = data.Train(sources.Tensors(images, labels), lambda x, _: x, recipe, classes, device)
-    names, normalise = [str(i) for i in range(classes)], Normalise(kind.normalization, device)
-    made_up = data.Data(names, kind.channels, size, normalise, view)
+    names = [str(i) for i in range(classes)]
+    made_up = data.Data(names, size, kind.mean, kind.std, view)
     if variant != "ours":
         amp = {"plain": "off", "plain-amp": "bf16"}[variant]
         recipe = replace(recipe, amp=amp, compile="off")

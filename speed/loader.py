@@ -14,7 +14,7 @@ import torch
 import data
 import recipes
 from common import launch
-from common.augment import Augment, Normalise
+from common.augment import Augment
 from common.launch import print0
 from common.settings import parse_settings, setting
 from datasets import folders, sources
@@ -53,7 +53,7 @@ def view_cifar(device: torch.device) -> data.Train:
     images = torch.randint(0, 256, (50_000, 3, 32, 32), dtype=torch.uint8)
     labels = torch.randint(0, 10, (50_000,))
     source = sources.Tensors(images.to(device), labels.to(device))
-    augment = Augment(recipe, Normalise(data.DATA_SETS["cifar10"].normalization, device))
+    augment = Augment(recipe, data.DATA_SETS["cifar10"], device)
     return data.Train(source, augment, recipe, 10, device)
 
 
@@ -62,9 +62,8 @@ def view_jpegs(settings: Settings, folder: Path, workers: int, device) -> data.T
     changes = dict(data="imagenet", data_dir=str(folder), batch=settings.batch, workers=workers)
     recipe = recipes.Settings(**recipes.RECIPES["imagenet"] | changes)
     kind = data.DATA_SETS["imagenet"]
-    normalise = Normalise(kind.normalization, device)
-    parts = folders.load(recipe, kind, kind.image_size, normalise)
-    augment = Augment(recipe, normalise, cropped=True)
+    parts = folders.load(recipe, kind, kind.image_size, device)
+    augment = Augment(recipe, kind, device, cropped=True)
     return data.Train(parts.train, augment, recipe, len(parts.classes), device)
 
 

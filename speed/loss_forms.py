@@ -15,7 +15,7 @@ from torch import Tensor
 import vit
 from attention_distill import attention_loss
 from common import launch
-from common.fused_loss import fused_attention_loss
+from common.attention import fused_attention_loss
 from common.launch import print0
 from common.settings import parse_settings, setting
 from speed import measure

@@ -97,7 +97,10 @@ def make_student_config(settings, asked: vit.Config, teacher: vit.Config) -> vit
     """The teacher's, but for the size where --model or --patch is given."""
     changes = {name: getattr(asked, name) for name in SIZE if SIZE[name] in settings.given}
     config = replace(teacher, classes=asked.classes, **changes)
-    if "=" in settings.model and replace(asked, patch=config.patch) != config:
+    if (
+        "=" in settings.model
+        and replace(asked, patch=config.patch, mean=config.mean, std=config.std) != config
+    ):
         raise ValueError(f"--model {settings.model}: this teacher has other components")
     sizes = [", ".join(f"{name} {getattr(one, name)}" for name in SIZE) for one in (config, asked)]
     if sizes[0] != sizes[1]:

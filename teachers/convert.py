@@ -51,12 +51,15 @@ def parse_foreign(found: dict, source: str, model: PublicViT | None, size=None) 
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
     if not model:
+        unknown = {"mean", "std"}
+        architecture = {k: v for k, v in architecture.items() if k not in unknown}
         return Checkpoint(source, weights, architecture)
     family = model.family
     if "no commercial use" in family.licence:
         print0(f"note: the licence of {model.name} is {family.licence}")
-    known = dict(normalization=family.normalization, method=family.title, resize=family.resize)
-    return Checkpoint(source, weights, architecture, **known)
+    mean, std = family.normalization
+    architecture |= {"mean": mean, "std": std}
+    return Checkpoint(source, weights, architecture, method=family.title, resize=family.resize)
 
 
 def rename(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ BUNDLED = Path(__file__).parent.parent / "weights"  # made by experiments/ship.p
 
 
 def find_teacher(settings, dataset) -> Checkpoint | None:
-    """The checkpoint that --teacher names, None for random and none. Sets the normalisation.
+    """The checkpoint that --teacher names, None for random and none.
 
     auto: the bundled one if it fits, MAE's for ImageNet, otherwise one is pre-trained first.
     """
@@ -39,20 +39,19 @@ def find_teacher(settings, dataset) -> Checkpoint | None:
             parse_layers(getattr(settings, name, "") or "all", count, name)
         own = dict(model=settings.model, patch=settings.patch, num_labels=0, subset_seed=-1)
         source = make_teacher(pretrain, settings, dataset, **own)
-    checkpoint = read_checkpoint(source)
+    checkpoint = read_checkpoint(source, settings.normalization)
     if not hasattr(settings, "layers"):  # fine-tuning
         asked, there = make_config(settings, dataset), checkpoint.architecture
         named = {name for name, flag in adapt.SIZE.items() if flag in settings.given}
         if "model" in settings.given and "=" in settings.model:  # with components
-            named |= vars(asked).keys() - {"image_size", "classes", "patch"}
+            named |= vars(asked).keys() - {"image_size", "classes", "patch", "mean", "std"}
         if any(getattr(asked, name) != there.get(name) for name in named):
             raise ValueError(f"{source} is another ViT than --model and --patch: leave these out")
+    ours, theirs = dataset.channels, checkpoint.architecture["channels"]
+    if ours != theirs:
+        raise ValueError(f"{source} takes images of {theirs} channels, and these have {ours}")
     if checkpoint.teacher:
         raise ValueError(f"{source} is a student of attention copy: name the teacher it had")
-    if checkpoint.normalization:
-        dataset.normalise.set(checkpoint.normalization)
-    else:
-        print0(f"note: {source} names no normalisation: the data set's is used")
     if seen := dataset.count_learned(checkpoint.learned_from):
         print0(f"note: {source} was trained on {seen:,} of the test images")
     return checkpoint

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,20 @@ from torch import Tensor, nn
 import vit
 from common import checkpoints
 from common.checkpoints import Checkpoint
+from common.launch import print0
+from datasets.sources import NORMALIZATIONS
 
 
-def read_checkpoint(source: str | Path) -> Checkpoint:
+def read_checkpoint(source: str | Path, normalization: str = "") -> Checkpoint:
     """A checkpoint by NAME (python -m teachers lists them), path or URL. Nothing in it is run.
 
     NAME=FILE reads a file as a public ViT's, SIZE=FILE as a plain ViT with the heads of a size.
+    `normalization`: of a file that does not name its own (a key of NORMALIZATIONS).
     """
+    return name_normalization(read(source), normalization)
+
+
+def read(source: str | Path) -> Checkpoint:
     source = place = str(source)
     model = size = None
     if named := not (checkpoints.is_url(place) or Path(place).is_file()):
@@ -35,6 +42,19 @@ def read_checkpoint(source: str | Path) -> Checkpoint:
 
     model = model if named else zoo.recognise(place)
     return convert.parse_foreign(found, source, model, size)
+
+
+def name_normalization(checkpoint: Checkpoint, name: str) -> Checkpoint:
+    """The checkpoint with the mean and std of the pixels that it was trained on."""
+    architecture = checkpoint.architecture
+    if "mean" in architecture and not name:
+        return checkpoint
+    assumed = "imagenet" if architecture["channels"] == 3 else "none"
+    if not name:
+        remedy = f"--normalization {' or '.join(k for k in NORMALIZATIONS if k != assumed)}"
+        print0(f"note: {checkpoint.source} names no mean and std, so we take {assumed} ({remedy})")
+    mean, std = NORMALIZATIONS[name or assumed]
+    return replace(checkpoint, architecture=architecture | {"mean": mean, "std": std})
 
 
 def build_vit(checkpoint: Checkpoint, image_size=None, classes=None, drop_path=0.0) -> vit.ViT:
@@ -93,7 +113,7 @@ def to_config(architecture: dict[str, Any]) -> vit.Config:
 def make_config(settings, dataset, **changes) -> vit.Config:
     """The ViT that --model and --patch ask for, for these images and classes."""
     images = dict(image_size=dataset.image_size, patch=settings.patch, channels=dataset.channels)
-    images["classes"] = len(dataset.classes)
+    images |= dict(classes=len(dataset.classes), mean=dataset.mean, std=dataset.std)
     name, *parts = re.split(r"\+(?=\w+=)", settings.model, maxsplit=1)
     sizes = vit.SIZES
     if parts or name not in sizes:
@@ -131,9 +151,11 @@ class Model:
         return self.teacher.lend(images, self.layers) if self.teacher else None
 
 
-def open_model(source: str | Path | Checkpoint, device="cpu", image_size=None) -> Model:
+def open_model(
+    source: str | Path | Checkpoint, device="cpu", image_size=None, normalization: str = ""
+) -> Model:
     """A checkpoint as a Model, frozen, at its own or another image size."""
-    found = source if isinstance(source, Checkpoint) else read_checkpoint(source)
+    found = source if isinstance(source, Checkpoint) else read_checkpoint(source, normalization)
     nets = [build_vit(one, image_size).to(device) for one in (found, found.teacher) if one]
     net, *teacher = (one.eval().requires_grad_(False) for one in nets)
     if not teacher:

@@ -48,7 +48,8 @@ def to_timm(model, theirs: nn.Module) -> dict[str, Tensor]:
     except RuntimeError as error:  # it names keys and shapes
         raise ValueError(f"timm's is another ViT (img_size, num_classes?): {error}") from None
     noise = torch.randn(1, net.config.channels, *[net.config.image_size] * 2)
-    before, after = ours(noise.to(net.fc_norm.weight)), twin(noise.to(net.fc_norm.weight))
+    noise = noise.to(net.fc_norm.weight)
+    before, after = ours(noise), twin(ours.normalise(noise))  # timm's data pipeline normalises
     limit = 1e-4 * (1 + before.abs().max().item())
     if before.shape != after.shape or not torch.allclose(before, after, rtol=0.0, atol=limit):
         raise ValueError("timm's outputs on noise differ: other heads, activation or global_pool?")

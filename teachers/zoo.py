@@ -6,12 +6,11 @@ from itertools import product
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from datasets.sources import NORMALIZATIONS
 from teachers.positions import Resize
 from vit import SIZES
 
-IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-HALF = ([0.5] * 3, [0.5] * 3)
-CLIP = ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])
+IMAGENET, HALF, CLIP = (NORMALIZATIONS[name] for name in ("imagenet", "half", "clip"))
 TIMM = "https://huggingface.co/timm/{}/resolve/main/model.safetensors"
 FAIR = "https://dl.fbaipublicfiles.com/"
 APACHE = "Apache 2.0"
@@ -36,7 +35,7 @@ class Family:
     licence: str
     models: str
     overrides: dict = field(default_factory=dict)  # of the defaults of teachers.vit.Config
-    normalization: tuple[list[float], list[float]] = IMAGENET
+    normalization: tuple[tuple[float, ...], tuple[float, ...]] = IMAGENET  # mean and std
     resize: Resize = field(default_factory=Resize)  # as the family's own code does it
     files: str = ""
 

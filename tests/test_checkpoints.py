@@ -19,6 +19,7 @@ import finetune
 import pretrain
 import vit
 from common import checkpoints
+from datasets.sources import NORMALIZATIONS
 from teachers import find
 from teachers.adapt import adapt
 from teachers.find import find_teacher, make_teacher
@@ -35,7 +36,9 @@ def test_bundled_files_are_what_is_said_of_them_and_plain_vits(name):
     assert hashlib.sha256(file.read_bytes()).hexdigest() == facts["sha256"]
     found = read_checkpoint(file)
     net, state = build_vit(found), torch.load(file, weights_only=True)["model"]
-    assert type(net) is vit.ViT and found.method == "pretrain" and found.normalization
+    assert type(net) is vit.ViT and found.method == "pretrain"
+    kind = data.DATA_SETS[name]  # older files say it beside the architecture
+    assert (net.config.mean, net.config.std) == (kind.mean, kind.std)
     for key, value in net.state_dict().items():
         assert key.startswith("fc_norm") or torch.equal(value, state[key])
     settings = pretrain.parse(["--data", name])
@@ -51,9 +54,10 @@ def pretrainings(monkeypatch):
 
     def main(settings):
         made.append(settings)
-        task = pretrain.task(settings, dataset := data.load(settings))
-        about = {"normalization": dataset.normalization, "method": "pretrain"}
-        checkpoints.save(task.export(task.net) | about, Path(settings.out) / "model.pt")
+        task = pretrain.task(settings, data.load(settings))
+        checkpoints.save(
+            task.export(task.net) | {"method": "pretrain"}, Path(settings.out) / "model.pt"
+        )
 
     monkeypatch.setattr(pretrain, "main", main)
     return made
@@ -106,7 +110,7 @@ with runs.lock(pathlib.Path({str(path.parent)!r})):
     assert len(pretrainings) == 1
 
 
-def test_none_random_and_students_of_copy(tmp_path, capsys):
+def test_none_random_and_students_of_copy(tmp_path):
     assert find_for(finetune, "--teacher", "none") is None
     assert find_for(attention_copy, "--teacher", "random") is None
     with pytest.raises(FileNotFoundError, match="mae_pretrain_vit_large"):
@@ -115,9 +119,6 @@ def test_none_random_and_students_of_copy(tmp_path, capsys):
     torch.save(checkpoints.export(student, student, [0, 2]), tmp_path / "copy.pt")
     with pytest.raises(ValueError, match="name the teacher it had"):
         find_for(finetune, "--teacher", str(tmp_path / "copy.pt"))
-    torch.save(checkpoints.export(student), tmp_path / "plain.pt")
-    find_for(finetune, "--teacher", str(tmp_path / "plain.pt"))
-    assert "names no normalisation" in capsys.readouterr().out
 
 
 def test_a_teacher_that_learned_from_test_images_is_said(small, photos, tmp_path, capsys):
@@ -142,7 +143,8 @@ def test_heads_are_never_guessed(tmp_path):
     for source in (path, f"tiny={path}"):
         with pytest.raises(ValueError, match="SIZE=FILE"):
             read_checkpoint(source)
-    six, twelve = (build_vit(read_checkpoint(f"{size}={path}")) for size in ("small", "small/12"))
+    sizes = "small", "small/12"
+    six, twelve = (build_vit(read_checkpoint(f"{size}={path}", "none")) for size in sizes)
     assert torch.equal(six(images), small(images)) and twelve.config.heads == 12
     assert not torch.allclose(six(images), twelve(images), atol=1e-4)
     torch.save(checkpoints.export(small), tmp_path / "ours.pt")  # ours say it, whatever is asked
@@ -204,3 +206,16 @@ def test_a_model_opens_as_what_it_was_exported_from(tmp_path):
         assert torch.allclose(qk.q, theirs.q) if i in layers else qk.q.shape[-1] == 8
     torch.testing.assert_close(student.classify(x), expected)
     assert adapt(teacher, student, layers) is teacher
+
+
+@pytest.mark.parametrize("name", ["", "half"])
+def test_pixels_that_a_file_does_not_name_are_said_wherever_it_is_opened(name, tmp_path, capsys):
+    net, images = (
+        vit.ViT(vit.Config(32, 8, 3, 5, *vit.SIZES["tiny"])).eval(),
+        torch.rand(2, 3, 32, 32),
+    )
+    torch.save(net.state_dict(), tmp_path / "plain.pth")
+    opened = open_model(f"tiny={tmp_path / 'plain.pth'}", normalization=name)
+    mean, std = (torch.tensor(x)[:, None, None] for x in NORMALIZATIONS[name or "imagenet"])
+    torch.testing.assert_close(opened(images), net((images - mean) / std))
+    assert ("names no mean" in capsys.readouterr().out) == (not name)

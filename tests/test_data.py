@@ -32,7 +32,7 @@ def test_digits_are_placed_whole_and_anew_each_step_and_fixed_for_validation_and
     assert [len(p) for p in (dataset.train, dataset.val, dataset.test)] == [997, 1200, 2000]
     pixels = torch.from_numpy(np.load(digits.FILE)["images"]) / 16
     for batch, labels in (first(dataset.train), next(dataset.test.in_order(50))):
-        canvas = (batch * 0.35 + 0.25)[:, 0]
+        canvas = batch[:, 0]
         assert batch.shape == (50, 1, 12, 12) and labels.shape == (50,)
         windows = canvas.unfold(1, 8, 1).unfold(2, 8, 1)  # (B, 5, 5, 8, 8): each place
         for one in windows[:10]:  # some real digit lies somewhere, nothing on it is darker
@@ -77,7 +77,7 @@ def test_each_distractor_covers_more_of_the_canvas():
     for distractors in ("0", "1", "3"):
         dataset = data.load(finetune.parse([*whole, "--distractors", distractors]))
         batches = first(dataset.train)[0], next(dataset.val.in_order(300))[0]
-        inked.append([(batch * 0.35 + 0.25 > 1e-3).float().mean().item() for batch in batches])
+        inked.append([(batch > 1e-3).float().mean().item() for batch in batches])
     assert all(none < one < three for none, one, three in zip(*inked, strict=True))
 
 
@@ -106,15 +106,6 @@ def test_ranks_share_each_batch_and_each_evaluation_without_overlap(small):
             test.world = 4
             count += sum(len(labels) for _, labels in test.in_order(3))
         assert count == len(test)
-
-
-def test_normalisation_is_the_teachers(small, storage):
-    dataset = data.load(finetune.parse(small))
-    usual, _ = next(dataset.test.in_order(4))
-    dataset.normalise.set(([0.5] * 3, [0.5] * 3))
-    other, _ = next(dataset.test.in_order(4))
-    mean, std = (torch.tensor(x)[:, None, None] for x in data.IMAGENET)
-    torch.testing.assert_close((usual * std + mean - 0.5) / 0.5, other, atol=1e-5, rtol=1e-5)
 
 
 def make_cifar(tmp_path, monkeypatch, images=20):
@@ -155,9 +146,8 @@ def test_cifar_as_torchvision_stores_it(tmp_path, monkeypatch):
     dataset = data.load(finetune.parse([*argv, "--batch", "10"]))
     assert dataset.classes == list("abcdefghij") and len(dataset.train) == 20
     batch, labels = next(dataset.test.in_order(20))
-    mean, std = (torch.tensor(x)[:, None, None] for x in dataset.normalization)
     expected = torch.from_numpy(pixels["test_batch"]).view(20, 3, 32, 32)
-    assert torch.equal(((batch * std + mean) * 255).round().to(torch.uint8), expected)
+    assert torch.equal((batch * 255).round().to(torch.uint8), expected)
     assert labels.tolist() == [i % 10 for i in range(20)]
     assert first(dataset.train)[0].shape == (10, 3, 32, 32)
     settings = replace(ensemble.parse(["A", *argv]), image_size=32, holdout=0)

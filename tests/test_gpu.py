@@ -14,7 +14,7 @@ import data
 import finetune
 import train
 from common import augment
-from common.fused_loss import fused_attention_loss
+from common.attention import fused_attention_loss
 from experiments import variants
 from related import linear_attention, reminders
 from vit import QK, attend

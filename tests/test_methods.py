@@ -15,7 +15,9 @@ import pretrain
 import train
 import vit
 from attention_distill import attention_loss, compare_maps
+from common import checkpoints
 from teachers.find import find_teacher
+from teachers.load import read_checkpoint
 from vit import QK
 
 SETTINGS = attention_distill.Settings(attention_weight=2.5, smoothing=0.1)
@@ -201,3 +203,33 @@ def test_the_fused_form_keeps_no_map():
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             loss(student, teacher).backward()
         assert (max(x.numel() for x in kept) >= 2 * 3 * 50 * 50) == stores
+
+
+def test_a_teacher_lends_the_maps_of_its_own_pixels():
+    """Teacher and student normalise differently, and get the same batch."""
+    student, teacher = make(0, mean=(0.25,), std=(0.35,)), make(1, mean=(0.5,), std=(0.2,))
+    plain = make(1)  # the teacher's weights, without its normalisation
+    images, labels = torch.rand(3, 1, 12, 12), torch.tensor([1, 2, 3])
+    own = [qk.map() for _, qk in plain.blockwise((images - 0.5) / 0.2)]
+    looks = student.blockwise(images, given=teacher.lend(images, range(4)))
+    for (_, qk), p in zip(looks, own, strict=True):
+        torch.testing.assert_close(qk.map(), p)
+    _, shown = attention_distill.loss(student, images, labels, teacher, [0, 2], SETTINGS)
+    ours = [qk.map() for _, qk in student.blockwise(images)]
+    kl = [(own[i] * (own[i] / ours[i]).log()).sum(-1).mean() for i in (0, 2)]
+    torch.testing.assert_close(shown["kl"], sum(kl) / 2)
+
+
+def test_a_task_built_in_python_trains_as_the_script_does(tmp_path):
+    teacher = checkpoints.export(make(1, mean=(0.5,), std=(0.2,)))
+    torch.save(teacher, path := tmp_path / "teacher.pt")
+    argv = ["--data", "digits", "--epochs", "1", "--teacher", str(path)]
+    rows = []
+    for name in ("script", "python"):
+        settings = attention_copy.parse([*argv, "--out", str(tmp_path / name)])
+        if name == "script":
+            rows.append(attention_copy.main(settings))
+        else:
+            task = attention_copy.task(settings, data.load(settings), read_checkpoint(path))
+            rows.append(train.fit(task, settings))
+    assert rows[0]["loss"] == rows[1]["loss"] and rows[0]["test_top1"] == rows[1]["test_top1"]

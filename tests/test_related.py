@@ -26,6 +26,7 @@ from teachers.load import open_model
 
 SHORT = ["--epochs", "2", "--warmup", "0"]
 LABELS = torch.tensor([1, 2, 3, 4])
+DIGITS = data.Data([*"0123456789"], 12, (0.25,), (0.35,))
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +42,7 @@ def make_vit():
 
 def assert_nothing_to_learn(loss, net):
     grads = torch.autograd.grad(loss, net.parameters(), allow_unused=True)
-    assert loss.item() == pytest.approx(0, abs=1e-6)
+    assert loss.item() == pytest.approx(0, abs=1e-5)
     assert all(g is None or g.abs().max() < 1e-6 for g in grads)
 
 
@@ -65,7 +66,7 @@ def test_softened_classes_are_compared_by_their_divergence():
 
 @pytest.mark.parametrize("name", ["at", "kd"])
 def test_a_teacher_as_its_own_student_has_nothing_to_learn_from_it(name, images):
-    net = WideResNet("teacher", 1, 10).eval()
+    net = WideResNet("teacher", DIGITS).eval()
     settings = activations.parse(["--at-weight", "0", "--kd-weight", "0", f"--{name}-weight", "1"])
     total, terms = activations.loss(net, images, LABELS, net, settings)
     assert_nothing_to_learn(terms[name], net)
@@ -75,7 +76,7 @@ def test_a_teacher_as_its_own_student_has_nothing_to_learn_from_it(name, images)
 @pytest.mark.slow
 def test_contributions_of_pixels_add_up_to_the_difference_of_outputs(images):
     """Completeness (Sundararajan et al. 2017, section 3). For a linear net: x times weight."""
-    net, black = WideResNet("small", 1, 10).eval(), torch.full((1, 1, 1, 1), -0.7)
+    net, black = WideResNet("small", DIGITS).eval(), torch.full((1, 1, 1, 1), -0.7)
     found = ig.integrate_gradients(net, images, LABELS, black, 400)
     difference = (net(images) - net(black.expand_as(images))).gather(1, LABELS[:, None])[:, 0]
     assert_close(found.sum(dim=(1, 2, 3)), difference, atol=2e-3, rtol=2e-2)
@@ -85,12 +86,11 @@ def test_contributions_of_pixels_add_up_to_the_difference_of_outputs(images):
 
 
 def test_maps_are_laid_over_in_pixels():
-    normalise = augment.Normalise(([0.25], [0.35]), "cpu")
     pixels, maps = torch.rand(2, 6, 1, 4, 4)
-    both = torch.cat([normalise(pixels), maps], dim=1)
-    for overlay, seen in ((1.0, normalise(0.5 * pixels + 0.5 * maps)), (0.0, both[:, :1])):
+    both = torch.cat([pixels, maps], dim=1)
+    for overlay, seen in ((1.0, 0.5 * pixels + 0.5 * maps), (0.0, pixels)):
         draws = augment.BatchRandom(augment.seeded(0), 6, slice(0, 6), torch.device("cpu"))
-        found = ig.lay_over(both, draws, overlay, normalise)
+        found = ig.lay_over(both, draws, overlay, nn.Identity())
         assert_close(found[:, :1], seen)
         assert torch.equal(found[:, 1:], both[:, :1])  # what the teacher sees
 
@@ -98,14 +98,14 @@ def test_maps_are_laid_over_in_pixels():
 @pytest.mark.parametrize("flags", [[], ["--shuffle"], ["--raw"]])
 def test_each_image_has_its_own_map_or_that_of_another(flags, tmp_path):
     settings = ig.parse(["--num-labels", "50", "--bank", "1", "--overlay", "1", *flags])
-    net, dataset = WideResNet("teacher", 1, 10).eval(), data.load(settings)
+    net, dataset = WideResNet("teacher", DIGITS).eval(), data.load(settings)
     kept = checkpoints.Checkpoint(str(tmp_path / "model.pt"), net.state_dict(), {})
     view = ig.add_maps(dataset, net, kept, settings).train
     bank, labels = dataset.train.first(50)
-    black = torch.full((1, 1, 1, 1), -0.25 / 0.35)
+    black = torch.zeros(1, 1, 1, 1)
     maps = ig.make_hint(ig.integrate_gradients(net, bank, labels, black, settings.path))
     whose = torch.arange(50) - (1 if "--shuffle" in flags else 0)
-    laid = maps[whose] if "--raw" in flags else (maps[whose] - 0.25) / 0.35
+    laid = 0.35 * maps[whose] + 0.25 if "--raw" in flags else maps[whose]
     for image in next(view.epoch(0))[0]:
         which = (bank - image[1:]).abs().sum(dim=(1, 2, 3)).argmin()
         assert_close(image[:1], 0.5 * bank[which] + 0.5 * laid[which])

@@ -20,7 +20,6 @@ import ensemble
 import finetune
 import train
 from common import checkpoints
-from common.augment import Normalise
 from common.launch import Failed
 from common.settings import get_values, parse_layers
 from datasets import digits
@@ -164,8 +163,7 @@ def test_what_the_image_adds_to_a_map_is_what_position_alone_does_not_say():
 
 
 def test_patches_are_of_the_kind_whose_ink_they_hold():
-    normalise = Normalise(data.DATA_SETS["digits"].normalization, "cpu")
-    split = digits.Split(2, normalise, torch.device("cpu"))
+    split = digits.Split(2, torch.device("cpu"))
     digit, distractors = (canvas[:30] for canvas in split.layers("test"))
     kinds = looks.find_kinds(digit, distractors, patch=3).argmax(dim=-1)
     for image in range(30):

@@ -70,7 +70,7 @@ def test_reals_labels_are_by_the_number_in_a_files_name(tmp_path):
     source = sources.Tensors(torch.zeros(4, 3, 2, 2), torch.zeros(4))
     source.names = [f"n/ILSVRC2012_val_{number:08}.JPEG" for number in (3, 1, 8, 2)]
     source.files = source
-    view, classes = data.Eval(source, None, "cpu"), [f"n{i:08}" for i in range(1000)]
+    view, classes = data.Eval(source, "cpu"), [f"n{i:08}" for i in range(1000)]
     images = data.Data(classes, 3, 2, None, test=view)
     p = torch.eye(1000)[[10, 20, 30, 40]]
     real = [[20, 5], [7], [10], [], [], [], [], []]  # right, wrong, right; the 8th has none

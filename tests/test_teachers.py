@@ -23,7 +23,6 @@ import finetune
 import pretrain
 import vit
 from common import checkpoints
-from common.augment import Normalise
 from teachers import load, positions, zoo
 from teachers.__main__ import main as list_teachers
 from teachers.adapt import TeacherAdapter, adapt
@@ -57,7 +56,7 @@ def test_the_table_says_what_timm_says(family):
         theirs = (net.embed_dim, len(net.blocks), block.attn.num_heads)
         assert said == (*theirs, net.patch_embed.patch_size[0], cfg["input_size"][-1])
         assert member.url == zoo.TIMM.format(cfg["hf_hub_id"].removeprefix("timm/"))
-        assert family.normalization == (list(cfg["mean"]), list(cfg["std"]))
+        assert family.normalization == (tuple(cfg["mean"]), tuple(cfg["std"]))
         assert family.overrides.get("eps", 1e-6) == block.norm1.eps
         no_commerce = "nc" in cfg["license"] or "noncommercial" in cfg["license"]
         assert no_commerce == ("no commercial use" in family.licence)
@@ -108,7 +107,7 @@ def traces_of_timms(net, images):
 @torch.no_grad()
 def assert_alike(ours, net, size):
     images = torch.randn(2, 3, size, size)
-    tokens, maps = traces_of_timms(net, images)
+    tokens, maps = traces_of_timms(net, ours.normalise(images))
     traces = list(ours.blockwise(images))
     assert len(traces) == len(tokens) == len(maps) == SMALL["depth"]
     for (x, qk), y, p in zip(traces, tokens, maps, strict=True):
@@ -230,8 +229,8 @@ def test_torchvisions(small, tmp_path):
         images, tokens = torch.randn(2, 3, size, size), []
         for layer in other.encoder.layers:
             layer.register_forward_hook(lambda _, given, out, to=tokens: to.append(out))
-        other(images)
         ours = build_vit(found, classes=0, image_size=size).eval()
+        other(ours.normalise(images))
         for (x, _), y in zip(ours.blockwise(images), tokens, strict=True):
             torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5)
 
@@ -259,7 +258,7 @@ def test_positions_are_resized_as_the_code_of_the_family_does(new):
 
 def images_of(size: int) -> data.Data:
     device = SimpleNamespace(device=torch.device("cpu"))
-    return data.Data([str(i) for i in range(5)], 3, size, Normalise(zoo.HALF, "cpu"), device)
+    return data.Data([str(i) for i in range(5)], size, *zoo.HALF, device)
 
 
 def prepare(script, name: str, tmp_path, size: int, *more: str):
@@ -309,7 +308,8 @@ def test_a_student_looks_where_its_teacher_looks_learns_and_goes_to_timm(name, s
     net = timms(target, img_size=size, num_classes=5, global_pool="avg", **pooled)
     net.load_state_dict(to_timm(load.Model(student), net))
     with torch.no_grad():
-        torch.testing.assert_close(net(batch), student.eval()(batch), atol=1e-5, rtol=1e-5)
+        theirs = net(student.normalise(batch))
+        torch.testing.assert_close(theirs, student.eval()(batch), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.slow
@@ -426,7 +426,8 @@ def test_a_teacher_of_another_depth_drops_no_paths():
 def test_components_are_those_of_the_models_name():
     model = "micro+registers=2+positions=absolute+rope+norm_pre=1"
     settings = pretrain.parse(["--data", "digits", "--model", model])
-    expected = Config(12, 3, 3, 0, 64, 4, 4, registers=2, positions="absolute+rope", norm_pre=True)
+    own = dict(mean=zoo.HALF[0], std=zoo.HALF[1], registers=2, positions="absolute+rope")
+    expected = Config(12, 3, 3, 0, 64, 4, 4, **own, norm_pre=True)
     assert load.new_vit(settings, images_of(12), classes=0).config == expected
     for model, size in (("huge+", 1280), ("huge++registers=1", 1280), ("micro", 64)):
         config = load.make_config(replace(settings, model=model), images_of(12))

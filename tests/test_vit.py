@@ -125,7 +125,7 @@ def test_loans_for_fewer_or_more_blocks_and_spent_ones_are_refused():
 @pytest.mark.parametrize("size", [(40, 40), (32, 40), (16, 64)])  # the last has 16 patches too
 def test_images_of_another_size_are_refused(size):
     for call in (make().forward, lambda x: next(make().lend(x, [0]))):
-        with pytest.raises(ValueError, match="images of 32 pixels a side"):
+        with pytest.raises(ValueError, match="images of 3 x 32 x 32"):
             call(torch.randn(2, 3, *size))
 
 
@@ -143,3 +143,30 @@ def test_drop_path_drops_whole_branches_of_single_images_and_is_unbiased():
     logits = net(images, keep=one)
     torch.testing.assert_close(logits[0], net.classify(net.embed(images))[0])
     torch.testing.assert_close(logits[1], net.eval()(images)[1])
+
+
+class Adapter(torch.nn.Module):
+    """As LoRA's: beside a layer, which it stands for."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.beside = layer, torch.nn.Linear(layer.in_features, layer.out_features)
+
+    def forward(self, x):
+        return self.layer(x) + self.beside(x)
+
+
+def test_hooks_and_adapters_of_qkv_take_part_in_all_that_is_projected():
+    student, teacher, images = make(0), make(1), torch.rand(2, 3, 32, 32)
+    merged = [make(0), make(1)]
+    for net, whole in zip((student, teacher), merged, strict=True):
+        for block, other in zip(net.blocks, whole.blocks, strict=True):
+            adapter = block.attn.qkv = Adapter(block.attn.qkv)
+            other.attn.qkv.weight.data += adapter.beside.weight
+            other.attn.qkv.bias.data += adapter.beside.bias
+    seen = []
+    for net in merged:
+        net.blocks[1].attn.qkv.register_forward_hook(lambda *call: seen.append(call[2].shape[-1]))
+    copies = [a(images, given=b.lend(images, [0, 1])) for a, b in ((student, teacher), merged)]
+    torch.testing.assert_close(*copies)
+    assert seen == [2 * 48, 48]  # the teacher's queries and keys, the student's values
