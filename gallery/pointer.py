@@ -13,7 +13,7 @@ import finetune
 import look
 import train
 from common import launch, pictures
-from experiments.figures import COLOURS
+from study.figures import COLOURS
 from teachers.find import BUNDLED, find_teacher
 from teachers.load import Model, open_model
 from vit import ViT

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from common import pictures
-from experiments.figures import COLOURS
-from experiments.rows import PAPER
+from study.figures import COLOURS
+from study.rows import PAPER
 
 LENT, LEARNED, BOTH = "#ffd27a", "#9cc9ea", "#ffd27a #9cc9ea"  # of boxes: where, then what
 WIDE, HIGH, APART = 0.73, 0.46, 0.21  # a box, and half the way from teacher to student, in inches

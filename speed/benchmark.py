@@ -17,7 +17,7 @@ over steps after warm-up. A step includes the optimizer and, where the recipe
 has one, the average of the weights. The share of the hardware is relative to its
 own rate of multiplying matrices, measured in the same run. It counts the
 operations that a method needs, whatever a variant does beyond
-(measure.count_operations). --record writes results/benchmark-DEVICE.json after
+(measure.count_operations). --record writes speed/benchmark-DEVICE.json after
 each batch size, so a run that is killed keeps what it has measured.
 """
 
@@ -47,9 +47,9 @@ from common.launch import print0
 from common.precision import has_bf16
 from common.settings import parse_settings, setting, to_argv
 from datasets import sources
-from experiments.jobs import leave_with_parent
 from speed import measure
 from speed.plain import PlainLearner, make_plain_task
+from study.jobs import leave_with_parent
 from train import Learner
 
 SCRIPTS = {

@@ -23,8 +23,8 @@ from common.settings import Base, parse_layers, setting
 @dataclass(frozen=True)
 class Settings(Base):
     device: str = setting("auto", "cpu, cuda, mps, or auto")
-    record: bool = setting(False, "keep the figures in --results/benchmark-DEVICE.json")
-    results: str = setting("results", "folder of the record")
+    record: bool = setting(False, "keep the figures in --speed/benchmark-DEVICE.json")
+    results: str = setting("speed", "folder of the record")
 
 
 def count_classes(recipe) -> int:
@@ -107,7 +107,7 @@ def read_peak(device: torch.device) -> float:
 
 
 def add_record(settings, device: torch.device, module: str, found: dict, whole=True) -> dict:
-    """With --record, results/benchmark-DEVICE.json keeps the newest record of each command.
+    """With --record, speed/benchmark-DEVICE.json keeps the newest record of each command.
 
     One that is not yet `whole` replaces none that is.
     """

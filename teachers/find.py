@@ -13,7 +13,7 @@ from data import DATA_SETS, Images
 from teachers import adapt
 from teachers.load import make_config, read_checkpoint
 
-BUNDLED = Path(__file__).parent.parent / "weights"  # made by experiments/ship.py
+BUNDLED = Path(__file__).parent.parent / "weights"  # made by study/ship.py
 
 
 def find_teacher(settings, dataset) -> Checkpoint | None:

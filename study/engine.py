@@ -1,0 +1,163 @@
+"""What a study is made of: its rows, their runs, its tables, and the accuracies of a table."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from common.runs import hash_settings
+from common.settings import Base, get_free, get_values, setting, to_argv
+from study.estimates import compute_share, estimate, pack
+from study.jobs import ROOT, Job
+
+Flags = Mapping[str, Any]  # settings by name
+Runs = dict[str, dict[str, list[Job]]]  # point: row: its runs, one for each seed
+
+
+@dataclass(frozen=True)
+class RunSettings(Base):
+    jobs: int = setting(0, "runs at a time [one per CPU core, or one on a GPU]")
+    data_dir: str = setting("", "where the images of cifar10 are")
+    runs: str = setting("runs/reproduce", "folder of the runs")
+    extra: str = setting("", "more arguments for every training: '--device cpu'")
+
+
+class Row(NamedTuple):
+    script: str  # of jobs.SCRIPTS
+    teacher: str  # none, random, pre-trained, the row whose net it is, or "" for no such setting
+    flags: Flags = MappingProxyType({})  # what makes it this row
+    tuned_as: str = ""  # the row whose settings it takes if it is not tuned itself
+
+
+class Study(NamedTuple):
+    """A data set: its rows, what all of them share, and what is tuned of each."""
+
+    rows: dict[str, Row]
+    base: Flags  # of all rows, unless a point overrides it
+    teacher: Flags = MappingProxyType({})
+    images: tuple[str, ...] = ("data", "distractors", "model")  # settings the teacher shares
+    teacher_seed: int | None = None  # of one for all (0: the bundled one if it fits)
+    seeds: tuple[int, ...] = ()  # of tuning, which no table uses
+    rates: tuple[float, ...] = ()  # tried for every row,
+    decays: tuple[float, ...] = ()  # weight decays,
+    mixes: tuple[Flags, ...] = ()  # ways to regularise,
+    own: Mapping[str, tuple[str, tuple]] = MappingProxyType({})  # one more: its default first
+
+
+class Planner(NamedTuple):
+    """Plans the runs of a study."""
+
+    study: Study
+    folder: Path
+    extra: tuple[str, ...] = ()
+    find_bundled: Callable = lambda settings: None  # teachers.find.find_bundled
+
+    def plan(self, row: str, seed: int, point: Flags, tuned: dict[str, Flags]) -> dict[str, Job]:
+        """Jobs by name: those whose nets a run needs, then the run. `tuned`: settings of rows."""
+        study, (script, source, flags, tuned_as) = self.study, self.study.rows[row]
+        needed, teacher = {}, source
+        if source == "pre-trained":
+            needed = self.plan_teacher(seed, point)
+            (job,) = needed.values()
+            if study.teacher_seed == 0 and (file := self.find_bundled(job.get_settings())):
+                needed, teacher = {}, file
+        elif source in study.rows:
+            needed = self.plan(source, seed, point, tuned)
+        if needed:
+            teacher = list(needed.values())[-1].out / "model.pt"
+        tuned_as = row if row in study.own else tuned_as
+        own = (tuned[tuned_as] if study.own and tuned_as else {}) | flags
+        given = study.base | point | own | {"seed": seed}
+        if teacher:
+            given["teacher"] = teacher
+        if "epochs" in given:
+            given["eval_every"] = given["epochs"]
+        if "lr" in given:
+            given["blr"] = 0.0  # of no use, and no reason to run again when a recipe changes
+        special = {k: v for k, v in (point | own).items() if study.base.get(k) != v}
+        name = f"{row}{format_flags(special)} s{seed}"
+        return needed | {name: self.make_job(script, name, given, tuple(needed))}
+
+    def plan_teacher(self, seed: int, point: Flags) -> dict[str, Job]:
+        study, one = self.study, self.study.teacher_seed
+        seed = seed if one is None else one
+        which = {k: v for k, v in point.items() if k in study.images}
+        shared = {k: v for k, v in (study.base | point).items() if k in study.images}
+        name = f"teacher{format_flags(which)} s{seed}"
+        return {name: self.make_job("pretrain", name, shared | study.teacher | {"seed": seed})}
+
+    def make_job(self, script: str, name: str, given: Flags, after: tuple[str, ...] = ()) -> Job:
+        settings = Job(script, [*to_argv(given), *self.extra], self.folder).get_settings()
+        counts = get_values(settings).keys() - get_free(settings) | {"teacher"} & given.keys()
+        shown = {k: str(getattr(settings, k)).removeprefix(f"{ROOT}/") for k in sorted(counts)}
+        out = self.folder / f"{name} {hash_settings(shown)}".replace(":", "-")
+        return Job(script, [*to_argv(given | {"out": out}), *self.extra], out, after)
+
+
+def make_planner(study: Study, settings: RunSettings, **how) -> Planner:
+    named = settings.data_dir and study.base["data"] not in ("digits", "scenes")  # bundled
+    extra = *settings.extra.split(), *(("--data-dir", settings.data_dir) if named else ())
+    return Planner(study, Path(settings.runs) / study.base["data"], extra, **how)
+
+
+def format_flags(flags: Flags) -> str:
+    return "".join(f", {name} {value}" for name, value in flags.items())
+
+
+# A table ------------------------------------------------------------------------------------------
+
+
+class Table(NamedTuple):
+    """Rows at points of a study."""
+
+    about: str
+    study: Study
+    rows: tuple[str, ...]
+    points: dict[str, Flags]
+    seeds: int = 10
+    first: int = 0  # of the seeds
+    tunes: bool = False  # finds settings on validation images, and tests nothing
+    tuned_at: str = ""  # the point whose settings others take (empty: each its own)
+    against: dict[str, str] | None = None  # what a row is compared with, if not BASELINE
+    fewer: Mapping[str, tuple[tuple[str, ...], int]] = MappingProxyType(
+        {}
+    )  # rows, seeds of a point
+    find: Callable[["Table", Runs], dict] | None = None  # something else than accuracies
+    picture: Callable[[Runs], Any] | None = None  # a figure, instead of one of accuracies
+    contrasts: Mapping[str, Callable[..., float]] = MappingProxyType({})  # by their names
+
+
+def estimate_accuracies(table: Table, runs: Runs) -> dict:
+    """Estimates of the rows at each point, contrasts across points, and which images were right."""
+    correct = {point: read_correct(of_rows) for point, of_rows in runs.items()}
+    return estimate_correct(correct, table.against, table.contrasts)
+
+
+def estimate_correct(correct: dict[str, dict], against=None, contrasts=MappingProxyType({})):
+    """The same of whether each image was classified correctly: (seeds, images) of each row."""
+    values, packed = ({point: {} for point in correct} for _ in range(2))
+    for point, of_rows in correct.items():
+        for row, right in of_rows.items():
+            values[point][row], packed[point][row] = 100 * right.mean(axis=1), pack(right)
+    return estimate(values, against, contrasts) | {"images": right.shape[1], "correct": packed}
+
+
+def read_correct(of_rows: dict[str, list[Job]]) -> dict[str, np.ndarray]:
+    """Whether each row classified each test image correctly, (seeds, images)."""
+    return {row: np.stack([job.read_correct() for job in jobs]) for row, jobs in of_rows.items()}
+
+
+def subtract(*pairs: tuple[str, str]) -> dict[str, Callable]:
+    def compute(of, row, other):
+        return of[row] - of[other]
+
+    return {f"{row} − {one}": partial(compute, row=row, other=one) for row, one in pairs}
+
+
+def share_of_gain(row: str, other: str) -> dict[str, Callable]:
+    name = f"share of the gain of {other} that {row} has"
+    return {name: partial(compute_share, row=row, other=other)}

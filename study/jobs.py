@@ -1,0 +1,183 @@
+"""Many runs of the scripts: several at a time, each after those it needs, and none twice."""
+
+import importlib
+import json
+import multiprocessing
+import os
+import shlex
+import signal
+import sys
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from common import checkpoints, launch, runs
+from common.launch import Failed
+from common.progress import format_minutes
+from common.settings import get_free, get_values
+
+RELATED = "activations attndistill dino integrated_gradients linear_attention reminders".split()
+SCRIPTS = {  # imported when they are needed
+    "pretrain": "pretrain",
+    "finetune": "finetune",
+    "copy": "attention_copy",
+    "distill": "attention_distill",
+    "variants": "study.variants",
+    **{name: f"related.{name}" for name in RELATED},
+}
+ABOUT = {"points", "seeds", "runs", "training_minutes", "device", "commits"}  # of every record
+ROOT = Path(__file__).parent.parent
+# Imports take as long as a tenth of a run on the digits, so they are done once for all processes.
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload([__name__, SCRIPTS["variants"]])
+
+
+def load(script: str) -> Any:
+    return importlib.import_module(SCRIPTS[script])
+
+
+def work(script: str, argv: list[str], output: Path) -> None:
+    """Runs a script with these arguments, in a process of its own."""
+    threading.Thread(target=leave_with_parent, daemon=True).start()
+    with open(output, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = [script, *argv]
+    launch.run(load(script).main, load(script).parse)
+
+
+def leave_with_parent() -> None:
+    """Saves and leaves when the process that wants the result has ended, killed or not."""
+    multiprocessing.parent_process().join()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@dataclass
+class Job:
+    script: str
+    argv: list[str]
+    out: Path
+    after: tuple[str, ...] = ()  # names of all jobs that must be done before
+
+    def get_settings(self) -> Any:
+        return load(self.script).parse(self.argv)
+
+    def read_result(self) -> dict | None:
+        """The last row of its log, if it has finished with exactly these settings."""
+        if not ((self.out / "model.pt").exists() and self.has_begun()):
+            return None
+        return json.loads((self.out / "log.jsonl").read_text().splitlines()[-1])
+
+    def read_correct(self) -> np.ndarray:
+        """Whether the finished run classified each test image correctly, (images,)."""
+        tested = checkpoints.read_file(self.out / "test.pt")
+        return (tested["predicted"] == tested["labels"]).numpy()
+
+    def read_config(self) -> dict:
+        return json.loads((self.out / "config.json").read_text())
+
+    def has_begun(self) -> bool:
+        """Whether its folder holds a run, finished or not, with exactly these settings."""
+        try:
+            config = self.read_config()
+            weights_then = config["run"]["teacher_weights"]
+        except (OSError, ValueError, LookupError, TypeError):
+            return False
+        settings, weights = self.get_settings(), None
+        asked, counts = get_values(settings), get_values(settings).keys() - get_free(settings)
+        if (teacher := Path(asked.get("teacher", ""))).is_file():  # compared by its weights
+            weights = checkpoints.fingerprint(checkpoints.read_file(teacher)["model"])
+        elif "teacher" in asked:
+            counts |= {"teacher"}
+        return weights_then == weights and all(config.get(k) == asked[k] for k in counts)
+
+
+class Runner:
+    """Runs jobs, `workers` at a time."""
+
+    def __init__(self, workers: int, score: str):
+        on_gpu = torch.accelerator.is_available()
+        self.workers = workers or (1 if on_gpu else os.cpu_count() or 1)
+        self.score = score  # what to print of each result
+        self.processes: set[Any] = set()
+        threads = max(1, (os.cpu_count() or 1) // self.workers)
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # which the processes inherit
+        self.commits: set[str] = set()  # of the code that trained
+        self.seconds: dict[Path, float] = {}  # of training, of each run
+
+    def run(self, jobs: dict[str, Job]) -> dict[str, dict]:
+        """The results of all jobs by name. Failed if one of them fails."""
+        for job in jobs.values():
+            job.get_settings()  # wrong settings are found before anything is trained
+        self.done, self.total = 0, len(jobs)
+        launch.print0(f"{self.total} runs, {self.workers} at a time")
+        with ThreadPoolExecutor(self.workers) as pool:
+            futures: dict[str, Future] = {}
+            try:
+                # Those that wait for none first, or threads would wait where others could train.
+                for name, job in sorted(jobs.items(), key=lambda item: len(item[1].after)):
+                    needed = [futures[other] for other in job.after]
+                    futures[name] = pool.submit(self.run_one, name, job, needed)
+                return {name: future.result() for name, future in futures.items()}
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in list(self.processes):
+                    process.terminate()  # it saves and leaves
+                raise
+
+    def run_one(self, name: str, job: Job, needed: list[Future]) -> dict:
+        for future in needed:
+            future.result()
+        result, note = job.read_result(), "done before"
+        if result is None:
+            self.start_process(name, job)
+            result = job.read_result()
+            assert result, f"{name} left no result in {job.out}"
+            note = f"{format_minutes(result['seconds'])} of training"
+        self.done += 1
+        self.seconds[job.out] = result["seconds"]
+        self.commits.add(job.read_config()["commit"])
+        score = f"{result[self.score]:6.2f} %" if self.score in result else ""
+        print(f"{self.done:>3}/{self.total}  {score:8}  {name:<40} {note}", flush=True)
+        return result
+
+    def start_process(self, name: str, job: Job) -> None:
+        """Runs a job as a process, and resumes it if it has begun. Failed if it fails."""
+        job.out.mkdir(parents=True, exist_ok=True)
+        again = "--resume" if job.has_begun() else "--overwrite"
+        output = job.out / "output.txt"
+        process = FORKED.Process(target=work, args=(job.script, [*job.argv, again], output))
+        process.start()
+        self.processes.add(process)
+        process.join()
+        self.processes.discard(process)
+        if process.exitcode:
+            last = output.read_text().strip().splitlines()[-1:] if output.exists() else []
+            raise Failed(f"{name} failed: {' '.join(last)} (see {output})")
+
+    def record(self, name: str, extra: str, found: dict) -> dict:
+        """What was found, and how: the contents of a file in results/."""
+        command = f"python -m study.reproduce {name} --seeds {len(found['seeds'])}"
+        command += f" --extra {shlex.quote(extra)}" if extra else ""
+        gpu = torch.cuda.is_available()
+        device = torch.cuda.get_device_name() if gpu else f"CPU, {os.cpu_count()} cores"
+        about = {"command": command, "commit": runs.read_commit(), "commits": sorted(self.commits)}
+        about |= {"device": device, "torch": torch.__version__, "runs": len(self.seconds)}
+        about |= {"runs_at_a_time": self.workers, "threads": os.environ["OMP_NUM_THREADS"]}
+        return about | {"training_minutes": round(sum(self.seconds.values()) / 60, 1)} | found
+
+
+def read_record(path: Path) -> dict:
+    """A record. ValueError names it if it is damaged."""
+    try:
+        record = json.loads(path.read_text())
+        if missing := ABOUT - dict(record).keys():
+            raise ValueError(f"it has no {min(missing)}")
+        return record | {"points": dict(record["points"])}
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): restore it (git checkout)") from error

@@ -1,0 +1,188 @@
+"""The tables of all pages, and their pictures, from study/results/*.json.
+
+    python -m study.report
+
+All intervals are computed anew, from the images that each run classified
+correctly, or the accuracies of its seeds. What stands between <!-- NAME --> and
+<!-- end --> is replaced by the table of that record.
+"""
+
+import json
+import re
+from functools import partial
+from itertools import compress
+from pathlib import Path
+
+import numpy as np
+
+from common import checkpoints, launch
+from common.settings import Base, parse_settings
+from study import estimates, figures, related_tables, tables
+from study.estimates import BASELINE, CEILING, estimate, format_cell, format_means
+from study.jobs import ROOT, read_record
+from study.rows import PAPER
+
+TABLES = tables.TABLES | related_tables.TABLES
+parse = partial(parse_settings, __doc__, Base, {})
+RESULTS = ROOT / "study" / "results"
+USUAL = ("mean", "interval", "values", "difference", "recovery")
+PAGES = "README.md", "study/README.md", "related/README.md"
+TASKS = {
+    "pointer": "scenes-pointer", "pointer, photographs": "scenes-photos", "twins": "scenes-twins",
+    "digits": "fair-main", "CIFAR-10": "cifar10-fair",
+}  # fmt: skip
+TASK_ROWS = ("attention copy", "copy, mean maps", "attention distillation")
+MARKED = re.compile(r"<!-- ([\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
+
+
+def recompute(record: dict, table) -> dict:
+    """The record with its intervals computed anew. `table`: the engine.Table that it is of."""
+    record = recompute_cells(record)
+    points, correct = record["points"], record.get("correct", {})
+    values = {
+        point: {row: np.array(cells["values"]) for row, cells in of_rows.items()}
+        for point, of_rows in points.items() if all("values" in c for c in of_rows.values())
+    }  # fmt: skip
+    for point, of_rows in correct.items():
+        for row, bits in of_rows.items():
+            values[point][row] = 100 * estimates.unpack(bits, record["images"]).mean(axis=1)
+    if not values:
+        return record
+    found = estimate(values, table.against, table.contrasts)
+    for point, of_rows in found["points"].items():
+        for row, cells in of_rows.items():
+            points[point][row].pop("recovery", None)
+            points[point][row] |= cells
+    contrasts = record.get("contrasts", {}) | found["contrasts"]
+    return record | ({"contrasts": contrasts} if contrasts else {})
+
+
+def recompute_cells(cell):
+    """The same for every figure of which the values of all seeds are known."""
+    if not isinstance(cell, dict):
+        return cell
+    found, values = {name: recompute_cells(part) for name, part in cell.items()}, cell.get("values")
+    if values and isinstance(values[0], list):  # of each layer
+        cells = [estimates.estimate_over_seeds(np.array(of_layer)) for of_layer in values]
+        return found | {what: [one[what] for one in cells] for what in ("mean", "interval")}
+    return found | (estimates.estimate_over_seeds(np.array(values)) if values else {})
+
+
+def fill_tables(text: str, results: Path) -> str:
+    """The text with its marked tables replaced."""
+
+    def replace_table(match: re.Match) -> str:
+        if match[1] == "tasks":
+            return f"<!-- tasks -->\n{format_tasks(results)}<!-- end -->"
+        record = read_record(results / f"{match[1]}.json")
+        return f"<!-- {match[1]} -->\n{format_record(record)}<!-- end -->"
+
+    return MARKED.sub(replace_table, text)
+
+
+def format_tasks(results: Path) -> str:
+    """A column for the paper and each task: the two ends, and the recovery of some rows."""
+    lines = [[row, f"{PAPER[row]} %"] for row in (BASELINE, CEILING)]
+    for row in TASK_ROWS:
+        known = f"{estimates.compute_share(PAPER, row, CEILING):.2f}" if row in PAPER else ""
+        lines.append([f"recovery: {row}", known])
+    for name in TASKS.values():
+        (cells,) = read_record(results / f"{name}.json")["points"].values()
+        for line in lines[:2]:
+            line.append(f"{cells[line[0]]['mean']:.1f} %")
+        for row, line in zip(TASK_ROWS, lines[2:], strict=True):
+            line.append(format_cell(cells[row]["recovery"], ".2f"))
+    return format_table(["", "ImageNet-1K, ViT-L (the paper)", *TASKS], lines)
+
+
+def format_record(record: dict) -> str:
+    """A line for each row, or for each point if there are several; then the contrasts."""
+    points, asked = record["points"], record.get("contrasts", {})
+    (first, *others) = points.values()
+    if "mean" not in next(iter(first.values())):
+        return format_layers(first)
+    table = format_points(points) if others else format_rows(first)
+    return table + ("\n" + format_contrasts(asked, len(record["seeds"])) if asked else "")
+
+
+def format_contrasts(asked: dict[str, dict], seeds: int) -> str:
+    few = "one seed" if seeds == 1 else f"mean of {seeds} seeds"
+    sure = "95 % interval" if all(cell.get("interval") for cell in asked.values()) else few
+    lines = [[name, format_cell(cell, "+.2f")] for name, cell in asked.items()]
+    return format_table(["difference", sure], lines)
+
+
+def format_rows(rows: dict[str, dict]) -> str:
+    """Accuracy, recovery or the difference from another row, and further columns."""
+    own = {name: None for found in rows.values() for name in found if name not in USUAL}
+    cells = (found.get("difference") for found in rows.values())
+    sources = [cell.get("from", BASELINE) for cell in cells if cell]
+    usual = max(sources, key=sources.count, default=BASELINE)
+    less = f"− {usual}" if len(set(sources)) < 2 else f"difference (− {usual}, if not said)"
+    further = [name.replace("_", " ") for name in own]
+    heads, lines = ["", "test top-1, %", less, "recovery", *further], []
+    for row, found in rows.items():
+        difference = format_difference(found.get("difference"), usual)
+        recovery = "" if row == CEILING else format_cell(found.get("recovery"), ".2f")
+        others = [format_cell(found.get(name), ".3g") for name in own]
+        lines.append([row, format_cell(found, ".1f"), difference, recovery, *others])
+    filled = [any(column) for column in zip(*lines, strict=True)]
+    filled[2] &= not (filled[3] and less == f"− {BASELINE}")  # recovery and the picture say it
+    (heads, *lines) = (list(compress(line, filled)) for line in (heads, *lines))
+    return format_table(heads, lines)
+
+
+def format_difference(cell: dict | None, usual: str) -> str:
+    """With the other row, where the head does not name it."""
+    source = (cell or {}).get("from", usual)
+    return format_cell(cell, "+.1f") + ("" if source == usual else f" (− {source})")
+
+
+def format_points(points: dict[str, dict]) -> str:
+    """A line for each point: means, then the differences from other rows than BASELINE.
+
+    Without any of those the recoveries, and without these all differences.
+    """
+    rows = next(iter(points.values()))
+    gains = {row: cells["difference"] for row, cells in rows.items() if "difference" in cells}
+    others = {row: cell.get("from", BASELINE) for row, cell in gains.items()}
+    compared = {f"{row} − {other}": row for row, other in others.items() if other != BASELINE}
+    known = [row for row in rows if row != CEILING and "recovery" in rows[row]]
+    recovered = {f"recovery: {row}": row for row in known}
+    gained = {f"difference: {row}": row for row in gains if row != BASELINE}
+    asked = compared or recovered or gained
+    what, form = ("recovery", ".2f") if asked is recovered else ("difference", "+.1f")
+    lines = [
+        [point, *(f"{of_rows[row]['mean']:.1f}" if row in of_rows else "" for row in rows),
+         *(format_cell(of_rows.get(row, {}).get(what), form) for row in asked.values())]
+        for point, of_rows in points.items()
+    ]  # fmt: skip
+    return format_table(["", *rows, *asked], lines)
+
+
+def format_layers(rows: dict[str, dict[str, dict[str, list]]]) -> str:
+    names = next(iter(reversed(rows.values())))
+    lines = [
+        [row, *(format_means(found[name]) if name in found else "" for name in names)]
+        for row, found in rows.items()
+    ]
+    return format_table(["", *(name.replace("_", " ") for name in names)], lines)
+
+
+def format_table(head: list[str], lines: list[list[str]]) -> str:
+    return "".join(f"| {' | '.join(line)} |\n" for line in (head, ["---"] * len(head), *lines))
+
+
+def main(settings: Base) -> None:
+    for path in sorted(RESULTS.glob("*.json")):
+        if path.stem in TABLES:
+            record = recompute(read_record(path), TABLES[path.stem])
+            checkpoints.write_text(path, json.dumps(record, indent=1) + "\n")
+            figures.draw_record(TABLES[path.stem], record, path)
+    for page in map(ROOT.joinpath, PAGES):
+        checkpoints.write_text(page, fill_tables(page.read_text(), RESULTS))
+        print(f"wrote {page}")
+
+
+if __name__ == "__main__":
+    launch.run(main, parse)

@@ -1,0 +1,120 @@
+"""The study: every table, each with one command.
+
+    python -m study.reproduce TABLE [TABLE ...] [--seeds 10]
+    python -m study.reproduce related        all whose names begin with it
+
+Writes study/results/TABLE.json and a picture of it. Killed at any moment, the same
+command resumes. Runs that several tables share are made once. What was expected
+of each table before it was run, and what was found: study/LOG.md.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from common import checkpoints, launch, pictures
+from common.settings import parse_settings, setting
+from study import figures, tune
+from study.engine import Planner, Runs, RunSettings, Table, estimate_accuracies, make_planner
+from study.jobs import ROOT, Runner, read_record
+from study.report import TABLES, format_record
+from teachers.find import find_bundled
+
+
+@dataclass(frozen=True)
+class Settings(RunSettings):
+    tables: tuple[str, ...] = ()
+    seeds: int = setting(0, "runs of each row, each with its own seed [the table's]", low=1)
+    results: str = setting("study/results", "folder of the records, those of tuning too")
+
+
+def parse(argv: Sequence[str]) -> Settings:
+    doc = __doc__ + list_tables() if {"--help", "-h"} & set(argv) else __doc__
+    return parse_settings(doc, Settings, {}, argv, ("tables", "one table or several", 0))
+
+
+def list_tables() -> str:
+    return "".join(f"\n\n  {name}: {t.about}\n    {get_cost(name)}" for name, t in TABLES.items())
+
+
+def get_cost(name: str) -> str:
+    """What a table took when it was recorded."""
+    path = ROOT / "study" / "results" / f"{name}.json"
+    if not path.exists():
+        return "not recorded yet"
+    try:
+        record = read_record(path)
+    except ValueError as error:
+        return str(error)
+    runs, minutes = record["runs"], record["training_minutes"]
+    return f"seeds: {len(record['seeds'])}; runs: {runs}, {minutes:.0f} min on {record['device']}"
+
+
+def train(table: Table, planner: Planner, tuned: tune.Tuned, runner: Runner, seeds) -> Runs:
+    """The finished runs of a table. Those that are missing are trained now."""
+    jobs, found = {}, {}
+    for point, flags in table.points.items():
+        rows, count = table.fewer.get(point, (table.rows, len(seeds)))
+        found[point] = {row: [] for row in rows}
+        own = tune.get_chosen(tuned.get(table.tuned_at, {}) | tuned.get(point, {}))
+        needed = [*found[point], *tune.list_teachers(found[point], table.study)]
+        tune.check_tuned(own, table.study, needed, TABLES)
+        for row in found[point]:
+            for seed in seeds[:count]:
+                planned = planner.plan(row, seed, flags, own)
+                found[point][row].append(list(planned.values())[-1])
+                for name, job in planned.items():
+                    if jobs.setdefault(name, job) != job:  # one would be taken for the other
+                        raise ValueError(f"two different runs are called '{name}'")
+    runner.run(jobs)
+    return found
+
+
+def main(settings: Settings) -> None:
+    launch.require_one_process()
+    names = [found for name in settings.tables for found in find_names(name)]
+    results = Path(settings.results)
+    results.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        table = TABLES[name]
+        runner = Runner(settings.jobs, "val_top1" if table.tunes else "test_top1")
+        planner = make_planner(table.study, settings, find_bundled=find_bundled)
+        tuned = tune.read_tuning(table.study, TABLES, results)
+        if table.tunes:
+            found = {"points": tune.tune(table, planner, tuned, runner, TABLES)}
+            seeds, measure = list(table.study.seeds), "validation top-1, %"
+        else:
+            count, measure = settings.seeds or table.seeds, "test top-1, %"
+            if count > table.seeds:  # fixed beforehand, so that none is added after a look
+                raise ValueError(f"--seeds {count}: {name} has {table.seeds} seeds")
+            seeds = list(range(table.first, table.first + count))
+            trained = train(table, planner, tuned, runner, seeds)
+            found = (table.find or estimate_accuracies)(table, trained)
+        found = {"seeds": seeds, "measure": measure} | found
+        path = results / f"{name}.json"
+        record = runner.record(name, settings.extra, found)
+        checkpoints.write_text(path, json.dumps(record, indent=1) + "\n")
+        show(found) if table.tunes else print(format_record(found))
+        figures.draw_record(table, found, path)
+        if table.picture:
+            pictures.save(table.picture(trained), path.with_suffix(".png"))
+        print(f"\nwrote {path}")
+
+
+def find_names(name: str) -> list[str]:
+    """A table, or all whose names begin with a word."""
+    names = [name] if name in TABLES else [one for one in TABLES if one.startswith(name + "-")]
+    if not names:
+        raise ValueError(f"no table '{name}': choose from {', '.join(TABLES)}")
+    return names
+
+
+def show(found: dict) -> None:
+    for point, of_rows in found["points"].items():
+        for row, cells in of_rows.items():
+            print(f"{point}, {row}: {cells['chosen']}")
+
+
+if __name__ == "__main__":
+    launch.run(main, parse)

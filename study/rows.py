@@ -1,0 +1,61 @@
+"""The rows of the study: which script, which teacher, what is changed, whose settings."""
+
+import data
+from study.engine import Row
+
+BASE = f"{data.Images.distractors} distractor"
+AT_BASE = {BASE: {"distractors": data.Images.distractors}}
+
+MAIN = {
+    "from scratch": Row("finetune", "none"),
+    "attention copy": Row("copy", "pre-trained"),
+    "attention distillation": Row("distill", "pre-trained"),
+    "fine-tuning": Row("finetune", "pre-trained"),
+}
+SCRATCH, COPY, DISTILLATION, TUNED = MAIN
+PAPER = dict(zip(MAIN, (83.0, 85.1, 85.7, 85.7), strict=True))  # ImageNet-1K, ViT-L, MAE teacher
+
+
+def copied(teacher="pre-trained", tuned_as=COPY, **flags) -> Row:
+    return Row("variants", teacher, flags, tuned_as)
+
+
+def distilled(**flags) -> Row:
+    return Row("variants", "pre-trained", {"how": "distill"} | flags, DISTILLATION)
+
+
+PROBE = {"linear probe of the teacher": Row("variants", "pre-trained", {"how": "probe"})}
+FEATURES = {"feature distillation": Row("variants", "pre-trained", {"how": "features"})}
+MEAN = "copy, mean maps"
+CONTROLS = {
+    **{f"copy, {maps} maps": copied(maps=maps) for maps in ("uniform", "impulse", "mean", "other")},
+    "distillation, mean maps": distilled(maps="mean"),
+    "copy, random teacher": Row("copy", "random", tuned_as=COPY),
+    "distillation, random teacher": Row("distill", "random", tuned_as=DISTILLATION),
+    "teacher's maps and weights": copied(start="teacher", layer_decay=0.75),
+}
+PARTS = {f"copy of {part}": copied(lend=part) for part in ("q", "k", "v", "qkv")}
+SINGLE = {f"copy, layer {i}": copied(layers=str(i)) for i in range(4)}
+LAYERS = {f"copy, layers {which}": copied(layers=which) for which in (":2", "2:4")}
+LAYERS |= {"distillation, layers all": distilled(layers="all")}
+LABELLED = {"classes": ":5", "num_labels": 0, "epochs": 13, "lr": 2e-3}
+KNOWING = {  # teachers that scenes may have, besides the one without labels
+    "a teacher with labels": Row("finetune", "none", LABELLED),
+    "an MAE": Row("pretrain", "", {"target": "masked", "num_labels": 0, "epochs": 39}),
+}
+TAUGHT_BY = {COPY: "copy", DISTILLATION: "distill", TUNED: "finetune"}
+WHOSE = {
+    f"{row}, {teacher}": copied(teacher, MEAN, maps="mean") if row == MEAN
+    else Row(TAUGHT_BY[row], teacher, tuned_as=row)
+    for teacher in KNOWING for row in (COPY, MEAN, DISTILLATION, TUNED)
+}  # fmt: skip
+ELSEWHERE = "fine-tuned on other classes"
+OTHERS = {ELSEWHERE: Row("finetune", "pre-trained", {"classes": ":5"}, TUNED)}
+FINE_TUNED = {
+    "copy, fine-tuned teacher": Row("copy", TUNED, tuned_as=COPY),
+    "copy, its mean maps": copied(TUNED, MEAN, maps="mean"),
+    f"copy, {ELSEWHERE}": Row("copy", ELSEWHERE, tuned_as=COPY),
+    f"copy, {ELSEWHERE}, mean": copied(ELSEWHERE, MEAN, maps="mean"),
+}
+ROWS = MAIN | PROBE | FEATURES | CONTROLS | PARTS | SINGLE | LAYERS | KNOWING | WHOSE | OTHERS
+ROWS |= FINE_TUNED

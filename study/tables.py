@@ -1,0 +1,164 @@
+"""The studies, and their tables: which rows, at which points, compared with what."""
+
+from functools import partial
+
+from study import rows
+from study.engine import Study, Table, share_of_gain, subtract
+from study.looks import draw_scenes, find_looks
+from study.rows import AT_BASE, BASE, COPY, DISTILLATION, MAIN, MEAN, SCRATCH, TUNED
+
+# The studies --------------------------------------------------------------------------------------
+
+DROPS, DECAYS = ("drop_path", (0.0, 0.1, 0.2)), ("layer_decay", (0.75, 1.0, 0.5))
+COPIED, DISTILLED = ("layers", ("all", ":3", ":2")), ("layers", (":3", "all", ":2"))
+ENDS = (*MAIN, MEAN)
+OWN = {SCRATCH: DROPS, COPY: COPIED, DISTILLATION: DISTILLED, TUNED: DECAYS, MEAN: COPIED}
+FAIR = Study(  # students start from sin-cos positions, as their teachers
+    rows=rows.ROWS,
+    base={"data": "digits", "num_labels": 100, "epochs": 450, "positions": "sincos"},
+    seeds=(100, 101),
+    rates=(2e-3, 4e-3, 8e-3, 1.6e-2),
+    decays=(0.05, 0.2, 0.5, 1.5),
+    own=OWN,
+)
+PLAIN = dict.fromkeys(("mixup", "cutmix", "random_erase", "smoothing", "ema", "drop_path"), 0.0)
+CIFAR = Study(  # small enough for a CPU: shifts and flips, a tenth of the labels
+    rows=rows.ROWS,
+    base={"data": "cifar10", "model": "mini", "holdout": 0.1, "num_labels": 5000}
+    | {"epochs": 25, "batch": 100, "positions": "sincos"} | PLAIN,
+    teacher={"epochs": 60, "batch": 512, "lr": 1.5e-3, "decoder_dim": 96, "decoder_depth": 1},
+    images=("data", "model", "holdout"),
+    teacher_seed=0,
+    seeds=(100,),
+    rates=(1e-3, 2e-3, 4e-3),
+    decays=(0.3,),
+    own={SCRATCH: ("drop_path", (0.0,)), COPY: ("layers", ("all",)), MEAN: ("layers", ("all",)),
+         DISTILLATION: ("layers", (":5",)), TUNED: ("layer_decay", (0.75,))},
+)  # fmt: skip
+RECIPE = CIFAR._replace(base={"data": "cifar10"}, teacher={}, images=("data", "model"), own={})
+SCENES = Study(
+    rows=rows.ROWS,
+    base={"data": "scenes", "num_labels": 300, "epochs": 75},
+    images=("data", "scene", "model"),  # whatever the dial, the teacher's pointers point anywhere
+    seeds=(100, 101),
+    rates=(2e-3, 4e-3, 8e-3, 1.6e-2),
+    decays=(0.05, 0.5, 1.5),
+    own=OWN | {"linear probe of the teacher": ("lr", (4e-3, 3.2e-2, 6.4e-2)),
+               "feature distillation": ("attention_weight", (3.0, 1.0, 10.0))},
+)  # fmt: skip
+STEPS = SCENES._replace(  # tuned at both ends of an axis of training
+    rates=(1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2),
+    mixes=({"mixup": 0.8}, {"smoothing": 0.1}, {"mixup": 0.8, "smoothing": 0.1}),
+    own={row: (name, values[:2]) for row, (name, values) in OWN.items()},
+)
+PHOTO_SCENES = SCENES._replace(
+    base={"data": "scenes-cifar10", "num_labels": 2000, "epochs": 20},
+    rates=(1e-3, 2e-3, 4e-3, 8e-3),
+    decays=(0.05, 0.5),
+)
+
+# The points ---------------------------------------------------------------------------------------
+
+AT_PHOTOS, SHORT = {"5,000 labels": {}}, {"5,000 labels": {"epochs": 12}}  # short: for tuning
+LENGTHS = {"25 epochs": {}, "75 epochs": {"epochs": 75}}
+POINTER, TWINS = {"pointer": {}}, {"twins": {"scene": "twins", "num_labels": 500, "epochs": 100}}
+DIAL = {f"{share:.0%} to one cell": {"dial": share} for share in (0.25, 0.5, 0.75, 1.0)}
+HALF = "50% to one cell"
+SCENE_LABELS = {  # at 300 steps, or more where there are more scenes
+    f"{labels:,} scenes": {"num_labels": labels, "epochs": epochs}
+    for labels, epochs in {100: 300, 300: 75, 1000: 40, 3000: 22}.items()
+}
+
+
+def list_steps(labels: int, epochs: int) -> dict[str, dict]:
+    """1, 3, 10 and 30 times 300 steps."""
+    return {
+        f"{labels} scenes, {300 * times:,} steps": {"num_labels": labels, "epochs": times * epochs}
+        for times in (1, 3, 10, 30)
+    }
+
+
+def choose_ends(points: dict[str, dict]) -> dict[str, dict]:
+    """The first and the third of four points: those that are tuned."""
+    return {name: points[name] for name in list(points)[::2]}
+
+
+def thin_out(points: dict[str, dict], seeds: int) -> dict:
+    """At the second and the fourth point scratch alone, at the fourth with three seeds."""
+    _, second, _, fourth = points
+    return {second: ((SCRATCH,), seeds), fourth: ((SCRATCH,), 3)}
+
+
+AT_100, AT_300 = list_steps(100, 300), list_steps(300, 75)
+
+# The tables ---------------------------------------------------------------------------------------
+
+scenes = partial(Table, study=SCENES, points=POINTER, rows=tuple(MAIN))
+fair = partial(Table, study=FAIR, points=AT_BASE)
+photos = partial(Table, study=CIFAR, points=AT_PHOTOS, rows=ENDS, seeds=3)
+looked = {"seeds": 5, "find": lambda _, runs: find_looks(runs)}
+SAME, ITS_MEAN, OTHER, MEAN_OTHER = rows.FINE_TUNED
+OF_GAIN = share_of_gain(MEAN, COPY)
+TABLES = {
+    "scenes-tuning": scenes("settings for the pointer", tunes=True,
+        rows=(*ENDS, *rows.PROBE, *rows.FEATURES)),
+    "scenes-tuning-dial": scenes("settings where half of the pointers point to one cell",
+        tunes=True, points={HALF: DIAL[HALF]}, rows=(SCRATCH, COPY, TUNED, MEAN)),
+    "scenes-tuning-twins": scenes("settings for the twins", tunes=True, points=TWINS, rows=ENDS),
+    "scenes-pointer": scenes(
+        "pointer: the main rows, and maps that are not the image's own",
+        rows=(*MAIN, *rows.PROBE, *rows.FEATURES, MEAN, "copy, other maps",
+              "copy, uniform maps", "copy, impulse maps", "copy, random teacher",
+              "distillation, mean maps", "distillation, random teacher"),
+        contrasts=OF_GAIN | subtract((COPY, TUNED)),
+    ),
+    "scenes-dial": scenes("from content to position: pointers that point to one cell",
+        points=POINTER | DIAL, rows=(SCRATCH, COPY, TUNED, MEAN), tuned_at=HALF, seeds=5),
+    "scenes-labels": scenes("pointer: 100 to 3,000 labelled scenes", points=SCENE_LABELS,
+        tuned_at="pointer", seeds=5),
+    "scenes-layers": scenes("pointer: which layers, and which parts, are copied", seeds=5,
+        rows=(*MAIN, *rows.SINGLE, "copy, layers :2", "copy, layers 2:4", *rows.PARTS)),
+    "scenes-twins": scenes("twins: what is found must be compared", points=TWINS,
+        rows=(*MAIN, MEAN, "copy, other maps", "distillation, layers all",
+              "teacher's maps and weights", "distillation, mean maps"),
+        contrasts=subtract((DISTILLATION, COPY), (TUNED, DISTILLATION))),
+    "scenes-teachers": scenes("pointer: who taught without labels, with labels, or as an MAE",
+        rows=(*ENDS, *rows.WHOSE), seeds=5),
+    "scenes-steps-tuning": scenes("settings for 100 scenes, at 300 steps and at 3,000", study=STEPS,
+        tunes=True, rows=ENDS, points=choose_ends(AT_100)),
+    "scenes-steps": scenes("pointer: 100 labelled scenes, 300 to 9,000 steps", study=STEPS,
+        rows=ENDS, points=AT_100, tuned_at=list(AT_100)[2], fewer=thin_out(AT_100, 10)),
+    "scenes-steps-300-tuning": scenes("settings for 300 scenes, at 300 steps and at 3,000",
+        study=STEPS, tunes=True, rows=ENDS, points=choose_ends(AT_300)),
+    "scenes-steps-300": scenes("pointer: 300 labelled scenes, 300 to 9,000 steps", study=STEPS,
+        rows=ENDS, points=AT_300, tuned_at=list(AT_300)[2], fewer=thin_out(AT_300, 5), seeds=5),
+    "scenes-looks": scenes("where nets look at a pointer", picture=draw_scenes, **looked),
+    "scenes-looks-twins": scenes("where nets look at twins", points=TWINS, **looked),
+    "scenes-looks-photos": scenes("where nets look among photographs", study=PHOTO_SCENES,
+        **looked),
+    "scenes-tuning-photos": scenes("settings for a pointer among photographs of CIFAR-10",
+        tunes=True, study=PHOTO_SCENES, rows=ENDS),
+    "scenes-photos": scenes("pointer among photographs of CIFAR-10", seeds=5, study=PHOTO_SCENES,
+        rows=(*ENDS, "copy, other maps", "copy, random teacher", "distillation, mean maps"),
+        contrasts=OF_GAIN | subtract((COPY, TUNED), (DISTILLATION, COPY))),
+    "fair-tuning": fair("settings for the digits", tunes=True, rows=ENDS),
+    "fair-main": fair("digits: students that start from sin-cos positions, as their teachers",
+        rows=(*ENDS, "copy, impulse maps", "copy, fine-tuned teacher", "distillation, mean maps"),
+        contrasts=OF_GAIN | subtract((COPY, MEAN))),
+    "fair-whose": fair("whose maps? Students see the digits 5 to 9", seeds=5,
+        points={"digits 5 to 9": {"classes": "5:"}}, tuned_at=BASE,
+        rows=(*ENDS, *rows.FINE_TUNED),
+        contrasts=subtract((SAME, ITS_MEAN), (SAME, OTHER), (OTHER, MEAN_OTHER))),
+    "cifar10-fair-tuning": photos("settings for CIFAR-10", points=SHORT, tunes=True),
+    "cifar10-fair": photos("CIFAR-10: students start from the positions of their teacher",
+        rows=(*ENDS, "copy, fine-tuned teacher", "copy, its mean maps"), contrasts=OF_GAIN),
+    "cifar10-fair-teacher": photos("the same with a second teacher of the same recipe",
+        study=CIFAR._replace(teacher_seed=1), rows=(SCRATCH, COPY, TUNED, MEAN),
+        contrasts=OF_GAIN),
+    "cifar10-fair-length-tuning": photos("fine-tuning's settings, three times as long",
+        points={"75 epochs": {"epochs": 75}}, rows=(TUNED,), tunes=True),
+    "cifar10-fair-length": photos("CIFAR-10, three times as long", points=LENGTHS,
+        tuned_at="5,000 labels", rows=(SCRATCH, COPY, TUNED, MEAN)),
+    "cifar10-recipe": photos("the main rows as --data cifar10 has them (takes a GPU)",
+        study=RECIPE, points={"50,000 labels": {"model": "tiny"}}, rows=tuple(MAIN)),
+}  # fmt: skip

@@ -1,0 +1,221 @@
+"""Files of weights are read, downloaded or refused. Teachers are found, or made once."""
+
+import hashlib
+import http.server
+import json
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import attention_copy
+import attention_distill
+import data
+import finetune
+import pretrain
+import vit
+from common import checkpoints
+from datasets.sources import NORMALIZATIONS
+from teachers import find
+from teachers.adapt import adapt
+from teachers.find import find_teacher, make_teacher
+from teachers.load import build_vit, open_model, read_checkpoint
+
+CLASSES = [str(i) for i in range(10)]
+SHAPE = dict(image_size=12, patch=3, channels=1, classes=10, dim=32, depth=3, heads=4)
+WEIGHTS = Path(__file__).parents[2] / "weights"
+
+
+@pytest.mark.parametrize("name", ["digits", "cifar10", "scenes"])
+def test_bundled_files_are_what_is_said_of_them_and_plain_vits(name):
+    facts, file = json.loads((WEIGHTS / f"{name}.json").read_text()), WEIGHTS / f"{name}.pt"
+    assert hashlib.sha256(file.read_bytes()).hexdigest() == facts["sha256"]
+    found = read_checkpoint(file)
+    net, state = build_vit(found), torch.load(file, weights_only=True)["model"]
+    assert type(net) is vit.ViT and found.method == "pretrain"
+    kind = data.DATA_SETS[name]  # older files say it beside the architecture
+    assert (net.config.mean, net.config.std) == (kind.mean, kind.std)
+    for key, value in net.state_dict().items():
+        assert key.startswith("fc_norm") or torch.equal(value, state[key])
+    settings = pretrain.parse(["--data", name])
+    settings = replace(settings, **{key: facts["for"][key] for key in ("model", "patch")})
+    assert find.find_bundled(settings) == file
+    assert find.find_bundled(replace(settings, patch=2)) is None
+
+
+@pytest.fixture
+def pretrainings(monkeypatch):
+    """The settings of each pre-training of a teacher, which leave untrained ones."""
+    made = []
+
+    def main(settings):
+        made.append(settings)
+        task = pretrain.task(settings, data.load(settings))
+        checkpoints.save(
+            task.export(task.net) | {"method": "pretrain"}, Path(settings.out) / "model.pt"
+        )
+
+    monkeypatch.setattr(pretrain, "main", main)
+    return made
+
+
+def find_for(script, *argv: str) -> checkpoints.Checkpoint | None:
+    settings = script.parse(["--data", "digits", *argv, "--device", "cpu"])
+    return find_teacher(settings, data.load(settings))
+
+
+def test_a_teacher_is_pre_trained_where_there_is_none(pretrainings, capsys):
+    """Once, with the recipe of pretrain.py, on all images of the kind that this run has."""
+    argv = ["--distractors", "2", "--seed", "3", "--num-labels", "50", "--epochs", "7"]
+    found = [find_for(script, *argv) for script in (attention_distill, attention_copy, finetune)]
+    (asked,), usual = pretrainings, pretrain.parse(["--data", "digits"])
+    assert (asked.distractors, asked.seed, asked.num_labels) == (2, 3, usual.num_labels)
+    assert (asked.epochs, asked.blr, asked.mask_ratio) == (usual.epochs, usual.blr, 0.6)
+    assert len({one.fingerprint for one in found}) == 1 and found[0].method == "pretrain"
+    assert capsys.readouterr().out.count("making one first") == 1
+    for other in (["--seed", "4"], ["--patch", "4"], ["--model", "micro+registers=2"]):
+        assert find_for(attention_copy, *argv, *other).source != found[0].source
+    assert find_for(finetune, *argv, "--amp", "off").source == found[0].source
+    assert len(pretrainings) == 4
+
+
+def test_an_unfinished_teacher_is_finished_and_a_run_is_not_written_over(pretrainings):
+    settings = attention_copy.parse(["--data", "digits", "--out", "mine", "--device", "cpu"])
+    path = make_teacher(pretrain, settings, model="nano", num_labels=0)
+    path.unlink()
+    Path("mine").mkdir()
+    Path("mine/config.json").write_text('{"run": {}}')
+    with pytest.raises(ValueError, match="already holds a run"):
+        make_teacher(pretrain, settings, model="nano", num_labels=0)
+    assert make_teacher(pretrain, replace(settings, out=""), model="nano", num_labels=0) == path
+    assert len(pretrainings) == 2 and all(asked.resume for asked in pretrainings)
+
+
+@pytest.mark.slow
+def test_another_process_that_makes_the_teacher_is_waited_for(pretrainings):
+    settings = attention_copy.parse(["--data", "digits", "--device", "cpu"])
+    path = make_teacher(pretrain, settings, model="nano", num_labels=0)
+    path.unlink()
+    code = f"""import sys, time, pathlib; sys.path.insert(0, {str(WEIGHTS.parent)!r})
+from common import runs
+with runs.lock(pathlib.Path({str(path.parent)!r})):
+    print("locked", flush=True); time.sleep(1); pathlib.Path({str(path)!r}).touch()"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"locked\n"
+        assert make_teacher(pretrain, settings, model="nano", num_labels=0) == path
+    assert len(pretrainings) == 1
+
+
+def test_none_random_and_students_of_copy(tmp_path):
+    assert find_for(finetune, "--teacher", "none") is None
+    assert find_for(attention_copy, "--teacher", "random") is None
+    with pytest.raises(FileNotFoundError, match="mae_pretrain_vit_large"):
+        find_for(finetune, "--teacher", "mae")
+    student = vit.ViT(vit.Config(**SHAPE))
+    torch.save(checkpoints.export(student, student, [0, 2]), tmp_path / "copy.pt")
+    with pytest.raises(ValueError, match="name the teacher it had"):
+        find_for(finetune, "--teacher", str(tmp_path / "copy.pt"))
+
+
+def test_a_teacher_that_learned_from_test_images_is_said(small, photos, tmp_path, capsys):
+    def train_on(place, name):
+        argv = [*small, "--data-dir", str(place), "--out", str(tmp_path / name), "--epochs", "1"]
+        pretrain.main(pretrain.parse([*argv, "--num-labels", "0", "--holdout", "0"]))
+        settings = finetune.parse([*small, "--teacher", str(tmp_path / name / "model.pt")])
+        capsys.readouterr()
+        find_teacher(settings, data.load(settings))
+        return capsys.readouterr().out
+
+    assert "of the test images" not in train_on(photos, "apart")
+    assert "was trained on 15 of the test images" in train_on(photos / "val", "same")
+
+
+def test_heads_are_never_guessed(tmp_path):
+    """With other heads the same weights are another function: MoCo v3's ViT-S has 12, not 6."""
+    small = vit.ViT(vit.Config(32, 8, 3, 5, *vit.SIZES["small"])).eval()
+    path, images = tmp_path / "plain.pth", torch.randn(2, 3, 32, 32)
+    small.blocks[0].attn.qkv.weight.data.mul_(5)
+    torch.save(small.state_dict(), path)
+    for source in (path, f"tiny={path}"):
+        with pytest.raises(ValueError, match="SIZE=FILE"):
+            read_checkpoint(source)
+    sizes = "small", "small/12"
+    six, twelve = (build_vit(read_checkpoint(f"{size}={path}", "none")) for size in sizes)
+    assert torch.equal(six(images), small(images)) and twelve.config.heads == 12
+    assert not torch.allclose(six(images), twelve(images), atol=1e-4)
+    torch.save(checkpoints.export(small), tmp_path / "ours.pt")  # ours say it, whatever is asked
+    assert read_checkpoint(f"small/12={tmp_path / 'ours.pt'}").architecture["heads"] == 6
+
+
+def test_flipped_bytes_are_found(tmp_path):
+    path = tmp_path / "model.pt"
+    torch.save(checkpoints.export(vit.ViT(vit.Config(**SHAPE))), path)
+    whole = path.read_bytes()
+    for at in range(len(whole) // 20, len(whole), len(whole) // 10):  # 64: more than what fills up
+        flipped = bytes(byte ^ 0x10 for byte in whole[at : at + 64])
+        path.write_bytes(whole[:at] + flipped + whole[at + 64 :])
+        with pytest.raises(ValueError, match="cannot be read as a checkpoint"):
+            read_checkpoint(path)
+
+
+class Answers(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(404 if self.path.startswith("/404") else 200)
+        self.end_headers()
+        self.wfile.write(b"abcd")
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_download_is_checked_kept_and_leaves_nothing_else_behind(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
+        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/"
+        for wrong in ("404/x.pth", "x-0123456789.pth"):
+            with pytest.raises(ValueError, match="cannot download"):
+                checkpoints.download(url + wrong)
+        assert not [path for path in (tmp_path / "hub").rglob("*") if path.is_file()]
+        assert checkpoints.download(f"{url}y.pth").read_bytes() == b"abcd"
+        server.shutdown()
+    assert checkpoints.download(f"{url}y.pth").is_file()  # without the server
+    with pytest.raises(ValueError, match=r"cannot download .*z\.pth"):
+        checkpoints.download(f"{url}z.pth")
+
+
+def test_a_model_opens_as_what_it_was_exported_from(tmp_path):
+    """A plain ViT, and a student of copy with its teacher: the same logits, tokens and maps."""
+    student = vit.ViT(vit.Config(**SHAPE)).eval()
+    teacher = vit.ViT(vit.Config(**SHAPE | {"dim": 48, "classes": 0})).eval()
+    images, layers = torch.randn(5, 1, 12, 12), [0, 2]
+    torch.save(checkpoints.export(student) | {"classes": CLASSES}, tmp_path / "plain.pt")
+    torch.save(checkpoints.export(student, teacher, layers), tmp_path / "copy.pt")
+    plain, copy = (open_model(tmp_path / f"{name}.pt") for name in ("plain", "copy"))
+    assert plain.checkpoint.classes == CLASSES
+    torch.testing.assert_close(plain(images), student(images))
+    expected = attention_copy.predict(student, images, teacher, layers)
+    torch.testing.assert_close(copy(images), expected)
+    assert not torch.allclose(expected, student(images))
+    looks = zip(copy.blockwise(images), teacher.blockwise(images), strict=True)
+    for i, ((x, qk), (_, theirs)) in enumerate(looks):
+        assert torch.allclose(qk.q, theirs.q) if i in layers else qk.q.shape[-1] == 8
+    torch.testing.assert_close(student.classify(x), expected)
+    assert adapt(teacher, student, layers) is teacher
+
+
+@pytest.mark.parametrize("name", ["", "half"])
+def test_pixels_that_a_file_does_not_name_are_said_wherever_it_is_opened(name, tmp_path, capsys):
+    net, images = (
+        vit.ViT(vit.Config(32, 8, 3, 5, *vit.SIZES["tiny"])).eval(),
+        torch.rand(2, 3, 32, 32),
+    )
+    torch.save(net.state_dict(), tmp_path / "plain.pth")
+    opened = open_model(f"tiny={tmp_path / 'plain.pth'}", normalization=name)
+    mean, std = (torch.tensor(x)[:, None, None] for x in NORMALIZATIONS[name or "imagenet"])
+    torch.testing.assert_close(opened(images), net((images - mean) / std))
+    assert ("names no mean" in capsys.readouterr().out) == (not name)

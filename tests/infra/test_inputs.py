@@ -1,0 +1,189 @@
+"""Wrong input of every kind: one line that says how to mend it, exit code 2, nothing spoiled."""
+
+import json
+import pickle
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import attention_copy as copy
+import attention_distill as distill
+import ensemble
+import finetune
+import look
+import pretrain
+import vit
+from common.checkpoints import read_file
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("script, argv, words", [
+    (finetune, "--data mnist", "choose from 'scenes', 'scenes-cifar10'"),
+    (finetune, "--data folder --data-dir nowhere", "no folder nowhere"),
+    (finetune, "--data imagenet", "train/CLASS/* and val/CLASS/*"),
+    (finetune, "--data cifar10 --data-dir /dev/null/x", "/dev/null/x"),
+    (finetune, "--lr -1", "--lr -1.0: must be at least 0"), (finetune, "--lr nan", "--lr nan"),
+    (finetune, "--lr fast", "invalid float"), (finetune, "--ema 2", "between 0 and 0.99"),
+    (finetune, "--batch 400", "the 100 training images"), (finetune, "--lay 1", "unrecognized"),
+    (finetune, "--num-labels 9999", "only 997 images"), (finetune, "--no-flag", "--no-flag"),
+    (finetune, "--teacher none --model gigantic", "gigantic"),
+    (finetune, f"--model tiny --teacher {ROOT}/weights/digits.pt", "another ViT than --model"),
+    (finetune, f"--model micro+registers=4 --teacher {ROOT}/weights/digits.pt", "another ViT than"),
+    (copy, f"--model micro+mlp=2 --teacher {ROOT}/weights/digits.pt", "other components"),
+    (finetune, "--teacher none --patch 5", "try 10"),
+    (finetune, "--data scenes --scene twins --classes 3", "three classes or more"),
+    (finetune, "--data scenes --scene twins --dial 0.5", "only --scene pointer"),
+    (finetune, "--data scenes --image-size 20", "24, 40, 56"),
+    (finetune, "--data scenes --image-size 32", "24, 40, 56"),
+    (finetune, "--label cell", "--label: only for --data scenes"),
+    (finetune, "--scene twins", "--scene: only for --data scenes"),
+    (finetune, "--data scenes --distractors 2", "--distractors: only for --data digits"),
+    (pretrain, "--data scenes --reconstruct x.png", "runs/pretrain-scenes-micro-s0"),
+    (finetune, "--image-size 30", "--image-size 30"), (finetune, "--device tpu", "not available"),
+    (finetune, "--device cuda:99", "cuda:99"), (finetune, "--resume --overwrite", "choose one"),
+    (finetune, "--out /dev/null/run", "not a writable folder"),
+    (copy, "--layers 99", "some of 0 to 3"), (copy, "--heads 4", "--heads 4"),
+    (copy, "--layers two", "write :18"), (copy, "--teacher none", "finetune.py can do without"),
+    (copy, "--teacher missing.pt", "missing.pt"), (copy, "--teacher mae", "mae"),
+    (distill, "--teacher-layers :3 --layers :2", "--teacher-layers"),
+    (pretrain, "--mask-ratio 0.999", "between 0.05 and 0.95"),
+    (pretrain, "--reconstruct x.png", "runs/pretrain-digits-micro-s0"),
+    (pretrain, "--data digits --target cell", "--target cell: only"),
+    (pretrain, "--reconstruct x.txt", "ends in .png"), (pretrain, "--decoder-dim 10", "divide"),
+    (pretrain, "--mixup 0.5", "--mixup has no effect"), (finetune, "--data-dir x", "is bundled"),
+    (pretrain, "--data scenes --mask-ratio 0.5", "no effect with --target cell"),
+    (pretrain, "--decoder-dim 42 --decoder-heads 2", "not 42"),
+    (copy, "--patch 2 --heads 9", "--heads 9"),
+    (ensemble, "missing.pt", "missing.pt"), (ensemble, "", "name one or more"),
+    (look, "a.jpg", "name a photograph"), (look, "a.jpg missing.pt", "missing.pt"),
+])  # fmt: skip
+def test_wrong_flags_and_values(script, argv, words, failing):
+    data = ["--data", "digits"] if script not in (ensemble, look) and "--data" not in argv else []
+    failing(script, [*data, *argv.split()], words)
+    assert not list(Path().rglob("*.pt"))
+
+
+@pytest.mark.parametrize("argv, changes, stored, words", [
+    ("", dict(heads=2), {}, "'heads': 2"), ("", dict(patch=4), {}, "--patch"),
+    ("", dict(channels=3), {}, "3 channels"), ("", dict(depth=2), {}, "0 to 1"),
+    ("", {}, dict(dim=64), "size mismatch for cls_token"),
+    ("", {}, dict(depth=5), "blocks.4.norm1.weight"),
+    ("--layers 0,1 --teacher-layers 3", {}, {}, "cannot take the maps"),
+    ("--model nano+registers=4", {}, {}, "other components"),
+    ("--model nano+register=4", {}, {}, "choose from mlp"),
+    ("--model nano+positions=near", {}, {}, "relative, rope"),
+])  # fmt: skip
+def test_a_checkpoint_that_does_not_fit(argv, changes, stored, words, failing):
+    shape = dict(image_size=12, patch=3, channels=1, classes=0, dim=32, depth=4, heads=4)
+    config = vit.Config(**shape | changes)
+    found = {"model": vit.ViT(config).state_dict(), "architecture": asdict(config) | stored}
+    torch.save(found, "teacher.pt")
+    usual = "--data digits --teacher teacher.pt --model micro --patch 3"
+    failing(copy, [*usual.split(), *argv.split()], words)
+    assert not Path("runs").exists()
+
+
+class Exploit:
+    def __reduce__(self):
+        return (Path("attention-transfer-was-here").touch, ())
+
+
+def save(contents):
+    torch.save(contents, "file.pt")
+    return Path("file.pt").read_bytes()
+
+
+@pytest.mark.parametrize("spoil, words", [
+    (lambda whole: whole[: len(whole) // 2], "cannot be read"),
+    (lambda whole: whole[:-9000] + b"?" + whole[-8999:], "changed since it was written"),
+    (lambda _: b"", "cannot be read"), (lambda _: b"hello", "cannot be read"),
+    (lambda _: b"\n<!DOCTYPE html><html>", "a web page"), (lambda _: save([1, 2]), "no model"),
+    (lambda _: b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS pointer"),
+    (lambda _: pickle.dumps(Exploit(), 2), "cannot be read"),
+    (lambda _: save({"model": Exploit()}), "cannot be read"),
+    (lambda _: save({"model": {"fc.weight": torch.ones(3)}}), "no ViT we know"),
+    (lambda _: save({"optimizer": {}, "run": {}}), "model.pt of a run"),
+])  # fmt: skip
+def test_files_that_are_no_checkpoints(spoil, words, failing):
+    whole = (ROOT / "weights" / "digits.pt").read_bytes()
+    Path("file.pt").write_bytes(spoil(whole))
+    for script, argv in ((copy, ["--teacher", "file.pt"]), (ensemble, ["file.pt"])):
+        failing(script, argv, "file.pt", words)
+    assert Path("file.pt").exists() and not Path("attention-transfer-was-here").exists()
+
+
+@pytest.mark.parametrize("error", [
+    RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory"),
+    RuntimeError("MPS backend out of memory (MPS allocated: 17 GB)"), MemoryError(),
+    torch.OutOfMemoryError("CUDA"), OSError(12, "Cannot allocate memory"),
+])  # fmt: skip
+def test_too_little_memory_is_no_damage(error, failing, monkeypatch):
+    def load(*_, **__):
+        raise error
+
+    save({})
+    monkeypatch.setattr(torch, "load", load)
+    failing(copy, ["--teacher", "file.pt"], "out of memory", code=1)
+    assert Path("file.pt").exists()
+
+
+TENSORS = {
+    "a.weight": torch.randn(3, 5), "b": torch.randn(7).bfloat16(), "c": torch.randn(2, 2).half(),
+    "empty": torch.empty(0, 4), "one": torch.tensor(3.5), "index": torch.arange(6).view(2, 3),
+    "odd": torch.randn(3).bfloat16(), "double": torch.randn(4).double(),
+}  # fmt: skip
+FILE = Path("x.safetensors")
+
+
+def test_it_reads_what_the_reference_wrote():
+    save_file(TENSORS, FILE, metadata={"format": "pt"})
+    torch.testing.assert_close(read_file(FILE), TENSORS, rtol=0, atol=0)  # dtypes as well
+
+
+@pytest.mark.parametrize("key, changes, cut, add", [
+    ("b", {}, 3, b""), ("b", {}, 0, b"xx"), ("b", {"dtype": "F8"}, 0, b""),
+    ("a.weight", {"data_offsets": [0, 60]}, 0, b""),
+    ("b", {"shape": [9]}, 0, b""), ("b", {"shape": [-7]}, 0, b""),
+])  # fmt: skip
+def test_a_file_that_lies_is_refused(key, changes, cut, add):
+    save_file(TENSORS, FILE)
+    whole = FILE.read_bytes()
+    end = 8 + int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8:end])
+    header[key] |= changes
+    text, raw = json.dumps(header).encode(), whole[end : len(whole) - cut] + add
+    for content in (len(text).to_bytes(8, "little") + text + raw, b"", whole[:end]):
+        FILE.write_bytes(content)
+        with pytest.raises(ValueError, match=r"x\.safetensors cannot be read as a checkpoint"):
+            read_file(FILE)
+
+
+def shell(command):
+    command = command.replace("python", sys.executable)
+    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+
+
+TRAINING = f"{ROOT}/finetune.py --teacher none --epochs 4 --model nano"
+
+
+@pytest.mark.slow
+def test_a_reader_that_leaves_ends_the_run_quietly():
+    done = shell(f"set -o pipefail; python {TRAINING} --out run | head -1")
+    assert len(done.stdout.splitlines()) == 1 and (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.slow
+def test_errors_are_lines_and_exit_codes_with_one_process_and_with_two():
+    done = shell(f"python {TRAINING} --batch 400")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    ranks = "python -m torch.distributed.run --standalone --nproc_per_node=2"
+    done = shell(f"{ranks} {TRAINING} --batch 25 --out run")
+    said = [line for line in done.stderr.splitlines() if "--batch 25: " in line]
+    starts = "error: --batch 25: ", "error (rank 1): --batch 25: "
+    assert done.returncode and said and all(line.startswith(starts) for line in said)

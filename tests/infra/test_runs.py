@@ -1,0 +1,307 @@
+"""Runs of the scripts: killed and resumed, on one process and on two, failing without harm."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import attention_copy
+import attention_distill
+import data
+import finetune
+import train
+from common import runs
+
+ROOT = Path(__file__).parents[2]
+SHORT = "--teacher random --epochs 6 --num-labels 300 --batch 50 --eval-every 3 --ema 0.9".split()
+DIGITS = [*SHORT, "--drop-path", "0.2"]  # six steps an epoch
+QUICK = "--data digits --teacher none --model nano --num-labels 100 --epochs 2".split()
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+STREAMING = """
+import finetune
+from common import launch
+from datasets import images
+images.HELD = 0
+launch.run(finetune.main, finetune.parse)
+"""
+LITTLE_MEMORY = """
+import torch
+import attention_distill as script
+from common import launch
+honest = script.loss
+def loss(net, images, *rest, **bound):
+    if len(images) > (20 if launch.rank() == 0 else 7):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    return honest(net, images, *rest, **bound)
+script.loss = loss
+launch.run(script.main, script.parse)
+"""
+
+
+def weights(out, name="last.pt"):
+    return torch.load(Path(out) / name, weights_only=True, map_location="cpu")
+
+
+def start(script, *argv, launcher=(sys.executable,), **how):
+    # A restarted gloo group hangs now and then on its old rendezvous if that is shared: #135712.
+    env = dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT), TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    how |= dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | env)
+    return subprocess.Popen([*launcher, str(ROOT / script), *map(str, argv)], **how)
+
+
+def run_here(script, *argv):
+    return script.main(script.parse(list(map(str, argv))))
+
+
+@pytest.mark.parametrize("teacher, size", [
+    ("auto", "large"), ("mae", "large"), ("a/model.pt", "large"), ("https://a.com/b.pth", "large"),
+    ("vit_base_patch14_dinov2.lvd142m", "vit_base_patch14_dinov2.lvd142m"),
+    ("torchvision:vit_b_16=a/b.pth", "torchvision-vit_b_16"),
+])  # fmt: skip
+def test_a_folder_is_named_after_the_net_that_is_trained_there(teacher, size):
+    settings = attention_distill.parse(["--data", "imagenet", "--teacher", teacher])
+    assert runs.get_folder(settings) == Path(f"runs/distill-imagenet-{size}-s0")
+
+
+def log_of(out):
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [row | {"seconds": 0, "images_per_s": 0} for row in rows]
+
+
+def assert_close(ours, theirs):
+    for net in (ours, theirs):
+        for key in net:
+            if key.endswith("qkv.bias"):  # softmax ignores a key's: Adam blows up rounding noise
+                net[key].chunk(3)[1].zero_()
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+def assert_same_run(*outs):
+    for name, part in (("last.pt", "net"), ("last.pt", "average"), ("model.pt", "model")):
+        nets = (weights(out, name)[part] for out in outs)
+        torch.testing.assert_close(*nets, rtol=0, atol=0)
+
+
+def wait_for_step(run, out, beyond):
+    """Blocks until a checkpoint beyond a step, in the middle of an epoch, is there."""
+    while run.poll() is None:
+        if (out / "last.pt").exists():
+            step = weights(out)["step"]
+            if step > beyond and step % 6:
+                return
+    raise AssertionError("the run ended before its time: " + run.communicate()[1])
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    out = tmp_path_factory.mktemp("uninterrupted")
+    run_here(attention_distill, *DIGITS, "--out", out)
+    return out
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_gives_the_same_bits(uninterrupted, tmp_path, failing):
+    """And meanwhile no other process may train in the folder."""
+    argv = [*DIGITS, "--out", tmp_path, "--resume"]
+    # In the middle of an epoch: it saves at each step.
+    for kill, beyond in ((signal.SIGKILL, 3), (signal.SIGTERM, 14)):
+        run = start("attention_distill.py", *argv, "--save-every", 0)
+        wait_for_step(run, tmp_path, beyond)
+        failing(attention_distill, argv, "another process is training in")
+        run.send_signal(kill)
+        text, _ = run.communicate(timeout=60)
+        assert run.returncode == (-kill if kill == signal.SIGKILL else 128 + kill)
+        assert kill == signal.SIGKILL or "continue with --resume" in text
+    assert 14 < weights(tmp_path)["step"] < 36
+    result = run_here(attention_distill, *argv)
+    assert_same_run(tmp_path, uninterrupted)
+    rows = log_of(tmp_path)
+    assert rows[-1]["test_top1"] == result["test_top1"]
+    for row, expected in zip(rows, log_of(uninterrupted), strict=True):
+        assert row == pytest.approx(expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accident", ["group killed", "worker killed", "image broken"])
+def test_a_run_ends_with_the_processes_that_decode_its_images(accident, small, photos, tmp_path):
+    """A signal to the whole group, as torchrun sends it, lets it save."""
+    root = shutil.copytree(photos, tmp_path / "photos")
+    for path in list(root.glob("train/*/*")):  # an epoch should outlast the start of its workers
+        for i in range(30):
+            shutil.copy(path, path.with_stem(f"{path.stem}-{i}"))
+    long = "--workers 2 --epochs 10000 --eval-every 10000 --teacher none --num-labels 0".split()
+    (tmp_path / "driver.py").write_text(STREAMING)
+    argv = [*small, *long, "--data-dir", root, "--out", tmp_path / "run"]
+    run = start(tmp_path / "driver.py", *argv, start_new_session=True)
+    while run.poll() is None and not (tmp_path / "run" / "log.jsonl").exists():
+        time.sleep(0.1)
+    workers = []
+    while run.poll() is None and len(workers) < 2:
+        workers = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    time.sleep(0.3)  # until they have left the group
+    if accident == "group killed":
+        os.killpg(run.pid, signal.SIGTERM)
+    elif accident == "worker killed":
+        os.kill(int(workers[0]), signal.SIGKILL)
+    else:
+        (root / "train" / "red" / "5.jpg").write_text("broken")
+    text, errors = run.communicate(timeout=60)
+    expected = {"group": (143, ""), "worker": (1, "error: a worker"), "image": (2, "error: cannot")}
+    code, line = expected[accident.split()[0]]
+    assert run.returncode == code and line in errors and (line or not errors), errors
+    assert ("continue with --resume" in text) == (code == 143)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """The second has less memory. Both find that 7 of their 25 images fit at a time."""
+    out = tmp_path_factory.mktemp("two")
+    (out / "driver.py").write_text(LITTLE_MEMORY)
+    run = start(out / "driver.py", *SHORT, "--out", out / "run", launcher=TORCHRUN)
+    text, errors = run.communicate(timeout=120)
+    assert run.returncode == 0 and text.count("test top-1") == 1, errors
+    assert "7 images at a time" in " ".join(text.split())
+    return out / "run"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("micro_batch", [50, 13])
+def test_two_ranks_and_smaller_pieces_train_to_the_same_weights(micro_batch, two_ranks, tmp_path):
+    run_here(attention_distill, *SHORT, "--micro-batch", micro_batch, "--out", tmp_path)
+    for part in ("net", "average"):
+        assert_close(weights(two_ranks)[part], weights(tmp_path)[part])
+    row, other = log_of(tmp_path)[-1], log_of(two_ranks)[-1]
+    for key in ("class", "loss", "kl", "gradient_norm"):
+        assert row[key] == pytest.approx(other[key], rel=1e-3)
+    assert row["test_top1"] == pytest.approx(other["test_top1"], abs=0.11)  # of 2,000 images
+
+
+@pytest.mark.slow
+def test_a_lost_rank_is_restarted_and_the_run_goes_on(two_ranks, tmp_path):
+    argv = [*SHORT, "--micro-batch", "7", "--resume", "--out", tmp_path, "--save-every", 0]
+    run = start("attention_distill.py", *argv, launcher=(*TORCHRUN, "--max-restarts=2"))
+    wait_for_step(run, tmp_path, 8)
+    ranks = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    os.kill(int(ranks[-1]), signal.SIGKILL)
+    text, errors = run.communicate(timeout=120)
+    assert run.returncode == 0 and "resuming from step" in text, errors
+    assert_same_run(tmp_path, two_ranks)
+
+
+def test_accuracy_counts_each_image_once():
+    images, asked = data.load(finetune.parse(["--data", "digits"])).test, []
+
+    def predict(net, batch):  # right on the images whose brightest pixel is in the upper half
+        asked.append(len(batch))
+        return torch.nn.functional.one_hot(((batch.flatten(1).argmax(1) < 72) * 3).long(), 10)
+
+    predicted, labels = train.classify(predict, torch.nn.Linear(1, 1), images, "off", 7)
+    inputs, expected = (torch.cat(x) for x in zip(*images.in_order(1), strict=True))
+    guesses = torch.tensor([3 if x.flatten().argmax() < 72 else 0 for x in inputs])
+    assert sum(asked) == len(expected) == 2000
+    assert torch.equal(predicted, guesses) and torch.equal(labels, expected)
+
+
+@pytest.mark.slow
+def test_mixed_precision_and_compile_train_close_to_float32(tmp_path):
+    rows = {}
+    for name, more in {"float32": "", "bf16": "--amp bf16", "compiled": "--compile on"}.items():
+        argv = [*QUICK, "--epochs", "4", "--eval-every", "4", *more.split()]
+        rows[name] = run_here(finetune, *argv, "--out", tmp_path / name)["loss"]
+    assert rows["compiled"] == pytest.approx(rows["float32"], rel=1e-3)
+    assert rows["bf16"] == pytest.approx(rows["float32"], rel=0.03)
+    assert rows["bf16"] != rows["float32"]
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, failing, monkeypatch):
+    """And the last checkpoint stays."""
+    calls, honest = [], finetune.loss
+
+    def explode(*step, **bound):
+        calls.append(honest(*step, **bound)[0])
+        return calls[-1] * (float("nan") if len(calls) > 3 else 1), {}
+
+    monkeypatch.setattr(finetune, "loss", explode)  # in the second epoch, of two steps
+    failing(finetune, [*QUICK, "--out", tmp_path], "no longer finite", "learning rate", code=1)
+    state = weights(tmp_path)
+    assert state["step"] == 2 and all(v.isfinite().all() for v in state["net"].values())
+    assert not (tmp_path / "model.pt").exists()
+
+
+def test_a_full_disk_fails_the_run_and_keeps_the_last_checkpoint(tmp_path, failing, monkeypatch):
+    before = []
+
+    def fill_disk(row, *_):
+        if row["epoch"] == 2:
+            before.append((tmp_path / "last.pt").read_bytes())
+            (tmp_path / f"last.pt.{os.getpid()}.part").symlink_to("/dev/full")  # no write works
+
+    monkeypatch.setattr(train, "show_row", fill_disk)
+    words = "could not write", "No space left", "intact"
+    failing(finetune, [*QUICK, "--out", tmp_path], *words, code=1)
+    assert (tmp_path / "last.pt").read_bytes() == before[0] and weights(tmp_path)["step"] == 2
+
+
+@pytest.mark.slow
+def test_another_run_is_neither_spoiled_nor_continued(tmp_path, failing):
+    """One of other settings, method, classes, images or teacher: each is named."""
+    argv, last = [*DIGITS, *"--epochs 1 --model nano --out".split(), tmp_path], tmp_path / "last.pt"
+    run_here(attention_distill, *argv)
+    kept, state = last.read_bytes(), weights(tmp_path)
+    for script, more, words in (
+        (attention_distill, "", "already holds a run"),
+        (attention_distill, "--resume --blr 0.5", "blr was 0.032, now 0.5"),
+        (attention_copy, "--resume", "method was distill, now copy"),
+    ):
+        failing(script, [*argv, *more.split()], words)
+        assert last.read_bytes() == kept
+    changes = dict(classes=list("abc"), images=99, teacher_weights="0123", images_per_step=2)
+    for name, value in changes.items():
+        torch.save(state | {"run": state["run"] | {name: value}}, last)
+        failing(attention_distill, [*argv, "--resume"], f"{name} was ", "--overwrite")
+
+
+@pytest.mark.slow
+def test_a_teacher_is_known_by_its_weights_wherever_it_lies(tmp_path, teacher, small, failing):
+    argv, mine = [*small, "--out", tmp_path / "run", "--teacher"], tmp_path / "moved.pt"
+    run_here(attention_copy, *argv, teacher)
+    run_here(attention_copy, *argv, shutil.copy(teacher, mine), "--resume")
+    found = weights(tmp_path, "moved.pt")
+    found["model"]["cls_token"] += 1
+    torch.save(found | {"normalization": ([0.1] * 3, [0.2] * 3)}, mine)
+    words = "normalization was", "teacher_weights was "
+    failing(attention_copy, [*argv, mine, "--resume"], *words)
+    failing(attention_copy, [*argv, mine, "--overwrite", "--out", tmp_path], "lies in --out")
+    assert mine.exists()
+
+
+def test_starting_over_leaves_nothing_of_the_run_before(tmp_path, monkeypatch):
+    run_here(finetune, *QUICK, "--out", tmp_path)
+    again = [*QUICK, "--blr", "0.5", "--overwrite", "--out", tmp_path]
+    for name, left in (("__init__", {*runs.FILES}), ("train_step", {"config.json", "log.jsonl"})):
+        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+            patch.setattr(train.Learner, name, lambda *_: 1 / 0)  # before and after it begins
+            run_here(finetune, *again)
+        assert {path.name for path in tmp_path.iterdir()} == {".lock", *left}
+
+
+def test_images_and_runs_are_kept_apart(photos, small, tmp_path, failing, monkeypatch):
+    """A run among the images would be a class. Nothing is written before it is refused."""
+    root = shutil.copytree(photos / "train", tmp_path / "images")
+    before, argv = sorted(root.rglob("*")), [*small, "--num-labels", "0", "--data-dir"]
+    monkeypatch.chdir(root)  # in its runs/ a teacher would be made
+    for more in ("{0} --teacher none --out red", "{0} --out ../images/new", ". --out ../run"):
+        failing(finetune, [*argv, *more.format(root).split()], "outside --data-dir")
+    assert sorted(root.rglob("*")) == before
+
+
+def test_processes_that_resume_from_different_steps_are_told(tmp_path, failing, monkeypatch):
+    monkeypatch.setattr(train, "collect", lambda mine: [mine, mine + 1])  # on disks of their own
+    failing(finetune, [*QUICK, "--out", tmp_path], "different steps", code=1)

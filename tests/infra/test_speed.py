@@ -1,0 +1,147 @@
+"""The benchmark: plain and ours compute the same. Operations are counted as PyTorch counts them."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import attention_distill
+import vit
+from speed import benchmark, linear, loader, loss_forms, measure
+from vit import QK
+
+ROOT = Path(vit.__file__).parent
+TINY = "--data cifar10 --model micro --device cpu --amp off".split()
+METHODS = list(benchmark.SCRIPTS)
+
+
+def get_recipe(method):
+    return replace(benchmark.get_recipe(method, benchmark.parse(TINY), 4), patch=8)
+
+
+def build(method, variant):
+    learner, *batch = benchmark.build(method, variant, get_recipe(method))
+    torch.manual_seed(1)  # drop path, masks
+    images, labels = (torch.linspace(-2, 2, x.numel()).view_as(x).sin() for x in batch)
+    return learner, images, labels.softmax(-1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_plain_and_ours_have_the_same_losses_and_gradients(method):
+    found = {}
+    for variant in benchmark.VARIANTS:
+        learner, *batch = build(method, variant)
+        loss = learner.compute_loss(*batch)
+        loss.backward()
+        named = learner.net.named_parameters()
+        found[variant] = {"loss": loss} | {k: p.grad for k, p in named if p.grad is not None}
+    amp, exact = (found[variant]["loss"].item() for variant in ("plain-amp", "plain"))
+    assert amp == pytest.approx(exact, rel=1e-2) and amp != exact
+    if method == "copy":  # a copied layer makes no queries and keys: their weights have no gradient
+        for name, grad in found["plain"].items():
+            rows = 2 * len(grad) // 3 if "qkv" in name else 0
+            assert not found["ours"][name].flatten()[:rows].any()
+    assert found["plain"].keys() == found["ours"].keys() and len(found["ours"]) > 40
+    for name, theirs in found["plain"].items():
+        close = 1e-5 * theirs.abs().max().item()
+        torch.testing.assert_close(found["ours"][name], theirs, rtol=1e-5, atol=close, msg=name)
+
+
+def test_plain_and_ours_take_the_same_steps():
+    nets = []
+    for variant in ("plain", "ours"):
+        learner, *batch = build("finetune", variant)
+        for _ in range(3):
+            learner.train_step(*batch, 1e-3)
+        nets.append(learner.net.state_dict())
+    for name, value in nets[0].items():
+        if not name.endswith("qkv.bias"):  # that of keys has no gradient but rounding's
+            torch.testing.assert_close(nets[1][name], value, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_operations_are_counted_as_pytorch_counts_them(method, monkeypatch):
+    # Fused attention has formulas of its own, and a custom gradient is not seen as such.
+    monkeypatch.setattr(vit, "attend", lambda qk, v: qk.map() @ v)
+    definition = lambda *maps: (attention_distill.attention_loss(*maps), torch.zeros(()))  # noqa: E731
+    monkeypatch.setattr(attention_distill, "compare_maps", definition)
+    recipe = get_recipe(method)
+    if method in ("copy", "distill"):
+        recipe = replace(recipe, layers="0,2")
+    learner, images, labels = benchmark.build(method, "ours", recipe)
+    with FlopCounterMode(display=False) as counter:
+        learner.compute_loss(images, labels).backward()
+    expected = measure.count_operations(method, recipe)
+    if method == "distill":  # the definition makes both maps once more, and one gradient of a map
+        patches, dim, maps = (32 // 8) ** 2, vit.SIZES["micro"][0], 4 * 2 - 1
+        expected += maps * 2 * (1 + patches) ** 2 * dim
+    assert counter.get_total_flops() == pytest.approx(len(images) * expected, rel=1e-9)
+
+
+def test_all_forms_of_the_loss_have_its_gradient():
+    q, k, q_t, k_t = torch.randn(4, 2, 3, 20, 8, dtype=torch.float64).unbind()
+    student = QK(q.requires_grad_(), k.requires_grad_())
+    losses = [form(student, QK(q_t, k_t)) for form in loss_forms.FORMS.values()]
+    expected, *found = (torch.autograd.grad(loss, (q, k)) for loss in losses)
+    for other in found:
+        torch.testing.assert_close(other, expected, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.slow
+def test_a_run_leaves_a_record_that_its_command_replaces(tmp_path, monkeypatch):
+    argv = f"--method distill --batch 4,8 --steps 4 --record --results {tmp_path}".split() + TINY
+    monkeypatch.setattr(sys, "argv", ["benchmark", *argv])
+    monkeypatch.setattr(benchmark, "has_bf16", lambda where: False)
+    monkeypatch.setattr(measure, "measure_matrix_rate", lambda device: 1e11)
+    command, path = "python -m speed.benchmark " + " ".join(argv), tmp_path / "benchmark-cpu.json"
+    path.write_text(json.dumps([{"command": command, "rows": "old"}, {"command": "another"}]))
+    benchmark.main(benchmark.parse(argv))
+    another, record = json.loads(path.read_text())
+    assert another == {"command": "another"} and record["command"] == command
+    rows = record["rows"]["distill"]
+    assert rows.keys() == {"plain", "ours"}  # bf16 is not emulated
+    times = rows["ours"]["images_per_s"] / rows["plain"]["images_per_s"]
+    assert rows["ours"]["times_plain"] == pytest.approx(times, rel=1e-2)
+    for row in rows.values():
+        rate = row["images_per_s"] * row["gflop_per_image"] / 100
+        assert 0 < row["share"] == pytest.approx(rate, rel=0.05)
+
+
+@pytest.mark.slow
+def test_other_measurements_run_and_record_only_if_asked(tmp_path, photos, monkeypatch):
+    monkeypatch.setattr(linear, "TOKENS", (4, 16))
+    monkeypatch.setattr(loss_forms, "TOKENS", (5,))
+    monkeypatch.setitem(loss_forms.FORMS, "left out", Mock(side_effect=RuntimeError))
+    monkeypatch.setattr(loader.measure_rate, "__defaults__", (0.1,))
+    out = tmp_path / "out"
+    for script, argv in (
+        (linear, "--model nano --patch 4"),
+        (linear, "--model nano --patch 4 --record"),
+        (loss_forms, "--steps 1 --record"),
+        (loader, f"--data-dir {photos} --batch 8 --workers 1 --record"),
+    ):
+        assert out.exists() == (script is not linear)
+        found = script.main(script.parse([*argv.split(), "--device", "cpu", "--results", str(out)]))
+    assert all(speed > 0 for speed in found["images_per_s"].values())
+    assert {path.name for path in out.iterdir()} == {"benchmark-cpu.json", "linear-cpu.png"}
+
+
+def test_the_figures_of_the_readme_are_those_of_the_record_and_of_the_count():
+    readme = (ROOT / "speed" / "README.md").read_text()
+    small, *_ = json.loads((ROOT / "speed" / "benchmark-cpu.json").read_text())
+    for method, rows in small["rows"].items():
+        speeds = {variant: rows[variant]["images_per_s"] for variant in benchmark.VARIANTS}
+        memory = f"{rows['plain']['memory_gib']:.1f} → {rows['ours']['memory_gib']:.1f}"
+        times = f"{rows['ours']['times_plain']:.1f} | {speeds['ours'] / speeds['plain-amp']:.2f}"
+        shown = " | ".join(f"{speed:.1f}" for speed in speeds.values())
+        assert f"| {method} | {shown} | {times} | {memory} |" in readme
+        recipe = benchmark.get_recipe(method, benchmark.parse(["--model", "large"]), 64)
+        flop = measure.count_operations(method, recipe)
+        hours = flop * recipe.epochs * benchmark.IMAGES / 400e12 / 3600
+        counted = f"{recipe.epochs} | {flop / 1e9:.0f} | {hours:.0f} | {hours / 8:.1f}"
+        assert f"| {method} | {counted} |" in readme

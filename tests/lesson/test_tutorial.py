@@ -1,0 +1,117 @@
+"""The notebooks: executed afresh from top to bottom, their checks passed, stored whole."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parents[2]
+BOTH = "tutorial.ipynb", "solutions.ipynb"
+NUMBER = r"-?\d+\.\d+(?:e[-+]\d+)?"
+
+
+def read(name: str):
+    return nbformat.read(ROOT / name, as_version=4)
+
+
+def printed(notebook) -> str:
+    outputs = [out for cell in notebook.cells if cell.cell_type == "code" for out in cell.outputs]
+    assert not [out.evalue for out in outputs if out.output_type == "error"]
+    return "".join(out.text for out in outputs if out.get("name") == "stdout")
+
+
+def find_checks(name: str) -> dict[str, str]:
+    """The asserts of each exercise."""
+    found = (re.search(r"with exercise\((\d+)\):\n( .*\n?)+", x.source) for x in read(name).cells)
+    return {match[1]: match[0].strip() for match in found if match}
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """What the notebooks need, and no more: they import nothing of the study."""
+    here = tmp_path_factory.mktemp("course")
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, here)
+    for folder in ("common", "datasets", "teachers", "study", "weights"):
+        shutil.copytree(ROOT / folder, here / folder)
+    return here
+
+
+def execute(name: str, here: Path) -> str:
+    """What the cells print, with shorter training."""
+    notebook = read(name)
+    for cell in notebook.cells:
+        cell.source = cell.source.replace('"--resume", *argv]', '"--resume", *argv, "--epochs=2"]')
+        cell.source = cell.source.replace("epoch in range(30)", "epoch in range(2)")
+    NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(here)}}).execute()
+    return printed(notebook)
+
+
+@pytest.fixture(scope="module")
+def text(copy):
+    return execute("tutorial.ipynb", copy)
+
+
+def row(text: str, name: str) -> list[float]:
+    """The figures of the first line that begins with `name`."""
+    (found, *_) = (line for line in text.splitlines() if line.startswith(name))
+    return [float(x) for x in re.findall(NUMBER, found)]
+
+
+@pytest.mark.slow
+def test_lending_queries_and_keys_is_lending_the_map_unless_a_bias_or_a_width_differs(text):
+    assert float(re.search(r"the output differs by up to (\S+)", text)[1]) < 1e-5
+    assert max(row(text, "all q and k rotated") + row(text, "the map itself")) < 1e-3
+    assert min(row(text, "q and k, without a bias") + row(text, "q and k in heads")) > 0.01
+
+
+@pytest.mark.slow
+def test_the_loss_and_its_gradient_are_as_said(text):
+    pull, squared = row(text, "a student's row, sure and wrong")
+    assert pull == pytest.approx(2**0.5, rel=0.01) and squared < 0.01  # P_S - P_T, and its loss
+    total, classes, floor, divergence = row(text, "at the end")
+    assert total == pytest.approx(classes + 9 * (floor + divergence), abs=0.01)
+
+
+@pytest.mark.slow
+def test_every_exercise_fails_until_it_is_solved(text, copy):
+    numbers = find_checks("tutorial.ipynb")
+    assert re.findall(r"Exercise (\d+): not solved yet", text) == list(numbers)
+    solved = execute("solutions.ipynb", copy)
+    assert re.findall(r"Exercise (\d+): solved", solved) == list(numbers)
+
+
+def test_the_solutions_have_the_asserts_of_the_exercises():
+    tutorial, solutions = (find_checks(name) for name in BOTH)
+    assert tutorial == solutions and len(tutorial) >= 6
+
+
+def test_the_first_cell_finds_the_scripts_or_says_what_is_missing(copy, tmp_path):
+    first = next(cell.source for cell in read("tutorial.ipynb").cells if cell.cell_type == "code")
+
+    def run() -> subprocess.CompletedProcess:
+        command = [sys.executable, "-c", f"{first}\nprint(os.getcwd())"]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+
+    assert "Set REPOSITORY" in run().stderr.splitlines()[-1]  # alone, before any error of git
+    shutil.make_archive(str(tmp_path / "course"), "zip", copy.parent, copy.name)
+    for _ in range(2):  # beside an archive, which is then unpacked
+        assert run().stdout.strip() == str(tmp_path / copy.name)
+    shutil.copy(copy / "vit.py", tmp_path)  # beside the scripts
+    assert run().stdout.strip() == str(tmp_path)
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_the_stored_notebook_is_whole_and_small(name):
+    notebook = read(name)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))  # in order
+    assert not re.search("Warning|/tmp|/home|/root|/work", printed(notebook))
+    outputs = [out for cell in cells for out in cell.outputs]
+    assert not [out.text for out in outputs if out.get("name") == "stderr"]
+    assert len(nbformat.writes(notebook)) < 1_500_000

@@ -1,0 +1,100 @@
+"""Intervals: against t by hand, loops that leave one seed out, and what they promise."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from study import estimates, jobs, report, reproduce
+
+RESULTS = Path(__file__).parents[2] / "study" / "results"
+
+
+def draw(seeds, random, copy=5.0, tuned=10.0):
+    """Accuracies of three rows: the seed's own effect is the same in all, so pairing removes it."""
+    shared = random.normal(70, 3, seeds)
+    gains = {"from scratch": 0.0, "copy": copy, "fine-tuning": tuned}
+    return {row: shared + gain + random.normal(0, 0.5, seeds) for row, gain in gains.items()}
+
+
+def test_quantiles_are_those_of_a_table_of_student():
+    for freedom, expected in ((4, 2.776), (9, 2.262), (29, 2.045)):
+        assert estimates.get_quantile(freedom) == pytest.approx(expected, abs=2e-3)
+
+
+def test_differences_are_paired_and_recovery_is_their_ratio():
+    values = draw(10, np.random.default_rng(2))
+    found = estimates.estimate({"": values})["points"][""]
+    gains = {row: v - values["from scratch"] for row, v in values.items()}
+    mean, deviation = gains["copy"].mean(), gains["copy"].std(ddof=1)
+    half = 2.262 * deviation / 10**0.5
+    cell = found["copy"]["difference"]
+    expected = [mean, mean - half, mean + half]
+    assert [cell["mean"], *cell["interval"]] == pytest.approx(expected, rel=1e-3)
+    assert half < np.diff(found["copy"]["interval"]) / 4  # of the row alone
+    recovery = mean / gains["fine-tuning"].mean()
+    assert found["copy"]["recovery"]["mean"] == pytest.approx(recovery)
+    assert found["fine-tuning"]["recovery"] == {"mean": 1.0, "interval": [1.0, 1.0]}
+    assert "recovery" not in found["from scratch"]
+    few = estimates.estimate({"": {row: v[:4] for row, v in values.items()}})["points"][""]
+    assert few["copy"]["interval"] is None and few["copy"]["difference"]["interval"] is None
+
+
+def test_a_ratio_leaves_out_one_seed_after_the_other():
+    values = draw(6, np.random.default_rng(3))
+    found = estimates.estimate({"": values})["points"][""]["copy"]["recovery"]
+
+    def share(keep):
+        of = {row: v[keep].mean() for row, v in values.items()}
+        return (of["copy"] - of["from scratch"]) / (of["fine-tuning"] - of["from scratch"])
+
+    whole = share(range(6))
+    pseudo = [6 * whole - 5 * share([j for j in range(6) if j != i]) for i in range(6)]
+    half = estimates.get_quantile(5) * np.std(pseudo, ddof=1) / 6**0.5
+    assert found["interval"] == pytest.approx([whole - half, whole + half])
+    nothing = draw(6, np.random.default_rng(4), tuned=0.0)
+    alike = dict.fromkeys(nothing, np.full(2, 50.0))
+    for rows in (nothing, alike):
+        assert "recovery" not in estimates.estimate({"": rows})["points"][""]["copy"]
+
+
+def test_contrasts_take_the_same_seeds_at_all_points():
+    values = draw(8, np.random.default_rng(5))
+    asked = {"nothing": lambda at, again: at["copy"] - again["copy"]}
+    found = estimates.estimate({"a": values, "b": values}, contrasts=asked)["contrasts"]
+    assert found["nothing"] == {"mean": 0, "interval": [0, 0]}
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say():
+    random, inside = np.random.default_rng(6), np.zeros(2)
+    for _ in range(1000):
+        cells = estimates.estimate({"": draw(5, random)})["points"][""]["copy"]
+        for i, (cell, truth) in enumerate(((cells["difference"], 5), (cells["recovery"], 0.5))):
+            inside[i] += cell["interval"][0] <= truth <= cell["interval"][1]
+    assert (abs(inside / 1000 - 0.95) < 0.03).all()
+
+
+def test_packed_images_are_the_same_images():
+    correct = np.random.default_rng(7).uniform(size=(3, 2001)) < 0.4
+    assert (estimates.unpack(estimates.pack(correct), 2001) == correct).all()
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_every_interval_follows_from_its_record_alone(path):
+    if path.stem not in reproduce.TABLES:
+        pytest.skip("no table of the study")
+    record = jobs.read_record(path)
+    again = report.recompute(record, reproduce.TABLES[path.stem])
+    for name, cell in list_cells(again):
+        assert cell["interval"] == pytest.approx(dict(list_cells(record))[name]["interval"]), name
+    assert json.loads(json.dumps(again)).keys() == record.keys()
+
+
+def list_cells(part, name=""):
+    """All figures of a record with an interval, by their paths."""
+    for key, value in part.items() if isinstance(part, dict) else ():
+        if isinstance(value, dict):
+            if isinstance((value.get("interval") or [None])[0], float):
+                yield f"{name}/{key}", value
+            yield from list_cells(value, f"{name}/{key}")

@@ -1,0 +1,138 @@
+"""Changed transfers: without their change they are the methods; each change does what it says."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import attention_copy
+import attention_distill
+import data
+import finetune
+from study import variants
+from teachers import find
+from teachers.load import open_model, read_checkpoint
+from vit import QK, attend
+
+FEW = ["--data", "digits", "--device", "cpu", "--num-labels", "20", "--batch", "10"]
+TEACHER = str(find.BUNDLED / "digits.pt")
+
+
+@pytest.fixture
+def batch():
+    torch.manual_seed(5)
+    return torch.randn(6, 1, 12, 12), torch.randint(10, (6,))
+
+
+def make(script, teacher, *argv):
+    settings = script.parse([*FEW, "--teacher", teacher, *argv])
+    dataset = data.load(settings)
+    return script.task(settings, dataset, find.find_teacher(settings, dataset))
+
+
+def get_lender(task):
+    return task.predict.keywords["teacher"]
+
+
+def compute_gradients(task, batch):
+    torch.manual_seed(0)  # the same branches are dropped
+    task.net.train().zero_grad()
+    total, shown = task.loss(task.net, *batch)
+    total.backward()
+    return total, shown, {name: p.grad for name, p in task.net.named_parameters()}
+
+
+@pytest.mark.parametrize("script", [attention_copy, attention_distill])
+def test_without_a_change_it_is_the_method(script, batch):
+    argv = ["--layers", ":3", "--drop-path", "0.5"]
+    method = make(script, TEACHER, *argv)
+    variant = make(variants, TEACHER, *argv, "--how", script.Settings.method)
+    for i in (0, 2):
+        assert_close(compute_gradients(method, batch)[i], compute_gradients(variant, batch)[i])
+    net = method.net.eval(), variant.net.eval()
+    assert_close(method.predict(net[0], batch[0]), variant.predict(net[1], batch[0]))
+
+
+def test_the_teachers_weights_with_the_teachers_maps_are_at_first_the_teacher(batch):
+    lent, own = make(variants, TEACHER, "--start", "teacher"), make(finetune, TEACHER)
+    ours, theirs = (task.predict(task.net.eval(), batch[0]) for task in (lent, own))
+    assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("part", ["q", "k", "v", "qkv"])
+@torch.no_grad()
+def test_of_what_is_lent_the_rest_is_the_students(part, batch):
+    task, lender = make(variants, TEACHER, "--lend", part), open_model(TEACHER).net
+    student, seen = task.net.eval(), []
+    student.blocks[0].attn.proj.register_forward_hook(lambda _, args, out: seen.append(args[0]))
+    task.predict(student, batch[0])
+    blocks = [(net.blocks[0], net.embed(batch[0])) for net in (student, lender)]
+    own, lent = (block.attn.project(block.norm1(x)) for block, x in blocks)
+    q, k, v = (lent[i] if name in part else own[i] for i, name in enumerate("qkv"))
+    assert_close(seen[0], attend(QK(q, k), v).transpose(1, 2).flatten(2))
+
+
+@torch.no_grad()
+def test_mean_maps_are_the_mean_of_maps_and_other_maps_those_of_other_images(batch):
+    layers, net = range(4), open_model(TEACHER).net
+    argv = ["--maps", "other", "--bank", "70"]
+    other = get_lender(make(variants, TEACHER, *argv))
+    maps = [qk.map() for _, qk in net.blockwise(other.bank)]
+    mean = get_lender(make(variants, TEACHER, "--maps", "mean", "--bank", "70"))
+    for qk, p in zip(mean.lend(batch[0], layers), maps, strict=True):
+        assert_close(qk.map(), p.mean(dim=0).expand(6, -1, -1, -1), rtol=1e-4, atol=1e-6)
+    for qk, p in zip(other.lend(batch[0], layers), maps, strict=True):
+        assert_close(qk.map(), p[:6])
+    with torch.enable_grad():  # in training they are drawn
+        drawn = [next(other.lend(batch[0], layers)).q.sum(dim=(1, 2, 3)) for _ in range(5)]
+    assert len({tuple(sums.tolist()) for sums in drawn}) > 1
+
+
+def test_fixed_maps_are_what_they_are_called():
+    net = open_model(TEACHER).net
+    assert_close(variants.make_uniform_map(net), torch.full((1, 4, 17, 17), 1 / 17))
+    torch.manual_seed(1)
+    p = variants.draw_impulse_map(net)
+    assert_close(p.sum(dim=-1), torch.ones(1, 4, 17))
+    for head in p[0]:
+        steps = []
+        for query in (6, 7, 10, 11):  # patches with neighbours on all sides, of 4 x 4
+            key = head[query].argmax().item()
+            steps.append(((key - 1) // 4 - (query - 1) // 4, (key - 1) % 4 - (query - 1) % 4))
+        assert len(set(steps)) == 1 and max(map(abs, steps[0])) <= 1
+
+
+def test_the_loss_of_features_against_its_formula(batch):
+    features, expected = make(variants, TEACHER, "--how", "features", "--layers", "1:3"), 0.0
+    net = open_model(TEACHER).net
+    _, shown, _ = compute_gradients(features, batch)
+    traces = [[x for x, _ in vit.blockwise(batch[0])] for vit in (features.net, net)]
+    for pair in list(zip(*traces, strict=True))[1:3]:
+        x, y = (x - x.mean(dim=-1, keepdim=True) for x in pair)
+        x, y = (z / (z.square().mean(dim=-1, keepdim=True) + 1e-5).sqrt() for z in (x, y))
+        expected += (x - y).square().mean().item()
+    assert shown["features"].item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_probe_trains_a_head_on_what_the_teacher_sees(tmp_path):
+    argv = ["--how", "probe", "--epochs", "2", "--out", str(tmp_path)]
+    variants.main(variants.parse([*FEW, "--teacher", TEACHER, *argv]))
+    before, after = (read_checkpoint(path).weights for path in (TEACHER, tmp_path / "model.pt"))
+    for name in after.keys() - {"head.weight", "head.bias", "fc_norm.weight", "fc_norm.bias"}:
+        assert_close(after[name], before[name], rtol=0, atol=0)
+    assert after["head.weight"].abs().max() > 1e-3
+
+
+def test_what_was_lent_a_fixed_map_is_not_taken_for_a_vit_of_its_own(tmp_path):
+    argv = ["--maps", "uniform", "--epochs", "1", "--out", str(tmp_path)]
+    variants.main(variants.parse([*FEW, "--teacher", TEACHER, *argv]))
+    with pytest.raises(ValueError, match="holds no ViT"):
+        open_model(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize("argv", [
+    "--start teacher", "--how probe --maps mean", "--how distill --lend v", "--lend v --maps mean",
+    "--lend v --layers 0 --teacher-layers 1",
+])  # fmt: skip
+def test_changes_that_cannot_be_are_refused(argv):
+    with pytest.raises(ValueError, match="--"):
+        make(variants, "random", *argv.split())
