@@ -24,6 +24,7 @@ from torch import Tensor
 
 import data
 import recipes
+import students
 import train
 from common import launch
 from common.attention import fused_attention_loss
@@ -95,13 +96,7 @@ def task(settings: Settings, dataset: data.Data, checkpoint=None) -> train.Task:
     )
 
 
-def main(settings: Settings) -> dict:
-    from teachers.find import find_teacher  # it may download or pre-train, a task may not
-
-    dataset = data.load(settings)
-    teacher = find_teacher(settings, dataset)
-    return train.fit(task(settings, dataset, teacher), settings)
-
+main = partial(students.main, task)
 
 if __name__ == "__main__":
     launch.run(main, parse)

@@ -14,7 +14,6 @@ import importlib
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -22,62 +21,8 @@ from torch import Tensor
 
 from common.augment import Augment, BatchRandom, hash_seed, reseed, seeded, to_pixels
 from common.launch import get_device, print0, rank, world
-from common.settings import Base, setting
-from datasets.sources import NORMALIZATIONS, Tensors, check_choices, hold, hold_out
-
-
-class DataSet(NamedTuple):
-    module: str  # of datasets/, whose `load` returns its sources.Parts
-    image_size: int
-    mean: tuple[float, ...]  # of the pixels, for each channel: a new ViT normalises with these
-    std: tuple[float, ...]
-    crop_pct: float = 1.0  # share of the image's side that evaluation sees
-
-    @property
-    def channels(self) -> int:
-        return len(self.mean)
-
-
-DATA_SETS = {
-    "scenes": DataSet("scenes", 24, (0.25,), (0.35,)),
-    "scenes-cifar10": DataSet("scenes", 24, (0.47,) * 3, (2.0,) * 3),  # low contrast
-    "digits": DataSet("digits", 12, (0.25,), (0.35,)),
-    "cifar10": DataSet("cifar", 32, *NORMALIZATIONS["cifar10"]),
-    "cifar100": DataSet("cifar", 32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-    "imagenet": DataSet("folders", 224, *NORMALIZATIONS["imagenet"], 0.875),
-    "folder": DataSet("folders", 96, *NORMALIZATIONS["imagenet"], 0.875),
-}
-
-
-@dataclass(frozen=True)
-class Images(Base):
-    data: str = setting("scenes", "data set: " + ", ".join(DATA_SETS), tuple(DATA_SETS))
-    data_dir: str = setting("", "folder of the images [data/DATA]", free=True)
-    image_size: int = setting(0, "pixels per side (0: the data set's own)", high=4096)
-    holdout: float = setting(-1.0, "share to hold out (-1: 1/5 if no val/)", low=-1, high=0.9)
-    distractors: int = setting(1, high=20)  # beside a digit of --data digits
-    scene: str = setting("pointer", "pointer or twins, for --data scenes", ("pointer", "twins"))
-    dial: float = setting(0.0, high=1)  # share of pointers that point to one cell
-    classes: str = setting("all")  # which of the ten digits, or what the cells of scenes show
-    label: str = setting("class", choices=("class", "cell"))  # of a scene
-    workers: int = setting(8, "processes that decode images, per GPU", free=True)
-    device: str = setting("auto", "cpu, cuda, mps, or auto", free=True)
-
-
-@dataclass(frozen=True)
-class Settings(Images):
-    """Which images to train on, and how they are augmented."""
-
-    num_labels: int = setting(0, "labelled images, as many of each class (0: all)")
-    subset_seed: int = setting(-1, low=-1)  # draws them (-1: seed does)
-    seed: int = setting(0, "random seed of everything", high=2**63 - 1)
-    crop_area: float = setting(0.0, "smallest crop, as a share of the area (0: shifts)", high=1)
-    randaugment: int = setting(0, "magnitude of RandAugment (0: none)", high=10)
-    random_erase: float = setting(0.0, high=1)  # probability of random erasing
-    mixup: float = setting(0.0, "alpha of MixUp (0: none)")
-    cutmix: float = setting(0.0, "alpha of CutMix (0: none)")
-    smoothing: float = setting(0.0, "label smoothing", high=0.99)
-    batch: int = setting(64, "images per step, over all GPUs (0: 1/8 of the images, at most 64)")
+from datasets.sources import Tensors, check_choices, hold, hold_out
+from recipes import DATA_SETS, Images, Settings
 
 
 class Data(NamedTuple):
@@ -120,7 +65,7 @@ class Data(NamedTuple):
         return 0 if own is None or hashes is None else int(torch.isin(own, hashes).sum())
 
 
-def load(settings, train: bool = True) -> Data:
+def load(settings: Images, train: bool = True) -> Data:
     """The data set of the settings. With train=False its validation and test images only."""
     kind, device = DATA_SETS[settings.data], get_device(settings.device)
     size = settings.image_size or kind.image_size
@@ -138,6 +83,7 @@ def load(settings, train: bool = True) -> Data:
     found = Data(parts.classes, size, kind.mean, kind.std, None, val_view, test_view, share)
     if not train:
         return found
+    assert isinstance(settings, Settings)
     if test is source:
         print0("note: nothing is held out: accuracies will be those of training images")
     files = [x for x in (source, val, test) if x and not isinstance(x, Tensors)]
@@ -150,7 +96,7 @@ def load(settings, train: bool = True) -> Data:
     return found._replace(train=view, available=available, fingerprint=fingerprint)
 
 
-def draw_labels(source, settings):
+def draw_labels(source, settings: Settings):
     """The --num-labels images that are trained on, as many of each class: drawn in rounds."""
     if not settings.num_labels:
         return source
@@ -169,7 +115,7 @@ def draw_labels(source, settings):
 class Train:
     """Training images: shuffled, augmented, mixed; each process gets its share of every batch."""
 
-    def __init__(self, source, augment: Callable, settings, classes: int, device):
+    def __init__(self, source, augment: Callable, settings: Settings, classes: int, device):
         self.source, self.augment, self.device = source, augment, device
         self.rank, self.world, self.seed = rank(), world(), settings.seed
         eighth = min(64, len(source) // 8)

@@ -22,20 +22,21 @@ import torch
 from torch import Tensor
 
 import data
+import recipes
 from common import checkpoints, launch
 from common.precision import autocast
 from common.settings import parse_settings, setting
-from datasets.sources import CHOICES, normalization_setting
+from datasets.sources import CHOICES
 from teachers.load import Model, open_model
 from train import compute_top1
 
 
 @dataclass(frozen=True)
-class Settings(data.Images):
+class Settings(recipes.Images):
     checkpoints: tuple[str, ...] = ()
-    data: str = setting("", "data set [the checkpoint's]", ("", *data.DATA_SETS))
+    data: str = setting("", "data set [the checkpoint's]", ("", *recipes.DATA_SETS))
     image_size: int = 0  # the checkpoint's
-    normalization: str = normalization_setting()
+    normalization: str = setting("", recipes.NORMALIZATION, ("", *recipes.NORMALIZATIONS))
     amp: str = setting("auto", "mixed precision", ("auto", "off", "bf16", "fp16"))
     holdout: float = setting(-1.0, "share to score (-1: as trained, 0: all)", low=-1, high=0.9)
     part: str = setting("test", "test (to report) or val (to choose by)", ("test", "val"))

@@ -6,7 +6,6 @@
         --data-dir /imagenet
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,10 +15,10 @@ from torch import Tensor, nn
 
 import data
 import recipes
+import students
 import train
 from common import launch
-from common.settings import HELP, merge_recipes, parse_settings, setting
-from datasets.sources import normalization_setting
+from common.settings import Recipes, merge_recipes, parse_settings, setting
 from teachers.load import build_vit, new_vit
 from vit import ViT
 
@@ -29,7 +28,7 @@ class Settings(recipes.Settings):
     teacher: str = setting(
         "auto", "auto, pretrain, none, mae, NAME (python -m teachers), file or URL", free=True
     )
-    normalization: str = normalization_setting()
+    normalization: str = setting("", recipes.NORMALIZATION, ("", *recipes.NORMALIZATIONS))
 
     @property
     def method(self) -> str:
@@ -49,11 +48,12 @@ RECIPES = merge_recipes(
 )  # fmt: skip
 
 
-def parse(argv: Sequence[str]) -> Settings:
-    """The settings of a command line. From scratch has its own recipe: recipes.RECIPES."""
-    asked = parse_settings(__doc__, Settings, RECIPES, [word for word in argv if word not in HELP])
-    own = recipes.RECIPES if asked.teacher == "none" else RECIPES
-    return parse_settings(__doc__, Settings, own, argv)
+def choose_recipes(given: dict) -> Recipes:
+    """From scratch has recipes of its own."""
+    return recipes.RECIPES if given.get("teacher") == "none" else RECIPES
+
+
+parse = partial(parse_settings, __doc__, Settings, choose_recipes)
 
 
 def loss(net: ViT, images: Tensor, labels: Tensor, smoothing: float):
@@ -77,13 +77,7 @@ def task(settings: Settings, dataset: data.Data, checkpoint=None) -> train.Task:
     )
 
 
-def main(settings: Settings) -> dict:
-    from teachers.find import find_teacher  # it may download or pre-train, a task may not
-
-    dataset = data.load(settings)
-    teacher = find_teacher(settings, dataset)
-    return train.fit(task(settings, dataset, teacher), settings)
-
+main = partial(students.main, task)
 
 if __name__ == "__main__":
     launch.run(main, parse)

@@ -12,20 +12,17 @@ that --query names.
 
 from dataclasses import dataclass
 from functools import partial
-from math import isqrt
 from pathlib import Path
 
 import torch
-from einops import rearrange
 from torch import Tensor
 from torchvision.transforms import v2
 
-import data
+import recipes
 from common import checkpoints, launch, pictures
 from common.augment import to_pixels
 from common.settings import Base, parse_layers, parse_settings, setting
 from datasets.images import centre_crop, read_image
-from datasets.sources import normalization_setting
 from teachers.load import Model, open_model
 from vit import ViT
 
@@ -37,7 +34,7 @@ class Settings(Base):
     heads: str = setting("", "heads to draw, such as 0:3 or all [their mean only]")
     query: str = setting("", "who looks: the patch ROW,COLUMN, from 0,0, or class [all patches]")
     image_size: int = setting(0, "pixels per side [the ViT's own]", high=4096)
-    normalization: str = normalization_setting()
+    normalization: str = setting("", recipes.NORMALIZATION, ("", *recipes.NORMALIZATIONS))
     out: str = setting("", "the picture [runs/look-PHOTO.png]")
     device: str = setting("auto", "cpu, cuda, mps, or auto")
 
@@ -50,7 +47,7 @@ parse = partial(parse_settings, __doc__, Settings, {}, positional=WORDS)
 def look(photo: str, model: Model) -> tuple[Tensor, list[Tensor], Tensor | None]:
     """The input (1, C, H, W), each layer's maps (1, H, N, N), and logits (classes,) or None."""
     config = model.net.config
-    kind = data.DATA_SETS[model.checkpoint.settings.get("data", "imagenet")]
+    kind = recipes.DATA_SETS[model.checkpoint.settings.get("data", "imagenet")]
     square = centre_crop(config.image_size, kind.crop_pct)(read_image(photo))
     if config.channels == 1:
         square = v2.functional.rgb_to_grayscale(square)
@@ -80,14 +77,14 @@ def draw(model: Model, x: Tensor, maps: list[Tensor], layers, heads, query: int 
     """A matplotlib figure: a row for the mean of all heads and for each of `heads`."""
     prefix, rows = model.net.config.num_prefix_tokens, [None, *heads]
     looks = {
-        f"layer {i}": torch.cat([mean_look(maps[i], prefix, head, query) for head in rows])
+        f"layer {i}": torch.cat([pictures.mean_look(maps[i], prefix, head, query) for head in rows])
         for i in layers
     }
     names = ["mean of heads", *(f"head {head}" for head in heads)]
     images = x.expand(len(rows), -1, -1, -1)
     place = -1 if query is None else query - prefix  # that of a class token is below 0
     marked = dict.fromkeys(("image", *looks), place) if place >= 0 else {}
-    return draw_overlays(images, looks, prefix, names, title, marked)
+    return pictures.draw_overlays(images, looks, prefix, names, title, marked)
 
 
 def name_likeliest(logits: Tensor, classes: list[str] | None) -> dict[str, float]:
@@ -123,37 +120,6 @@ def main(settings: Settings) -> dict[str, float]:
     pictures.save(draw(model, x, maps, layers, heads, query, title), out)
     print(f"where it looks: {out}")
     return likeliest
-
-
-# Maps over images --------------------------------------------------------------------------------
-
-
-def mean_look(p: Tensor, prefix: int, head: int | None = None, query: int | None = None) -> Tensor:
-    """Where the patches look on average: maps (B, H, N, N) to (B, N), of one head or of all.
-
-    `prefix`: tokens before the patches. `query`: where this token looks.
-    """
-    p = p if head is None else p[:, head : head + 1]
-    return (p[:, :, prefix:] if query is None else p[:, :, query : query + 1]).mean(dim=(1, 2))
-
-
-def draw_overlays(
-    images: Tensor, looks: dict[str, Tensor], prefix: int = 1, rows=(), title: str = "",
-    marked: dict[str, int] | None = None, most: float = 0.0,
-):  # fmt: skip
-    """A row for each image, a column for each of `looks`: weights (B, N) as light on it.
-
-    All share one scale: multiples of the share that each token would get of uniform attention, up
-    to `most` [the largest, but for outliers]. The `prefix` tokens before the patches are left out.
-    `rows`: their names. `marked`: for columns by name, the number of a patch to frame.
-    """
-    pixels = rearrange(images, "b c h w -> b h w c").cpu()
-    shares = {name: p[:, prefix:].detach().cpu() * p.shape[1] for name, p in looks.items()}
-    drawn = torch.cat([p.flatten() for p in shares.values()])
-    most = most or min(drawn.max().item(), 1.1 * drawn.quantile(0.99).item())
-    side, label = isqrt(next(iter(shares.values())).shape[1]), "attention\n(1: uniform)"
-    lights = {name: p.view(-1, side, side) for name, p in shares.items()}
-    return pictures.draw_lights(pixels, lights, most, label, rows, title, marked)
 
 
 if __name__ == "__main__":

@@ -11,16 +11,13 @@ predicts the pixels of the cell asked for.
     python pretrain.py --data cifar10 --data-dir cifar10
     torchrun --nproc_per_node=8 pretrain.py --data imagenet \\
         --data-dir /imagenet
-    python pretrain.py --data digits --reconstruct out.png     what it learned
 """
 
 import math
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
@@ -28,8 +25,9 @@ import data
 import recipes
 import train
 import vit
-from common import checkpoints, launch, runs
-from common.settings import format_flag, get_values, merge_recipes, parse_settings, setting
+from common import checkpoints, launch
+from common.settings import format_flag, merge_recipes, parse_settings, setting
+from datasets.scenes import loss_cell
 from teachers.load import new_vit
 from teachers.positions import make_sincos
 
@@ -43,10 +41,9 @@ class Settings(recipes.Settings):
     mask_ratio: float = setting(0.6, "share masked (--target masked)", low=0.05, high=0.95)
     decoder_dim: int = setting(48, "width of the decoder", low=4)
     decoder_depth: int = setting(1, "blocks of the decoder")
-    decoder_heads: int = setting(4, "heads of the decoder", low=1, divides="decoder_dim")
+    decoder_heads: int = setting(4, "heads of the decoder", low=1)
     norm_pix_loss: bool = setting(False, "compare pixels normalised within their patch")
     target: str = setting("masked", "predict masked patches, or a scene's cell", ("masked", "cell"))
-    reconstruct: str = setting("", "picture: train nothing, draw what --out learned", free=True)
 
 
 LABELS = {"mixup", "cutmix", "smoothing"}  # settings that need them
@@ -133,15 +130,6 @@ def loss(mae: MAE, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Te
     return (error * mask).sum() / mask.sum(), {}
 
 
-def loss_cell(net: vit.ViT, images: Tensor, cells: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Mean squared error of the pixels of the cell that a scene asks for. No class is known."""
-    side = math.isqrt(net.config.classes // net.config.channels)
-    target = patchify(net.normalise(images), side)[
-        torch.arange(len(images), device=images.device), cells
-    ]
-    return F.mse_loss(net(images), target), {}
-
-
 def patchify(images: Tensor, patch: int) -> Tensor:
     return rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=patch, q=patch)
 
@@ -171,72 +159,18 @@ def task(settings: Settings, dataset: data.Data) -> train.Task:
     return train.Task(net.to(dataset.train.device), dataset, loss_cell, predict=None)
 
 
-def main(settings: Settings) -> dict | None:
+def main(settings: Settings) -> dict:
     unused = sorted(settings.given & UNUSED[settings.target])
     wrong = [
         f"{format_flag(name)} has no effect with --target {settings.target}" for name in unused
     ]
-    if settings.target == "cell" and data.DATA_SETS[settings.data].module != "scenes":
+    if settings.target == "cell" and recipes.DATA_SETS[settings.data].module != "scenes":
         wrong = ["--target cell: only for --data scenes"]
     if wrong:
         raise ValueError(wrong[0])
     label = "cell" if settings.target == "cell" else settings.label
-    if settings.reconstruct:
-        draw_reconstructions(settings)
-        return None
     dataset = data.load(replace(settings, label=label))
     return train.fit(task(settings, dataset), settings)
-
-
-# Pictures of what it learned ----------------------------------------------------------------------
-
-
-def draw_reconstructions(settings: Settings) -> None:
-    from common import pictures
-
-    launch.require_one_process()
-    picture, last = Path(settings.reconstruct), runs.get_folder(settings) / "last.pt"
-    checkpoints.check_place(picture, "--reconstruct", ".png", ".jpg", ".pdf", ".svg")
-    state = checkpoints.read_file(last)
-    own = {k: v for k, v in state["run"].items() if k in get_values(settings)}
-    odd = [k for k in own.keys() & settings.given if own[k] != getattr(settings, k)]
-    if odd or own.get("target") != "masked":
-        what = f"has another {format_flag(odd[0])}" if odd else "is no MAE (--target masked)"
-        raise ValueError(f"--reconstruct: the run in {last.parent} {what}")
-    settings = replace(settings, **own)
-    dataset = data.load(settings)
-    mae = build(settings, dataset)
-    mae.load_state_dict(state["net"])
-    some = next(dataset.test.in_order(8))[0]
-    pictures.save(reconstruct(mae.eval(), some), picture)
-    launch.print0(f"{last.parent}: wrote {picture}")
-
-
-@torch.no_grad()
-def reconstruct(mae: MAE, images: Tensor):
-    """A matplotlib figure: images, what the encoder sees of them, what the decoder makes of it."""
-    from common import pictures
-
-    patches, mask = mae(images)
-    if mae.norm_pix_loss:  # the decoder does not know a patch's statistics: the original's
-        mean, deviation = get_statistics(patchify(mae.encoder.normalise(images), mae.config.patch))
-        patches = patches * deviation + mean
-    fold = dict(h=mae.config.grid_size, p=mae.config.patch, q=mae.config.patch)
-    patches = rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", **fold)
-    masked = repeat(mask, "b (h w) -> b 1 (h p) (w q)", **fold)
-    guess = (patches * mae.encoder.std + mae.encoder.mean).clamp(0, 1)
-    rows = {
-        "original": images,
-        "visible": images * (1 - masked) + 0.6 * masked,
-        "reconstructed": images * (1 - masked) + guess * masked,
-    }
-    figure, axes = pictures.figure(3, len(images), len(images), 3.2, squeeze=False)
-    for line, (name, row) in zip(axes, rows.items(), strict=True):
-        for axis, picture in zip(line, row.cpu(), strict=True):
-            axis.imshow(rearrange(picture, "c h w -> h w c").expand(-1, -1, 3).numpy())
-            axis.set(xticks=[], yticks=[])
-        line[0].set_ylabel(name)
-    return figure
 
 
 if __name__ == "__main__":

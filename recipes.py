@@ -1,21 +1,83 @@
-"""The settings that all methods share, and a recipe for each kind of data set.
+"""All settings, the data sets, and a recipe for each kind of them.
 
 A setting without help works like the others, but --help does not list it. A recipe changes
 defaults. Those below are for training from scratch. Each method's file shows what it changes.
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
-import data
-from common.settings import Recipes, setting
-from datasets.sources import normalization_setting
+from common.settings import Base, Recipes, setting
+
+SIZES = {  # width, depth, heads
+    "nano": (32, 2, 4), "micro": (64, 4, 4), "mini": (128, 6, 4), "tiny": (192, 12, 3),
+    "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16), "huge": (1280, 32, 16),
+}  # fmt: skip
+NORMALIZATION = "mean and std of a file that names none"
+NORMALIZATIONS = {  # mean and std of pixels in 0..1, as public ViTs were trained
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "half": ((0.5,) * 3, (0.5,) * 3),
+    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "none": ((0.0,), (1.0,)),
+    "bytes": ((0.0,), (1 / 255,)),
+}
+
+
+class DataSet(NamedTuple):
+    module: str  # of datasets/, whose `load` returns its sources.Parts
+    image_size: int
+    mean: tuple[float, ...]  # of the pixels, for each channel: a new ViT normalises with these
+    std: tuple[float, ...]
+    crop_pct: float = 1.0  # share of the image's side that evaluation sees
+
+    @property
+    def channels(self) -> int:
+        return len(self.mean)
+
+
+DATA_SETS = {
+    "scenes": DataSet("scenes", 24, (0.25,), (0.35,)),
+    "scenes-cifar10": DataSet("scenes", 24, (0.47,) * 3, (2.0,) * 3),  # low contrast
+    "digits": DataSet("digits", 12, (0.25,), (0.35,)),
+    "cifar10": DataSet("cifar", 32, *NORMALIZATIONS["cifar10"]),
+    "cifar100": DataSet("cifar", 32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "imagenet": DataSet("folders", 224, *NORMALIZATIONS["imagenet"], 0.875),
+    "folder": DataSet("folders", 96, *NORMALIZATIONS["imagenet"], 0.875),
+}
 
 
 @dataclass(frozen=True)
-class Settings(data.Settings):
+class Images(Base):
+    data: str = setting("scenes", "data set: " + ", ".join(DATA_SETS), tuple(DATA_SETS))
+    data_dir: str = setting("", "folder of the images [data/DATA]", free=True)
+    image_size: int = setting(0, "pixels per side (0: the data set's own)", high=4096)
+    holdout: float = setting(-1.0, "share to hold out (-1: 1/5 if no val/)", low=-1, high=0.9)
+    distractors: int = setting(1, high=20)  # beside a digit of --data digits
+    scene: str = setting("pointer", "pointer or twins, for --data scenes", ("pointer", "twins"))
+    dial: float = setting(0.0, high=1)  # share of pointers that point to one cell
+    classes: str = setting("all")  # which of the ten digits, or what the cells of scenes show
+    label: str = setting("class", choices=("class", "cell"))  # of a scene
+    workers: int = setting(8, "processes that decode images, per GPU", free=True)
+    device: str = setting("auto", "cpu, cuda, mps, or auto", free=True)
+
+
+@dataclass(frozen=True)
+class Settings(Images):
+    """How to train: images, net, optimisation, and what the run leaves."""
+
     method: ClassVar[Any]  # names the run's folder
     teacher = ""  # a setting of most methods
+    num_labels: int = setting(0, "labelled images, as many of each class (0: all)")
+    subset_seed: int = setting(-1, low=-1)  # draws them (-1: seed does)
+    seed: int = setting(0, "random seed of everything", high=2**63 - 1)
+    crop_area: float = setting(0.0, "smallest crop, as a share of the area (0: shifts)", high=1)
+    randaugment: int = setting(0, "magnitude of RandAugment (0: none)", high=10)
+    random_erase: float = setting(0.0, high=1)  # probability of random erasing
+    mixup: float = setting(0.0, "alpha of MixUp (0: none)")
+    cutmix: float = setting(0.0, "alpha of CutMix (0: none)")
+    smoothing: float = setting(0.0, "label smoothing", high=0.99)
+    batch: int = setting(64, "images per step, over all GPUs (0: 1/8 of the images, at most 64)")
     model: str = setting("micro", "size of the ViT: nano to huge")
     patch: int = setting(3, "pixels per side of a patch", low=1)
     positions: str = setting("sincos", choices=("sincos", "random"))  # that training starts from
@@ -47,7 +109,7 @@ class TransferSettings(Settings):
     teacher: str = setting(
         "auto", "auto, pretrain, random, mae, NAME (python -m teachers), file or URL", free=True
     )
-    normalization: str = normalization_setting()
+    normalization: str = setting("", NORMALIZATION, ("", *NORMALIZATIONS))
     layers: str = setting("all", "layers to transfer: :18 or 6:12 or -6: or 0,2,4 or 75% or all")
     teacher_layers: str = setting("", "the teacher's layers to take for these [the same]")
     heads: str = setting("all")  # the teacher's heads to use, written like --layers

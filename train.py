@@ -24,9 +24,11 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 from common import checkpoints, runs
 from common.launch import Failed, catch_signals, collect, print0, rank, run_first, world
+from common.memory import find_micro_batch
 from common.precision import autocast, choose_compilation, choose_precision
 from common.progress import Clock, conclude, introduce, show_progress, show_row
 from common.settings import get_values
+from recipes import Settings
 
 
 @dataclass
@@ -41,7 +43,7 @@ class Task:
     teacher: checkpoints.Checkpoint | None = None  # must be the same for --resume
 
 
-def fit(task: Task, settings, test: Callable | None = None) -> dict:
+def fit(task: Task, settings: Settings, test: Callable | None = None) -> dict:
     """Trains the task's net. Returns the last row of its log, with `test_top1`.
 
     `test(net)` -> {"predicted", "labels"}: for methods without predict. With --ema the average of
@@ -54,14 +56,18 @@ def fit(task: Task, settings, test: Callable | None = None) -> dict:
         return train(task, settings, out, test)
 
 
-def train(task: Task, settings, out: Path, test: Callable | None) -> dict:
+def train(task: Task, settings: Settings, out: Path, test: Callable | None) -> dict:
     images, epochs = task.data.train, settings.epochs
     per_epoch = len(images) // images.batch
     steps, warmup = epochs * per_epoch, round(settings.warmup * epochs * per_epoch)
     peak = settings.lr or settings.blr * images.batch / 256  # Goyal et al. 2017
     run = runs.describe_run(settings, task.data, task.teacher)
     state = runs.load_state(out, settings, run)
-    learner = Learner(task, settings, steps)
+    learner = Learner(task, settings)
+    learner.micro_batch = settings.micro_batch or find_micro_batch(task, learner.compute_loss)
+    if settings.compile == "graphs" and learner.micro_batch < images.batch // world():
+        raise ValueError("--compile graphs needs a step in one piece: try on, or less --batch")
+    learner.wrap_loss(choose_compilation(settings.compile, learner.device, steps))
     introduce(task, settings, out, learner.micro_batch, peak)
     rows, seconds = learner.restore(state) if state else ([], 0.0)
     if len(set(collect(learner.done))) > 1:
@@ -118,7 +124,7 @@ class LossModule(nn.Module):
 class Learner:
     """The state of training, and one step of it. Nothing in a step waits for the GPU."""
 
-    def __init__(self, task: Task, settings, steps: int):
+    def __init__(self, task: Task, settings: Settings):
         net = self.net = task.net
         self.device, self.settings, self.done = next(net.parameters()).device, settings, 0
         self.sums: dict[str, Tensor] = {}  # over an epoch: the loss, and what is shown
@@ -133,22 +139,17 @@ class Learner:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
         self.autocast = autocast(settings.amp, net)
         self.loss_module: Any = LossModule(net, task.loss)
-        share, size = task.data.train.batch // world(), task.data.image_size
-        self.micro_batch = settings.micro_batch  # images at a time
-        if not self.micro_batch:
-            from common.memory import find_micro_batch
+        self.micro_batch = task.data.train.batch // world()  # images at a time
 
-            blank = torch.zeros(share, task.data.channels, size, size, device=self.device)
-            self.micro_batch = find_micro_batch(net, self.compute_loss, blank)
-            del blank  # a large part of the memory that was found
-        if settings.compile == "graphs" and self.micro_batch < share:  # pytorch#169545
-            raise ValueError("--compile graphs needs a step in one piece: try on, or less --batch")
+    def wrap_loss(self, compilation: str) -> None:
+        """With DDP and torch.compile."""
         if dist.is_initialized():
             self.loss_module = DistributedDataParallel(
                 self.loss_module, gradient_as_bucket_view=True
             )
-        if (mode := choose_compilation(settings.compile, self.device, steps)) != "off":
-            self.loss_module.compile(mode="reduce-overhead" if mode == "graphs" else None)
+        if compilation != "off":
+            mode = "reduce-overhead" if compilation == "graphs" else None
+            self.loss_module.compile(mode=mode)
 
     def train_step(self, images: Tensor, labels: Tensor, rate: float) -> None:
         """One step of the optimizer on this process' share of a batch, in pieces that fit."""
@@ -186,7 +187,8 @@ class Learner:
     @torch.no_grad()
     def move_average(self, average: nn.Module) -> None:
         """Exponential, with a smaller decay at first, to forget the initial weights."""
-        decay = min(self.settings.ema, (self.done - 1) / (8 + self.done))  # 0 after the first step
+        warm_up = (self.done - 1) / (self.done + 8)  # 0 after the first step
+        decay = min(self.settings.ema, warm_up)
         averages: list[Tensor] = [*average.parameters()]
         torch._foreach_lerp_(averages, [*self.net.parameters()], 1 - decay)
         for buffer, value in zip(average.buffers(), self.net.buffers(), strict=True):

@@ -6,6 +6,7 @@
 Pre-norm blocks, a head on the mean of the patches (He et al. 2022, appendix A.1), timm's names.
 """
 
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,11 +16,6 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from common.attention import scaled_dot_product_attention
-
-SIZES = {  # width, depth, heads
-    "nano": (32, 2, 4), "micro": (64, 4, 4), "mini": (128, 6, 4), "tiny": (192, 12, 3),
-    "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16), "huge": (1280, 32, 16),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -78,6 +74,8 @@ class Attention(nn.Module):  # tokens (B, N, D) to tokens, and the QK they atten
     def __init__(self, config: Config):
         super().__init__()
         self.dim, self.heads = config.dim, config.heads
+        if self.dim % self.heads:
+            raise ValueError(f"{self.heads} heads: they must divide the width {self.dim}")
         self.qkv = QKV(config.dim, 3 * config.dim)
         self.proj = nn.Linear(config.dim, config.dim)
 
@@ -85,12 +83,6 @@ class Attention(nn.Module):  # tokens (B, N, D) to tokens, and the QK they atten
         partial = isinstance(self.qkv, QKV)  # an adapter in its place computes all
         y = self.qkv(x, rows) if partial else self.qkv(x)[..., rows]
         return rearrange(y, "b n (p h d) -> p b h n d", h=self.heads, d=self.dim // self.heads)
-
-    def project_queries_keys(self, x: Tensor) -> Tensor:
-        return self.project(x, slice(0, 2 * self.dim))
-
-    def project_values(self, x: Tensor) -> Tensor:
-        return self.project(x, slice(2 * self.dim, None))[0]
 
     def queries_keys(self, q: Tensor, k: Tensor, visible_ids=None) -> QK:
         return QK(q, k)  # families (teachers/vit.py) add rope or a bias here
@@ -101,7 +93,7 @@ class Attention(nn.Module):  # tokens (B, N, D) to tokens, and the QK they atten
             qk = self.queries_keys(q, k, visible_ids)
         else:  # attention copy
             qk = given
-            v = self.project_values(x)
+            (v,) = self.project(x, slice(2 * self.dim, None))
         return self.proj(rearrange(attend(qk, v), "b h n d -> b n (h d)")), qk
 
 
@@ -131,26 +123,16 @@ class Block(nn.Module):
         return x + keep[1] * self.mlp(self.norm2(x)), qk
 
 
-class PatchEmbed(nn.Module):  # pixels (B, C, H, W), normalised, to patches (B, N, D)
-    def __init__(self, config: Config):
-        super().__init__()
-        self.proj = nn.Conv2d(config.channels, config.dim, config.patch, stride=config.patch)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rearrange(self.proj(x), "b d h w -> b (h w) d")
-
-
 class ViT(nn.Module):  # pixels in 0..1 (B, C, H, W) to logits (B, classes)
     block = Block  # families of public ViTs have others: teachers/vit.py
 
     def __init__(self, config: Config, drop_path: float = 0.0):  # its rate in the last block
         super().__init__()
         self.config, self.drop_path = config, drop_path
-        self.mean, self.std = (
-            nn.Buffer(torch.tensor(x)[:, None, None], persistent=False)
-            for x in (config.mean, config.std)
-        )
-        self.patch_embed = PatchEmbed(config)
+        mean, std = (torch.tensor(x)[:, None, None] for x in (config.mean, config.std))
+        self.mean, self.std = (nn.Buffer(x, persistent=False) for x in (mean, std))
+        proj = nn.Conv2d(config.channels, config.dim, config.patch, stride=config.patch)
+        self.patch_embed = nn.Sequential(OrderedDict(proj=proj))
         self.blocks = nn.ModuleList(self.block(config) for _ in range(config.depth))
         self.fc_norm = nn.LayerNorm(config.dim, eps=config.eps)
         self.head = nn.Linear(config.dim, config.classes) if config.classes else nn.Identity()
@@ -163,14 +145,13 @@ class ViT(nn.Module):  # pixels in 0..1 (B, C, H, W) to logits (B, classes)
         self.pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, tokens, dim), std=0.02))
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        channels, size = self.config.channels, self.config.image_size
-        if pixels.shape[1:] != (channels, size, size):
-            shape = " x ".join(map(str, pixels.shape[1:]))
-            raise ValueError(f"this ViT takes images of {channels} x {size} x {size}, not {shape}")
+        size = self.config.image_size
+        if pixels.shape[1:] != (self.config.channels, size, size):
+            raise ValueError(f"this ViT takes images of {self.config.channels} x {size} x {size}")
         return (pixels - self.mean) / self.std
 
     def embed_patches(self, images: Tensor) -> Tensor:
-        return self.patch_embed(self.normalise(images))
+        return rearrange(self.patch_embed(self.normalise(images)), "b d h w -> b (h w) d")
 
     def embed(self, images: Tensor, visible_ids: Tensor | None = None) -> Tensor:
         """Images to tokens (B, N, D). `visible_ids` (B, n): of these patches only, for MAE."""
@@ -207,7 +188,7 @@ class ViT(nn.Module):  # pixels in 0..1 (B, C, H, W) to logits (B, classes)
             x, qk = block(x, None, (1, 1) if keep is None else keep[i])
             yield qk if i in layers else None
         attn, x = self.blocks[last].attn, self.blocks[last].norm1(x)
-        yield attn.queries_keys(*attn.project_queries_keys(x))  # no more is needed
+        yield attn.queries_keys(*attn.project(x, slice(0, 2 * attn.dim)))  # no more is needed
         yield from [None] * (len(self.blocks) - last - 1)
 
     def draw_drop_path(self, batch: int):

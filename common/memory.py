@@ -6,15 +6,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from common.launch import Failed, is_out_of_memory
+from common.launch import Failed, is_out_of_memory, world
 
 
-def find_micro_batch(net: nn.Module, compute: Callable, images: Tensor) -> int:
-    """The largest share of these images whose gradients fit, by halving; equal on all ranks.
+def find_micro_batch(task, compute: Callable) -> int:
+    """The largest share of a process' images whose gradients fit, by halving; equal on all ranks.
 
-    `compute(images, labels)` returns the loss. Failed if one image does not fit.
+    `compute(images, labels)` returns the loss of a train.Task. Failed if one image does not fit.
     """
-    size = len(images)
+    net, data = task.net, task.data
+    size, device = data.train.batch // world(), next(net.parameters()).device
+    images = torch.zeros(size, data.channels, data.image_size, data.image_size, device=device)
     learned = [p for p in net.parameters() if p.requires_grad]
     copies = 3 + dist.is_initialized()  # AdamW's two, gradients so far, and DDP's
     try:

@@ -1,9 +1,13 @@
 """Pictures: figures that are saved, attention as light on images, and the curves of a run."""
 
 import textwrap
+from math import isqrt
 from pathlib import Path
 
 import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor
 
 from common import checkpoints
 from common.progress import NOT_SHOWN
@@ -32,6 +36,34 @@ def save(fig, path: Path, dpi: int = 160) -> None:
     kind = path.suffix.removeprefix(".") or "png"
     checkpoints.write(path, lambda file: fig.savefig(file, dpi=dpi, format=kind))
     plt.close(fig)
+
+
+def mean_look(p: Tensor, prefix: int, head: int | None = None, query: int | None = None):
+    """Where the patches look on average: maps (B, H, N, N) to (B, N), of one head or of all.
+
+    `prefix`: tokens before the patches. `query`: where this token looks.
+    """
+    p = p if head is None else p[:, head : head + 1]
+    return (p[:, :, prefix:] if query is None else p[:, :, query : query + 1]).mean(dim=(1, 2))
+
+
+def draw_overlays(
+    images: Tensor, looks: dict[str, Tensor], prefix: int = 1, rows=(), title: str = "",
+    marked: dict[str, int] | None = None, most: float = 0.0,
+):  # fmt: skip
+    """A row for each image, a column for each of `looks`: weights (B, N) as light on it.
+
+    All share one scale: multiples of the share that each token would get of uniform attention, up
+    to `most` [the largest, but for outliers]. The `prefix` tokens before the patches are left out.
+    `rows`: their names. `marked`: for columns by name, the number of a patch to frame.
+    """
+    pixels = rearrange(images, "b c h w -> b h w c").cpu()
+    shares = {name: p[:, prefix:].detach().cpu() * p.shape[1] for name, p in looks.items()}
+    drawn = torch.cat([p.flatten() for p in shares.values()])
+    most = most or min(drawn.max().item(), 1.1 * drawn.quantile(0.99).item())
+    side, label = isqrt(next(iter(shares.values())).shape[1]), "attention\n(1: uniform)"
+    lights = {name: p.view(-1, side, side) for name, p in shares.items()}
+    return draw_lights(pixels, lights, most, label, rows, title, marked)
 
 
 def draw_lights(pixels, lights: dict, most: float, label: str, rows=(), title="", marked=None):

@@ -14,7 +14,7 @@ import dataclasses
 import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -22,13 +22,12 @@ Recipes = dict[str, dict[str, Any]]  # recipe: setting: default
 HELP = {"--help", "-h"}
 
 
-def setting(default, help="", choices=None, low=0, high=math.inf, free=False, divides=""):
+def setting(default, help="", choices=None, low=0, high=math.inf, free=False):
     """A field that is also a flag. Without help it works the same, but --help does not list it.
 
     `low`, `high`: bounds of a number. `free`: may change between a run and its --resume.
-    `divides`: the setting that it must divide.
     """
-    about = dict(help=help, choices=choices, low=low, high=high, free=free, divides=divides)
+    about = dict(help=help, choices=choices, low=low, high=high, free=free)
     return field(default=default, metadata=about)
 
 
@@ -73,21 +72,28 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_settings(
-    doc: str, cls: type, recipes: Recipes, argv: Sequence[str], positional=()
+    doc: str, cls: type, recipes: Recipes | Callable, argv: Sequence[str], positional=()
 ) -> Any:
     """The settings of a command line. ValueError names a flag that is unknown or out of bounds.
 
-    `positional`: name, help and number (0: any) of the words without a flag, if there are some.
+    `recipes`: may be a function of what is given. `positional`: name, help and number (0: any) of
+    the words without a flag, if there are some.
     """
     flags = list_flags(cls)
     usual = str(flags["data"].default) if "data" in flags else ""
-    parser = build_parser(doc, flags, recipes, usual, positional)
+
+    def choose(given: dict) -> dict[str, Any]:
+        known = recipes(given) if callable(recipes) else recipes
+        return choose_recipe(known, given.get("data", usual))
+
+    parser = build_parser(doc, flags, positional, {}, usual)
     if HELP & set(argv):
         asked, _ = parser.parse_known_args([word for word in argv if word not in HELP])
-        parser = build_parser(doc, flags, recipes, getattr(asked, "data", usual), positional)
+        data = getattr(asked, "data", usual)
+        parser = build_parser(doc, flags, positional, choose(vars(asked)), data)
         print(parser.format_help(), end="")
         sys.exit(0)
-    given, words = vars(parser.parse_intermixed_args(argv)), {}
+    given, words = vars(parser.parse_intermixed_args(list(argv))), {}
     if positional:
         name, about, number = positional
         words[name] = given.pop(name, [])
@@ -98,12 +104,7 @@ def parse_settings(
         if isinstance(value, int | float) and not low <= value <= high:
             bounds = f"at least {low}" if high == math.inf else f"between {low} and {high}"
             raise ValueError(f"{format_flag(name)} {value}: must be {bounds}")
-    values = choose_recipe(recipes, given.get("data", usual)) | given
-    for name, f in flags.items():
-        if whole := f.metadata["divides"]:
-            a, b = (values.get(one, flags[one].default) for one in (whole, name))
-            if a % b:
-                raise ValueError(f"{format_flag(name)} {b}: must divide {format_flag(whole)} {a}")
+    values = choose(given) | given
     return cls(**values | words, given=frozenset(given))
 
 
@@ -111,9 +112,8 @@ def choose_recipe(recipes: Recipes, data: str) -> dict[str, Any]:
     return next((recipe for name, recipe in recipes.items() if data.startswith(name)), {})
 
 
-def build_parser(doc: str, flags: dict, recipes: Recipes, data: str, positional: tuple) -> Parser:
+def build_parser(doc: str, flags: dict, positional: tuple, recipe: dict, data: str) -> Parser:
     words = f" {positional[0].upper()} ..." if positional else ""
-    recipe = choose_recipe(recipes, data)
     end = f"Defaults in [brackets] are those of --data {data}. Others: --data NAME --help."
     parser = Parser(
         description=doc,

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from common.augment import hash_seed
-from common.settings import setting
 
 CHOICES = {  # settings that only these files here have a use for
     "distractors": {"digits"}, "scene": {"scenes"}, "dial": {"scenes"}, "label": {"scenes"},
@@ -22,21 +21,6 @@ def check_choices(settings, module: str) -> None:
             raise ValueError(f"--{name}: only for --data {' and '.join(sorted(CHOICES[name]))}")
     if "data_dir" in settings.given and settings.data in ("digits", "scenes"):
         raise ValueError(f"--data-dir: --data {settings.data} is bundled. Name --data folder, say")
-
-
-NORMALIZATIONS = {  # mean and std of pixels in 0..1, as public ViTs were trained
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "half": ((0.5,) * 3, (0.5,) * 3),
-    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
-    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    "none": ((0.0,), (1.0,)),
-    "bytes": ((0.0,), (1 / 255,)),
-}
-
-
-def normalization_setting() -> Any:
-    """For scripts that open the ViTs of others."""
-    return setting("", "mean and std of a file that names none", ("", *NORMALIZATIONS))
 
 
 class Parts(NamedTuple):

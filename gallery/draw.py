@@ -46,9 +46,9 @@ def draw_digits(path: Path) -> None:
     images = load_images("digits", 4)
     model = open_bundled("digits")
     maps = [qk.map() for _, qk in model.blockwise(images)]
-    looks = {f"layer {i}": look.mean_look(p, 1) for i, p in enumerate(maps)}
+    looks = {f"layer {i}": pictures.mean_look(p, 1) for i, p in enumerate(maps)}
     title = "Where all patches look: test digits, their MAE (weights/digits.pt)"
-    pictures.save(look.draw_overlays(images, looks, title=title), path)
+    pictures.save(pictures.draw_overlays(images, looks, title=title), path)
 
 
 def draw_house(path: Path) -> None:

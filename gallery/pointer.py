@@ -10,7 +10,6 @@ from torch import Tensor
 import attention_distill
 import data
 import finetune
-import look
 import train
 from common import launch, pictures
 from study.figures import COLOURS
@@ -57,7 +56,7 @@ def learn(script, images: Tensor, *argv: str) -> Iterator[tuple[int, Tensor, flo
     per_epoch = len(source) // source.batch
     steps, peak = settings.epochs * per_epoch, settings.blr * source.batch / 256
     warmup = round(settings.warmup * steps)
-    learner = train.Learner(task, settings, steps)
+    learner = train.Learner(task, settings)
     net.train()
     for epoch in range(settings.epochs + 1):
         if epoch in FRAMES:
@@ -74,7 +73,7 @@ def look_from_centre(net: ViT, images: Tensor) -> Tensor:
     was_training = net.training
     _, qk = next(net.eval().blockwise(images))
     net.train(was_training)
-    p = look.mean_look(qk.map(), 1, query=CENTRE)
+    p = pictures.mean_look(qk.map(), 1, query=CENTRE)
     return p.shape[1] * p[:, 1:].unflatten(1, (3, 3)).cpu()
 
 

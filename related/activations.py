@@ -41,7 +41,7 @@ from teachers.find import make_teacher
 
 @dataclass(frozen=True)
 class Settings(recipes.Settings):
-    data: str = setting("digits", "data set", tuple(data.DATA_SETS))
+    data: str = setting("digits", "data set", tuple(recipes.DATA_SETS))
     method = "activations"
     model: str = setting("thin", "the student, or the teacher alone: " + ", ".join(MODELS), MODELS)
     patch: int = setting(0)  # a CNN has no patches

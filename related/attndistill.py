@@ -49,7 +49,7 @@ TEMPERATURE = 10.0  # of merged heads, in the authors' scripts
 
 @dataclass(frozen=True)
 class Settings(recipes.Settings):
-    data: str = setting("digits", "data set", tuple(data.DATA_SETS))
+    data: str = setting("digits", "data set", tuple(recipes.DATA_SETS))
     method = "attndistill"
     layer_decay: float = 1.0  # no flag: the layers are inside
     teacher: str = setting(

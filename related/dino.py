@@ -36,7 +36,7 @@ from vit import Config, ViT
 
 @dataclass(frozen=True)
 class Settings(recipes.Settings):
-    data: str = setting("digits", "data set", tuple(data.DATA_SETS))
+    data: str = setting("digits", "data set", tuple(recipes.DATA_SETS))
     method = "dino"
     layer_decay: float = 1.0  # no flag: the layers are inside
     prototypes: int = setting(256, "invented classes", low=2)

@@ -42,7 +42,7 @@ from vit import QK, Attention, ViT, attend
 
 @dataclass(frozen=True)
 class Settings(recipes.Settings):
-    data: str = setting("digits", "data set", tuple(data.DATA_SETS))
+    data: str = setting("digits", "data set", tuple(recipes.DATA_SETS))
     teacher: str = setting(
         "auto", "a ViT with a head, or for --lora the result of step 1 (auto: made here)", free=True
     )

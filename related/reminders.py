@@ -144,7 +144,7 @@ def loss(net: Robot, images: Tensor, which: Tensor, known: scenes.Scenes, weight
 
 def task(settings: Settings) -> train.Task:
     device = launch.get_device(settings.device)
-    known, kind = make_trial("train", settings, device), data.DATA_SETS["digits"]
+    known, kind = make_trial("train", settings, device), recipes.DATA_SETS["digits"]
     labels = torch.arange(len(known.targets), device=device)
     source = sources.Tensors(known.pictures, labels)  # their numbers stand in for labels
     view = data.Train(source, lambda x, _: x, settings, 9, device)

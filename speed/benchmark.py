@@ -41,10 +41,10 @@ import attention_distill
 import data
 import finetune
 import pretrain
-import vit
+import recipes
 from common import launch
 from common.launch import print0
-from common.precision import has_bf16
+from common.precision import choose_compilation, has_bf16
 from common.settings import parse_settings, setting, to_argv
 from datasets import sources
 from speed import measure
@@ -65,7 +65,7 @@ class Settings(measure.Settings):
     data: str = setting("imagenet", "whose recipe, on made-up images", ("cifar10", "imagenet"))
     image_size: int = setting(0, "pixels per side (0: the data set's own)", high=4096)
     method: str = setting("all", "finetune, copy, distill, pretrain, several with commas, or all")
-    model: str = setting("", "size of the ViT [the recipe's]", ("", *vit.SIZES))
+    model: str = setting("", "size of the ViT [the recipe's]", ("", *recipes.SIZES))
     batch: str = setting("64", "images at a time: of several (32,64,128) the best counts")
     steps: int = setting(20, "timed steps of each variant", low=1)
     amp: str = setting("auto", "mixed precision of ours", ("auto", "off", "bf16", "fp16"))
@@ -88,7 +88,7 @@ def get_recipe(method: str, settings: Settings, batch: int):
 def build(method: str, variant: str, recipe) -> tuple[Learner, Tensor, Tensor]:
     """A learner of a random net, with images and labels (mixed as by MixUp) to learn from."""
     device, classes = launch.get_device(recipe.device), measure.count_classes(recipe)
-    kind = data.DATA_SETS[recipe.data]
+    kind = recipes.DATA_SETS[recipe.data]
     size = recipe.image_size or kind.image_size
     images = torch.randn(recipe.batch, kind.channels, size, size, device=device)
     labels = torch.rand(recipe.batch, classes, device=device).softmax(-1)
@@ -102,7 +102,9 @@ def build(method: str, variant: str, recipe) -> tuple[Learner, Tensor, Tensor]:
     if variant != "ours":
         task, make = make_plain_task(task, recipe), PlainLearner
     task.net.train()
-    return make(task, recipe, 10**6), images, labels  # steps: as in a long run
+    learner = make(task, recipe)
+    learner.wrap_loss(choose_compilation(recipe.compile, device, 10**6))  # as in a long run
+    return learner, images, labels
 
 
 take_step: Callable  # of this process: `prepare` sets it
@@ -220,7 +222,7 @@ def main(settings: Settings) -> dict:
     for method in methods:
         recipe = get_recipe(method, settings, batches[0])
         about = {name: getattr(recipe, name) for name in ("data", "model", "patch", "compile")}
-        about["image_size"] = recipe.image_size or data.DATA_SETS[settings.data].image_size
+        about["image_size"] = recipe.image_size or recipes.DATA_SETS[settings.data].image_size
         about |= {"steps": settings.steps, "matrix_tflops": round(matrix / 1e12, 3), "rows": rows}
         best, flop = rows.setdefault(method, {}), measure.count_operations(method, recipe)
         for batch in batches:

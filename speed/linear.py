@@ -13,9 +13,10 @@ import torch
 from common import launch, pictures
 from common.launch import print0
 from common.settings import parse_settings, setting
+from recipes import SIZES
 from related.linear_attention import linearise
 from speed import measure
-from vit import SIZES, Config, ViT
+from vit import Config, ViT
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def view_cifar(device: torch.device) -> data.Train:
     images = torch.randint(0, 256, (50_000, 3, 32, 32), dtype=torch.uint8)
     labels = torch.randint(0, 10, (50_000,))
     source = sources.Tensors(images.to(device), labels.to(device))
-    augment = Augment(recipe, data.DATA_SETS["cifar10"], device)
+    augment = Augment(recipe, recipes.DATA_SETS["cifar10"], device)
     return data.Train(source, augment, recipe, 10, device)
 
 
@@ -61,7 +61,7 @@ def view_jpegs(settings: Settings, folder: Path, workers: int, device) -> data.T
     """Files as training on ImageNet streams them, even if few would fit in memory."""
     changes = dict(data="imagenet", data_dir=str(folder), batch=settings.batch, workers=workers)
     recipe = recipes.Settings(**recipes.RECIPES["imagenet"] | changes)
-    kind = data.DATA_SETS["imagenet"]
+    kind = recipes.DATA_SETS["imagenet"]
     parts = folders.load(recipe, kind, kind.image_size, device)
     augment = Augment(recipe, kind, device, cropped=True)
     return data.Train(parts.train, augment, recipe, len(parts.classes), device)

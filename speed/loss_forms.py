@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import vit
+import recipes
 from attention_distill import attention_loss
 from common import launch
 from common.attention import fused_attention_loss
@@ -73,7 +73,7 @@ def time_forms(
     forms: dict[str, Callable], tokens: int, images: int, steps: int, device
 ) -> dict[str, float]:
     """Milliseconds per image of forward and backward pass of each form, for a layer of `large`."""
-    on_gpu, heads = device.type == "cuda", vit.SIZES["large"][2]
+    on_gpu, heads = device.type == "cuda", recipes.SIZES["large"][2]
     dtype = torch.bfloat16 if on_gpu else torch.float32
     drawn = torch.randn(4, images, heads, tokens, 64, device=device, dtype=dtype)
     q, k, q_t, k_t = (x.clone().requires_grad_(i < 2) for i, x in enumerate(drawn))
@@ -118,7 +118,7 @@ def main(settings: Settings) -> dict:
     for name, row in table.items():
         print0(f"{name:26} " + " ".join(f"{ms:13.3f}" for ms in row.values()))
     dtype = str(torch.bfloat16 if on_gpu else torch.float32)
-    about = {"heads": vit.SIZES["large"][2], "dtype": dtype, "steps": settings.steps}
+    about = {"heads": recipes.SIZES["large"][2], "dtype": dtype, "steps": settings.steps}
     found = {"ms_per_image_and_layer": table} | about
     return measure.add_record(settings, device, "speed.loss_forms", found)
 

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import torch
 
-import data
-import vit
+import recipes
 from common import checkpoints, runs
 from common.launch import device_name, print0
 from common.precision import has_bf16
@@ -40,8 +39,8 @@ def count_operations(method: str, recipe) -> float:
     teacher ends with the queries and keys of the last used layer. Layer norms, softmax, the
     optimizer and recomputation are not counted.
     """
-    dim, depth, _ = vit.SIZES[recipe.model]
-    kind = data.DATA_SETS[recipe.data]
+    dim, depth, _ = recipes.SIZES[recipe.model]
+    kind = recipes.DATA_SETS[recipe.data]
     patches = ((recipe.image_size or kind.image_size) // recipe.patch) ** 2
     pixels = recipe.patch**2 * kind.channels
 

@@ -71,8 +71,8 @@ def distill_loss(student, images, labels, teacher, layers: Sequence[int], settin
 class PlainLearner(Learner):
     """The optimizer as it comes, the average tensor by tensor, the loss read at each step."""
 
-    def __init__(self, task: Task, settings, steps: int):
-        super().__init__(task, settings, steps)
+    def __init__(self, task: Task, settings):
+        super().__init__(task, settings)
         groups = group_parameters(task.net, settings.weight_decay, settings.layer_decay)
         self.optimizer = torch.optim.AdamW(groups, betas=(0.9, settings.beta2))
 

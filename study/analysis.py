@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import data
+import recipes
 from common import launch
 from common.augment import hash_seed
 from common.settings import parse_settings, setting
@@ -24,10 +25,10 @@ from teachers.load import Model, build, open_model, read_checkpoint
 
 
 @dataclass(frozen=True)
-class Settings(data.Images):
+class Settings(recipes.Images):
     checkpoints: tuple[str, ...] = ()
     image_size: int = 0  # the checkpoint's
-    data: str = setting("", "data set [the checkpoint's]", ("", *data.DATA_SETS))
+    data: str = setting("", "data set [the checkpoint's]", ("", *recipes.DATA_SETS))
     images: int = setting(200, "how many test images, evenly spaced", low=4)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import data
-import look
+from common import pictures
 from common.augment import hash_seed
 from common.launch import get_device
 from pretrain import patchify
@@ -102,9 +102,9 @@ def draw_scenes(runs: Runs):
         prefix = model.net.config.num_prefix_tokens
         centre = prefix + model.net.config.grid_size**2 // 2
         first, second, *_ = (qk.map() for _, qk in model.blockwise(images))
-        looks[f"{name}: layer 0, from the centre"] = look.mean_look(first, prefix, query=centre)
-        looks[f"{name}: layer 1, from all cells"] = look.mean_look(second, prefix)
+        looks[f"{name}: layer 0, from the centre"] = pictures.mean_look(first, prefix, query=centre)
+        looks[f"{name}: layer 1, from all cells"] = pictures.mean_look(second, prefix)
     title = f"Where nets look: pointer scenes, seed {settings.seed}"
     marked = {name: centre - prefix for name in ("image", *looks) if "all cells" not in name}
     how = dict(title=title, marked=marked)
-    return look.draw_overlays(images, looks, prefix, **how)
+    return pictures.draw_overlays(images, looks, prefix, **how)

@@ -1,10 +1,10 @@
 """The rows of the study: which script, which teacher, what is changed, whose settings."""
 
-import data
+import recipes
 from study.engine import Row
 
-BASE = f"{data.Images.distractors} distractor"
-AT_BASE = {BASE: {"distractors": data.Images.distractors}}
+BASE = f"{recipes.Images.distractors} distractor"
+AT_BASE = {BASE: {"distractors": recipes.Images.distractors}}
 
 MAIN = {
     "from scratch": Row("finetune", "none"),

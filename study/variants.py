@@ -24,11 +24,11 @@ import attention_distill
 import data
 import finetune
 import recipes
+import students
 import train
 from common import checkpoints, launch
 from common.settings import parse_settings, setting
 from teachers.adapt import make_pair
-from teachers.find import find_teacher
 from vit import QK, ViT, attend
 
 HOW = "copy", "distill", "features", "probe"
@@ -222,10 +222,7 @@ def export_changed(student: ViT) -> dict:  # no one takes it for a ViT: it needs
     return {"student": student.state_dict()}
 
 
-def main(settings: Settings) -> dict:
-    dataset = data.load(settings)
-    teacher = find_teacher(settings, dataset)
-    return train.fit(task(settings, dataset, teacher), settings)
+main = partial(students.main, task)
 
 
 if __name__ == "__main__":

@@ -9,17 +9,18 @@ from common import runs
 from common.checkpoints import Checkpoint
 from common.launch import print0, run_first
 from common.settings import get_free, get_values, parse_layers
-from data import DATA_SETS, Images
+from data import Data
+from recipes import DATA_SETS, Images
 from teachers import adapt
 from teachers.load import make_config, read_checkpoint
 
 BUNDLED = Path(__file__).parent.parent / "weights"  # made by study/ship.py
 
 
-def find_teacher(settings, dataset) -> Checkpoint | None:
+def find_teacher(settings, dataset: Data, script=None) -> Checkpoint | None:
     """The checkpoint that --teacher names, None for random and none.
 
-    auto: the bundled one if it fits, MAE's for ImageNet, otherwise one is pre-trained first.
+    auto: the bundled one if it fits, MAE's for ImageNet, otherwise `script` makes one (pretrain).
     """
     source: str | Path = settings.teacher
     if source == "random" and not hasattr(settings, "layers"):
@@ -31,14 +32,12 @@ def find_teacher(settings, dataset) -> Checkpoint | None:
     elif source == "auto" and (file := find_bundled(settings)):
         source = file
     elif source in ("auto", "pretrain"):
-        import pretrain
-
         config = make_config(settings, dataset)
         for name in ("layers", "teacher_layers", "heads"):  # found wrong before hours of training
             count = config.heads if name == "heads" else config.depth
             parse_layers(getattr(settings, name, "") or "all", count, name)
         own = dict(model=settings.model, patch=settings.patch, num_labels=0, subset_seed=-1)
-        source = make_teacher(pretrain, settings, dataset, **own)
+        source = make_teacher(script, settings, dataset, **own)
     checkpoint = read_checkpoint(source, settings.normalization)
     if not hasattr(settings, "layers"):  # fine-tuning
         asked, there = make_config(settings, dataset), checkpoint.architecture

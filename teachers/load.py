@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+import recipes
 import vit
 from common import checkpoints
 from common.checkpoints import Checkpoint
 from common.launch import print0
-from datasets.sources import NORMALIZATIONS
+from recipes import NORMALIZATIONS
 
 
 def read_checkpoint(source: str | Path, normalization: str = "") -> Checkpoint:
@@ -115,7 +116,7 @@ def make_config(settings, dataset, **changes) -> vit.Config:
     images = dict(image_size=dataset.image_size, patch=settings.patch, channels=dataset.channels)
     images |= dict(classes=len(dataset.classes), mean=dataset.mean, std=dataset.std)
     name, *parts = re.split(r"\+(?=\w+=)", settings.model, maxsplit=1)
-    sizes = vit.SIZES
+    sizes = recipes.SIZES
     if parts or name not in sizes:
         from teachers.vit import parse_components
         from teachers.zoo import ALL_SIZES as sizes

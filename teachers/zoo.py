@@ -6,9 +6,8 @@ from itertools import product
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from datasets.sources import NORMALIZATIONS
+from recipes import NORMALIZATIONS, SIZES
 from teachers.positions import Resize
-from vit import SIZES
 
 IMAGENET, HALF, CLIP = (NORMALIZATIONS[name] for name in ("imagenet", "half", "clip"))
 TIMM = "https://huggingface.co/timm/{}/resolve/main/model.safetensors"

@@ -9,6 +9,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 import data
 import finetune
+import recipes
 from common import augment
 
 CPU = torch.device("cpu")
@@ -85,10 +86,10 @@ def test_randaugment_is_as_strong_as_timms(ours, timms):
 def test_the_gaps_of_randaugment_have_the_mean_of_the_data_set(held, small, monkeypatch):
     """No pixel is of the second of these colours."""
     settings = finetune.parse([*small, *"--crop-area 1 --randaugment 10 --random-erase 0".split()])
-    usual, other = data.DATA_SETS["folder"], (0.9, 0.05, 0.6)
+    usual, other = recipes.DATA_SETS["folder"], (0.9, 0.05, 0.6)
     for mean, gaps in ((usual.mean, False), (other, True)):
         kind = usual._replace(mean=mean)
-        monkeypatch.setitem(data.DATA_SETS, "folder", kind)
+        monkeypatch.setitem(recipes.DATA_SETS, "folder", kind)
         images = data.load(settings).train.first(24)[0]
         if held:  # on the device, as CIFAR
             pixels = torch.randint(90, 160, (40, 3, 16, 16), dtype=torch.uint8)

@@ -17,9 +17,10 @@ import attention_distill
 import data
 import finetune
 import pretrain
+import recipes
 import vit
 from common import checkpoints
-from datasets.sources import NORMALIZATIONS
+from recipes import NORMALIZATIONS
 from teachers import find
 from teachers.adapt import adapt
 from teachers.find import find_teacher, make_teacher
@@ -37,7 +38,7 @@ def test_bundled_files_are_what_is_said_of_them_and_plain_vits(name):
     found = read_checkpoint(file)
     net, state = build_vit(found), torch.load(file, weights_only=True)["model"]
     assert type(net) is vit.ViT and found.method == "pretrain"
-    kind = data.DATA_SETS[name]  # older files say it beside the architecture
+    kind = recipes.DATA_SETS[name]  # older files say it beside the architecture
     assert (net.config.mean, net.config.std) == (kind.mean, kind.std)
     for key, value in net.state_dict().items():
         assert key.startswith("fc_norm") or torch.equal(value, state[key])
@@ -65,7 +66,7 @@ def pretrainings(monkeypatch):
 
 def find_for(script, *argv: str) -> checkpoints.Checkpoint | None:
     settings = script.parse(["--data", "digits", *argv, "--device", "cpu"])
-    return find_teacher(settings, data.load(settings))
+    return find_teacher(settings, data.load(settings), pretrain)
 
 
 def test_a_teacher_is_pre_trained_where_there_is_none(pretrainings, capsys):
@@ -136,7 +137,7 @@ def test_a_teacher_that_learned_from_test_images_is_said(small, photos, tmp_path
 
 def test_heads_are_never_guessed(tmp_path):
     """With other heads the same weights are another function: MoCo v3's ViT-S has 12, not 6."""
-    small = vit.ViT(vit.Config(32, 8, 3, 5, *vit.SIZES["small"])).eval()
+    small = vit.ViT(vit.Config(32, 8, 3, 5, *recipes.SIZES["small"])).eval()
     path, images = tmp_path / "plain.pth", torch.randn(2, 3, 32, 32)
     small.blocks[0].attn.qkv.weight.data.mul_(5)
     torch.save(small.state_dict(), path)
@@ -211,7 +212,7 @@ def test_a_model_opens_as_what_it_was_exported_from(tmp_path):
 @pytest.mark.parametrize("name", ["", "half"])
 def test_pixels_that_a_file_does_not_name_are_said_wherever_it_is_opened(name, tmp_path, capsys):
     net, images = (
-        vit.ViT(vit.Config(32, 8, 3, 5, *vit.SIZES["tiny"])).eval(),
+        vit.ViT(vit.Config(32, 8, 3, 5, *recipes.SIZES["tiny"])).eval(),
         torch.rand(2, 3, 32, 32),
     )
     torch.save(net.state_dict(), tmp_path / "plain.pth")

@@ -144,7 +144,8 @@ def test_a_recorded_step_draws_anew_as_its_seed_says():
     settings = attention_distill.parse(argv)
     task, losses = attention_distill.task(settings, data.load(settings)), []
     task.net.train()
-    learner = train.Learner(task, settings, 100)
+    learner = train.Learner(task, settings)
+    learner.wrap_loss("graphs")
     images, labels = next(task.data.train.epoch(0))
     for seed in (0, 1, 2, 3, 4, 3, 4):
         augment.reseed(learner.device, seed)

@@ -11,6 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import attention_distill
+import recipes
 import vit
 from speed import benchmark, linear, loader, loss_forms, measure
 from vit import QK
@@ -78,7 +79,7 @@ def test_operations_are_counted_as_pytorch_counts_them(method, monkeypatch):
         learner.compute_loss(images, labels).backward()
     expected = measure.count_operations(method, recipe)
     if method == "distill":  # the definition makes both maps once more, and one gradient of a map
-        patches, dim, maps = (32 // 8) ** 2, vit.SIZES["micro"][0], 4 * 2 - 1
+        patches, dim, maps = (32 // 8) ** 2, recipes.SIZES["micro"][0], 4 * 2 - 1
         expected += maps * 2 * (1 + patches) ** 2 * dim
     assert counter.get_total_flops() == pytest.approx(len(images) * expected, rel=1e-9)
 

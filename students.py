@@ -1,0 +1,17 @@
+"""Trains a student: its images, its teacher, its task, and the loop. All methods share it."""
+
+from collections.abc import Callable
+
+import data
+import train
+from recipes import Settings
+from teachers.find import find_teacher
+
+
+def main(task: Callable[..., train.Task], settings: Settings) -> dict:
+    """The last row of the run's log. `task(settings, dataset, checkpoint)` is the method."""
+    import pretrain  # which makes a teacher where there is none
+
+    dataset = data.load(settings)
+    checkpoint = find_teacher(settings, dataset, pretrain)
+    return train.fit(task(settings, dataset, checkpoint), settings)
