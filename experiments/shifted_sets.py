@@ -22,6 +22,7 @@ import ensemble
 from common import checkpoints, launch
 from common.settings import parse_settings, setting
 from datasets import folders
+from teachers.classes import NUMBERS, number_imagenet
 from teachers.load import Model, open_model
 from train import compute_top1
 
@@ -35,7 +36,6 @@ class Settings(ensemble.Settings):
 
 WORDS = ("checkpoints", "one or more model.pt", 0)
 parse = partial(parse_settings, __doc__, Settings, {}, positional=WORDS)
-NUMBERS = [str(i) for i in range(1000)]
 NAME = re.compile(r"ILSVRC2012_val_(\d{8})")
 
 
@@ -58,13 +58,10 @@ def score(models: list[Model], settings: Settings) -> dict:
 
 
 def number_classes(model: Model) -> Model:
-    """The model with its classes called by their numbers: the order of ImageNet's WordNet ids."""
-    names = model.checkpoint.classes
-    if len(names or NUMBERS) != 1000:
-        return model
-    order = {name: str(i) for i, name in enumerate(sorted(names or []))}
-    classes = [order[name] for name in names or []] or NUMBERS
-    return replace(model, checkpoint=replace(model.checkpoint, classes=classes))
+    """The model with its classes called by their numbers, if they are ImageNet's."""
+    names = model.checkpoint.classes or NUMBERS
+    checkpoint = replace(model.checkpoint, classes=number_imagenet(names) or names)
+    return replace(model, checkpoint=checkpoint)
 
 
 def compute_real_top1(p: Tensor, dataset: data.Data, path: str) -> float:
