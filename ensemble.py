@@ -23,10 +23,11 @@ from torch import Tensor
 
 import data
 import recipes
-from common import checkpoints, launch
+from common import checkpoints, launch, runs
 from common.precision import autocast
 from common.settings import parse_settings, setting
 from datasets.sources import CHOICES
+from teachers.classes import match_classes
 from teachers.load import Model, open_model
 from train import compute_top1
 
@@ -120,29 +121,17 @@ def compute_probabilities(
 
 def run_models(models: list[Model], dataset: data.Data, settings: Settings) -> list[Tensor]:
     """Class probabilities of models of one image size, and last the labels."""
-    columns = [choose_columns(model, dataset.classes) for model in models]
+    columns = [match_classes(model, dataset.classes) for model in models]
     batches: list[list[Tensor]] = []
     for images, labels in getattr(dataset, settings.part).in_order(settings.batch):
         p = []
         for model, own in zip(models, columns, strict=True):
             with autocast(settings.amp, model.net):
-                logits = model(images)
-            p.append(logits.float()[:, own].softmax(dim=-1).cpu())
+                logits = model(images).float()
+            runs.check_finite({f"the sum of {model.checkpoint.source}'s logits": logits.sum()})
+            p.append(logits[:, own].softmax(dim=-1).cpu())
         batches.append([*p, labels.cpu()])
     return [torch.cat(parts) for parts in zip(*batches, strict=True)]
-
-
-def choose_columns(model: Model, classes: list[str]) -> list[int]:
-    """The model's outputs for these classes, which may be some of its own."""
-    known, outputs = model.checkpoint.classes or classes, model.net.config.classes
-    strange = [name for name in classes if name not in known]
-    if strange or len(known) != outputs:
-        names = ", ".join(strange[:3]) or f"it has {outputs} outputs"
-        odd = f"does not know these {len(classes)} classes ({names})"
-        teaches = model.checkpoint.method == "pretrain" or not outputs
-        odd = "is no classifier: fine-tune it first" if teaches else odd
-        raise ValueError(f"{model.checkpoint.source} {odd}")
-    return [known.index(name) for name in classes]
 
 
 def main(settings: Settings) -> dict:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 import recipes
-from common import checkpoints, launch, pictures
+from common import checkpoints, launch, pictures, runs
 from common.augment import to_pixels
 from common.settings import Base, parse_layers, parse_settings, setting
 from datasets.images import centre_crop, read_image
@@ -111,6 +111,7 @@ def main(settings: Settings) -> dict[str, float]:
     print(f"{photo} by {model.checkpoint}")
     if model.checkpoint.method == "pretrain":  # of a scene's teacher they are pixels
         logits = None
+    runs.check_finite({} if logits is None else {"the sum of all logits": logits.sum()})
     likeliest = {} if logits is None else name_likeliest(logits, model.checkpoint.classes)
     for name, percent in likeliest.items():
         print(f"{percent:7.2f} %  {name}")

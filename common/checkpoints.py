@@ -4,6 +4,7 @@ A model.pt of ours is a dict: `model` (weights), `architecture` (fields of vit.C
 `method`, `settings`. A student of attention copy also brings its `teacher`.
 """
 
+import argparse
 import hashlib
 import os
 import re
@@ -36,6 +37,10 @@ class Checkpoint:
     adapted: dict[str, list[int]] = field(default_factory=dict)  # and how they were adapted to it
     resize: Any = None  # how its family resizes positions (teachers/positions.py)
 
+    def __post_init__(self):
+        if odd := [name for name, value in self.weights.items() if not value.isfinite().all()]:
+            raise ValueError(f"{self.source}: {odd[0]} is not finite, its training diverged")
+
     @cached_property
     def fingerprint(self) -> str:
         return fingerprint(self.weights)
@@ -64,12 +69,10 @@ def export(net, teacher=None, layers=()) -> dict[str, Any]:
 
 
 def parse_ours(found: dict[str, Any], source: str) -> Checkpoint:
-    """The contents of a model.pt of ours. ValueError if it is none, or its training diverged."""
+    """The contents of a model.pt of ours. ValueError if it is none."""
     weights, shape = found.get("model"), found["architecture"]
     if not (isinstance(weights, dict) and isinstance(shape, dict) and "image_size" in shape):
         raise ValueError(f"{source} is no checkpoint of ours: save its weights alone")
-    if odd := [name for name, value in weights.items() if not value.isfinite().all()]:
-        raise ValueError(f"{source}: {odd[0]} is not finite, its training diverged")
     older = {"normalization": found["normalization"]} if found.get("normalization") else {}
     if older:  # ViTs did not yet know their own
         mean, std = (tuple(x) for x in older["normalization"])
@@ -132,11 +135,14 @@ def read_file(source: str | Path) -> Any:
             with zipfile.ZipFile(path) as archive:
                 if bad := archive.testzip():  # torch.load does not look
                     raise ValueError(f"{bad} has changed since it was written")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # nothing but fields
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling errors are of many kinds
         if is_out_of_memory(error):  # not the file's fault
             raise
         reason = f"{type(error).__name__}: {str(error).partition('. ')[0][:80]}"
+        if blocked := re.search(r"GLOBAL (\S+)", str(error)):
+            reason = f"it holds a {blocked[1]}, which only running it could read"
         advice = "get it again, or save its weights alone"
         advice = f"remove {path} to download it again" if is_url(source) else advice
         raise ValueError(f"{source} cannot be read as a checkpoint ({reason}): {advice}") from error

@@ -113,7 +113,7 @@ def check_finite(values: dict[str, Any]) -> None:
     """Failed, before anything is saved, if one of these scalars is not finite."""
     for name, value in values.items():
         if not torch.isfinite(value):
-            remedy = "try a lower learning rate, a longer --warmup or --amp off"
+            remedy = "try --amp off; to train, a lower learning rate or a longer --warmup"
             raise Failed(f"{name} is no longer finite: {remedy} (last.pt is the last good state)")
 
 

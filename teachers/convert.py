@@ -11,16 +11,19 @@ from torch import Tensor
 
 from common.checkpoints import Checkpoint
 from common.launch import print0
+from teachers.classes import IMAGENET
 from teachers.vit import Config
-from teachers.zoo import PublicViT
+from teachers.zoo import PublicViT, recognise
 
-DROPPED = re.compile(  # pre-training's, and heads that read other tokens than ours does
-    r"decoder|mask_token|(encoder\.)?(norm|ln)\.|attn_pool|lm_head|cls_pt_layers|"
-    r"projectors|local_cls_norm|rope_embed|head_dist|momentum_encoder|predictor|"
-    r".*(relative_position_index|rope\.|num_batches)"
+DROPPED = re.compile(  # pre-training's, and a head that pools by attention
+    r"decoder|mask_token|attn_pool|lm_head|cls_pt_layers|projectors|local_cls_norm|rope_embed|"
+    r"head_dist|momentum_encoder|predictor|.*(relative_position_index|rope\.|num_batches)|n_averaged"
 )
 RENAMED = {
-    r"^(module\.|backbone\.|base_encoder\.)+": "",
+    r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.": "",
+    r"^((module|model|net|backbone|base_encoder|encoder(?!\.(pos_embedding|layers|ln)\b))\.)+": "",
+    r"^encoder\.ln\.": "norm.",
+    r"^heads\.head\.": "head.",
     r"^class_token$": "cls_token",
     r"^encoder\.pos_embedding$": "pos_embed",
     r"^conv_proj\.": "patch_embed.proj.",
@@ -37,29 +40,50 @@ RENAMED = {
     r"\.gamma_([12])$": r".ls\1.gamma",
     r"relative_position_bias_table$": "relative.table",
 }
+LOOKS = {"embeddings.": "Hugging Face's", "resblocks.": "open_clip's", "layer1.": "a ResNet's",
+         "encoderblock": "Flax's", "layers.0.blocks.": "a Swin's"}  # fmt: skip
 
 
-def parse_foreign(found: dict, source: str, model: PublicViT | None, size=None) -> Checkpoint:
+def parse_foreign(found: dict, source: str, place: str, model=None, size=None) -> Checkpoint:
     """The contents of a file by others: of a public ViT, or of a plain one with a known size."""
     wrappers = ("model", "state_dict", "module", "teacher")
-    weights = next((found[key] for key in wrappers if isinstance(found.get(key), dict)), found)
+    taken = next((key for key in wrappers if isinstance(found.get(key), dict)), "")
+    theirs = found[taken] if taken else found
+    large = [k for k, v in found.items() if isinstance(v, dict) and 2 * len(v) > len(theirs)]
+    if taken and len(large) > 1:
+        print0(f"note: {source} holds {' and '.join(large)}: {taken} is taken")
     try:
-        weights = rename(weights)
+        model = check_name(theirs, place, model, size)
+        weights = rename(theirs)
         architecture = asdict(describe(weights, model, size))
-    except KeyError as error:
-        raise ValueError(f"{source} holds no ViT we know: {error} is missing") from None
+    except (KeyError, TypeError):
+        like = next((f": {who}" for part, who in LOOKS.items() if part in str([*theirs])), "")
+        raise ValueError(
+            f"{source} has other names than ours, timm's and its family's authors' "
+            f"({', '.join(map(str, [*theirs][:3]))}{like}): take timm's file of the same ViT"
+        ) from None
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
-    if not model:
-        unknown = {"mean", "std"}
-        architecture = {k: v for k, v in architecture.items() if k not in unknown}
+    if not model:  # whose pixels are unknown
+        del architecture["mean"], architecture["std"]
         return Checkpoint(source, weights, architecture)
-    family = model.family
-    if "no commercial use" in family.licence:
-        print0(f"note: the licence of {model.name} is {family.licence}")
-    mean, std = family.normalization
-    architecture |= {"mean": mean, "std": std}
-    return Checkpoint(source, weights, architecture, method=family.title, resize=family.resize)
+    if "no commercial use" in model.family.licence:
+        print0(f"note: the licence of {model.name} is {model.family.licence}")
+    architecture |= zip(("mean", "std"), model.family.normalization, strict=True)
+    classes = IMAGENET if architecture["classes"] == len(IMAGENET) else None
+    known = dict(method=model.family.title, resize=model.family.resize)
+    return Checkpoint(source, weights, architecture, classes, **known)
+
+
+def check_name(theirs: dict, place: str, model: PublicViT | None, size=None) -> PublicViT | None:
+    """The model, or else the one whose name the file has. ValueError if these contradict."""
+    told = recognise(place)
+    heads = model.heads if model else size[2] if size else None
+    if told and heads and (told.heads != heads or (model and model.family != told.family)):
+        raise ValueError(f"by the name of its file it is {told.name}: call it so, or rename it")
+    if heads not in (None, 12) and any("base_encoder." in name for name in theirs):
+        raise ValueError("its tensors are MoCo v3's, whose ViTs have 12 heads: vit-s-300ep=FILE")
+    return model or told
 
 
 def rename(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -71,9 +95,10 @@ def rename(weights: dict[str, Tensor]) -> dict[str, Tensor]:
             name = re.sub(pattern, ours, name)
         if name in found:
             raise ValueError(f"two of its tensors are {name}, one of them {theirs}")
-        if not DROPPED.match(name):
+        if isinstance(value, Tensor) and not DROPPED.match(name):
             found[name] = value
-    if "fc_norm.weight" not in found:  # its head read the class token, or pooled in its own way
+    one_norm = ("norm.weight" in found) != ("fc_norm.weight" in found)
+    if not one_norm or "head.weight" not in found or "attn_pool" in str([*weights]):
         found = {k: v for k, v in found.items() if not k.startswith(("head.", "heads."))}
     shared = found.pop("rel_pos_bias.relative.table", None)
     biased = any(name.endswith(("qkv.bias", "q_bias")) for name in found)
@@ -120,17 +145,20 @@ def describe(weights: dict[str, Tensor], model: PublicViT | None, size=None) -> 
         patch=patch, channels=channels, dim=dim, depth=count_blocks(weights), mlp=hidden / dim,
         classes=len(weights.get("head.weight", ())), class_token="cls_token" in weights,
         registers=weights["reg_token"].shape[-2] if "reg_token" in weights else 0,
-        activation="gelu" if gates == hidden else "swiglu",
     )  # fmt: skip
+    found |= {} if gates == hidden else {"activation": "swiglu"}
+    if "norm.weight" in weights and found["classes"]:
+        found["pool"] = "token" if found["class_token"] else "norms"
     if "pos_embed" in weights:
         patches = weights["pos_embed"].shape[1] - found["class_token"]
         found["image_size"] = math.isqrt(patches) * patch
     if model:
-        theirs = dict(dim=model.dim, depth=model.depth, patch=model.patch)
-        if odd := {name: found[name] for name in theirs if found[name] != theirs[name]}:
-            raise ValueError(f"it has {odd}, but {model.name} has {theirs}")
-        usual = dict(image_size=model.image_size, heads=model.heads)
-        return Config(**usual | found | model.family.overrides)
+        usual = dict(class_token=True, registers=0, heads=model.heads) | model.family.overrides
+        named = usual | dict(dim=model.dim, depth=model.depth, patch=model.patch)
+        odd = {k: v for k, v in found.items() if v != named.get(k, v) and k != "classes"}
+        if odd:
+            raise ValueError(f"it has {odd}, but {model.name} has { {k: named[k] for k in odd} }")
+        return Config(**{"image_size": model.image_size} | found | usual)
     if not size or size[0] != dim:
         remedy = "write SIZE=FILE, such as small=FILE, or NAME=FILE (python -m teachers)"
         raise ValueError(f"{dim} wide, it may have any number of attention heads: {remedy}")

@@ -43,7 +43,8 @@ def find_teacher(settings, dataset: Data, script=None) -> Checkpoint | None:
         asked, there = make_config(settings, dataset), checkpoint.architecture
         named = {name for name, flag in adapt.SIZE.items() if flag in settings.given}
         if "model" in settings.given and "=" in settings.model:  # with components
-            named |= vars(asked).keys() - {"image_size", "classes", "patch", "mean", "std"}
+            others = {"image_size", "classes", "patch", "mean", "std", "pool"}
+            named |= vars(asked).keys() - others
         if any(getattr(asked, name) != there.get(name) for name in named):
             raise ValueError(f"{source} is another ViT than --model and --patch: leave these out")
     ours, theirs = dataset.channels, checkpoint.architecture["channels"]

@@ -28,7 +28,7 @@ def read_checkpoint(source: str | Path, normalization: str = "") -> Checkpoint:
 def read(source: str | Path) -> Checkpoint:
     source = place = str(source)
     model = size = None
-    if named := not (checkpoints.is_url(place) or Path(place).is_file()):
+    if not (checkpoints.is_url(place) or Path(place).is_file()):
         from teachers import zoo
 
         name, _, file = place.partition("=")
@@ -39,10 +39,9 @@ def read(source: str | Path) -> Checkpoint:
         raise ValueError(f"{source} is no model: name the model.pt of a run")
     if "architecture" in found:  # ours, whatever it is called
         return checkpoints.parse_ours(found, source)
-    from teachers import convert, zoo
+    from teachers.convert import parse_foreign
 
-    model = model if named else zoo.recognise(place)
-    return convert.parse_foreign(found, source, model, size)
+    return parse_foreign(found, source, place, model, size)
 
 
 def name_normalization(checkpoint: Checkpoint, name: str) -> Checkpoint:
@@ -61,9 +60,17 @@ def name_normalization(checkpoint: Checkpoint, name: str) -> Checkpoint:
 def build_vit(checkpoint: Checkpoint, image_size=None, classes=None, drop_path=0.0) -> vit.ViT:
     """The ViT of a checkpoint. Positions are interpolated for another image size.
 
-    With `classes` the head is new, for so many (0: no head). Otherwise it is the file's.
+    With `classes` the head is new, for so many (0: no head), and reads the mean of the patches, as
+    those of all methods do. Otherwise it is the file's.
     """
-    arch, weights = checkpoint.architecture, checkpoint.weights
+    arch, weights = dict(checkpoint.architecture), checkpoint.weights
+    if own_head := classes is None and arch["classes"] > 0:
+        weights = {re.sub(r"^norm\.", "fc_norm.", name): value for name, value in weights.items()}
+        if not checkpoint.classes:
+            read = "class token" if arch.get("pool") == "token" else "mean of the patches"
+            print0(f"note: {checkpoint.source}: its head is taken to read the {read}")
+    else:
+        arch.pop("pool", None)
     new = {"image_size": image_size or arch["image_size"]}
     new["classes"] = arch["classes"] if classes is None else classes
     net = build(to_config(arch | new), drop_path)
@@ -71,7 +78,7 @@ def build_vit(checkpoint: Checkpoint, image_size=None, classes=None, drop_path=0
         from teachers.positions import resize
 
         weights = resize(weights, net.config.grid_size, checkpoint.resize)
-    if classes is not None or not arch["classes"]:  # a new head, and its norm if the file has none
+    if not own_head:  # it is new, and so is its norm if the file has none
         random = {k: v for k, v in net.state_dict().items() if k.startswith(("head.", "fc_norm."))}
         found = {k: v for k, v in weights.items() if not k.startswith(("head.", "norm."))}
         weights = random | found

@@ -5,6 +5,7 @@
 """
 
 import copy
+import re
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,8 @@ def to_timm(model, theirs: nn.Module) -> dict[str, Tensor]:
     for name in list(found):
         other = name.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2")
         other = other.replace("relative.table", "relative_position_bias_table")
+        if name not in target:  # timm's norm comes before the pooling, unless it takes the mean
+            other = re.sub("^fc_norm", "norm", other)
         if other in target:
             found[other] = found.pop(name)
         if name.endswith("qkv.bias") and name not in target:  # that of keys does nothing

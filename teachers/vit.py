@@ -24,6 +24,7 @@ class Config(plain.Config):  # the defaults are those of a plain ViT
     norm_pre: bool = False  # a norm before the blocks (CLIP)
     layer_scale: float = 0.0  # initial factor of each branch (Touvron et al. 2021), 0: none
     activation: str = "gelu"  # or quick_gelu, swiglu
+    pool: str = "mean"  # what a public head reads, or token: the class token, norms: mean of norms
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -146,8 +147,16 @@ class ViT(plain.ViT):
         first = [token for token in (cls, self.reg_token) if token is not None]
         return self.norm_pre(torch.cat([*(t.expand(len(x), -1, -1) for t in first), x], dim=1))
 
+    def classify(self, x: Tensor) -> Tensor:
+        if self.config.pool == "mean":
+            return super().classify(x)
+        token = self.config.pool == "token"
+        x = x[:, :1] if token else x[:, self.config.num_prefix_tokens :]
+        return self.head(self.fc_norm(x).mean(dim=1))
+
 
 COMPONENTS = {f.name: f.default for f in fields(Config) if f.default is not MISSING}
+del COMPONENTS["pool"]  # a new head reads the mean of the patches
 
 
 def parse_components(text: str) -> dict:

@@ -83,25 +83,27 @@ FAMILIES = (
     Family("DINOv2 with registers", "LayerScale, registers (SwiGLU in giant)", APACHE, """
     small,base,large,giant         14 518 vit_{}_patch14_reg4_dinov2.lvd142m
     small=s,base=b,large=l,giant=g 14 518 dinov2_vit{}14_reg4_pretrain dinov2_vit{}14/{name}.pth""",
-        dict(layer_scale=1e-5), resize=Resize(antialias=True), files=FAIR + "dinov2/{}"),
+        dict(layer_scale=1e-5, registers=4), resize=Resize(antialias=True),
+        files=FAIR + "dinov2/{}"),
     Family("DINOv3", "LayerScale, registers, rope (SwiGLU in plus)",
         "DINOv3 License (the authors' own files are gated)", """
     small,base,large                 16 256 vit_{}_patch16_dinov3.lvd1689m
     small=small_plus,huge+=huge_plus 16 256 vit_{}_patch16_dinov3.lvd1689m
     small,base,large                 16 256 vit_{}_patch16_dinov3_qkvb.lvd1689m""",
-        dict(positions="rope", layer_scale=1e-5, eps=1e-5)),
+        dict(positions="rope", layer_scale=1e-5, eps=1e-5, registers=4)),
     Family("EUPE", "LayerScale, registers, rope",
         "FAIR Noncommercial Research License (no commercial use)", """
     tiny,small,base 16 256 vit_{}_patch16_dinov3_qkvb.eupe_lvd1689m""",
-        dict(positions="rope", layer_scale=1e-5, eps=1e-5)),
+        dict(positions="rope", layer_scale=1e-5, eps=1e-5, registers=4)),
     Family("CLIP (OpenAI's)", "a norm before the blocks, QuickGELU", "MIT", """
     base  32,16 224  vit_{}_patch{p}_clip_quickgelu_{i}.openai vit_{}_patch{p}_clip_{i}.openai
     large 14 224,336 vit_{}_patch{p}_clip_quickgelu_{i}.openai vit_{}_patch{p}_clip_{i}.openai""",
-        dict(norm_pre=True, eps=1e-5, activation="quick_gelu"), CLIP, Resize(antialias=True), TIMM),
+        dict(norm_pre=True, eps=1e-5, activation="quick_gelu", classes=0), CLIP,
+        Resize(antialias=True), TIMM),
     Family("CLIP (LAION's)", "a norm before the blocks", "MIT", """
     base 32,16 224 vit_{}_patch{p}_clip_224.laion2b
     huge 14    224 vit_{}_patch{p}_clip_224.laion2b""",
-        dict(norm_pre=True, eps=1e-5), CLIP, Resize(antialias=True)),
+        dict(norm_pre=True, eps=1e-5, classes=0), CLIP, Resize(antialias=True)),
     *(Family(f"BEiT v2, {size}", "LayerScale, relative positions", "MIT", f"""
     {size} 16 224 beitv2_{{}}_patch16_224.in1k_ft_in22k
     {size} 16 224 beitv2_{{}}_patch16_224.in1k_ft_in1k
@@ -114,7 +116,7 @@ FAMILIES = (
     base       16 224     vit_{}_patch{p}_siglip_{i}.v2_webli
     base,large 16 256,384 vit_{}_patch{p}_siglip_{i}.v2_webli
     so400m     14 224     vit_{}_patch{p}_siglip_{i}.v2_webli""",
-        normalization=HALF, resize=Resize(mode="bilinear", align_corners=True)),
+        dict(class_token=False), HALF, Resize(mode="bilinear", align_corners=True)),
     Family("torchvision's", "nothing", "BSD 3-Clause (SWAG weights: CC-BY-NC 4.0)", """
     base  16 224 torchvision:vit_b_16 vit_b_16-c867db91.pth
     base  32 224 torchvision:vit_b_32 vit_b_32-d86f8d99.pth

@@ -6,11 +6,14 @@ import json
 import subprocess
 import sys
 import threading
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from timm.models import VisionTransformer
+from torch import nn
 
 import attention_copy
 import attention_distill
@@ -150,6 +153,43 @@ def test_heads_are_never_guessed(tmp_path):
     assert not torch.allclose(six(images), twelve(images), atol=1e-4)
     torch.save(checkpoints.export(small), tmp_path / "ours.pt")  # ours say it, whatever is asked
     assert read_checkpoint(f"small/12={tmp_path / 'ours.pt'}").architecture["heads"] == 6
+
+
+@pytest.mark.parametrize("prefix, how", [
+    ("", {}), ("model.", dict(global_pool="avg")), ("_orig_mod.", dict(class_token=False)),
+    ("module._orig_mod.", {}), ("encoder.module.model.", dict(global_pool="avg")),
+])  # fmt: skip
+def test_a_head_reads_what_it_reads_in_timm(prefix, how, tmp_path):
+    """Class token, mean, or mean of norms; under all names that frameworks put before."""
+    more = dict(global_pool="avg", fc_norm=False) if "class_token" in how else {}
+    shape = dict(img_size=32, patch_size=8, embed_dim=64, depth=4, num_heads=4, num_classes=7)
+    theirs = VisionTransformer(**shape, **how, **more).eval()
+    for i, parameter in enumerate(theirs.parameters()):
+        nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(i))
+    state = {prefix + name: value for name, value in theirs.state_dict().items()}
+    torch.save({"state_dict": state, "args": Namespace(lr=1)}, tmp_path / "x.pth")
+    found, images = read_checkpoint(f"micro={tmp_path}/x.pth", "none"), torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(open_model(found)(images), theirs(images))
+    new = build_vit(found, classes=3)  # reads the mean, whatever the old one read
+    tokens = new.forward_features(images)[:, new.config.num_prefix_tokens :]
+    torch.testing.assert_close(new(images), new.head(new.fc_norm(tokens.mean(dim=1))))
+
+
+def test_what_a_file_holds_instead_is_said(tmp_path, capsys):
+    state = VisionTransformer(img_size=32, embed_dim=64, depth=4, num_heads=4).state_dict()
+    path, average = tmp_path / "x.pth", {name: 2 * value for name, value in state.items()}
+    torch.save({"model": state, "model_ema": average, "optimizer": {"state": {}}}, path)
+    weights = read_checkpoint(f"micro={path}").weights
+    assert torch.equal(weights["cls_token"], state["cls_token"])
+    assert "model and model_ema: model is taken" in capsys.readouterr().out
+    for contents, words in (
+        ({"vit.embeddings.cls_token": torch.ones(1)}, "embeddings.cls_token: Hugging Face"),
+        ({"model": state, "run": Path("/")}, "pathlib"),
+        (state | {"head.bias": torch.full((1000,), float("nan"))}, "head.bias"),
+    ):
+        torch.save(contents, path)
+        with pytest.raises(ValueError, match=words):
+            read_checkpoint(f"micro={path}")
 
 
 def test_flipped_bytes_are_found(tmp_path):

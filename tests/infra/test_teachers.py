@@ -4,15 +4,18 @@ import itertools
 import re
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
+from torchvision.io import decode_jpeg
 from torchvision.models import VisionTransformer
 from torchvision.models.vision_transformer import interpolate_embeddings
 
@@ -23,9 +26,11 @@ import finetune
 import pretrain
 import vit
 from common import checkpoints
+from datasets.images import centre_crop
 from teachers import load, positions, zoo
 from teachers.__main__ import main as list_teachers
 from teachers.adapt import TeacherAdapter, adapt
+from teachers.classes import match_classes
 from teachers.load import build, build_vit, open_model, read_checkpoint
 from teachers.to_timm import to_timm
 from teachers.vit import COMPONENTS, Config
@@ -40,7 +45,8 @@ ONE_OF_EACH = (
     "vit_base_patch32_clip_quickgelu_224.openai", "vit_base_patch32_clip_224.laion2b",
     "beitv2_base_patch16_224.in1k_ft_in1k", "vit_base_patch16_siglip_224.v2_webli",
 )  # fmt: skip
-MAE, DINO, *_, BEIT, SIGLIP = ONE_OF_EACH
+MAE, DINO, DEIT, *_, BEIT, SIGLIP = ONE_OF_EACH
+PUBLISHED = Path(__file__).parents[2] / "shared" / "data"
 
 
 @pytest.mark.slow
@@ -113,6 +119,9 @@ def assert_alike(ours, net, size):
     for (x, qk), y, p in zip(traces, tokens, maps, strict=True):
         torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(qk.map(), p, atol=1e-5, rtol=1e-5)
+    if ours.config.classes:
+        theirs = net(ours.normalise(images))
+        torch.testing.assert_close(ours(images), theirs, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.slow
@@ -122,7 +131,8 @@ def test_tokens_and_maps_are_timms_at_the_native_and_at_another_size(name, small
     found = read_checkpoint(f"{name}={write(net, tmp_path)}")
     native = zoo.MODELS[name].image_size
     assert net.patch_embed.img_size == (native, native)
-    ours = build_vit(found, classes=0).eval()
+    ours = build_vit(found).eval()
+    assert bool(ours.config.classes) == bool(re.search("deit|augreg|beit", name))
     assert_alike(ours, net, native)
 
     patch = ours.config.patch
@@ -139,7 +149,7 @@ def test_tokens_and_maps_are_timms_at_the_native_and_at_another_size(name, small
                 state[key] = resize_rel_pos_bias_table(state[key], (side, side), shape)
         other.load_state_dict({k: v for k, v in state.items() if "index" not in k}, strict=False)
         as_timm = replace(found, resize=positions.Resize(antialias=resize.antialias))
-        ours = build_vit(as_timm, classes=0, image_size=side * patch).eval()
+        ours = build_vit(as_timm, image_size=side * patch).eval()
         assert_alike(ours, other, side * patch)
 
 
@@ -229,10 +239,11 @@ def test_torchvisions(small, tmp_path):
         images, tokens = torch.randn(2, 3, size, size), []
         for layer in other.encoder.layers:
             layer.register_forward_hook(lambda _, given, out, to=tokens: to.append(out))
-        ours = build_vit(found, classes=0, image_size=size).eval()
-        other(ours.normalise(images))
+        ours = build_vit(found, image_size=size).eval()
+        logits = other(ours.normalise(images))
         for (x, _), y in zip(ours.blockwise(images), tokens, strict=True):
             torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(ours(images), logits, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("new", [5, 11])
@@ -463,7 +474,7 @@ def test_a_file_is_known_by_its_name_or_its_folders(capsys):
     assert "vit_so400m_patch14_siglip_224.v2_webli" in printed and "dinov2" not in printed
 
 
-def test_a_name_that_does_not_fit_its_file_is_refused(tmp_path, request):
+def test_a_name_that_does_not_fit_its_file_is_refused(tmp_path, request, monkeypatch):
     path = write(timms("vit_small_plus_patch16_dinov3.lvd1689m"), tmp_path)
     with pytest.raises(ValueError, match="'dim': 48, 'depth': 2"):
         read_checkpoint(f"{MAE}={path}")
@@ -471,10 +482,11 @@ def test_a_name_that_does_not_fit_its_file_is_refused(tmp_path, request):
         read_checkpoint(path)
     request.getfixturevalue("small")  # from here on
     path, mae14 = tmp_path / "x.pth", "vit_huge_patch14_224.mae"
-    dinov2 = "vit_small_patch14_dinov2.lvd142m"
+    dinov2, reg4 = "vit_small_patch14_dinov2.lvd142m", "vit_small_patch14_reg4_dinov2.lvd142m"
     for name, gone, theirs, words in (
         (dinov2, "", mae14, "ls1.gamma"), (mae14, "", dinov2, "ls1.gamma"),
-        ("vit_small_patch16_dinov3.lvd1689m", "", MAE, "pos_embed"), (MAE, "", BEIT, "table"),
+        (dinov2, "", reg4, "registers"), (reg4, "", dinov2, "registers"),
+        ("vit_small_patch16_dinov3.lvd1689m", "", MAE, "registers"), (MAE, "", BEIT, "table"),
         (MAE, "blocks.1.attn.qkv.bias", MAE, "qkv.bias"),
         (BEIT, "blocks.1.attn.v_bias", BEIT, "blocks.1.attn"),
         (MAE, "patch_embed.proj.bias", MAE, "proj.bias"),
@@ -482,3 +494,37 @@ def test_a_name_that_does_not_fit_its_file_is_refused(tmp_path, request):
         torch.save({k: v for k, v in timms(name).state_dict().items() if k != gone}, path)
         with pytest.raises(ValueError, match=words):
             open_vit(f"{theirs}={path}")
+    monkeypatch.setitem(zoo.ALL_SIZES, "small", (48, 2, 6))
+    state = timms(DINO).state_dict()
+    torch.save(state, tmp_path / "vit-s-300ep.pth.tar")
+    torch.save({f"module.base_encoder.{k}": v for k, v in state.items()}, path)
+    moco = "vit-s-300ep.pth.tar"
+    for name, file in (("small", moco), (DINO, moco), ("small", "x.pth")):
+        with pytest.raises(ValueError, match="vit-s-300ep"):
+            read_checkpoint(f"{name}={tmp_path / file}")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not PUBLISHED.is_dir(), reason="needs published files in ../shared")
+@pytest.mark.parametrize("name", [DEIT, "vit_tiny_patch16_224.augreg_in21k_ft_in1k"])
+def test_published_files_say_of_photographs_what_timm_says(name):
+    """Of 50 photographs. And they go to timm as they are, at any size."""
+    path = PUBLISHED / "teachers" / f"{name}.safetensors"
+    model, net = open_model(path), timm.create_model(name, pretrained=False).eval()
+    net.load_state_dict(load_file(path))
+    archive = np.load(PUBLISHED / "imagenet-sample.npz")
+    files = torch.from_numpy(archive["jpeg"]).split(archive["length"].tolist())
+    crop = centre_crop(224, 0.875)
+    images = torch.stack([crop(decode_jpeg(file, mode="RGB")) for file in files[::20]]) / 255
+    mean, std = (torch.tensor(net.pretrained_cfg[k])[:, None, None] for k in ("mean", "std"))
+    with torch.no_grad():
+        ours, theirs = model(images).argmax(dim=-1), net((images - mean) / std).argmax(dim=-1)
+    assert torch.equal(ours, theirs)
+    ids = archive["wnid"].tolist()
+    columns = match_classes(model, sorted(ids))
+    labels = torch.tensor([columns[sorted(ids).index(one)] for one in ids[::20]])
+    assert (ours == labels).float().mean() > 0.5
+    for size in (224, 96):
+        model = open_model(path, image_size=size)
+        twin = timm.create_model(name, pretrained=False, img_size=size)
+        twin.load_state_dict(to_timm(model, twin))

@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,10 @@ import attention_copy
 import data
 import ensemble
 import finetune
+import look
+import vit
+from common import checkpoints
+from teachers.classes import IMAGENET, NUMBERS, match_classes
 from teachers.load import open_model
 
 
@@ -93,7 +98,39 @@ def test_nets_of_different_images_are_not_averaged(failing):
     assert len(evaluate("0/model.pt", "2/model.pt", "--scene", "twins")["members"]) == 2
 
 
-def test_ruined_logits_are_no_accuracy(tmp_path, failing):
+def test_folders_are_matched_with_outputs_by_name_id_number_or_order(capsys):
+    def match(known, outputs, folders):
+        found = checkpoints.Checkpoint("x.pth", {}, {}, known)
+        net = SimpleNamespace(config=SimpleNamespace(classes=outputs))
+        return match_classes(SimpleNamespace(checkpoint=found, net=net), folders)
+
+    assert match(["b", "a", "c"], 3, ["a", "c"]) == [1, 2]
+    ids, order = [f"n{i:08}" for i in range(1000)], list(range(1000))
+    for known, folders, expected in (
+        (IMAGENET, ["tench", "goldfish"], [0, 1]), (IMAGENET, ids, order), (None, ids, order),
+        (ids[::-1], NUMBERS, order[::-1]), (None, sorted(NUMBERS), list(map(int, sorted(NUMBERS)))),
+    ):  # fmt: skip
+        assert match(known, 1000, folders) == expected
+    assert match(None, 3, ["01", "02", "10"]) == [0, 1, 2]
+    assert "01 to 10" in capsys.readouterr().out
+    for known, outputs, folders in (
+        (None, 3, ["1", "10", "2"]), (None, 4, ["a", "b", "c"]), (["a", "b"], 2, ["a", "c"]),
+        (IMAGENET, 1000, ids[:10]), (IMAGENET, 1000, ["0", "1"]),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="classes"):
+            match(known, outputs, folders)
+
+
+def test_ruined_logits_are_no_accuracy(photos, tmp_path, failing):
+    net = vit.ViT(vit.Config(16, 4, 3, 3, *vit.SIZES["nano"]))
+    net.head.weight.data.mul_(1e6)  # too large for float16 alone
+    torch.save(net.state_dict(), tmp_path / "x.pth")
+    argv = [f"nano={tmp_path / 'x.pth'}", "--data", "folder", "--data-dir", photos]
+    assert evaluate(*argv, "--amp", "off")["images"] == 15
+    failing(ensemble, [*argv, "--amp", "fp16"], "finite", code=1)
+    net.head.weight.data.fill_(1e38)
+    torch.save(net.state_dict(), tmp_path / "x.pth")
+    failing(look, [photos / "val" / "red" / "1.jpg", argv[0]], "finite", code=1)
     argv = "--data digits --teacher none --epochs 1 --warmup 0 --num-labels 50 --lr 1e18".split()
     failing(finetune, [*argv, "--out", tmp_path], "no longer finite", code=1)
     assert not (tmp_path / "model.pt").exists()
