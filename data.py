@@ -13,7 +13,7 @@ import copy
 import importlib
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -92,6 +92,7 @@ class Data(NamedTuple):
     holdout: float = 0.0  # share of the training images that was held out
     available: int = 0  # images to train on, before --num-labels takes some
     fingerprint: str = ""  # of all image files, of a million their names; a bundled set has none
+    left_out: Collection[str] = ()  # images that cannot be read
 
     def describe(self, labels: bool) -> str:
         """How many images there are, and of how many classes if `labels` matter."""
@@ -99,10 +100,18 @@ class Data(NamedTuple):
         if not labels:
             return text
         held = " held out" if self.holdout else ""
-        parts = f"{len(self.test):,}{held} to validate and test on"
+        parts = f"{len(self.test):,}{held} to validate and test on{self.warn_of_repeats('test')}"
         if self.val is not self.test:
-            parts = f"{len(self.val):,} to validate on, {len(self.test):,} to test on"
-        return f"{text}, {parts}; {len(self.classes)} classes"
+            parts = f"{len(self.val):,} to validate on{self.warn_of_repeats('val')}, "
+            parts += f"{len(self.test):,} to test on{self.warn_of_repeats('test')}"
+        absent = len(self.classes) - len(self.test.source.labels.unique())
+        text = f"{text}, {parts}; {len(self.classes)} classes"
+        return text + (f", {absent} of them without a test image" if absent else "")
+
+    def warn_of_repeats(self, part: str = "test") -> str:
+        """Words if images of a part are also trained on, under whatever name."""
+        seen = self.count_learned(self.train.source.contents, part)
+        return f" ({seen:,} of these {len(getattr(self, part)):,} TRAINED ON)" if seen else ""
 
     @property
     def normalization(self) -> Normalization:
@@ -112,11 +121,18 @@ class Data(NamedTuple):
         """ValueError if there is nothing to tell apart."""
         if len(self.classes) < 2:
             raise ValueError("the images are of one class: give each class a folder of its own")
+        there = set(self.train.source.labels.tolist())
+        if absent := [name for i, name in enumerate(self.classes) if i not in there]:
+            few = f"{len(absent)} of {len(self.classes)} classes have no image to train on"
+            raise ValueError(f"{few} ({absent[0]}): add some, or remove the class")
 
     def count_learned(self, hashes: Tensor | None, part: str = "test") -> int:
         """How many images of a part are among those that a checkpoint learned from."""
-        own = None if hashes is None else getattr(self, part).source.hashes
-        return 0 if own is None or hashes is None else int(torch.isin(own, hashes).sum())
+        own = getattr(self, part).source
+        if hashes is None or own.contents is None:
+            return 0
+        known = torch.isin(own.contents, hashes)
+        return int((known | torch.isin(own.hashes, hashes)).sum())  # of older checkpoints
 
 
 def load(settings, train: bool = True) -> Data:
@@ -140,14 +156,15 @@ def load(settings, train: bool = True) -> Data:
         return found
     if test is source:
         print0("note: nothing is held out: accuracies will be those of training images")
+    drawn = hold(draw_labels(source, settings), device)  # and what cannot be read is known
     files = [x for x in (source, val, test) if x and not isinstance(x, Tensors)]
     known = [x.hashes.tolist() if len(x) < 100_000 else x.names for x in files]
-    fingerprint, available = f"{hash_seed(*known):014x}" if files else "", len(source)
-    source = hold(draw_labels(source, settings), device)
-    in_files = not isinstance(source, Tensors)
+    fingerprint = f"{hash_seed(*known):014x}" if files else ""
+    in_files = not isinstance(drawn, Tensors)
     augment = parts.augment or Augment(settings, normalise, cropped=in_files)
-    view = Train(source, augment, settings, len(parts.classes), device)
-    return found._replace(train=view, available=available, fingerprint=fingerprint)
+    view = Train(drawn, augment, settings, len(parts.classes), device)
+    facts = dict(available=len(source), fingerprint=fingerprint, left_out=sorted(parts.left_out))
+    return found._replace(train=view, **facts)
 
 
 def draw_labels(source, settings):

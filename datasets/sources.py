@@ -1,6 +1,6 @@
 """What the other files here return: images and labels, in parts."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -31,6 +31,7 @@ class Parts(NamedTuple):
     val: Any = None
     test: Any = None
     augment: Callable | None = None  # None: as the recipe has it
+    left_out: Collection[str] = ()  # PART/CLASS/.../FILE of what could not be read
 
 
 def hold_out(parts: Parts, share: float) -> tuple:
@@ -62,6 +63,10 @@ class Tensors:
     @property
     def hashes(self) -> Tensor | None:
         return self.files.hashes if self.files else None
+
+    @property
+    def contents(self) -> Tensor | None:
+        return self.files.contents if self.files else None
 
     def subset(self, indices: list[int]) -> "Tensors":
         return Tensors(self.images[indices], self.labels[indices])
