@@ -13,7 +13,7 @@ import copy
 import importlib
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -92,7 +92,7 @@ class Data(NamedTuple):
     holdout: float = 0.0  # share of the training images that was held out
     available: int = 0  # images to train on, before --num-labels takes some
     fingerprint: str = ""  # of all image files, of a million their names; a bundled set has none
-    left_out: Collection[str] = ()  # images that cannot be read
+    left_out: tuple[str, ...] = ()  # images that cannot be read
 
     def describe(self, labels: bool) -> str:
         """How many images there are, and of how many classes if `labels` matter."""
@@ -100,13 +100,14 @@ class Data(NamedTuple):
         if not labels:
             return text
         held = " held out" if self.holdout else ""
-        parts = f"{len(self.test):,}{held} to validate and test on{self.warn_of_repeats('test')}"
+        repeats = self.warn_of_repeats()
+        parts = f"{len(self.test):,}{held} to validate and test on{repeats}"
         if self.val is not self.test:
-            parts = f"{len(self.val):,} to validate on{self.warn_of_repeats('val')}, "
-            parts += f"{len(self.test):,} to test on{self.warn_of_repeats('test')}"
+            parts = f"{len(self.val):,} to validate on{self.warn_of_repeats('val')}"
+            parts += f", {len(self.test):,} to test on{repeats}"
         absent = len(self.classes) - len(self.test.source.labels.unique())
-        text = f"{text}, {parts}; {len(self.classes)} classes"
-        return text + (f", {absent} of them without a test image" if absent else "")
+        few = f", {absent} of them without a test image" if absent else ""
+        return f"{text}, {parts}; {len(self.classes)} classes{few}"
 
     def warn_of_repeats(self, part: str = "test") -> str:
         """Words if images of a part are also trained on, under whatever name."""
@@ -128,11 +129,10 @@ class Data(NamedTuple):
 
     def count_learned(self, hashes: Tensor | None, part: str = "test") -> int:
         """How many images of a part are among those that a checkpoint learned from."""
-        own = getattr(self, part).source
-        if hashes is None or own.contents is None:
+        if hashes is None or (own := getattr(self, part).source).contents is None:
             return 0
-        known = torch.isin(own.contents, hashes)
-        return int((known | torch.isin(own.hashes, hashes)).sum())  # of older checkpoints
+        older = torch.isin(own.hashes, hashes)  # what checkpoints remembered before
+        return int((older | torch.isin(own.contents, hashes)).sum())
 
 
 def load(settings, train: bool = True) -> Data:
@@ -163,8 +163,12 @@ def load(settings, train: bool = True) -> Data:
     in_files = not isinstance(drawn, Tensors)
     augment = parts.augment or Augment(settings, normalise, cropped=in_files)
     view = Train(drawn, augment, settings, len(parts.classes), device)
-    facts = dict(available=len(source), fingerprint=fingerprint, left_out=sorted(parts.left_out))
-    return found._replace(train=view, **facts)
+    return found._replace(
+        train=view,
+        available=len(source),
+        fingerprint=fingerprint,
+        left_out=tuple(sorted(getattr(source, "left_out", ()))),
+    )
 
 
 def draw_labels(source, settings):

@@ -25,6 +25,7 @@ import data
 from common import checkpoints, launch
 from common.precision import autocast
 from common.settings import parse_settings, setting
+from datasets.folders import to_nfc
 from datasets.sources import CHOICES
 from teachers.load import Model, open_model
 from train import compute_top1
@@ -124,6 +125,7 @@ def load_images(model: Model, settings) -> data.Data:
 def choose_columns(model: Model, classes: list[str]) -> list[int]:
     """The model's outputs for these classes, which may be some of its own."""
     known, outputs = model.checkpoint.classes or classes, model.net.config.classes
+    known = [to_nfc(name) for name in known]
     strange = [name for name in classes if name not in known]
     if strange or len(known) != outputs:
         names = ", ".join(strange[:3]) or f"it has {outputs} outputs"

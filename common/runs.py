@@ -60,10 +60,10 @@ def list_differences(before: dict, now: dict) -> list[str]:
 
 def read_left_out(settings) -> set[str]:
     """Unreadable images that the run to resume began without: repaired or not, it ends so."""
-    out = get_folder(settings) if getattr(settings, "resume", False) else None
-    if not (out and (out / "last.pt").exists() and (out / "config.json").exists()):
+    if not (getattr(settings, "resume", False) and (get_folder(settings) / "config.json").exists()):
         return set()
-    return set(json.loads((out / "config.json").read_text())["run"].get("left_out") or ())
+    run = json.loads((get_folder(settings) / "config.json").read_text()).get("run", {})
+    return set(run.get("left_out", ()))
 
 
 def check_folder(settings) -> None:

@@ -14,13 +14,13 @@ from common.launch import print0
 from datasets.sources import Parts
 
 ADVICE = "point --data-dir at a folder that holds train/CLASS/* and val/CLASS/*, or CLASS/*"
-SORTING = "sort them into CLASS/* there, or move them away (ImageNet: Prepare ImageNet in USAGE.md)"
+VALPREP = "https://raw.githubusercontent.com/soumith/imagenetloader.torch/master/valprep.sh"
+SORT = f"wget -qO- {VALPREP} | bash"
 PARTS = {"train": "train training", "val": "val valid validation", "test": "test testing"}
 PART_OF = {name: part for part, names in PARTS.items() for name in names.split()}
-METADATA = {  # thumbnails and bins: of NAS, desktops and archives
+METADATA = {  # beside those that begin with one of .@~ or __
     "thumbs", "thumbnails", "_thumbs", "_thumbnails", "#recycle", "#snapshot", "$recycle.bin",
     "recycler", "lost+found", "system volume information", "network trash folder",
-    "temporary items", "ipod photo cache",
 }  # fmt: skip
 
 
@@ -36,13 +36,13 @@ def load(settings, kind, size: int, normalise: Normalise, device=None) -> Parts:
     from datasets import images
 
     folder, sources = Path(settings.data_dir or f"data/{settings.data}"), {}
-    left_out = runs.read_left_out(settings)
+    left_out = runs.read_left_out(settings)  # one set for all parts
     for part, found in list_parts(folder).items():
         how = (size, kind.crop_pct, settings, normalise, part, left_out)
         sources[part] = images.Files(found.samples, found.names, *how)
         sources[part].look_through()
     train, val, test = (sources.get(part) for part in PARTS)
-    return Parts(found.classes, train, val if test else None, test or val, left_out=left_out)
+    return Parts(found.classes, train, val if test else None, test or val)
 
 
 def list_parts(root: Path) -> dict[str, Listing]:
@@ -74,7 +74,7 @@ def is_image(path: str) -> bool:
 
 
 def is_metadata(folder: str) -> bool:
-    """Whether a folder has the name of one that disks, desktops and archives make beside images."""
+    """Whether its name is one that NAS, desktops and archives give to thumbnails, bins and such."""
     return folder.startswith((".", "@", "~", "__")) or folder.lower() in METADATA
 
 
@@ -101,7 +101,8 @@ def list_images(folder: Path, classes: Collection[str] = ()) -> Listing:
             continue
         *places, file = to_nfc(path[len(str(folder)) + 1 :]).split(os.sep)
         if known and not places:
-            raise ValueError(f"{path} is in no folder of a class: {SORTING}")
+            remedy = f"sort them, or move them away (ImageNet's val: cd {folder} && {SORT})"
+            raise ValueError(f"{path} lies in no folder of a class: {remedy}")
         samples.append((path, numbers[places[0]] if places else 0))
         names.append("/".join([*places, file]))
         inner = ((Path(folder, *places[:i]), name) for i, name in enumerate(places) if i)

@@ -120,8 +120,8 @@ class Files(Dataset):
             return torch.tensor([hash_seed(name, (size, end)) for name, (size, end, _) in facts])
 
     def subset(self, indices: Sequence[int]) -> "Files":
-        lists = {x: [getattr(self, x)[i] for i in indices] for x in ("samples", "names")}
-        return replace(self, contents=self.contents[indices], **lists)
+        samples, names = [self.samples[i] for i in indices], [self.names[i] for i in indices]
+        return replace(self, samples=samples, names=names, contents=self.contents[indices])
 
     def look_through(self) -> None:
         """Hashes the files. Leaves out those that are damaged, or were when this run began."""
@@ -129,10 +129,8 @@ class Files(Dataset):
         found = examine([path for path, _ in self.samples], decode_all)
         self.contents = torch.tensor([x if isinstance(x, int) else 0 for x in found])
         bad = {i: x for i, x in enumerate(found) if isinstance(x, str)}
-        for i, name in enumerate(self.names):
-            if f"{self.part}/{name}" in self.left_out:
-                bad[i] = f"{name} could not be read when this run began"
-        self.leave_out(bad)
+        gone = (i for i, x in enumerate(self.names) if f"{self.part}/{x}" in self.left_out)
+        self.leave_out(bad | {i: f"{self.names[i]} was when this run began" for i in gone})
 
     def leave_out(self, bad: dict[int, str]) -> None:
         """Forgets images that cannot be read, and says so. ValueError if no other is left."""
@@ -239,7 +237,8 @@ def examine(paths: list[str], decode_all: bool) -> list[int | str]:
             return str(error)
         return hash_seed(*parts)
 
-    mine, found = paths[rank() :: world()], [*map(str, paths)]
+    mine = paths[rank() :: world()]
+    found: list[int | str] = [0] * len(paths)
     with ThreadPoolExecutor(count_cores() if decode_all else 32) as pool:
         shares = collect([*count(pool.map(look, mine), len(mine), "images looked through")])
     for i, share in enumerate(shares):

@@ -1,6 +1,6 @@
 """What the other files here return: images and labels, in parts."""
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -31,7 +31,6 @@ class Parts(NamedTuple):
     val: Any = None
     test: Any = None
     augment: Callable | None = None  # None: as the recipe has it
-    left_out: Collection[str] = ()  # PART/CLASS/.../FILE of what could not be read
 
 
 def hold_out(parts: Parts, share: float) -> tuple:

@@ -2,14 +2,12 @@
 
 import difflib
 import re
-from collections.abc import Sequence
 
 from common import launch
 from teachers.zoo import FAMILIES, MODELS, list_models
 
 
-def main(words: Sequence[str]) -> None:
-    word = "".join(words[:1])
+def main(word: str = "") -> None:
     if not any(word.lower() in name.lower() for name in MODELS):
         parts = {part: name for name in MODELS for part in (name, *re.split(r"[_.]", name))}
         close = difflib.get_close_matches(word.lower(), parts)
@@ -27,4 +25,4 @@ def main(words: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    launch.run(main, list)
+    launch.run(lambda words: main(*words[:1]), list)
