@@ -60,7 +60,7 @@ def list_parts(root: Path) -> dict[str, Listing]:
         return {"train": list_images(root)}
     used = {folder.name for folder in parts.values()}
     if odd := next(filter(is_image, walk(root, used)), None):
-        raise ValueError(f"{odd} is neither in {' nor in '.join(sorted(used))}: move it elsewhere")
+        raise ValueError(f"{odd} lies beside {', '.join(sorted(used))}: move such images away")
     return {part: list_images(folder, classes) for part, folder in parts.items()}
 
 
