@@ -163,12 +163,9 @@ def load(settings, train: bool = True) -> Data:
     in_files = not isinstance(drawn, Tensors)
     augment = parts.augment or Augment(settings, normalise, cropped=in_files)
     view = Train(drawn, augment, settings, len(parts.classes), device)
-    return found._replace(
-        train=view,
-        available=len(source),
-        fingerprint=fingerprint,
-        left_out=tuple(sorted(getattr(source, "left_out", ()))),
-    )
+    left_out = tuple(sorted(getattr(source, "left_out", ())))
+    found = found._replace(available=len(source), fingerprint=fingerprint, left_out=left_out)
+    return found._replace(train=view)
 
 
 def draw_labels(source, settings):

@@ -124,8 +124,8 @@ def load_images(model: Model, settings) -> data.Data:
 
 def choose_columns(model: Model, classes: list[str]) -> list[int]:
     """The model's outputs for these classes, which may be some of its own."""
-    known, outputs = model.checkpoint.classes or classes, model.net.config.classes
-    known = [to_nfc(name) for name in known]
+    outputs = model.net.config.classes
+    known = [to_nfc(name) for name in model.checkpoint.classes or classes]
     strange = [name for name in classes if name not in known]
     if strange or len(known) != outputs:
         names = ", ".join(strange[:3]) or f"it has {outputs} outputs"

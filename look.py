@@ -101,17 +101,12 @@ def name_likeliest(logits: Tensor, classes: list[str] | None) -> dict[str, float
     return {names[i]: 100 * q for i, q in zip(best.tolist(), p.tolist(), strict=True)}
 
 
-def name_picture(photo: str) -> Path:
-    """A new file: photographs may have the same name, and several ViTs look at one."""
-    stem = f"runs/look-{Path(photo).stem}"
-    names = itertools.chain([f"{stem}.png"], (f"{stem}-{i}.png" for i in itertools.count(2)))
-    return next(path for path in map(Path, names) if not path.exists())
-
-
 def main(settings: Settings) -> dict[str, float]:
     launch.require_one_process()
     photo, source = settings.photo
-    out = Path(settings.out or name_picture(photo))
+    out, number = Path(settings.out or f"runs/look-{Path(photo).stem}.png"), itertools.count(2)
+    while out.exists() and not settings.out:  # of another photograph or ViT
+        out = out.with_stem(f"look-{Path(photo).stem}-{next(number)}")
     checkpoints.check_place(out, "--out", ".png", ".pdf", ".svg")
     device = launch.get_device(settings.device)
     model = open_model(source, device, settings.image_size or None)

@@ -60,10 +60,10 @@ def list_differences(before: dict, now: dict) -> list[str]:
 
 def read_left_out(settings) -> set[str]:
     """Unreadable images that the run to resume began without: repaired or not, it ends so."""
-    if not (getattr(settings, "resume", False) and (get_folder(settings) / "config.json").exists()):
+    resume = getattr(settings, "resume", False)
+    if not (resume and (file := get_folder(settings) / "config.json").exists()):
         return set()
-    run = json.loads((get_folder(settings) / "config.json").read_text()).get("run", {})
-    return set(run.get("left_out", ()))
+    return set(json.loads(file.read_text()).get("run", {}).get("left_out", ()))
 
 
 def check_folder(settings) -> None:

@@ -110,7 +110,7 @@ def list_images(folder: Path, classes: Collection[str] = ()) -> Listing:
     if len(inside) > len({place for place, _ in inside}):
         raise ValueError(f"{min(inside)[0]} has parts (train, val): point --data-dir at it")
     if not samples:
-        raise FileNotFoundError(f"{folder} holds neither images nor folders of images")
+        raise FileNotFoundError(f"{folder} holds no images: fill or remove it")
     if others:
         print0(f"note: {len(others)} files are not images of a known kind, such as {others[0]}")
     if skipped := [x.name for x in folder.glob("[!.]*/") if is_metadata(x.name)]:
