@@ -38,6 +38,7 @@ class Data(NamedTuple):
     holdout: float = 0.0  # share of the training images that was held out
     available: int = 0  # images to train on, before --num-labels takes some
     fingerprint: str = ""  # of all image files, of a million their names; a bundled set has none
+    left_out: tuple[str, ...] = ()  # images that cannot be read
 
     def describe(self, labels: bool) -> str:
         """How many images there are, and of how many classes if `labels` matter."""
@@ -45,10 +46,19 @@ class Data(NamedTuple):
         if not labels:
             return text
         held = " held out" if self.holdout else ""
-        parts = f"{len(self.test):,}{held} to validate and test on"
+        repeats = self.warn_of_repeats()
+        parts = f"{len(self.test):,}{held} to validate and test on{repeats}"
         if self.val is not self.test:
-            parts = f"{len(self.val):,} to validate on, {len(self.test):,} to test on"
-        return f"{text}, {parts}; {len(self.classes)} classes"
+            parts = f"{len(self.val):,} to validate on{self.warn_of_repeats('val')}"
+            parts += f", {len(self.test):,} to test on{repeats}"
+        absent = len(self.classes) - len(self.test.source.labels.unique())
+        few = f", {absent} of them without a test image" if absent else ""
+        return f"{text}, {parts}; {len(self.classes)} classes{few}"
+
+    def warn_of_repeats(self, part: str = "test") -> str:
+        """Words if images of a part are also trained on, under whatever name."""
+        seen = self.count_learned(self.train.source.contents, part)
+        return f" ({seen:,} of these {len(getattr(self, part)):,} TRAINED ON)" if seen else ""
 
     @property
     def channels(self) -> int:
@@ -58,11 +68,17 @@ class Data(NamedTuple):
         """ValueError if there is nothing to tell apart."""
         if len(self.classes) < 2:
             raise ValueError("the images are of one class: give each class a folder of its own")
+        there = set(self.train.source.labels.tolist())
+        if absent := [name for i, name in enumerate(self.classes) if i not in there]:
+            few = f"{len(absent)} of {len(self.classes)} classes have no image to train on"
+            raise ValueError(f"{few} ({absent[0]}): add some, or remove the class")
 
     def count_learned(self, hashes: Tensor | None, part: str = "test") -> int:
         """How many images of a part are among those that a checkpoint learned from."""
-        own = None if hashes is None else getattr(self, part).source.hashes
-        return 0 if own is None or hashes is None else int(torch.isin(own, hashes).sum())
+        if hashes is None or (own := getattr(self, part).source).contents is None:
+            return 0
+        older = torch.isin(own.hashes, hashes)  # what checkpoints remembered before
+        return int((older | torch.isin(own.contents, hashes)).sum())
 
 
 def load(settings: Images, train: bool = True) -> Data:
@@ -86,14 +102,16 @@ def load(settings: Images, train: bool = True) -> Data:
     assert isinstance(settings, Settings)
     if test is source:
         print0("note: nothing is held out: accuracies will be those of training images")
+    drawn = hold(draw_labels(source, settings), device)  # and what cannot be read is known
     files = [x for x in (source, val, test) if x and not isinstance(x, Tensors)]
     known = [x.hashes.tolist() if len(x) < 100_000 else x.names for x in files]
-    fingerprint, available = f"{hash_seed(*known):014x}" if files else "", len(source)
-    source = hold(draw_labels(source, settings), device)
-    in_files = not isinstance(source, Tensors)
+    fingerprint = f"{hash_seed(*known):014x}" if files else ""
+    in_files = not isinstance(drawn, Tensors)
     augment = parts.augment or Augment(settings, kind, device, cropped=in_files)
-    view = Train(source, augment, settings, len(parts.classes), device)
-    return found._replace(train=view, available=available, fingerprint=fingerprint)
+    view = Train(drawn, augment, settings, len(parts.classes), device)
+    left_out = tuple(sorted(getattr(source, "left_out", ())))
+    found = found._replace(available=len(source), fingerprint=fingerprint, left_out=left_out)
+    return found._replace(train=view)
 
 
 def draw_labels(source, settings: Settings):

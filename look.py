@@ -10,6 +10,7 @@ a layer. Bright patches are looked at: by all patches on average, or by the one
 that --query names.
 """
 
+import itertools
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -97,7 +98,9 @@ def name_likeliest(logits: Tensor, classes: list[str] | None) -> dict[str, float
 def main(settings: Settings) -> dict[str, float]:
     launch.require_one_process()
     photo, source = settings.photo
-    out = Path(settings.out or f"runs/look-{Path(photo).stem}.png")
+    out, number = Path(settings.out or f"runs/look-{Path(photo).stem}.png"), itertools.count(2)
+    while out.exists() and not settings.out:  # of another photograph or ViT
+        out = out.with_stem(f"look-{Path(photo).stem}-{next(number)}")
     checkpoints.check_place(out, "--out", ".png", ".pdf", ".svg")
     device = launch.get_device(settings.device)
     size, normalization = settings.image_size or None, settings.normalization

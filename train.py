@@ -309,18 +309,21 @@ def finish(task: Task, learner: Learner, rows: list, out: Path, test: Callable |
         if found:
             checkpoints.save(found, out / "test.pt")
         about: dict[str, Any] = {"method": settings.method, "classes": task.data.classes}
-        about["learned_from"] = task.data.train.source.hashes  # it opens a million files
+        about["learned_from"] = task.data.train.source.contents
         about |= {"settings": get_values(settings) | {"holdout": task.data.holdout}}
         checkpoints.save(task.export(net) | about, out / "model.pt")
 
     run_first(write)
     draw(rows, out)
-    conclude(result, out)
+    conclude(result, out, task.data)
     return result
 
 
 def draw(rows: list[dict], out: Path) -> None:
     if rank() == 0:
-        from common import pictures
+        try:
+            from common import pictures
 
-        pictures.save(pictures.draw_curves(rows), out / "curves.png", dpi=100)
+            pictures.save(pictures.draw_curves(rows), out / "curves.png", dpi=100)
+        except Exception as error:  # of matplotlib or the disk: the run is worth more
+            print0(f"note: no curves.png ({error})")

@@ -22,9 +22,11 @@ class Failed(RuntimeError):
 
 def run(main: Callable, parse: Callable) -> None:
     """Runs `main(parse(argv))`. An error is one line, and exit code 2 (input) or 1 (failed run)."""
-    os.environ.setdefault("MPLBACKEND", "Agg")  # pictures are files
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        stream.reconfigure(errors="backslashreplace")  # a file's name may be no UTF-8
+    if "IPython" not in sys.modules:  # %run in a notebook
+        os.environ["MPLBACKEND"] = "Agg"  # pictures are files, also for a notebook's !python
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a file's name may be no UTF-8
     try:
         if "WORLD_SIZE" in os.environ:  # torchrun
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
@@ -51,6 +53,10 @@ def describe_error(error: BaseException) -> tuple[str, int]:
         return "interrupted", 130
     if is_out_of_memory(error):
         return "out of memory: try a smaller --micro-batch (--batch stays the same)", 1
+    if re.search(r"shared memory|/dev/shm|\(shm\)|Bus error", str(error)):
+        return "/dev/shm is too small: enlarge it (docker: --shm-size 8g), or try --workers 0", 1
+    if re.search(r"Inv.*Compiler|[Ff]ailed to find C compiler|No working C", f"{error!r}"):
+        return "--compile needs a C++ compiler: install one (g++), or try --compile off", 2
     if "in DataLoader worker process" in str(error):  # with the worker's traceback
         return str(error).strip().splitlines()[-1].partition(": ")[2], 2
     if "DataLoader worker" in str(error):
@@ -106,14 +112,16 @@ def require_one_process() -> None:
 
 @contextlib.contextmanager
 def catch_signals() -> Iterator[list[int]]:
-    """A list that fills when SIGTERM or Ctrl-C arrives, so that the loop can save and leave."""
+    """A list that fills when a signal to end arrives, so that the loop can save and leave."""
     caught: list[int] = []
 
     def receive(number: int, _) -> None:
         if rank() == 0:  # the others would leave at other steps
             caught.append(number)
 
-    before = {n: signal.signal(n, receive) for n in (signal.SIGTERM, signal.SIGINT)}
+    names = "SIGTERM SIGINT SIGUSR1".split()  # schedulers send the last before a limit
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]  # not on Windows
+    before = {n: signal.signal(n, receive) for n in numbers}
     try:
         yield caught
     finally:

@@ -26,7 +26,7 @@ def figure(rows=1, columns=1, width: float = 5.0, height: float = 3.2, title: st
     )
     if title:
         text = textwrap.fill(title, round(13 * width), break_on_hyphens=False)
-        fig.suptitle(text, x=0.01, ha="left", fontsize=10)
+        fig.suptitle(text, x=0.01, ha="left", fontsize=10, parse_math=False)  # a file's $ is none
     return fig, axes
 
 

@@ -121,8 +121,8 @@ def get_validation(row: dict) -> float:
     return row.get("val_top1_ema", row["val_top1"])
 
 
-def conclude(result: dict, out: Path) -> None:
+def conclude(result: dict, out: Path, images) -> None:
     left = ("model.pt", "test.pt", "log.jsonl", "curves.png", "last.pt")
     print0(f"{out}: {', '.join(name for name in left if (out / name).exists())}")
     if "test_top1" in result:
-        print0(f"test top-1 {result['test_top1']:.2f} %")
+        print0(f"test top-1 {result['test_top1']:.2f} %{images.warn_of_repeats()}")

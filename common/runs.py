@@ -42,8 +42,9 @@ def describe_run(settings, dataset, teacher=None) -> dict[str, Any]:
     pixels = {"mean": dataset.mean, "std": dataset.std} | (teacher.architecture if teacher else {})
     return {
         "method": settings.method,
-        "classes": dataset.classes,
+        "class_names": dataset.classes,  # there is a setting `classes`, too
         "images": dataset.available,
+        "left_out": dataset.left_out,
         "images_fingerprint": dataset.fingerprint,
         "images_per_step": dataset.train.batch,  # with --batch 0 it depends on the folder
         "normalization": (list(pixels["mean"]), list(pixels["std"])),
@@ -56,6 +57,14 @@ def list_differences(before: dict, now: dict) -> list[str]:
     """A setting that is newer than the run counts as unset in it."""
     odd = [k for k in before | now if (before.get(k) or None) != (now.get(k) or None)]
     return [f"{k} was {str(before.get(k))[:40]}, now {str(now.get(k))[:40]}" for k in odd]
+
+
+def read_left_out(settings) -> set[str]:
+    """Unreadable images that the run to resume began without: repaired or not, it ends so."""
+    resume = getattr(settings, "resume", False)
+    if not (resume and (file := get_folder(settings) / "config.json").exists()):
+        return set()
+    return set(json.loads(file.read_text()).get("run", {}).get("left_out", ()))
 
 
 def check_folder(settings) -> None:
@@ -103,7 +112,8 @@ def load_state(out: Path, settings, run: dict) -> dict | None:
     if not (settings.resume and (out / "last.pt").exists()):
         return None
     state = checkpoints.read_file(out / "last.pt")
-    if odd := list_differences(dict(state["run"]), run):
+    older = {"class_names": run["class_names"]}  # than the runs that say them
+    if odd := list_differences(older | state["run"], run):
         remedy = "choose another --out, or start over with --overwrite"
         raise ValueError(f"{out} holds another run ({'; '.join(odd[:4])}): {remedy}")
     return state

@@ -12,7 +12,8 @@ from datasets.sources import Parts, Tensors
 
 def load(settings, kind, size: int, device) -> Parts:
     name, folder = settings.data, Path(settings.data_dir or f"data/{settings.data}")
-    if not all(x.name.startswith((".", "cifar-")) for x in folder.glob("*/")):
+    found = folders.list_subfolders(folder) if folder.is_dir() else []
+    if not all(name.startswith("cifar-") for name in found):
         return folders.load(settings, kind, size, device)  # cifar-* are torchvision's own
     if size != kind.image_size:
         raise ValueError(f"--image-size {size}: --data {name} has {kind.image_size}")

@@ -2,97 +2,116 @@
 
 import os
 import unicodedata
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from common import runs
 from common.launch import print0
 from datasets.sources import Parts
 
 ADVICE = "point --data-dir at a folder that holds train/CLASS/* and val/CLASS/*, or CLASS/*"
+VALPREP = "https://raw.githubusercontent.com/soumith/imagenetloader.torch/master/valprep.sh"
+SORT = f"wget -qO- {VALPREP} | bash"
 PARTS = {"train": "train training", "val": "val valid validation", "test": "test testing"}
+PART_OF = {name: part for part, names in PARTS.items() for name in names.split()}
+METADATA = {  # beside those that begin with one of .@~ or __
+    "thumbs", "thumbnails", "_thumbs", "_thumbnails", "#recycle", "#snapshot", "$recycle.bin",
+    "recycler", "lost+found", "system volume information", "network trash folder",
+}  # fmt: skip
 
 
 class Listing(NamedTuple):
     folder: Path
     classes: list[str]  # names of the subfolders; [""] for a flat folder without labels
     samples: list[tuple[str, int]]  # path, number of the class
+    names: list[str]  # CLASS/.../FILE, the same wherever the folder lies and whatever its disk
 
 
 def load(settings, kind, size: int, device) -> Parts:
-    """The images of --data-dir."""
+    """The images of --data-dir. What cannot be read is left out, also when the run is resumed."""
     from datasets import images
 
     folder, sources = Path(settings.data_dir or f"data/{settings.data}"), {}
+    left_out = runs.read_left_out(settings)  # one set for all parts
     for part, found in list_parts(folder).items():
-        how = (size, kind.crop_pct, settings, kind.mean, device)
-        sources[part] = images.Files(found.samples, name_images(found), *how)
-    train, val, test = (sources.get(part) for part in ("train", "val", "test"))
+        how = (size, kind.crop_pct, settings, kind.mean, device, part, left_out)
+        sources[part] = images.Files(found.samples, found.names, *how)
+        sources[part].look_through()
+    train, val, test = (sources.get(part) for part in PARTS)
     return Parts(found.classes, train, val if test else None, test or val)
 
 
 def list_parts(root: Path) -> dict[str, Listing]:
     """The images of root/PART/CLASS/* for train, val and test; else those of root/CLASS/* as train.
 
-    Without labels they may lie in one flat folder. FileNotFoundError without any.
+    Without labels they may lie in one flat folder. FileNotFoundError without any. ValueError if
+    some images would be ignored.
     """
     if not root.is_dir():
         raise FileNotFoundError(f"no folder {root}: {ADVICE}")
-    folders = list_subfolders(root)
-    fit = {
-        part: root / name
-        for part, names in PARTS.items()
-        for name in reversed(folders) if name.lower() in names.split()
-    }  # fmt: skip
-    labelled = {part: folder for part, folder in fit.items() if list_subfolders(folder)}
-    chosen = labelled or (fit if len(fit) > 1 else {})  # one without subfolders is a class
-    parts = {part: list_images(folder) for part, folder in chosen.items()}
-    if not parts:
+    folders = [name for name in reversed(list_subfolders(root)) if name.lower() in PART_OF]
+    parts = {PART_OF[name.lower()]: root / name for name in folders}
+    classes = {to_nfc(name) for folder in parts.values() for name in list_subfolders(folder)}
+    if not classes and len(parts) < 2:  # one without subfolders is a class
         return {"train": list_images(root)}
-    used = [str(listing.folder) for listing in parts.values()]
-    if beside := [name for name in folders if str(root / name) not in used]:
-        print0(f"note: using {', '.join(used)}, ignoring {', '.join(beside[:5])} beside them")
-    classes = [set(listing.classes) for listing in parts.values()]
-    if odd := sorted(classes[0].union(*classes) - classes[0].intersection(*classes)):
-        raise ValueError(f"{root}: {' and '.join(parts)} have different classes ({odd[0]})")
-    return parts
+    used = {folder.name for folder in parts.values()}
+    if odd := next(filter(is_image, walk(root, used)), None):
+        raise ValueError(f"{odd} lies beside {', '.join(sorted(used))}: move such images away")
+    return {part: list_images(folder, classes) for part, folder in parts.items()}
+
+
+def to_nfc(name: str) -> str:
+    """A name in one form: a disk may write "é" as one character or as two."""
+    return unicodedata.normalize("NFC", name)
+
+
+def is_image(path: str) -> bool:
+    return path.lower().endswith(IMG_EXTENSIONS)
+
+
+def is_metadata(folder: str) -> bool:
+    """Whether its name is one that NAS, desktops and archives give to thumbnails, bins and such."""
+    return folder.startswith((".", "@", "~", "__")) or folder.lower() in METADATA
 
 
 def list_subfolders(folder: Path) -> list[str]:
-    """Their names, without hidden ones (.ipynb_checkpoints)."""
-    return sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
+    return sorted(e.name for e in os.scandir(folder) if e.is_dir() and not is_metadata(e.name))
 
 
-def list_images(folder: Path) -> Listing:
-    """FileNotFoundError names a class without images."""
-    others: list[str] = []
+def walk(root: Path, without: Collection[str] = ()) -> Iterator[str]:
+    """Paths of all files in a folder and deeper, in order, without hidden ones and metadata."""
+    for place, folders, files in os.walk(root, followlinks=True):
+        skip = without if place == str(root) else ()
+        folders[:] = sorted(x for x in folders if not is_metadata(x) and x not in skip)
+        yield from (os.path.join(place, x) for x in sorted(files) if not x.startswith("."))
 
-    def is_image(path: str) -> bool:
-        if f"{os.sep}." in path.removeprefix(str(folder)):  # hidden, or in a hidden folder
-            return False
-        if not path.lower().endswith(IMG_EXTENSIONS):
+
+def list_images(folder: Path, classes: Collection[str] = ()) -> Listing:
+    """Those of some classes [its subfolders]. FileNotFoundError without any."""
+    known = sorted(classes or {to_nfc(name) for name in list_subfolders(folder)})
+    numbers = {name: number for number, name in enumerate(known)}
+    samples, names, others, inside = [], [], [], set()
+    for path in walk(folder):
+        if not is_image(path):
             others.append(path)
-        return path.lower().endswith(IMG_EXTENSIONS)
-
-    classes = list_subfolders(folder)
-    numbers = {name: number for number, name in enumerate(classes)}
-    if classes:
-        samples = make_dataset(str(folder), numbers, is_valid_file=is_image, allow_empty=True)
-        if empty := numbers.keys() - {classes[number] for _, number in samples}:
-            where = folder / min(empty)
-            raise FileNotFoundError(f"{where} holds no image that we can read: fill or remove it")
-    else:
-        files = sorted(entry.path for entry in os.scandir(folder) if entry.is_file())
-        samples = [(path, 0) for path in files if is_image(path)]
+            continue
+        *places, file = to_nfc(path[len(str(folder)) + 1 :]).split(os.sep)
+        if known and not places:
+            remedy = f"sort them, or move them away (ImageNet's val: cd {folder} && {SORT})"
+            raise ValueError(f"{path} lies in no folder of a class: {remedy}")
+        samples.append((path, numbers[places[0]] if places else 0))
+        names.append("/".join([*places, file]))
+        inner = ((Path(folder, *places[:i]), name) for i, name in enumerate(places) if i)
+        inside |= {(place, PART_OF[x.lower()]) for place, x in inner if x.lower() in PART_OF}
+    if len(inside) > len({place for place, _ in inside}):
+        raise ValueError(f"{min(inside)[0]} has parts (train, val): point --data-dir at it")
     if not samples:
-        raise FileNotFoundError(f"{folder} holds neither images nor folders of images")
+        raise FileNotFoundError(f"{folder} holds no images: fill or remove it")
     if others:
         print0(f"note: {len(others)} files are not images of a known kind, such as {others[0]}")
-    return Listing(folder, classes or [""], samples)
-
-
-def name_images(listing: Listing) -> list[str]:
-    """CLASS/.../FILE of each, the same wherever the folder lies and whatever its file system."""
-    paths = (os.path.relpath(path, listing.folder) for path, _ in listing.samples)
-    return [unicodedata.normalize("NFC", path.replace(os.sep, "/")) for path in paths]
+    if skipped := [x.name for x in folder.glob("[!.]*/") if is_metadata(x.name)]:
+        print0(f"note: {folder}: ignoring {', '.join(skipped)}, as thumbnails, bins or the like")
+    return Listing(folder, known or [""], samples, names)

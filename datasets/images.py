@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from torchvision import io
 from torchvision.transforms import InterpolationMode, v2
 
 from common.augment import hash_seed, rand_augment, reseed
-from common.launch import count, print0
+from common.launch import collect, count, print0, rank, world
 
 BICUBIC = InterpolationMode.BICUBIC
 HELD = 2**31  # bytes of decoded images that are kept in memory
@@ -35,18 +35,35 @@ def read_image(path: str) -> Tensor:
 
 
 def decode(path: str) -> Tensor:
-    """uint8 (3, H, W), upright. torchvision decodes JPEGs, fast; PIL the rest."""
+    """uint8 (3, H, W), upright, on grey. torchvision decodes JPEGs, fast; PIL the rest."""
     if path.lower().endswith((".jpg", ".jpeg")):
         with contextlib.suppress(RuntimeError):  # such as PNGs called .jpg
             how = dict(mode=io.ImageReadMode.RGB, apply_exif_orientation=True)
             return io.decode_jpeg(io.read_file(path), **how)
     with Image.open(path) as file:
+        deep_png = file.format == "PNG" and ";16" in str(file.tile)
         image = ImageOps.exif_transpose(file)
-        if image.mode == "F":
-            raise ValueError("its pixels are floating-point numbers: save it with 8 or 16 bits")
-        if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip
-            image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-        return v2.functional.pil_to_tensor(image.convert("RGB"))
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers: save it with 8 or 16 bits")
+    if deep_png:  # PIL keeps 8 bits of its colours
+        how = dict(mode=io.ImageReadMode.UNCHANGED, apply_exif_orientation=True)
+        deep = io.decode_png(io.read_file(path), **how)  # (1 to 4, H, W): the last may be alpha
+        parts = [scale(x.numpy()) for x in deep.split(3 if len(deep) > 2 else 1)]
+        image = Image.fromarray(np.concatenate(parts).transpose(1, 2, 0).squeeze())
+    elif image.mode.startswith("I"):
+        image = Image.fromarray(scale(np.asarray(image)))
+    if image.has_transparency_data:  # on grey neither black shapes vanish nor white ones
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "grey"), image)
+    return v2.functional.pil_to_tensor(image.convert("RGB"))
+
+
+def scale(pixels: np.ndarray) -> np.ndarray:
+    """8 bits of more. Cameras save 12 in a file of 16, which would leave 16 levels."""
+    if pixels.min() < 0 or pixels.max() > 65535:
+        raise ValueError("its pixels have neither 8 nor 16 bits: save it with one of these")
+    top = next(top for top in (255, 4095, 65535) if pixels.max() <= top)
+    return (pixels.astype(np.int64) * 255 // top).astype(np.uint8)
 
 
 def centre_crop(size: int, crop_pct: float) -> v2.Transform:
@@ -80,6 +97,9 @@ class Files(Dataset):
     settings: Any
     mean: tuple[float, ...]  # the colour of gaps
     device: torch.device  # where batches go
+    part: str = "train"
+    left_out: set[str] = field(default_factory=set)  # PART/CLASS/.../FILE that cannot be read
+    contents: Any = ()  # hashes of what is in the files (images,)
     held: list[Tensor] | None = None  # the decoded images, if they fit in memory
 
     def __post_init__(self):
@@ -94,42 +114,62 @@ class Files(Dataset):
 
     @property
     def hashes(self) -> Tensor:
-        """Of names, sizes and last bytes: what a checkpoint remembers of its training images."""
+        """Of names, sizes and last bytes."""
         with ThreadPoolExecutor(32) as pool:  # a million files, perhaps on a network's disk
-            ends = pool.map(read_end, [path for path, _ in self.samples])
-            facts = zip(self.names, ends, strict=True)
-            return torch.tensor([hash_seed(*fact) for fact in facts])
+            parts = pool.map(read_parts, [path for path, _ in self.samples])
+            facts = zip(self.names, parts, strict=True)
+            return torch.tensor([hash_seed(name, (size, end)) for name, (size, end, _) in facts])
 
     def subset(self, indices: Sequence[int]) -> "Files":
-        names = [self.names[i] for i in indices]
-        return replace(self, samples=[self.samples[i] for i in indices], names=names)
+        samples, names = [self.samples[i] for i in indices], [self.names[i] for i in indices]
+        return replace(self, samples=samples, names=names, contents=self.contents[indices])
+
+    def look_through(self) -> None:
+        """Hashes the files. Leaves out those that are damaged, or were when this run began."""
+        decode_all = self.part != "train" and not self.fits()  # else later, or it takes hours
+        found = examine([path for path, _ in self.samples], decode_all)
+        self.contents = torch.tensor([x if isinstance(x, int) else 0 for x in found])
+        bad = {i: x for i, x in enumerate(found) if isinstance(x, str)}
+        gone = (i for i, x in enumerate(self.names) if f"{self.part}/{x}" in self.left_out)
+        self.leave_out(bad | {i: f"{self.names[i]} was when this run began" for i in gone})
+
+    def leave_out(self, bad: dict[int, str]) -> None:
+        """Forgets images that cannot be read, and says so. ValueError if no other is left."""
+        if not bad:
+            return
+        text = next(iter(bad.values()))
+        if len(bad) == len(self):
+            raise ValueError(text)
+        print0(f"note: {len(bad)} unreadable image(s) left out: {text}")
+        self.left_out |= {f"{self.part}/{self.names[i]}" for i in bad}
+        kept = self.subset([i for i in range(len(self)) if i not in bad])
+        self.samples, self.names, self.contents = kept.samples, kept.names, kept.contents
+
+    def fits(self) -> bool:
+        """Whether the decoded images may fit in memory."""
+        return len(self) * 3 * self.size**2 <= HELD
 
     def hold(self, centred: bool = False) -> Tensor | None:
         """Decodes all images now, if they fit in memory. Returns them if all have the final size.
 
         What cannot be read is left out, and named. `centred`: cropped as evaluation sees them.
         """
-        if len(self) * 3 * self.size**2 > HELD:
+        if not self.fits():
             return None
-        found, bad, left = {}, [], HELD
+        images, bad, left = [], {}, HELD
         with ThreadPoolExecutor(count_cores()) as pool:
             prepare = self.crop_centre if centred else self.shrink
             jobs = [pool.submit(prepare, i) for i in range(len(self))]
             for i, job in enumerate(count(jobs, len(jobs), "images decoded")):
                 try:
-                    found[i] = job.result()
-                    left -= found[i].numel()
+                    images.append(job.result())
+                    left -= images[-1].numel()
                 except ValueError as error:
-                    bad.append(error)
+                    bad[i] = str(error)
                 if left < 0:
                     pool.shutdown(cancel_futures=True)
                     return None
-        if not found:
-            raise bad[0]
-        if bad:
-            print0(f"note: {len(bad)} unreadable image(s) left out: {bad[0]}")
-        self.samples, self.names = [self.samples[i] for i in found], [self.names[i] for i in found]
-        images = list(found.values())
+        self.leave_out(bad)
         if {image.shape[1:] for image in images} == {(self.size, self.size)}:
             return torch.stack(images)
         self.held = images
@@ -178,15 +218,45 @@ class Files(Dataset):
         return self.random_crop(image), label
 
 
-def read_end(path: str) -> tuple[int, bytes]:
-    """A file's size, and its last bytes. Images may have equal names and sizes."""
+def examine(paths: list[str], decode_all: bool) -> list[int | str]:
+    """Of each file a hash of its contents, or why it cannot be read. Processes share the work.
+
+    Without `decode_all`, headers and ends of JPEGs are looked at, and checksums of PNGs.
+    """
+
+    def look(path: str) -> int | str:
+        parts, kind = read_parts(path), None
+        with contextlib.suppress(Exception), Image.open(path) as image:
+            image.verify()
+            kind = image.format
+        whole = kind == "PNG" or (kind in ("JPEG", "MPO") and b"\xff\xd9" in parts[1])
+        try:
+            if decode_all or not whole:
+                read_image(path)
+        except ValueError as error:
+            return str(error)
+        return hash_seed(*parts)
+
+    mine = paths[rank() :: world()]
+    found: list[int | str] = [0] * len(paths)
+    with ThreadPoolExecutor(count_cores() if decode_all else 32) as pool:
+        shares = collect([*count(pool.map(look, mine), len(mine), "images looked through")])
+    for i, share in enumerate(shares):
+        found[i :: world()] = share
+    return found
+
+
+def read_parts(path: str) -> tuple[int, bytes, bytes]:
+    """A file's size, its end, and bytes from its middle: images may have equal names and sizes."""
     try:
         with open(path, "rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - 256))
-            return size, file.read()
+            end = file.read()
+            file.seek(size // 2)
+            return size, end, file.read(1024)
     except OSError:  # unreadable, or removed while it was trained on
-        return 0, b""
+        return 0, b"", b""
 
 
 def leave_group(_: int) -> None:

@@ -63,6 +63,10 @@ class Tensors:
     def hashes(self) -> Tensor | None:
         return self.files.hashes if self.files else None
 
+    @property
+    def contents(self) -> Tensor | None:
+        return self.files.contents if self.files else None
+
     def subset(self, indices: list[int]) -> "Tensors":
         return Tensors(self.images[indices], self.labels[indices])
 

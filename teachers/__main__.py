@@ -1,11 +1,18 @@
 """Lists public ViTs that can be teachers: python -m teachers [WORD in their names]"""
 
-import sys
+import difflib
+import re
 
-from teachers.zoo import FAMILIES, list_models
+from common import launch
+from teachers.zoo import FAMILIES, MODELS, list_models
 
 
 def main(word: str = "") -> None:
+    if not any(word.lower() in name.lower() for name in MODELS):
+        parts = {part: name for name in MODELS for part in (name, *re.split(r"[_.]", name))}
+        close = difflib.get_close_matches(word.lower(), parts)
+        advice = f"is it {' or '.join(close)}?" if close else "without a word it lists all"
+        raise ValueError(f"no public ViT has {word} in its name ({advice})")
     print("name, width x depth, heads, patch and image size in pixels")
     for family in FAMILIES:
         models = [model for model in list_models(family) if word.lower() in model.name.lower()]
@@ -18,4 +25,4 @@ def main(word: str = "") -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2])
+    launch.run(lambda words: main(*words[:1]), list)

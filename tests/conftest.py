@@ -88,9 +88,9 @@ def failing(capsys, monkeypatch):
 
 @pytest.fixture
 def interrupt(monkeypatch):
-    """Runs a script, stopped after its first epoch and resumed."""
+    """Runs a script, stopped after its first epoch and resumed. `then` comes between."""
 
-    def run(script, settings) -> dict:
+    def run(script, settings, then=lambda: None) -> dict:
         save = train.Learner.save
 
         def stop(*state):
@@ -100,6 +100,7 @@ def interrupt(monkeypatch):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(train.Learner, "save", stop)
             script.main(settings)
+        then()
         return script.main(replace(settings, resume=True))
 
     return run

@@ -2,6 +2,7 @@
 
 import shutil
 import unicodedata
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -50,7 +51,9 @@ def test_what_is_held_out_depends_on_the_names_of_images_alone(unsplit, tmp_path
     assert len(dataset.train) + len(before) == 30 and "held out" in dataset.describe(True)
     assert not before & names_of(dataset.train)
     moved = shutil.copytree(unsplit, tmp_path / "moved")
-    picture(moved / ".ipynb_checkpoints" / "copy.png")  # hidden
+    for name in (".ipynb_checkpoints", "@eaDir/1.jpg", "__MACOSX", "Thumbs", "$RECYCLE.BIN"):
+        picture(moved / name / "copy.png")
+        picture(moved / "dog" / name / "copy.png")
     monkeypatch.chdir(moved)
     assert held_out(moved) == held_out(".") == before
     assert data.load(folder(moved)).fingerprint == dataset.fingerprint
@@ -91,11 +94,44 @@ def test_a_flat_folder_without_labels_is_enough_to_pretrain_on(tmp_path, failing
     assert (len(dataset.train), len(dataset.test)) == (15, 5)
 
 
-def test_a_class_without_images_is_named(unsplit, failing):
-    (unsplit / "zebra").mkdir()
-    (unsplit / "zebra" / "notes.txt").write_text("none yet")
-    argv = f"--teacher none --data folder --data-dir {unsplit}".split()
-    failing(finetune, argv, unsplit / "zebra", "no image")
+HELD_OUT = next(f"{i}.png" for i in range(99) if sources.is_held_out(f"zebra/{i}.png", 0.2))
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "unreadable.png", HELD_OUT])
+def test_a_class_without_an_image_to_train_on_is_named(name, unsplit, failing):
+    picture(path := unsplit / "zebra" / name.replace("txt", "png"))
+    if name != HELD_OUT:
+        path.write_text("none yet")
+        path.rename(path.with_name(name))
+    argv = ["--teacher", "none", "--data", "folder", "--data-dir", unsplit]
+    failing(finetune, argv, "1 of 3 classes", "zebra")
+
+
+@pytest.mark.parametrize("names", [
+    "val/1.png", "val/dog/1.png val/1.png", "extra/1.png", "1.png", "extra/more/1.png",
+    "val/dog/1.png valid/dog/1.png", "../pets/val/dog/1.png", "../pets/Test/1.png",
+])  # fmt: skip
+def test_images_that_would_be_ignored_or_learned_by_mistake_are_refused(names, tmp_path, failing):
+    for name in ("train/cat/1.png", "train/dog/1.png", *names.split()):
+        picture(tmp_path / "photos" / "pets" / name)
+    root = tmp_path / "photos" / ("" if names[0] == "." else "pets")
+    failing(pretrain, ["--data", "folder", "--data-dir", root], tmp_path / "photos" / "pets")
+
+
+def test_repeats_are_counted_whatever_they_are_called(unsplit):
+    for path in list(unsplit.rglob("*.png")):
+        shutil.copy(path, path.with_stem(f"{path.stem} (1)"))
+    for part in ("train", "val"):
+        shutil.copytree(unsplit, unsplit.parent / "split" / part)
+    for root in (unsplit, unsplit.parent / "split"):  # their names are those in `unsplit`
+        dataset = data.load(folder(root))
+        learned, test = (
+            [(unsplit / name).read_bytes() for name in names_of(part)]
+            for part in (dataset.train, dataset.test)
+        )
+        repeats = sum(one in learned for one in test)
+        assert dataset.count_learned(dataset.train.source.contents) == repeats > 0
+        assert f"{repeats} of these {len(test)}" in dataset.describe(True)
 
 
 def test_files_decode_to_pils_pixels_whatever_they_are_called(photos, tmp_path):
@@ -116,6 +152,17 @@ def test_sixteen_bits_are_scaled_and_photographs_turned_upright(tmp_path):
     Image.fromarray(ramp).save(tmp_path / "deep.png")
     expected = torch.from_numpy((ramp / 257).astype(np.uint8)).expand(3, 8, 8)
     assert torch.equal(images.read_image(str(tmp_path / "deep.png")), expected)
+    for bits in (8, 12):  # in 16: they keep their levels
+        some = (ramp >> (16 - bits)).astype(np.uint16)
+        Image.fromarray(some).save(tmp_path / "deep.png")
+        expected = torch.from_numpy(255.0 * some / (2**bits - 1)).floor().expand(3, 8, 8)
+        assert torch.equal(images.read_image(str(tmp_path / "deep.png")), expected.byte())
+    for value in (0, 255):  # a shape of one colour, on transparent ground
+        shape = np.full((8, 8, 4), value, np.uint8)
+        shape[..., 3] = 255 * (np.arange(8) > 3)[:, None]
+        Image.fromarray(shape).save(tmp_path / "shape.png")
+        seen = images.read_image(str(tmp_path / "shape.png"))
+        assert (seen[:, 4:] == value).all() and (seen[:, :4].int() - value).abs().min() > 99
     upright, exif = np.zeros((16, 32, 3), np.uint8), Image.Exif()
     upright[:, :8] = 255
     exif[274] = 6  # the camera was held on its side: turn it by 90 degrees to the right
@@ -171,8 +218,18 @@ def test_crops_of_squares_held_as_a_tensor_have_the_distribution_of_streamed_one
         assert (ours.sort().values - theirs.sort().values).abs().mean() < 0.01  # earth mover's
 
 
-def test_what_cannot_be_read_is_left_out_and_named(unsplit, capsys, failing):
-    """The other images stay in the part they were in."""
+@pytest.mark.parametrize("repair", [True, False])
+def test_a_run_goes_on_after_a_damaged_image_is_repaired_or_removed(repair, unsplit, interrupt):
+    whole = (path := unsplit / "dog" / "01.png").read_bytes()
+    path.write_bytes(whole[:-40])
+    argv = folder(unsplit, *"--teacher none --model nano --epochs 2 --image-size 16".split())
+    expected = finetune.main(replace(argv, out="whole"))
+    mend = (lambda: path.write_bytes(whole)) if repair else path.unlink
+    assert interrupt(finetune, replace(argv, out="cut"), mend)["loss"] == expected["loss"]
+
+
+def test_what_cannot_be_read_is_left_out_and_named(unsplit, capsys, failing, monkeypatch):
+    """The other images stay in the part they were in. Memory makes no difference."""
     before = held_out(unsplit)
     bad = {f"dog/{i:02}.png" for i in range(6)}
     for name in bad:
@@ -181,26 +238,28 @@ def test_what_cannot_be_read_is_left_out_and_named(unsplit, capsys, failing):
     assert "left out: cannot read image" in capsys.readouterr().out
     assert names_of(dataset.test) == before - bad and not bad & names_of(dataset.train)
     assert len(dataset.train) + len(dataset.test) == 24
+    monkeypatch.setattr(images, "HELD", 0)
+    streamed = data.load(folder(unsplit))
+    assert names_of(streamed.train) == names_of(dataset.train)
+    assert (streamed.fingerprint, streamed.left_out) == (dataset.fingerprint, dataset.left_out)
     for path in unsplit.rglob("*.png"):
         path.write_bytes(b"")
     failing(finetune, ["--data", "folder", "--data-dir", unsplit], "cannot read image")
 
 
-def test_which_folders_are_used_is_said(unsplit, capsys):
-    """train/, val/ and test/ by several names: validated on val/, tested on test/."""
-    root = unsplit.parent
-    for name in ("Training", "test"):
+def test_parts_have_several_names_and_may_lack_classes(unsplit, capsys):
+    """Validated on val/, tested on test/. A class is the same in each part, however written."""
+    root = unsplit.parent / "split"
+    for name in ("Training", "test", "valid"):
         shutil.copytree(unsplit, root / name)
     (root / "test" / "dog" / "notes.txt").write_text("no picture")
-    (root / "test" / "dog" / "00.png").unlink()
+    (root / "test" / CAFE).rename(root / "test" / unicodedata.normalize("NFD", CAFE))
+    shutil.rmtree(root / "valid" / CAFE)
     dataset, said = data.load(folder(root)), capsys.readouterr().out
-    assert dataset.val is dataset.test and (len(dataset.train), len(dataset.test)) == (30, 29)
+    assert [len(part) for part in (dataset.train, dataset.val, dataset.test)] == [30, 10, 30]
     assert "1 files are not images of a known kind" in said
-    assert f"{root / 'Training'}" in said and "ignoring pets beside them" in said
-    shutil.copytree(unsplit, root / "valid")
+    assert torch.bincount(dataset.test.source.labels).tolist() == [20, 10]
+    assert torch.bincount(dataset.val.source.labels).tolist() == [0, 10]
+    shutil.rmtree(root / "test")
     dataset = data.load(folder(root))
-    assert [len(part) for part in (dataset.train, dataset.val, dataset.test)] == [30, 30, 29]
-    assert "30 to validate on, 29 to test on" in dataset.describe(True)
-    shutil.rmtree(root / "valid" / "dog")
-    with pytest.raises(ValueError, match=r"different classes \(dog\)"):
-        data.load(folder(root))
+    assert dataset.val is dataset.test and "1 of them without a test" in dataset.describe(True)

@@ -1,5 +1,7 @@
 """Runs of the scripts: killed and resumed, on one process and on two, failing without harm."""
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -17,7 +19,7 @@ import attention_distill
 import data
 import finetune
 import train
-from common import runs
+from common import launch, pictures, runs
 
 ROOT = Path(__file__).parents[2]
 SHORT = "--teacher random --epochs 6 --num-labels 300 --batch 50 --eval-every 3 --ema 0.9".split()
@@ -52,6 +54,7 @@ def weights(out, name="last.pt"):
 def start(script, *argv, launcher=(sys.executable,), **how):
     # A restarted gloo group hangs now and then on its old rendezvous if that is shared: #135712.
     env = dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT), TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    env |= dict(MPLBACKEND="module://a_notebooks_own")
     how |= dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | env)
     return subprocess.Popen([*launcher, str(ROOT / script), *map(str, argv)], **how)
 
@@ -111,7 +114,7 @@ def test_killed_and_resumed_gives_the_same_bits(uninterrupted, tmp_path, failing
     """And meanwhile no other process may train in the folder."""
     argv = [*DIGITS, "--out", tmp_path, "--resume"]
     # In the middle of an epoch: it saves at each step.
-    for kill, beyond in ((signal.SIGKILL, 3), (signal.SIGTERM, 14)):
+    for kill, beyond in ((signal.SIGKILL, 3), (signal.SIGUSR1, 14)):
         run = start("attention_distill.py", *argv, "--save-every", 0)
         wait_for_step(run, tmp_path, beyond)
         failing(attention_distill, argv, "another process is training in")
@@ -262,7 +265,7 @@ def test_another_run_is_neither_spoiled_nor_continued(tmp_path, failing):
     ):
         failing(script, [*argv, *more.split()], words)
         assert last.read_bytes() == kept
-    changes = dict(classes=list("abc"), images=99, teacher_weights="0123", images_per_step=2)
+    changes = dict(class_names=list("abc"), images=99, teacher_weights="0123", images_per_step=2)
     for name, value in changes.items():
         torch.save(state | {"run": state["run"] | {name: value}}, last)
         failing(attention_distill, [*argv, "--resume"], f"{name} was ", "--overwrite")
@@ -280,6 +283,25 @@ def test_a_teacher_is_known_by_its_weights_wherever_it_lies(tmp_path, teacher, s
     failing(attention_copy, [*argv, mine, "--resume"], *words)
     failing(attention_copy, [*argv, mine, "--overwrite", "--out", tmp_path], "lies in --out")
     assert mine.exists()
+
+
+def test_a_picture_that_fails_ends_no_run_nor_does_a_notebook(tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures, "draw_curves", lambda rows: 1 / 0)
+    monkeypatch.setattr(sys, "argv", ["x", *QUICK, "--out", str(tmp_path)])
+    with contextlib.redirect_stdout(io.StringIO()):  # as a notebook's, it has no `reconfigure`
+        launch.run(finetune.main, finetune.parse)
+    assert (tmp_path / "model.pt").exists() and not (tmp_path / "curves.png").exists()
+
+
+@pytest.mark.parametrize("words, code", [
+    ("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)", 1),
+    ("DataLoader worker (pid 1) is killed by signal: Bus error. insufficient shared memory", 1),
+    ("InvalidCxxCompiler: No working C++ compiler found in config.cpp.cxx: (None, 'g++')", 2),
+    ("Failed to find C compiler. Please specify via CC environment variable.", 2), ("a bug", 0),
+])  # fmt: skip
+def test_what_the_machine_lacks_is_one_line(words, code):
+    text, found = launch.describe_error(RuntimeError(words))
+    assert found == code and (text == words) == (not code)
 
 
 def test_starting_over_leaves_nothing_of_the_run_before(tmp_path, monkeypatch):

@@ -472,6 +472,8 @@ def test_a_file_is_known_by_its_name_or_its_folders(capsys):
     list_teachers("siglip")
     printed = capsys.readouterr().out
     assert "vit_so400m_patch14_siglip_224.v2_webli" in printed and "dinov2" not in printed
+    with pytest.raises(ValueError, match=r"is it siglip\?"):
+        list_teachers("siglipp")
 
 
 def test_a_name_that_does_not_fit_its_file_is_refused(tmp_path, request, monkeypatch):
