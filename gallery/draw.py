@@ -3,7 +3,7 @@
     python -m gallery.draw                      all of them
     python -m gallery.draw pointer.gif          one
 
-All take a minute or two on one core. Nothing is downloaded.
+All take two or three minutes on one core. Nothing is downloaded.
 """
 
 from collections.abc import Sequence
@@ -15,6 +15,7 @@ import numpy as np
 import look
 from common import launch, pictures
 from common.settings import Base, parse_settings, setting
+from gallery.explorer import draw_explorer
 from gallery.pointer import CENTRE, draw_pointer, load_images, open_bundled
 from gallery.schematic import draw_schematic
 from teachers.find import BUNDLED
@@ -85,6 +86,7 @@ PICTURES = {
     "digits.png": draw_digits,
     "house.png": draw_house,
     "cifar10.png": draw_cifar10,
+    "explorer.html": draw_explorer,
 }
 
 

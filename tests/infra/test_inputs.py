@@ -105,7 +105,7 @@ def save(contents):
     (lambda _: b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS pointer"),
     (lambda _: pickle.dumps(Exploit(), 2), "cannot be read"),
     (lambda _: save({"model": Exploit()}), "cannot be read"),
-    (lambda _: save({"model": {"fc.weight": torch.ones(3)}}), "no ViT we know"),
+    (lambda _: save({"model": {"fc.weight": torch.ones(3)}}), "other names than ours"),
     (lambda _: save({"optimizer": {}, "run": {}}), "model.pt of a run"),
 ])  # fmt: skip
 def test_files_that_are_no_checkpoints(spoil, words, failing):

@@ -13,6 +13,7 @@ import data
 import ensemble
 import finetune
 import look
+import recipes
 import vit
 from common import checkpoints
 from teachers.classes import IMAGENET, NUMBERS, match_classes
@@ -122,7 +123,7 @@ def test_folders_are_matched_with_outputs_by_name_id_number_or_order(capsys):
 
 
 def test_ruined_logits_are_no_accuracy(photos, tmp_path, failing):
-    net = vit.ViT(vit.Config(16, 4, 3, 3, *vit.SIZES["nano"]))
+    net = vit.ViT(vit.Config(16, 4, 3, 3, *recipes.SIZES["nano"]))
     net.head.weight.data.mul_(1e6)  # too large for float16 alone
     torch.save(net.state_dict(), tmp_path / "x.pth")
     argv = [f"nano={tmp_path / 'x.pth'}", "--data", "folder", "--data-dir", photos]
