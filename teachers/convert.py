@@ -58,10 +58,9 @@ def parse_foreign(found: dict, source: str, place: str, model=None, size=None) -
         architecture = asdict(describe(weights, model, size))
     except (KeyError, TypeError):
         like = next((f": {who}" for part, who in LOOKS.items() if part in str([*theirs])), "")
-        raise ValueError(
-            f"{source} has other names than ours, timm's and its family's authors' "
-            f"({', '.join(map(str, [*theirs][:3]))}{like}): take timm's file of the same ViT"
-        ) from None
+        names = f"{', '.join(map(str, [*theirs][:3]))}{like}"
+        remedy = "take timm's file of the same ViT, or its authors'"
+        raise ValueError(f"{source} holds no ViT we know ({names}): {remedy}") from None
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
     if not model:  # whose pixels are unknown
