@@ -14,6 +14,7 @@ from common.settings import Base, get_free, get_values, setting, to_argv
 from study.estimates import compute_share, estimate, pack
 from study.jobs import ROOT, Job
 
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 Flags = Mapping[str, Any]  # settings by name
 Runs = dict[str, dict[str, list[Job]]]  # point: row: its runs, one for each seed
 
@@ -29,7 +30,7 @@ class RunSettings(Base):
 class Row(NamedTuple):
     script: str  # of jobs.SCRIPTS
     teacher: str  # none, random, pre-trained, the row whose net it is, or "" for no such setting
-    flags: Flags = MappingProxyType({})  # what makes it this row
+    flags: Flags = NOTHING  # what makes it this row
     tuned_as: str = ""  # the row whose settings it takes if it is not tuned itself
 
 
@@ -38,14 +39,15 @@ class Study(NamedTuple):
 
     rows: dict[str, Row]
     base: Flags  # of all rows, unless a point overrides it
-    teacher: Flags = MappingProxyType({})
+    teacher: Flags = NOTHING
     images: tuple[str, ...] = ("data", "distractors", "model")  # settings the teacher shares
     teacher_seed: int | None = None  # of one for all (0: the bundled one if it fits)
+    published: str = ""  # or the name of a public one
     seeds: tuple[int, ...] = ()  # of tuning, which no table uses
     rates: tuple[float, ...] = ()  # tried for every row,
     decays: tuple[float, ...] = ()  # weight decays,
     mixes: tuple[Flags, ...] = ()  # ways to regularise,
-    own: Mapping[str, tuple[str, tuple]] = MappingProxyType({})  # one more: its default first
+    own: Mapping[str, tuple[str, tuple]] = NOTHING  # one more: its default first
 
 
 class Planner(NamedTuple):
@@ -60,7 +62,9 @@ class Planner(NamedTuple):
         """Jobs by name: those whose nets a run needs, then the run. `tuned`: settings of rows."""
         study, (script, source, flags, tuned_as) = self.study, self.study.rows[row]
         needed, teacher = {}, source
-        if source == "pre-trained":
+        if source == "pre-trained" and study.published:
+            teacher = study.published
+        elif source == "pre-trained":
             needed = self.plan_teacher(seed, point)
             (job,) = needed.values()
             if study.teacher_seed == 0 and (file := self.find_bundled(job.get_settings())):
@@ -108,9 +112,6 @@ def format_flags(flags: Flags) -> str:
     return "".join(f", {name} {value}" for name, value in flags.items())
 
 
-# A table ------------------------------------------------------------------------------------------
-
-
 class Table(NamedTuple):
     """Rows at points of a study."""
 
@@ -123,12 +124,9 @@ class Table(NamedTuple):
     tunes: bool = False  # finds settings on validation images, and tests nothing
     tuned_at: str = ""  # the point whose settings others take (empty: each its own)
     against: dict[str, str] | None = None  # what a row is compared with, if not BASELINE
-    fewer: Mapping[str, tuple[tuple[str, ...], int]] = MappingProxyType(
-        {}
-    )  # rows, seeds of a point
+    fewer: Mapping[str, tuple] = NOTHING  # rows, seeds of a point
     find: Callable[["Table", Runs], dict] | None = None  # something else than accuracies
-    picture: Callable[[Runs], Any] | None = None  # a figure, instead of one of accuracies
-    contrasts: Mapping[str, Callable[..., float]] = MappingProxyType({})  # by their names
+    contrasts: Mapping[str, Callable[..., float]] = NOTHING  # by their names
 
 
 def estimate_accuracies(table: Table, runs: Runs) -> dict:
@@ -137,7 +135,7 @@ def estimate_accuracies(table: Table, runs: Runs) -> dict:
     return estimate_correct(correct, table.against, table.contrasts)
 
 
-def estimate_correct(correct: dict[str, dict], against=None, contrasts=MappingProxyType({})):
+def estimate_correct(correct: dict[str, dict], against=None, contrasts=NOTHING):
     """The same of whether each image was classified correctly: (seeds, images) of each row."""
     values, packed = ({point: {} for point in correct} for _ in range(2))
     for point, of_rows in correct.items():

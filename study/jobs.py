@@ -88,13 +88,14 @@ class Job:
             weights_then = config["run"]["teacher_weights"]
         except (OSError, ValueError, LookupError, TypeError):
             return False
-        settings, weights = self.get_settings(), None
+        settings = self.get_settings()
         asked, counts = get_values(settings), get_values(settings).keys() - get_free(settings)
         if (teacher := Path(asked.get("teacher", ""))).is_file():  # compared by its weights
-            weights = checkpoints.fingerprint(checkpoints.read_file(teacher)["model"])
+            if weights_then != checkpoints.fingerprint(checkpoints.read_file(teacher)["model"]):
+                return False
         elif "teacher" in asked:
             counts |= {"teacher"}
-        return weights_then == weights and all(config.get(k) == asked[k] for k in counts)
+        return all(config.get(name) == asked[name] for name in counts)
 
 
 class Runner:

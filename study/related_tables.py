@@ -14,8 +14,7 @@ from study.estimates import estimate_over_seeds
 from study.jobs import Job, load
 from study.rows import AT_BASE
 
-# The rows -----------------------------------------------------------------------------------------
-
+# The rows
 UNTRAINED = {"epochs": 1, "warmup": 0, "blr": 0.0}
 WIDE, LONG, OTHER = "a wider net", "4 times as long", "of other images"
 FOUR = {"4 distractors": {"distractors": 4}}  # with one, small nets have nothing to gain
@@ -71,8 +70,6 @@ REMINDED = {
     UNTAUGHT: Row("reminders", "", {"attention_weight": 0.0}),
 }
 STUDY = Study(ACTIVATIONS | GRADIENTS | LINEAR | ATTNDISTILL | REMINDED, {"data": "digits"})
-
-# What is read off them ----------------------------------------------------------------------------
 
 
 def rebuild(job: Job):
@@ -140,8 +137,7 @@ def find_kinds(settings) -> dict[str, np.ndarray]:
     return {"beside what": beside, "where": where, "what": ~(beside | where)}
 
 
-# The tables ---------------------------------------------------------------------------------------
-
+# The tables
 related = partial(Table, study=STUDY, points=AT_BASE, seeds=5, first=1)  # 0 was used while writing
 TABLES = {
     "related-activations": related(

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import checkpoints, launch, pictures
+from common import checkpoints, launch
 from common.settings import parse_settings, setting
 from study import figures, tune
 from study.engine import Planner, Runs, RunSettings, Table, estimate_accuracies, make_planner
@@ -43,10 +43,7 @@ def get_cost(name: str) -> str:
     path = ROOT / "study" / "results" / f"{name}.json"
     if not path.exists():
         return "not recorded yet"
-    try:
-        record = read_record(path)
-    except ValueError as error:
-        return str(error)
+    record = read_record(path)
     runs, minutes = record["runs"], record["training_minutes"]
     return f"seeds: {len(record['seeds'])}; runs: {runs}, {minutes:.0f} min on {record['device']}"
 
@@ -59,7 +56,7 @@ def train(table: Table, planner: Planner, tuned: tune.Tuned, runner: Runner, see
         found[point] = {row: [] for row in rows}
         own = tune.get_chosen(tuned.get(table.tuned_at, {}) | tuned.get(point, {}))
         needed = [*found[point], *tune.list_teachers(found[point], table.study)]
-        tune.check_tuned(own, table.study, needed, TABLES)
+        tune.check_tuned(own, table.study, needed, TABLES, {point, table.tuned_at})
         for row in found[point]:
             for seed in seeds[:count]:
                 planned = planner.plan(row, seed, flags, own)
@@ -97,8 +94,6 @@ def main(settings: Settings) -> None:
         checkpoints.write_text(path, json.dumps(record, indent=1) + "\n")
         show(found) if table.tunes else print(format_record(found))
         figures.draw_record(table, found, path)
-        if table.picture:
-            pictures.save(table.picture(trained), path.with_suffix(".png"))
         print(f"\nwrote {path}")
 
 
