@@ -1,7 +1,6 @@
 """What a study is made of: its rows, their runs, its tables, and the accuracies of a table."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -10,21 +9,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from common.runs import hash_settings
-from common.settings import Base, get_free, get_values, setting, to_argv
+from common.settings import get_free, get_values, to_argv
 from study.estimates import compute_share, estimate, pack
 from study.jobs import ROOT, Job
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 Flags = Mapping[str, Any]  # settings by name
 Runs = dict[str, dict[str, list[Job]]]  # point: row: its runs, one for each seed
-
-
-@dataclass(frozen=True)
-class RunSettings(Base):
-    jobs: int = setting(0, "runs at a time [one per CPU core, or one on a GPU]")
-    data_dir: str = setting("", "where the images of cifar10 are")
-    runs: str = setting("runs/reproduce", "folder of the runs")
-    extra: str = setting("", "more arguments for every training: '--device cpu'")
 
 
 class Row(NamedTuple):
@@ -100,12 +91,6 @@ class Planner(NamedTuple):
         shown = {k: str(getattr(settings, k)).removeprefix(f"{ROOT}/") for k in sorted(counts)}
         out = self.folder / f"{name} {hash_settings(shown)}".replace(":", "-")
         return Job(script, [*to_argv(given | {"out": out}), *self.extra], out, after)
-
-
-def make_planner(study: Study, settings: RunSettings, **how) -> Planner:
-    named = settings.data_dir and study.base["data"] not in ("digits", "scenes")  # bundled
-    extra = *settings.extra.split(), *(("--data-dir", settings.data_dir) if named else ())
-    return Planner(study, Path(settings.runs) / study.base["data"], extra, **how)
 
 
 def format_flags(flags: Flags) -> str:

@@ -22,14 +22,9 @@ from common.progress import format_minutes
 from common.settings import get_free, get_values
 
 RELATED = "activations attndistill dino integrated_gradients linear_attention reminders".split()
-SCRIPTS = {  # imported when they are needed
-    "pretrain": "pretrain",
-    "finetune": "finetune",
-    "copy": "attention_copy",
-    "distill": "attention_distill",
-    "variants": "study.variants",
-    **{name: f"related.{name}" for name in RELATED},
-}
+SCRIPTS = {name: f"related.{name}" for name in RELATED}  # imported when they are needed
+SCRIPTS |= {"pretrain": "pretrain", "finetune": "finetune", "variants": "study.variants"}
+SCRIPTS |= {"copy": "attention_copy", "distill": "attention_distill"}
 ABOUT = {"points", "seeds", "runs", "training_minutes", "device", "commits"}  # of every record
 ROOT = Path(__file__).parent.parent
 # Imports take as long as a tenth of a run on the digits, so they are done once for all processes.

@@ -106,9 +106,8 @@ def compare(a: Model, b: Model, batches: Iterable[Tensor]) -> list[dict[str, flo
 def find_looks(_: Table, runs: Runs) -> dict:
     """For each row and for its teachers, lists over layers: means over seeds, and intervals.
 
-    of_image: the share that the image adds to what a map says.
-    from_centre: how much of its attention the centre pays to the cell asked for;
-    from_twin: and a twin to the other.
+    of_image: the share that the image adds to what a map says. from_centre: how much of its
+    attention the centre pays to the cell asked for; from_twin: and a twin to the other.
     """
     ((point, of_rows),) = runs.items()
     found: dict[str, list] = {}
@@ -157,19 +156,16 @@ def find_likeness(table: Table, runs: Runs) -> dict:
     found = estimate_accuracies(table, runs)
     for point, of_rows in runs.items():
         for row, jobs in of_rows.items():
-            values = [measure_likeness(*pair) for pair in zip(jobs, of_rows[COPY], strict=True)]
+            values = []
+            for job, copy in zip(jobs, of_rows[COPY], strict=True):  # which has the teacher
+                settings, net = copy.get_settings(), open_run(job)
+                dataset = data.load(settings, train=False)
+                images, _ = next(dataset.test.in_order(IMAGES))
+                teacher = open_model(settings.teacher, images.device, dataset.image_size)
+                layers = compare(teacher, net, images.split(AT_A_TIME))
+                values.append(np.mean([layer["cka"] for layer in layers]))
             found["points"][point][row]["CKA"] = estimate_over_seeds(np.array(values))
     return found
-
-
-def measure_likeness(job: Job, copy: Job) -> float:
-    """`copy`: the run of the same seed that has the teacher."""
-    settings = copy.get_settings()
-    dataset = data.load(settings, train=False)
-    teacher = open_model(settings.teacher, get_device(settings.device), dataset.image_size)
-    images, _ = next(dataset.test.in_order(IMAGES))
-    layers = compare(teacher, open_run(job), images.split(AT_A_TIME))
-    return float(np.mean([layer["cka"] for layer in layers]))
 
 
 def open_run(job: Job) -> Model:
@@ -187,9 +183,9 @@ def main(settings: Settings) -> list[dict[str, float]]:
             raise ValueError(f"their maps cannot be compared: {what} differ ({ours}, {theirs})")
     if sets[0].normalization != sets[1].normalization:
         raise ValueError("these two were trained on images normalised differently")
-    source, count = sets[0].test.source, min(settings.images, len(sets[0].test))
-    some = source.subset([i * len(source) // count for i in range(count)])  # of all classes
-    view = data.Eval(some, sets[0].normalise, sets[0].test.device)
+    test, count = sets[0].test, min(settings.images, len(sets[0].test))
+    some = test.source.subset([i * len(test) // count for i in range(count)])  # of all classes
+    view = data.Eval(some, sets[0].normalise, test.device)
     layers = compare(*models, (images for images, _ in view.in_order(AT_A_TIME)))
     print("layer  divergence, nats  CKA of features")
     for i, layer in enumerate(layers):

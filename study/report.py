@@ -18,7 +18,7 @@ import numpy as np
 from common import checkpoints, launch
 from common.settings import Base, parse_settings
 from study import estimates, figures, related_tables, tables
-from study.estimates import BASELINE, CEILING, estimate, format_cell, format_means
+from study.estimates import BASELINE, CEILING, estimate, format_cell
 from study.jobs import ROOT, read_record
 from study.rows import PAPER
 
@@ -152,10 +152,10 @@ def format_points(points: dict[str, dict]) -> str:
 
 
 def format_layers(rows: dict[str, dict[str, dict[str, list]]]) -> str:
-    names = next(iter(reversed(rows.values())))
+    names = next(iter(rows.values()))
     lines = [
-        [row, *(format_means(found[name]) if name in found else "" for name in names)]
-        for row, found in rows.items()
+        [row, *(" ".join(f"{x:.2f}" for x in cells[name]["mean"]) for name in names)]
+        for row, cells in rows.items()
     ]
     return format_table(["", *(name.replace("_", " ") for name in names)], lines)
 

@@ -38,16 +38,15 @@ PARTS = {f"copy of {part}": copied(lend=part) for part in ("q", "k", "v", "qkv")
 SINGLE = {f"copy, layer {i}": copied(layers=str(i)) for i in range(4)}
 LAYERS = {f"copy, layers {which}": copied(layers=which) for which in (":2", "2:4")}
 LAYERS |= {"distillation, layers all": distilled(layers="all")}
-LABELLED = {"classes": ":5", "num_labels": 0, "epochs": 13, "lr": 2e-3}
+ALL_SCENES = {"num_labels": 0, "epochs": 13}
+LABELLED = ALL_SCENES | {"classes": ":5", "lr": 2e-3}
 KNOWING = {  # teachers that scenes may have, besides the one without labels
     "a teacher with labels": Row("finetune", "none", LABELLED),
     "an MAE": Row("pretrain", "", {"target": "masked", "num_labels": 0, "epochs": 39}),
 }
 NARROW = {  # as many steps as the usual teacher has
     "a teacher of 300 scenes": Row("pretrain", "", {"num_labels": 300, "epochs": 1015}),
-    "a teacher of two classes": Row(
-        "pretrain", "", {"classes": ":2", "num_labels": 0, "epochs": 13}
-    ),
+    "a teacher of two classes": Row("pretrain", "", ALL_SCENES | {"classes": ":2"}),
 }
 
 

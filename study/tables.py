@@ -23,11 +23,8 @@ WEIGHED = {  # five weights around what suits the size of each loss
 FAIR = Study(  # students start from sin-cos positions, as their teachers
     rows=rows.ROWS,
     base={"data": "digits", "num_labels": 100, "epochs": 450, "positions": "sincos"},
-    seeds=(100, 101),
-    rates=(2e-3, 4e-3, 8e-3, 1.6e-2),
-    decays=(0.05, 0.2, 0.5, 1.5),
-    own=OWN,
-)
+    seeds=(100, 101), rates=RATES[1:5], decays=(0.05, 0.2, 0.5, 1.5), own=OWN
+)  # fmt: skip
 DIGITS = FAIR._replace(base=dict(FAIR.base), rates=RATES, own=OWN | VARIED | WEIGHED)
 PLAIN = dict.fromkeys(("mixup", "cutmix", "random_erase", "smoothing", "ema", "drop_path"), 0.0)
 CIFAR = Study(  # small enough for a CPU: shifts and flips, a tenth of the labels
@@ -36,28 +33,20 @@ CIFAR = Study(  # small enough for a CPU: shifts and flips, a tenth of the label
     | {"epochs": 25, "batch": 100, "positions": "sincos"} | PLAIN,
     teacher={"epochs": 60, "batch": 512, "lr": 1.5e-3, "decoder_dim": 96, "decoder_depth": 1},
     images=("data", "model", "holdout"),
-    teacher_seed=0,
-    seeds=(100,),
-    rates=(1e-3, 2e-3, 4e-3),
-    decays=(0.3,),
+    teacher_seed=0, seeds=(100,), rates=RATES[:3], decays=(0.3,),
     own={SCRATCH: ("drop_path", (0.0,)), COPY: ("layers", ("all",)), MEAN: ("layers", ("all",)),
-         DISTILLATION: ("layers", (":5",)), TUNED: ("layer_decay", (0.75,))},
+         DISTILLATION: ("layers", (":5",)), TUNED: ("layer_decay", (0.75,)),
+         "beside": ("layers", (":5",))},
 )  # fmt: skip
-WIDE = CIFAR._replace(  # a base of its own: tuned anew
-    base=dict(CIFAR.base),
-    rates=(5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
-    own=CIFAR.own | {"beside": CIFAR.own[DISTILLATION]},
-)
+WIDE = CIFAR._replace(base=dict(CIFAR.base), rates=(5e-4, *RATES[:4]))  # another base: tuned anew
 RECIPE = CIFAR._replace(base={"data": "cifar10"}, teacher={}, images=("data", "model"), own={})
 SCENES = Study(
     rows=rows.ROWS,
     base={"data": "scenes", "num_labels": 300, "epochs": 75},
     images=("data", "scene", "model"),  # whatever the dial, the teacher's pointers point anywhere
-    seeds=(100, 101),
-    rates=(2e-3, 4e-3, 8e-3, 1.6e-2),
-    decays=(0.05, 0.5, 1.5),
+    seeds=(100, 101), rates=RATES[1:5], decays=(0.05, 0.5, 1.5),
     own=OWN | dict.fromkeys(rows.PROBE, PROBING) | dict.fromkeys(rows.FEATURES, WEIGHTS),
-)
+)  # fmt: skip
 STEPS = SCENES._replace(  # tuned at both ends of an axis of training
     rates=RATES,
     mixes=({"mixup": 0.8}, {"smoothing": 0.1}, {"mixup": 0.8, "smoothing": 0.1}),
@@ -66,22 +55,15 @@ STEPS = SCENES._replace(  # tuned at both ends of an axis of training
 )  # fmt: skip
 PHOTO_SCENES = SCENES._replace(
     base={"data": "scenes-cifar10", "num_labels": 2000, "epochs": 20},
-    rates=(1e-3, 2e-3, 4e-3, 8e-3),
-    decays=(0.05, 0.5),
-)
-PHOTO_STEPS = STEPS._replace(
-    base=dict(PHOTO_SCENES.base),
-    rates=(5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
-    own={row: STEPS.own[row] for row in (SCRATCH, COPY)},
-)
+    rates=RATES[:4], decays=(0.05, 0.5)
+)  # fmt: skip
+PHOTO_STEPS = STEPS._replace(base=dict(PHOTO_SCENES.base), rates=(5e-4, *RATES[:5]))
 PHOTOGRAPHS = Study(  # with a public teacher, which has learned these classes
     rows=rows.ROWS,
     base={"data": "folder", "image_size": 96, "patch": 16, "model": "tiny", "num_labels": 2000}
     | {"epochs": 30, "batch": 64, "crop_area": 0.3, "positions": "sincos"},
     published="deit_tiny_patch16_224.fb_in1k",
-    seeds=(100,),
-    rates=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
-    decays=(0.05,),
+    seeds=(100,), rates=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2), decays=(0.05,),
     own={SCRATCH: ("drop_path", (0.1,)), TUNED: ("layer_decay", (0.75,))}
     | dict.fromkeys((COPY, MEAN), ("layers", ("all",)))
     | dict.fromkeys((DISTILLATION, "beside"), ("layers", ("75%",)))
@@ -102,15 +84,13 @@ SCENE_LABELS = {  # at 300 steps, or more where there are more scenes
 
 
 def list_steps(labels: int, epochs: int) -> dict[str, dict]:
-    """1, 3, 10 and 30 times 300 steps."""
     return {
         f"{labels} scenes, {300 * times:,} steps": {"num_labels": labels, "epochs": times * epochs}
         for times in (1, 3, 10, 30)
     }
 
 
-def choose_ends(points: dict[str, dict]) -> dict[str, dict]:
-    """The first and the third of four points: those that are tuned."""
+def choose_ends(points: dict[str, dict]) -> dict[str, dict]:  # those that are tuned
     return {name: points[name] for name in list(points)[::2]}
 
 

@@ -1,7 +1,6 @@
 """Equal tuning: the same number of trials for every row, on validation images.
 
-First the rate, then weight decay, then ways to regularise (MixUp, label smoothing), then a setting
-of the row's own, each at the best so far. No table uses the seeds of tuning.
+First rates, then weight decays, ways to regularise, a setting of the row's own, each at the best.
 """
 
 from collections.abc import Iterable

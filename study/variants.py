@@ -1,15 +1,11 @@
 """Attention transfer with one thing changed, and the baselines beside it.
 
-    python -m study.variants --maps mean               copy; one map for all
-    python -m study.variants --start teacher           copy, and weights too
-    python -m study.variants --how distill --loss squared      another loss
-    python -m study.variants --how beside              maps are predicted, not used
-    python -m study.variants --how features            another target
-    python -m study.variants --how probe               only a head is trained
+    python -m study.variants --maps mean       copy; one map for all
+    python -m study.variants --how beside      maps are predicted, not used
+    python -m study.variants --how probe       only a head is trained
 
 --maps other are the teacher's maps of other images, mean their mean. With
 impulse each head looks at one neighbour. Rows of the study: study/rows.py.
-Without a change, copy and distill are attention_copy.py, attention_distill.py.
 """
 
 from collections.abc import Callable
