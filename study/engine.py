@@ -1,7 +1,6 @@
 """What a study is made of: its rows, their runs, its tables, and the accuracies of a table."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -10,26 +9,19 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from common.runs import hash_settings
-from common.settings import Base, get_free, get_values, setting, to_argv
+from common.settings import get_free, get_values, to_argv
 from study.estimates import compute_share, estimate, pack
 from study.jobs import ROOT, Job
 
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 Flags = Mapping[str, Any]  # settings by name
 Runs = dict[str, dict[str, list[Job]]]  # point: row: its runs, one for each seed
-
-
-@dataclass(frozen=True)
-class RunSettings(Base):
-    jobs: int = setting(0, "runs at a time [one per CPU core, or one on a GPU]")
-    data_dir: str = setting("", "where the images of cifar10 are")
-    runs: str = setting("runs/reproduce", "folder of the runs")
-    extra: str = setting("", "more arguments for every training: '--device cpu'")
 
 
 class Row(NamedTuple):
     script: str  # of jobs.SCRIPTS
     teacher: str  # none, random, pre-trained, the row whose net it is, or "" for no such setting
-    flags: Flags = MappingProxyType({})  # what makes it this row
+    flags: Flags = NOTHING  # what makes it this row
     tuned_as: str = ""  # the row whose settings it takes if it is not tuned itself
 
 
@@ -38,14 +30,15 @@ class Study(NamedTuple):
 
     rows: dict[str, Row]
     base: Flags  # of all rows, unless a point overrides it
-    teacher: Flags = MappingProxyType({})
+    teacher: Flags = NOTHING
     images: tuple[str, ...] = ("data", "distractors", "model")  # settings the teacher shares
     teacher_seed: int | None = None  # of one for all (0: the bundled one if it fits)
+    published: str = ""  # or the name of a public one
     seeds: tuple[int, ...] = ()  # of tuning, which no table uses
     rates: tuple[float, ...] = ()  # tried for every row,
     decays: tuple[float, ...] = ()  # weight decays,
     mixes: tuple[Flags, ...] = ()  # ways to regularise,
-    own: Mapping[str, tuple[str, tuple]] = MappingProxyType({})  # one more: its default first
+    own: Mapping[str, tuple[str, tuple]] = NOTHING  # one more: its default first
 
 
 class Planner(NamedTuple):
@@ -60,7 +53,9 @@ class Planner(NamedTuple):
         """Jobs by name: those whose nets a run needs, then the run. `tuned`: settings of rows."""
         study, (script, source, flags, tuned_as) = self.study, self.study.rows[row]
         needed, teacher = {}, source
-        if source == "pre-trained":
+        if source == "pre-trained" and study.published:
+            teacher = study.published
+        elif source == "pre-trained":
             needed = self.plan_teacher(seed, point)
             (job,) = needed.values()
             if study.teacher_seed == 0 and (file := self.find_bundled(job.get_settings())):
@@ -98,17 +93,8 @@ class Planner(NamedTuple):
         return Job(script, [*to_argv(given | {"out": out}), *self.extra], out, after)
 
 
-def make_planner(study: Study, settings: RunSettings, **how) -> Planner:
-    named = settings.data_dir and study.base["data"] not in ("digits", "scenes")  # bundled
-    extra = *settings.extra.split(), *(("--data-dir", settings.data_dir) if named else ())
-    return Planner(study, Path(settings.runs) / study.base["data"], extra, **how)
-
-
 def format_flags(flags: Flags) -> str:
     return "".join(f", {name} {value}" for name, value in flags.items())
-
-
-# A table ------------------------------------------------------------------------------------------
 
 
 class Table(NamedTuple):
@@ -123,12 +109,9 @@ class Table(NamedTuple):
     tunes: bool = False  # finds settings on validation images, and tests nothing
     tuned_at: str = ""  # the point whose settings others take (empty: each its own)
     against: dict[str, str] | None = None  # what a row is compared with, if not BASELINE
-    fewer: Mapping[str, tuple[tuple[str, ...], int]] = MappingProxyType(
-        {}
-    )  # rows, seeds of a point
+    fewer: Mapping[str, tuple] = NOTHING  # rows, seeds of a point
     find: Callable[["Table", Runs], dict] | None = None  # something else than accuracies
-    picture: Callable[[Runs], Any] | None = None  # a figure, instead of one of accuracies
-    contrasts: Mapping[str, Callable[..., float]] = MappingProxyType({})  # by their names
+    contrasts: Mapping[str, Callable[..., float]] = NOTHING  # by their names
 
 
 def estimate_accuracies(table: Table, runs: Runs) -> dict:
@@ -137,7 +120,7 @@ def estimate_accuracies(table: Table, runs: Runs) -> dict:
     return estimate_correct(correct, table.against, table.contrasts)
 
 
-def estimate_correct(correct: dict[str, dict], against=None, contrasts=MappingProxyType({})):
+def estimate_correct(correct: dict[str, dict], against=None, contrasts=NOTHING):
     """The same of whether each image was classified correctly: (seeds, images) of each row."""
     values, packed = ({point: {} for point in correct} for _ in range(2))
     for point, of_rows in correct.items():

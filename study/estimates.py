@@ -21,10 +21,9 @@ def estimate(
     against: Mapping[str, str] | None = None,
     contrasts: Mapping[str, Callable[..., float]] = MappingProxyType({}),
 ) -> dict[str, dict]:
-    """Estimates of the rows at each point, and contrasts across points.
+    """Estimates of the rows at each point, and contrasts: functions of the rows' means at them.
 
     against: the row that a row is compared with, if not BASELINE.
-    contrasts: functions of the rows' mean accuracies, with one argument for each point.
     """
     rows = {name: estimate_rows(values, against or {}) for name, values in points.items()}
     asked = {name: summarise(compute, *points.values()) for name, compute in contrasts.items()}
@@ -32,11 +31,8 @@ def estimate(
 
 
 def estimate_rows(values: Values, against: Mapping[str, str]) -> dict[str, dict]:
-    """Accuracy of each row and its difference from another row, in per cent, and its recovery.
-
-        recovery = (row - BASELINE) / (CEILING - BASELINE)
-
-    It is left out where the gain of CEILING may be zero.
+    """Accuracy of each row, its difference from another, in per cent, and its share of the gain
+    of CEILING over BASELINE: its recovery, left out where that gain may be zero.
     """
     rows = {row: estimate_over_seeds(found) for row, found in values.items()}
     for row in values:
@@ -103,10 +99,6 @@ def format_cell(cell: dict | int | None, form: str) -> str:
     if not between and len(values) > 1:
         ends = f" ({', '.join(format(value, form) for value in values)})"
     return format(cell["mean"], form) + ends
-
-
-def format_means(cell: dict[str, list]) -> str:
-    return " ".join(f"{x:.2f}" for x in cell["mean"])
 
 
 def pack(correct: np.ndarray) -> list[str]:

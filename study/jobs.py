@@ -22,14 +22,9 @@ from common.progress import format_minutes
 from common.settings import get_free, get_values
 
 RELATED = "activations attndistill dino integrated_gradients linear_attention reminders".split()
-SCRIPTS = {  # imported when they are needed
-    "pretrain": "pretrain",
-    "finetune": "finetune",
-    "copy": "attention_copy",
-    "distill": "attention_distill",
-    "variants": "study.variants",
-    **{name: f"related.{name}" for name in RELATED},
-}
+SCRIPTS = {name: f"related.{name}" for name in RELATED}  # imported when they are needed
+SCRIPTS |= {"pretrain": "pretrain", "finetune": "finetune", "variants": "study.variants"}
+SCRIPTS |= {"copy": "attention_copy", "distill": "attention_distill"}
 ABOUT = {"points", "seeds", "runs", "training_minutes", "device", "commits"}  # of every record
 ROOT = Path(__file__).parent.parent
 # Imports take as long as a tenth of a run on the digits, so they are done once for all processes.
@@ -88,13 +83,14 @@ class Job:
             weights_then = config["run"]["teacher_weights"]
         except (OSError, ValueError, LookupError, TypeError):
             return False
-        settings, weights = self.get_settings(), None
+        settings = self.get_settings()
         asked, counts = get_values(settings), get_values(settings).keys() - get_free(settings)
         if (teacher := Path(asked.get("teacher", ""))).is_file():  # compared by its weights
-            weights = checkpoints.fingerprint(checkpoints.read_file(teacher)["model"])
+            if weights_then != checkpoints.fingerprint(checkpoints.read_file(teacher)["model"]):
+                return False
         elif "teacher" in asked:
             counts |= {"teacher"}
-        return weights_then == weights and all(config.get(k) == asked[k] for k in counts)
+        return all(config.get(name) == asked[name] for name in counts)
 
 
 class Runner:

@@ -1,60 +1,70 @@
-"""Where trained ViTs look in scenes, and how like their teacher's their features are."""
+"""Where trained ViTs look, and how like each other they are.
+
+    python -m study.looks A/model.pt B/model.pt
+    python -m study.looks A.pt B.pt --data imagenet --data-dir /imagenet --images 500
+
+Prints for each layer how far the maps of both are apart, head by head, and how
+similar their features are (CKA). The images are A's, unless --data names others.
+"""
 
 import math
-from dataclasses import replace
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import data
-from common import pictures
+import ensemble
+from common import launch
 from common.augment import hash_seed
 from common.launch import get_device
+from common.settings import parse_settings, setting
 from pretrain import patchify
-from study.analysis import entropy
-from study.engine import Runs
-from study.estimates import BASELINE, estimate_over_seeds
+from study.engine import Runs, Table, estimate_accuracies
+from study.estimates import estimate_over_seeds
 from study.jobs import Job
+from study.rows import COPY
 from teachers.load import Model, build, open_model
 
-IMAGES = 500  # test images
-MEASURE = "of each layer: shares of what a map says, and of attention"
+
+@dataclass(frozen=True)
+class Settings(ensemble.Settings):
+    images: int = setting(200, "how many test images, evenly spaced", low=4)
 
 
-@torch.no_grad()
-def find_looks(runs: Runs) -> dict:
-    """For each row and for its teachers, lists over layers: means over seeds, and intervals.
+WORDS = ("checkpoints", "A and B: two checkpoints", 2)
+parse = partial(parse_settings, __doc__, Settings, {}, positional=WORDS)
+IMAGES, AT_A_TIME = 500, 50  # test images of the study
 
-    of_image: the share that the image adds to what a map says.
-    from_centre: how much of its attention the centre pays to the cell asked for;
-    from_twin: and a twin to the other.
+
+def entropy(p: Tensor) -> Tensor:
+    """Entropy in nats along the last dimension: from 0 (one token) to ln N (uniform)."""
+    return torch.special.entr(p).sum(dim=-1)
+
+
+def jensen_shannon(p: Tensor, q: Tensor) -> Tensor:
+    """Jensen-Shannon divergence in nats along the last dimension: 0 if equal, ln 2 if disjoint."""
+    return entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2
+
+
+def cka(x: Tensor, y: Tensor) -> float:
+    """Linear centred kernel alignment of features x (n, D1) and y (n, D2) of the same n images.
+
+    1 for a rotation, 0 for no relation (Kornblith et al. 2019). HSIC is estimated without bias
+    (Song et al. 2012, equation 5), because there may be more features than images.
     """
-    ((point, of_rows),) = runs.items()
-    found: dict[str, list] = {}
-    for i, job in enumerate(of_rows["attention copy"]):
-        settings = job.get_settings()
-        images, (query, key) = load_scenes(settings)
-        models = {"random net": open_random(settings)}
-        models["teacher"] = open_model(settings.teacher, images.device)
-        models |= {row: open_run(jobs[i]) for row, jobs in of_rows.items()}
-        for name, model in models.items():
-            p = torch.stack([qk.map() for _, qk in model.blockwise(images)])  # (layers, B, H, N, N)
-            prefix, each = model.net.config.num_prefix_tokens, torch.arange(len(images))
-            paid = p[:, each, :, prefix + query, prefix + key].mean(dim=(0, 2))
-            what = "from_centre" if settings.scene == "pointer" else "from_twin"
-            found.setdefault(name, []).append({"of_image": measure_change(p), what: paid.tolist()})
-    rows = {
-        name: {what: average([seed[what] for seed in seeds]) for what in seeds[0]}
-        for name, seeds in found.items()
-    }
-    return {"points": {point: rows}, "measure": MEASURE}
+    x, y = x.double() - x.double().mean(0), y.double() - y.double().mean(0)
+    gram_x, gram_y = (gram - gram.diag().diag() for gram in (x @ x.T, y @ y.T))
+    return (hsic(gram_x, gram_y) / (hsic(gram_x, gram_x) * hsic(gram_y, gram_y)).sqrt()).item()
 
 
-def average(seeds: list[list[float]]) -> dict[str, list]:
-    """Means over seeds, and intervals, of lists over layers."""
-    cells = [estimate_over_seeds(np.array(of_layer)) for of_layer in zip(*seeds, strict=True)]
-    return {what: [cell[what] for cell in cells] for what in ("mean", "interval", "values")}
+def hsic(a: Tensor, b: Tensor) -> Tensor:
+    n = len(a)
+    means = a.sum() * b.sum() / ((n - 1) * (n - 2))
+    return ((a * b).sum() + means - 2 * (a.sum(0) @ b.sum(0)) / (n - 2)) / (n * (n - 3))
 
 
 def measure_change(p: Tensor) -> list[float]:
@@ -67,15 +77,66 @@ def measure_change(p: Tensor) -> list[float]:
     return ((most - least) / (math.log(p.shape[-1]) - least)).tolist()
 
 
-def open_run(job: Job) -> Model:
-    return open_model(job.out / "model.pt", get_device(job.get_settings().device))
+@torch.no_grad()
+def compare(a: Model, b: Model, batches: Iterable[Tensor]) -> list[dict[str, float]]:
+    """Of each layer: `divergence` of the maps, a mean in nats, and `cka` of features.
+
+    Where one of the two has other tokens besides, maps are compared over the patches.
+    """
+    patches, rows = a.net.config.grid_size**2, []
+    differ = a.net.config.num_prefix_tokens != b.net.config.num_prefix_tokens
+    for images in batches:
+        of_batch = []
+        for pair in zip(a.blockwise(images), b.blockwise(images), strict=False):
+            maps = [qk.map() for _, qk in pair]
+            if differ:
+                maps = [p[..., -patches:, -patches:] for p in maps]
+                maps = [p / p.sum(dim=-1, keepdim=True) for p in maps]
+            of_images = jensen_shannon(*maps).mean(dim=(1, 2))
+            of_batch.append((of_images, *(x[:, -patches:].mean(dim=1) for x, _ in pair)))
+        rows.append(of_batch)
+    layers = []
+    for of_layer in zip(*rows, strict=True):
+        divergence, x, y = (torch.cat(parts) for parts in zip(*of_layer, strict=True))
+        layers.append({"divergence": divergence.mean().item(), "cka": cka(x, y)})
+    return layers
 
 
-def open_random(settings) -> Model:
-    """A random net like the teacher's."""
-    teacher = open_model(settings.teacher, get_device(settings.device))
-    torch.manual_seed(hash_seed("random net", settings.seed))  # no training begins like this
-    return Model(build(teacher.net.config).to(get_device(settings.device)).eval())
+@torch.no_grad()
+def find_looks(_: Table, runs: Runs) -> dict:
+    """For each row and for its teachers, lists over layers: means over seeds, and intervals.
+
+    of_image: the share that the image adds to what a map says. from_centre: how much of its
+    attention the centre pays to the cell asked for; from_twin: and a twin to the other.
+    """
+    ((point, of_rows),) = runs.items()
+    found: dict[str, list] = {}
+    for i, job in enumerate(of_rows[COPY]):
+        settings = job.get_settings()
+        images, (query, key) = load_scenes(settings)
+        teacher = open_model(settings.teacher, images.device)
+        torch.manual_seed(hash_seed("random net", settings.seed))  # no training begins like this
+        random = Model(build(teacher.net.config).to(images.device).eval())
+        models = {"random net": random, "teacher": teacher}
+        models |= {row: open_run(jobs[i]) for row, jobs in of_rows.items()}
+        for name, model in models.items():
+            p = torch.stack([qk.map() for _, qk in model.blockwise(images)])  # (layers, B, H, N, N)
+            prefix, each = model.net.config.num_prefix_tokens, torch.arange(len(images))
+            paid = p[:, each, :, prefix + query, prefix + key].mean(dim=(0, 2))
+            what = "from_centre" if settings.scene == "pointer" else "from_twin"
+            found.setdefault(name, []).append({"of_image": measure_change(p), what: paid.tolist()})
+    rows = {
+        name: {what: average([seed[what] for seed in seeds]) for what in seeds[0]}
+        for name, seeds in found.items()
+    }
+    measure = "of each layer: shares of what a map says, and of attention"
+    return {"points": {point: rows}, "measure": measure}
+
+
+def average(seeds: list[list[float]]) -> dict[str, list]:
+    """Means over seeds, and intervals, of lists over layers."""
+    cells = [estimate_over_seeds(np.array(of_layer)) for of_layer in zip(*seeds, strict=True)]
+    return {what: [cell[what] for cell in cells] for what in ("mean", "interval", "values")}
 
 
 def load_scenes(settings) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -90,21 +151,45 @@ def load_scenes(settings) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     return images, (apart.argmin(dim=-1).gather(1, asked[:, None])[:, 0], asked)
 
 
-@torch.no_grad()
-def draw_scenes(runs: Runs):
-    """Where the centre of scenes looks in layer 0, and where all cells look in layer 1."""
-    (of_rows,), looks = runs.values(), {}
-    settings = of_rows["attention copy"][0].get_settings()
-    images = load_scenes(settings)[0][:4]
-    nets = {"teacher": open_model(settings.teacher, images.device)}
-    nets |= {row: open_run(of_rows[row][0]) for row in ("attention distillation", BASELINE)}
-    for name, model in nets.items():
-        prefix = model.net.config.num_prefix_tokens
-        centre = prefix + model.net.config.grid_size**2 // 2
-        first, second, *_ = (qk.map() for _, qk in model.blockwise(images))
-        looks[f"{name}: layer 0, from the centre"] = pictures.mean_look(first, prefix, query=centre)
-        looks[f"{name}: layer 1, from all cells"] = pictures.mean_look(second, prefix)
-    title = f"Where nets look: pointer scenes, seed {settings.seed}"
-    marked = {name: centre - prefix for name in ("image", *looks) if "all cells" not in name}
-    how = dict(title=title, marked=marked)
-    return pictures.draw_overlays(images, looks, prefix, **how)
+def find_likeness(table: Table, runs: Runs) -> dict:
+    """Accuracies, and how like the teacher's the features are: CKA, a mean over layers."""
+    found = estimate_accuracies(table, runs)
+    for point, of_rows in runs.items():
+        for row, jobs in of_rows.items():
+            values = []
+            for job, copy in zip(jobs, of_rows[COPY], strict=True):  # which has the teacher
+                settings, net = copy.get_settings(), open_run(job)
+                dataset = data.load(settings, train=False)
+                images, _ = next(dataset.test.in_order(IMAGES))
+                teacher = open_model(settings.teacher, images.device, dataset.image_size)
+                layers = compare(teacher, net, images.split(AT_A_TIME))
+                values.append(np.mean([layer["cka"] for layer in layers]))
+            found["points"][point][row]["CKA"] = estimate_over_seeds(np.array(values))
+    return found
+
+
+def open_run(job: Job) -> Model:
+    return open_model(job.out / "model.pt", get_device(job.get_settings().device))
+
+
+def main(settings: Settings) -> list[dict[str, float]]:
+    launch.require_one_process()
+    models = [open_model(path, get_device(settings.device)) for path in settings.checkpoints]
+    settings = ensemble.choose_images(models[0].checkpoint, settings)
+    for what in ("image_size", "patch", "channels", "heads"):
+        ours, theirs = (getattr(model.net.config, what) for model in models)
+        if ours != theirs:
+            raise ValueError(f"their maps cannot be compared: {what} differ ({ours}, {theirs})")
+    test = data.load(settings, train=False).test
+    count = min(settings.images, len(test))
+    some = test.source.subset([i * len(test) // count for i in range(count)])  # of all classes
+    view = data.Eval(some, test.device)
+    layers = compare(*models, (images for images, _ in view.in_order(AT_A_TIME)))
+    print("layer  divergence, nats  CKA of features")
+    for i, layer in enumerate(layers):
+        print(f"{i:5}  {layer['divergence']:16.3f}  {layer['cka']:15.2f}")
+    return layers
+
+
+if __name__ == "__main__":
+    launch.run(main, parse)

@@ -14,8 +14,7 @@ from study.estimates import estimate_over_seeds
 from study.jobs import Job, load
 from study.rows import AT_BASE
 
-# The rows -----------------------------------------------------------------------------------------
-
+# The rows
 UNTRAINED = {"epochs": 1, "warmup": 0, "blr": 0.0}
 WIDE, LONG, OTHER = "a wider net", "4 times as long", "of other images"
 FOUR = {"4 distractors": {"distractors": 4}}  # with one, small nets have nothing to gain
@@ -72,8 +71,6 @@ REMINDED = {
 }
 STUDY = Study(ACTIVATIONS | GRADIENTS | LINEAR | ATTNDISTILL | REMINDED, {"data": "digits"})
 
-# What is read off them ----------------------------------------------------------------------------
-
 
 def rebuild(job: Job):
     """The task of a finished run, untrained."""
@@ -114,7 +111,7 @@ def find_reminded(table: Table, runs: Runs) -> dict:
     ((point, of_rows),) = runs.items()
     correct = read_correct(of_rows)
     found = estimate_correct({point: correct}, table.against)
-    avoided, told = {}, find_kinds(of_rows[ALONE][0].get_settings())
+    avoided = {}
     for row, cells in found["points"][point].items():
         pairs = zip(correct[row], correct[ALONE], strict=True)
         avoided[row] = np.array([now[~before].mean() for now, before in pairs])
@@ -123,55 +120,33 @@ def find_reminded(table: Table, runs: Runs) -> dict:
         if all("looked" in test for test in tests):
             lands = 100 * np.stack([(t["looked"] == t["labels"]).numpy() for t in tests])
             cells["attention lands right"] = estimate_over_seeds(lands.mean(axis=1))
-            for kind, of_kind in told.items():
-                cells[f"told {kind}"] = estimate_over_seeds(lands[:, of_kind].mean(axis=1))
     for row, other in ((LOOK, "words"), (LOOK, BESIDE), (BESIDE, "words"), (LOOK, UNTAUGHT)):
         paired = estimate_over_seeds(100 * (avoided[row] - avoided[other]))
         found["contrasts"][f"failures avoided: {row} − {other}"] = paired
     return found
 
 
-def find_kinds(settings) -> dict[str, np.ndarray]:
-    """Which reminders of the test say beside what to look, where, or what: masks (scenes,)."""
-    reminders = load("reminders")
-    said, scenes = reminders.make_trial("test", settings, "cpu").said, reminders.scenes
-    beside = np.array([any(f" {words} the " in line for words in scenes.BESIDE) for line in said])
-    where = np.array([any(row in line for row in scenes.ROWS) for line in said])
-    return {"beside what": beside, "where": where, "what": ~(beside | where)}
-
-
-# The tables ---------------------------------------------------------------------------------------
-
+# The tables
 related = partial(Table, study=STUDY, points=AT_BASE, seeds=5, first=1)  # 0 was used while writing
 TABLES = {
-    "related-activations": related(
-        "where a CNN is active, and its softened classes, given to smaller ones",
-        rows=tuple(ACTIVATIONS), find=find_sizes, points=FOUR,
+    "related-activations": related("where a CNN is active, and its softened classes, given to "
+        "smaller ones", rows=tuple(ACTIVATIONS), find=find_sizes, points=FOUR,
         against={row: row.split(",")[0] if "," in row else WIDE for row in ACTIVATIONS},
         contrasts=subtract(*((f"{net}, AT", f"{net}, {LONG}") for net in ("thin", "bottleneck")),
-                           ("thin, AT", "thin, KD")),
-    ),
-    "related-gradients": related(
-        "what contributed to a teacher's class, laid over images", rows=tuple(GRADIENTS),
-        seeds=20, first=6, points=FOUR,  # rounding alone moves these nets
+                           ("thin, AT", "thin, KD"))),
+    "related-gradients": related("what contributed to a teacher's class, laid over images",
+        rows=tuple(GRADIENTS), seeds=20, first=6, points=FOUR,  # rounding alone moves these nets
         against={row: "KD" if "KD and" in row else "neither" for row in GRADIENTS},
         contrasts=subtract(("IG", f"IG {OTHER}"), ("KD and IG", f"KD and IG {OTHER}"),
-                           ("KD and IG", "neither")),
-    ),
-    "related-linear": related(
-        "softmax attention made linear", rows=tuple(LINEAR), find=find_trained,
-        against=dict.fromkeys(LINEAR, SOFTMAX),
-        contrasts=subtract(*((AFTER[n], LORA[n]) for n in LORA), (AFTER[60], TAUGHT)),
-    ),
-    "related-attndistill": related(
-        "students without labels: class tokens and where they look; 20 nearest neighbours",
-        rows=tuple(ATTNDISTILL),
+                           ("KD and IG", "neither"))),
+    "related-linear": related("softmax attention made linear", rows=tuple(LINEAR),
+        find=find_trained, against=dict.fromkeys(LINEAR, SOFTMAX),
+        contrasts=subtract(*((AFTER[n], LORA[n]) for n in LORA), (AFTER[60], TAUGHT))),
+    "related-attndistill": related("students without labels: class tokens and where they look; 20 "
+        "nearest neighbours", rows=tuple(ATTNDISTILL),
         against={"DINO, teacher": RANDOM, LABELLED: RANDOM, "token": "random, student"}
         | dict.fromkeys(("token and map", "token and map, weight 1"), "token"),
-        contrasts=subtract(("token", LABELLED)),
-    ),
-    "related-reminders": related(
-        "reminders in words, to where a robot looks", rows=tuple(REMINDED), points={"": {}},
-        find=find_reminded, against=dict.fromkeys(REMINDED, ALONE),
-    ),
+        contrasts=subtract(("token", LABELLED))),
+    "related-reminders": related("reminders in words, to where a robot looks", points={"": {}},
+        rows=tuple(REMINDED), find=find_reminded, against=dict.fromkeys(REMINDED, ALONE)),
 }  # fmt: skip

@@ -18,7 +18,7 @@ import numpy as np
 from common import checkpoints, launch
 from common.settings import Base, parse_settings
 from study import estimates, figures, related_tables, tables
-from study.estimates import BASELINE, CEILING, estimate, format_cell, format_means
+from study.estimates import BASELINE, CEILING, estimate, format_cell
 from study.jobs import ROOT, read_record
 from study.rows import PAPER
 
@@ -139,32 +139,23 @@ def format_difference(cell: dict | None, usual: str) -> str:
 
 
 def format_points(points: dict[str, dict]) -> str:
-    """A line for each point: means, then the differences from other rows than BASELINE.
-
-    Without any of those the recoveries, and without these all differences.
-    """
+    """A line for each point: means, then the recoveries, or without any all differences."""
     rows = next(iter(points.values()))
-    gains = {row: cells["difference"] for row, cells in rows.items() if "difference" in cells}
-    others = {row: cell.get("from", BASELINE) for row, cell in gains.items()}
-    compared = {f"{row} − {other}": row for row, other in others.items() if other != BASELINE}
-    known = [row for row in rows if row != CEILING and "recovery" in rows[row]]
-    recovered = {f"recovery: {row}": row for row in known}
-    gained = {f"difference: {row}": row for row in gains if row != BASELINE}
-    asked = compared or recovered or gained
-    what, form = ("recovery", ".2f") if asked is recovered else ("difference", "+.1f")
+    what, form = ("recovery", ".2f") if CEILING in rows else ("difference", "+.1f")
+    asked = [row for row in rows if row != CEILING and what in rows[row]]
     lines = [
         [point, *(f"{of_rows[row]['mean']:.1f}" if row in of_rows else "" for row in rows),
-         *(format_cell(of_rows.get(row, {}).get(what), form) for row in asked.values())]
+         *(format_cell(of_rows.get(row, {}).get(what), form) for row in asked)]
         for point, of_rows in points.items()
     ]  # fmt: skip
-    return format_table(["", *rows, *asked], lines)
+    return format_table(["", *rows, *(f"{what}: {row}" for row in asked)], lines)
 
 
 def format_layers(rows: dict[str, dict[str, dict[str, list]]]) -> str:
-    names = next(iter(reversed(rows.values())))
+    names = next(iter(rows.values()))
     lines = [
-        [row, *(format_means(found[name]) if name in found else "" for name in names)]
-        for row, found in rows.items()
+        [row, *(" ".join(f"{x:.2f}" for x in cells[name]["mean"]) for name in names)]
+        for row, cells in rows.items()
     ]
     return format_table(["", *(name.replace("_", " ") for name in names)], lines)
 

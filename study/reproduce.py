@@ -13,18 +13,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import checkpoints, launch, pictures
-from common.settings import parse_settings, setting
+from common import checkpoints, launch
+from common.settings import Base, parse_settings, setting
 from study import figures, tune
-from study.engine import Planner, Runs, RunSettings, Table, estimate_accuracies, make_planner
+from study.engine import Planner, Runs, Table, estimate_accuracies
 from study.jobs import ROOT, Runner, read_record
 from study.report import TABLES, format_record
 from teachers.find import find_bundled
 
 
 @dataclass(frozen=True)
-class Settings(RunSettings):
+class Settings(Base):
     tables: tuple[str, ...] = ()
+    jobs: int = setting(0, "runs at a time [one per CPU core, or one on a GPU]")
+    data_dir: str = setting("", "where images that do not come along are")
+    runs: str = setting("runs/reproduce", "folder of the runs")
+    extra: str = setting("", "more arguments for every training: '--device cpu'")
     seeds: int = setting(0, "runs of each row, each with its own seed [the table's]", low=1)
     results: str = setting("study/results", "folder of the records, those of tuning too")
 
@@ -43,10 +47,7 @@ def get_cost(name: str) -> str:
     path = ROOT / "study" / "results" / f"{name}.json"
     if not path.exists():
         return "not recorded yet"
-    try:
-        record = read_record(path)
-    except ValueError as error:
-        return str(error)
+    record = read_record(path)
     runs, minutes = record["runs"], record["training_minutes"]
     return f"seeds: {len(record['seeds'])}; runs: {runs}, {minutes:.0f} min on {record['device']}"
 
@@ -59,7 +60,7 @@ def train(table: Table, planner: Planner, tuned: tune.Tuned, runner: Runner, see
         found[point] = {row: [] for row in rows}
         own = tune.get_chosen(tuned.get(table.tuned_at, {}) | tuned.get(point, {}))
         needed = [*found[point], *tune.list_teachers(found[point], table.study)]
-        tune.check_tuned(own, table.study, needed, TABLES)
+        tune.check_tuned(own, table.study, needed, TABLES, {point, table.tuned_at})
         for row in found[point]:
             for seed in seeds[:count]:
                 planned = planner.plan(row, seed, flags, own)
@@ -79,7 +80,10 @@ def main(settings: Settings) -> None:
     for name in names:
         table = TABLES[name]
         runner = Runner(settings.jobs, "val_top1" if table.tunes else "test_top1")
-        planner = make_planner(table.study, settings, find_bundled=find_bundled)
+        images, extra = table.study.base["data"], tuple(settings.extra.split())
+        if settings.data_dir and images not in ("digits", "scenes"):  # which come along
+            extra += ("--data-dir", settings.data_dir)
+        planner = Planner(table.study, Path(settings.runs) / images, extra, find_bundled)
         tuned = tune.read_tuning(table.study, TABLES, results)
         if table.tunes:
             found = {"points": tune.tune(table, planner, tuned, runner, TABLES)}
@@ -95,10 +99,10 @@ def main(settings: Settings) -> None:
         path = results / f"{name}.json"
         record = runner.record(name, settings.extra, found)
         checkpoints.write_text(path, json.dumps(record, indent=1) + "\n")
-        show(found) if table.tunes else print(format_record(found))
+        if table.tunes:
+            chosen = {point: tune.get_chosen(rows) for point, rows in found["points"].items()}
+        print(chosen if table.tunes else format_record(found))
         figures.draw_record(table, found, path)
-        if table.picture:
-            pictures.save(table.picture(trained), path.with_suffix(".png"))
         print(f"\nwrote {path}")
 
 
@@ -108,12 +112,6 @@ def find_names(name: str) -> list[str]:
     if not names:
         raise ValueError(f"no table '{name}': choose from {', '.join(TABLES)}")
     return names
-
-
-def show(found: dict) -> None:
-    for point, of_rows in found["points"].items():
-        for row, cells in of_rows.items():
-            print(f"{point}, {row}: {cells['chosen']}")
 
 
 if __name__ == "__main__":

@@ -38,17 +38,30 @@ PARTS = {f"copy of {part}": copied(lend=part) for part in ("q", "k", "v", "qkv")
 SINGLE = {f"copy, layer {i}": copied(layers=str(i)) for i in range(4)}
 LAYERS = {f"copy, layers {which}": copied(layers=which) for which in (":2", "2:4")}
 LAYERS |= {"distillation, layers all": distilled(layers="all")}
-LABELLED = {"classes": ":5", "num_labels": 0, "epochs": 13, "lr": 2e-3}
+ALL_SCENES = {"num_labels": 0, "epochs": 13}
+LABELLED = ALL_SCENES | {"classes": ":5", "lr": 2e-3}
 KNOWING = {  # teachers that scenes may have, besides the one without labels
     "a teacher with labels": Row("finetune", "none", LABELLED),
     "an MAE": Row("pretrain", "", {"target": "masked", "num_labels": 0, "epochs": 39}),
 }
-TAUGHT_BY = {COPY: "copy", DISTILLATION: "distill", TUNED: "finetune"}
-WHOSE = {
-    f"{row}, {teacher}": copied(teacher, MEAN, maps="mean") if row == MEAN
-    else Row(TAUGHT_BY[row], teacher, tuned_as=row)
-    for teacher in KNOWING for row in (COPY, MEAN, DISTILLATION, TUNED)
-}  # fmt: skip
+NARROW = {  # as many steps as the usual teacher has
+    "a teacher of 300 scenes": Row("pretrain", "", {"num_labels": 300, "epochs": 1015}),
+    "a teacher of two classes": Row("pretrain", "", ALL_SCENES | {"classes": ":2"}),
+}
+
+
+def teach(teachers, taught) -> dict[str, Row]:
+    scripts = {COPY: "copy", DISTILLATION: "distill", TUNED: "finetune"}
+    return {
+        f"{row}, {teacher}": copied(teacher, MEAN, maps="mean") if row == MEAN
+        else Row(scripts[row], teacher, tuned_as=row)
+        for teacher in teachers for row in taught
+    }  # fmt: skip
+
+
+WHOSE = teach(KNOWING, (COPY, MEAN, DISTILLATION, TUNED))
+ORACLE = teach([*NARROW, "an MAE"], (COPY, DISTILLATION, TUNED))
+PIXELS = {"scratch, and the cell's pixels": Row("variants", "none", {"how": "pixels"})}
 ELSEWHERE = "fine-tuned on other classes"
 OTHERS = {ELSEWHERE: Row("finetune", "pre-trained", {"classes": ":5"}, TUNED)}
 FINE_TUNED = {
@@ -57,5 +70,35 @@ FINE_TUNED = {
     f"copy, {ELSEWHERE}": Row("copy", ELSEWHERE, tuned_as=COPY),
     f"copy, {ELSEWHERE}, mean": copied(ELSEWHERE, MEAN, maps="mean"),
 }
-ROWS = MAIN | PROBE | FEATURES | CONTROLS | PARTS | SINGLE | LAYERS | KNOWING | WHOSE | OTHERS
-ROWS |= FINE_TUNED
+
+
+def beside(teacher="pre-trained", tuned_as="beside", **flags) -> Row:
+    return Row("variants", teacher, {"how": "beside"} | flags, tuned_as)
+
+
+ALONE = {"maps alone": distilled(class_weight=0.0)}
+VARIED = {  # tuned as the main rows are
+    "beside": beside(tuned_as=""),
+    "copy and beside": Row("variants", "pre-trained", {"how": "copy-beside"}),
+    "maps, then labels": Row("finetune", "maps alone"),
+    "maps, then labels, maps held": Row("variants", "maps alone", {"start": "teacher"}),
+    "copy of distilled maps": Row("copy", DISTILLATION),
+    "beside, tokens": beside(tuned_as="", maps="tokens"),
+}
+BESIDE = {
+    "beside, random teacher": beside("random"),
+    "beside, mean maps": beside(maps="mean"),
+    "beside, other maps": beside(maps="other"),
+}
+PROBED = {
+    f"linear probe of {row}": Row("variants", row, {"how": "probe"}, *PROBE)
+    for row in (SCRATCH, DISTILLATION, "beside", "maps alone")
+}
+WHY = VARIED | BESIDE | PROBE | PROBED
+LOSSES = {
+    f"distillation by {loss}": Row("variants", "pre-trained", {"how": "distill", "loss": loss})
+    for loss in ("cross-entropy", "jensen-shannon", "squared", "scores")
+}
+DEPTHS = {f"copy, layers {which}": copied(layers=which) for which in (":4", ":8")}
+ROWS = MAIN | FEATURES | CONTROLS | PARTS | SINGLE | LAYERS | KNOWING | NARROW | WHOSE | ORACLE
+ROWS |= PIXELS | OTHERS | FINE_TUNED | ALONE | WHY | LOSSES | DEPTHS

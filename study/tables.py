@@ -4,23 +4,28 @@ from functools import partial
 
 from study import rows
 from study.engine import Study, Table, share_of_gain, subtract
-from study.looks import draw_scenes, find_looks
+from study.looks import find_likeness, find_looks
 from study.rows import AT_BASE, BASE, COPY, DISTILLATION, MAIN, MEAN, SCRATCH, TUNED
 
-# The studies --------------------------------------------------------------------------------------
-
+# The studies
 DROPS, DECAYS = ("drop_path", (0.0, 0.1, 0.2)), ("layer_decay", (0.75, 1.0, 0.5))
 COPIED, DISTILLED = ("layers", ("all", ":3", ":2")), ("layers", (":3", "all", ":2"))
+WEIGHTS, PROBING = ("attention_weight", (3.0, 1.0, 10.0)), ("lr", (4e-3, 3.2e-2, 6.4e-2))
 ENDS = (*MAIN, MEAN)
 OWN = {SCRATCH: DROPS, COPY: COPIED, DISTILLATION: DISTILLED, TUNED: DECAYS, MEAN: COPIED}
+VARIED = dict(zip(rows.VARIED, (DISTILLED, COPIED, DECAYS, DECAYS, COPIED, WEIGHTS), strict=True))
+VARIED |= dict.fromkeys(rows.PROBE, PROBING)
+RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
+WEIGHED = {  # five weights around what suits the size of each loss
+    row: ("attention_weight", tuple(middle * times for times in (1, 0.1, 0.3, 3, 10)))
+    for row, middle in zip(rows.LOSSES, (3.0, 10.0, 10.0, 1.0), strict=True)
+}
 FAIR = Study(  # students start from sin-cos positions, as their teachers
     rows=rows.ROWS,
     base={"data": "digits", "num_labels": 100, "epochs": 450, "positions": "sincos"},
-    seeds=(100, 101),
-    rates=(2e-3, 4e-3, 8e-3, 1.6e-2),
-    decays=(0.05, 0.2, 0.5, 1.5),
-    own=OWN,
-)
+    seeds=(100, 101), rates=RATES[1:5], decays=(0.05, 0.2, 0.5, 1.5), own=OWN
+)  # fmt: skip
+DIGITS = FAIR._replace(base=dict(FAIR.base), rates=RATES, own=OWN | VARIED | WEIGHED)
 PLAIN = dict.fromkeys(("mixup", "cutmix", "random_erase", "smoothing", "ema", "drop_path"), 0.0)
 CIFAR = Study(  # small enough for a CPU: shifts and flips, a tenth of the labels
     rows=rows.ROWS,
@@ -28,37 +33,45 @@ CIFAR = Study(  # small enough for a CPU: shifts and flips, a tenth of the label
     | {"epochs": 25, "batch": 100, "positions": "sincos"} | PLAIN,
     teacher={"epochs": 60, "batch": 512, "lr": 1.5e-3, "decoder_dim": 96, "decoder_depth": 1},
     images=("data", "model", "holdout"),
-    teacher_seed=0,
-    seeds=(100,),
-    rates=(1e-3, 2e-3, 4e-3),
-    decays=(0.3,),
+    teacher_seed=0, seeds=(100,), rates=RATES[:3], decays=(0.3,),
     own={SCRATCH: ("drop_path", (0.0,)), COPY: ("layers", ("all",)), MEAN: ("layers", ("all",)),
-         DISTILLATION: ("layers", (":5",)), TUNED: ("layer_decay", (0.75,))},
+         DISTILLATION: ("layers", (":5",)), TUNED: ("layer_decay", (0.75,)),
+         "beside": ("layers", (":5",))},
 )  # fmt: skip
+WIDE = CIFAR._replace(base=dict(CIFAR.base), rates=(5e-4, *RATES[:4]))  # another base: tuned anew
 RECIPE = CIFAR._replace(base={"data": "cifar10"}, teacher={}, images=("data", "model"), own={})
 SCENES = Study(
     rows=rows.ROWS,
     base={"data": "scenes", "num_labels": 300, "epochs": 75},
     images=("data", "scene", "model"),  # whatever the dial, the teacher's pointers point anywhere
-    seeds=(100, 101),
-    rates=(2e-3, 4e-3, 8e-3, 1.6e-2),
-    decays=(0.05, 0.5, 1.5),
-    own=OWN | {"linear probe of the teacher": ("lr", (4e-3, 3.2e-2, 6.4e-2)),
-               "feature distillation": ("attention_weight", (3.0, 1.0, 10.0))},
+    seeds=(100, 101), rates=RATES[1:5], decays=(0.05, 0.5, 1.5),
+    own=OWN | dict.fromkeys(rows.PROBE, PROBING) | dict.fromkeys(rows.FEATURES, WEIGHTS),
 )  # fmt: skip
 STEPS = SCENES._replace(  # tuned at both ends of an axis of training
-    rates=(1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2),
+    rates=RATES,
     mixes=({"mixup": 0.8}, {"smoothing": 0.1}, {"mixup": 0.8, "smoothing": 0.1}),
-    own={row: (name, values[:2]) for row, (name, values) in OWN.items()},
-)
+    own={row: (name, values[:2]) for row, (name, values) in (OWN | VARIED).items()}
+    | WEIGHED | dict.fromkeys(rows.PIXELS, ("attention_weight", (1.0, 0.3, 3.0, 10.0))),
+)  # fmt: skip
 PHOTO_SCENES = SCENES._replace(
     base={"data": "scenes-cifar10", "num_labels": 2000, "epochs": 20},
-    rates=(1e-3, 2e-3, 4e-3, 8e-3),
-    decays=(0.05, 0.5),
-)
+    rates=RATES[:4], decays=(0.05, 0.5)
+)  # fmt: skip
+PHOTO_STEPS = STEPS._replace(base=dict(PHOTO_SCENES.base), rates=(5e-4, *RATES[:5]))
+PHOTOGRAPHS = Study(  # with a public teacher, which has learned these classes
+    rows=rows.ROWS,
+    base={"data": "folder", "image_size": 96, "patch": 16, "model": "tiny", "num_labels": 2000}
+    | {"epochs": 30, "batch": 64, "crop_area": 0.3, "positions": "sincos"},
+    published="deit_tiny_patch16_224.fb_in1k",
+    seeds=(100,), rates=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2), decays=(0.05,),
+    own={SCRATCH: ("drop_path", (0.1,)), TUNED: ("layer_decay", (0.75,))}
+    | dict.fromkeys((COPY, MEAN), ("layers", ("all",)))
+    | dict.fromkeys((DISTILLATION, "beside"), ("layers", ("75%",)))
+    | dict.fromkeys(rows.PROBE, ("lr", (1e-3, 3e-2))),
+)  # fmt: skip
+AUGREG = PHOTOGRAPHS._replace(published="vit_tiny_patch16_224.augreg_in21k_ft_in1k")
 
-# The points ---------------------------------------------------------------------------------------
-
+# The points
 AT_PHOTOS, SHORT = {"5,000 labels": {}}, {"5,000 labels": {"epochs": 12}}  # short: for tuning
 LENGTHS = {"25 epochs": {}, "75 epochs": {"epochs": 75}}
 POINTER, TWINS = {"pointer": {}}, {"twins": {"scene": "twins", "num_labels": 500, "epochs": 100}}
@@ -71,15 +84,13 @@ SCENE_LABELS = {  # at 300 steps, or more where there are more scenes
 
 
 def list_steps(labels: int, epochs: int) -> dict[str, dict]:
-    """1, 3, 10 and 30 times 300 steps."""
     return {
         f"{labels} scenes, {300 * times:,} steps": {"num_labels": labels, "epochs": times * epochs}
         for times in (1, 3, 10, 30)
     }
 
 
-def choose_ends(points: dict[str, dict]) -> dict[str, dict]:
-    """The first and the third of four points: those that are tuned."""
+def choose_ends(points: dict[str, dict]) -> dict[str, dict]:  # those that are tuned
     return {name: points[name] for name in list(points)[::2]}
 
 
@@ -90,38 +101,50 @@ def thin_out(points: dict[str, dict], seeds: int) -> dict:
 
 
 AT_100, AT_300 = list_steps(100, 300), list_steps(300, 75)
+FIRST_100, LAST_100 = ({name: point} for name, point in choose_ends(AT_100).items())
+TWIN_STEPS = {f"twins, {700 * n:,} steps": TWINS["twins"] | {"epochs": 100 * n} for n in (1, 10)}
+FIRST_TWINS = dict(list(TWIN_STEPS.items())[:1])
+PHOTO_STEPS_AT = {f"{620 * n:,} steps": {"epochs": 20 * n} for n in (1, 10)}
+ON_PHOTOGRAPHS = "2,000 photographs"
+PHOTO_LABELS = {  # at about as many steps
+    "500 photographs": {"num_labels": 500, "epochs": 120},
+    ON_PHOTOGRAPHS: {},
+    "9,469 photographs": {"num_labels": 0, "epochs": 7},
+}
 
-# The tables ---------------------------------------------------------------------------------------
-
+# The tables
 scenes = partial(Table, study=SCENES, points=POINTER, rows=tuple(MAIN))
 fair = partial(Table, study=FAIR, points=AT_BASE)
 photos = partial(Table, study=CIFAR, points=AT_PHOTOS, rows=ENDS, seeds=3)
-looked = {"seeds": 5, "find": lambda _, runs: find_looks(runs)}
+looked = {"seeds": 5, "find": find_looks}
 SAME, ITS_MEAN, OTHER, MEAN_OTHER = rows.FINE_TUNED
 OF_GAIN = share_of_gain(MEAN, COPY)
+BESIDE = subtract(("beside", DISTILLATION), ("beside", "beside, random teacher"))
+HELD = subtract(("maps, then labels", "maps, then labels, maps held"))
+why = {"find": find_likeness, "rows": (*MAIN, *rows.WHY), "contrasts": BESIDE | HELD}
+usual, *_ = rows.LOSSES
+losses = {"rows": tuple(rows.LOSSES), "against": dict.fromkeys(rows.LOSSES, usual)}
+public = partial(Table, study=PHOTOGRAPHS, tuned_at=ON_PHOTOGRAPHS, rows=ENDS, seeds=3)
 TABLES = {
-    "scenes-tuning": scenes("settings for the pointer", tunes=True,
-        rows=(*ENDS, *rows.PROBE, *rows.FEATURES)),
+    "scenes-tuning": scenes("settings for the pointer", tunes=True, rows=(*ENDS, *rows.PROBE,
+        *rows.FEATURES)),
     "scenes-tuning-dial": scenes("settings where half of the pointers point to one cell",
         tunes=True, points={HALF: DIAL[HALF]}, rows=(SCRATCH, COPY, TUNED, MEAN)),
     "scenes-tuning-twins": scenes("settings for the twins", tunes=True, points=TWINS, rows=ENDS),
-    "scenes-pointer": scenes(
-        "pointer: the main rows, and maps that are not the image's own",
-        rows=(*MAIN, *rows.PROBE, *rows.FEATURES, MEAN, "copy, other maps",
-              "copy, uniform maps", "copy, impulse maps", "copy, random teacher",
-              "distillation, mean maps", "distillation, random teacher"),
-        contrasts=OF_GAIN | subtract((COPY, TUNED)),
-    ),
+    "scenes-pointer": scenes("pointer: the main rows, and maps that are not the image's own",
+        rows=(*MAIN, *rows.PROBE, *rows.FEATURES, MEAN, "copy, other maps", "copy, uniform maps",
+        "copy, impulse maps", "copy, random teacher", "distillation, mean maps",
+        "distillation, random teacher"), contrasts=OF_GAIN | subtract((COPY, TUNED))),
     "scenes-dial": scenes("from content to position: pointers that point to one cell",
         points=POINTER | DIAL, rows=(SCRATCH, COPY, TUNED, MEAN), tuned_at=HALF, seeds=5),
     "scenes-labels": scenes("pointer: 100 to 3,000 labelled scenes", points=SCENE_LABELS,
         tuned_at="pointer", seeds=5),
     "scenes-layers": scenes("pointer: which layers, and which parts, are copied", seeds=5,
         rows=(*MAIN, *rows.SINGLE, "copy, layers :2", "copy, layers 2:4", *rows.PARTS)),
-    "scenes-twins": scenes("twins: what is found must be compared", points=TWINS,
-        rows=(*MAIN, MEAN, "copy, other maps", "distillation, layers all",
-              "teacher's maps and weights", "distillation, mean maps"),
-        contrasts=subtract((DISTILLATION, COPY), (TUNED, DISTILLATION))),
+    "scenes-twins": scenes("twins: what is found must be compared", points=TWINS, rows=(*MAIN, MEAN,
+        "copy, other maps", "distillation, layers all", "teacher's maps and weights",
+        "distillation, mean maps"), contrasts=subtract((DISTILLATION, COPY), (TUNED,
+        DISTILLATION))),
     "scenes-teachers": scenes("pointer: who taught without labels, with labels, or as an MAE",
         rows=(*ENDS, *rows.WHOSE), seeds=5),
     "scenes-steps-tuning": scenes("settings for 100 scenes, at 300 steps and at 3,000", study=STEPS,
@@ -132,7 +155,7 @@ TABLES = {
         study=STEPS, tunes=True, rows=ENDS, points=choose_ends(AT_300)),
     "scenes-steps-300": scenes("pointer: 300 labelled scenes, 300 to 9,000 steps", study=STEPS,
         rows=ENDS, points=AT_300, tuned_at=list(AT_300)[2], fewer=thin_out(AT_300, 5), seeds=5),
-    "scenes-looks": scenes("where nets look at a pointer", picture=draw_scenes, **looked),
+    "scenes-looks": scenes("where nets look at a pointer", **looked),
     "scenes-looks-twins": scenes("where nets look at twins", points=TWINS, **looked),
     "scenes-looks-photos": scenes("where nets look among photographs", study=PHOTO_SCENES,
         **looked),
@@ -146,19 +169,75 @@ TABLES = {
         rows=(*ENDS, "copy, impulse maps", "copy, fine-tuned teacher", "distillation, mean maps"),
         contrasts=OF_GAIN | subtract((COPY, MEAN))),
     "fair-whose": fair("whose maps? Students see the digits 5 to 9", seeds=5,
-        points={"digits 5 to 9": {"classes": "5:"}}, tuned_at=BASE,
-        rows=(*ENDS, *rows.FINE_TUNED),
+        points={"digits 5 to 9": {"classes": "5:"}}, tuned_at=BASE, rows=(*ENDS, *rows.FINE_TUNED),
         contrasts=subtract((SAME, ITS_MEAN), (SAME, OTHER), (OTHER, MEAN_OTHER))),
     "cifar10-fair-tuning": photos("settings for CIFAR-10", points=SHORT, tunes=True),
     "cifar10-fair": photos("CIFAR-10: students start from the positions of their teacher",
         rows=(*ENDS, "copy, fine-tuned teacher", "copy, its mean maps"), contrasts=OF_GAIN),
     "cifar10-fair-teacher": photos("the same with a second teacher of the same recipe",
-        study=CIFAR._replace(teacher_seed=1), rows=(SCRATCH, COPY, TUNED, MEAN),
-        contrasts=OF_GAIN),
+        study=CIFAR._replace(teacher_seed=1), rows=(SCRATCH, COPY, TUNED, MEAN), contrasts=OF_GAIN),
     "cifar10-fair-length-tuning": photos("fine-tuning's settings, three times as long",
         points={"75 epochs": {"epochs": 75}}, rows=(TUNED,), tunes=True),
     "cifar10-fair-length": photos("CIFAR-10, three times as long", points=LENGTHS,
         tuned_at="5,000 labels", rows=(SCRATCH, COPY, TUNED, MEAN)),
-    "cifar10-recipe": photos("the main rows as --data cifar10 has them (takes a GPU)",
-        study=RECIPE, points={"50,000 labels": {"model": "tiny"}}, rows=tuple(MAIN)),
+    "cifar10-recipe": photos("the main rows as --data cifar10 has them (takes a GPU)", study=RECIPE,
+        points={"50,000 labels": {"model": "tiny"}}, rows=tuple(MAIN)),
+    "why-digits-tuning": fair("settings of the digits over more rates", study=DIGITS, tunes=True,
+        rows=tuple(MAIN)),
+    "why-digits-tuning-more": fair("settings of maps that are not looked with", study=DIGITS,
+        tunes=True, rows=tuple(VARIED)),
+    "why-digits": fair("do maps have to be looked with? Digits", study=DIGITS, **why),
+    "why-pointer-tuning": scenes("settings of maps that are not looked with", study=STEPS,
+        points=FIRST_100, tunes=True, rows=tuple(VARIED)),
+    "why-pointer": scenes("do maps have to be looked with? 100 scenes", study=STEPS,
+        points=FIRST_100, **why),
+    "why-pointer-long-tuning": scenes("settings of beside, at 3,000 steps", study=STEPS,
+        points=LAST_100, tunes=True, rows=("beside",)),
+    "why-pointer-long": scenes("do maps have to be looked with? 100 scenes, 3,000 steps", seeds=5,
+        study=STEPS, points=LAST_100, rows=(*MAIN, "beside", "beside, random teacher"),
+        contrasts=BESIDE),
+    "why-twins-tuning": scenes("settings of twins", study=STEPS, points=FIRST_TWINS, tunes=True,
+        rows=tuple(MAIN)),
+    "why-twins-tuning-more": scenes("settings of maps that are not looked with", study=STEPS,
+        points=FIRST_TWINS, tunes=True, rows=tuple(VARIED)),
+    "why-twins": scenes("do maps have to be looked with? Twins", study=STEPS, points=FIRST_TWINS,
+        **why),
+    "why-cifar10-tuning": photos("settings for CIFAR-10, over more rates", study=WIDE, points=SHORT,
+        tunes=True, rows=(*ENDS, "beside")),
+    "why-cifar10": photos("do maps have to be looked with? CIFAR-10", study=WIDE, rows=(*ENDS,
+        "beside", "beside, random teacher"), find=find_likeness, contrasts=BESIDE),
+    "losses-pointer-tuning": scenes("rates and weights of four losses", study=STEPS,
+        points=FIRST_100, tunes=True, rows=tuple(rows.LOSSES)),
+    "losses-pointer": scenes("four losses of maps, 100 scenes", study=STEPS, points=FIRST_100,
+        **losses),
+    "losses-digits-tuning": fair("rates and weights of four losses", study=DIGITS, tunes=True,
+        rows=tuple(rows.LOSSES)),
+    "losses-digits": fair("four losses of maps, digits", study=DIGITS, **losses),
+    "scenes-oracle-tuning": scenes("settings of scratch with the teacher's task", study=STEPS,
+        points=LAST_100, tunes=True, rows=tuple(rows.PIXELS)),
+    "scenes-oracle": scenes("what of the teacher's knowledge is worth it? 100 scenes", seeds=5,
+        study=STEPS, points=LAST_100, rows=(*MAIN, *rows.PIXELS, *rows.ORACLE)),
+    "scenes-steps-twins-tuning": scenes("settings of twins, at 700 steps and at 7,000", study=STEPS,
+        points=TWIN_STEPS, tunes=True, rows=(SCRATCH, COPY)),
+    "scenes-steps-twins": scenes("twins, 700 and 7,000 steps", study=STEPS, points=TWIN_STEPS,
+        rows=(SCRATCH, COPY), seeds=5),
+    "scenes-steps-photos-tuning": scenes("settings among photographs, at 620 steps and at 6,200",
+        study=PHOTO_STEPS, points=PHOTO_STEPS_AT, tunes=True, rows=(SCRATCH, COPY)),
+    "scenes-steps-photos": scenes("pointer among photographs, 620 and 6,200 steps", seeds=5,
+        study=PHOTO_STEPS, points=PHOTO_STEPS_AT, rows=(SCRATCH, COPY)),
+    "photos-tuning": public("settings with a public teacher (10 epochs)", tunes=True,
+        points={ON_PHOTOGRAPHS: {"epochs": 10}}, rows=(*ENDS, *rows.PROBE, "beside")),
+    "photos-deit": public("DeiT-Ti's maps, 2,000 photographs", points={ON_PHOTOGRAPHS: {}},
+        rows=(*ENDS, *rows.PROBE, "copy, other maps", "copy, uniform maps", "copy, random teacher",
+        "distillation, mean maps", *rows.DEPTHS, "beside"), contrasts=OF_GAIN | subtract(("beside",
+        DISTILLATION))),
+    "photos-deit-long": public("three times as long", rows=(SCRATCH, COPY),
+        points={f"{ON_PHOTOGRAPHS}, 90 epochs": {"epochs": 90}}),
+    "photos-augreg": public("AugReg-Ti's maps, 2,000 photographs", study=AUGREG,
+        points={ON_PHOTOGRAPHS: {}}, contrasts=OF_GAIN),
+    "photos-cifar10": public("DeiT-Ti's maps, images and labels that it has not seen: CIFAR-10",
+        points={"2,000 images": {"data": "cifar10", "holdout": 0.1}}, rows=(*ENDS,
+        "copy, other maps"), contrasts=OF_GAIN),
+    "photos-labels": public("500 to 9,469 photographs, at equal steps", points=PHOTO_LABELS,
+        rows=tuple(MAIN), fewer={"9,469 photographs": (tuple(MAIN), 1)}),
 }  # fmt: skip

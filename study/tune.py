@@ -1,7 +1,6 @@
 """Equal tuning: the same number of trials for every row, on validation images.
 
-First the rate, then weight decay, then ways to regularise (MixUp, label smoothing), then a setting
-of the row's own, each at the best so far. No table uses the seeds of tuning.
+First rates, then weight decays, ways to regularise, a setting of the row's own, each at the best.
 """
 
 from collections.abc import Iterable
@@ -21,7 +20,7 @@ def tune(
     study, rows, points = table.study, table.rows, table.points
     others = [row for row in list_teachers(rows, study) if row not in rows]
     for point in points:
-        check_tuned(get_chosen(known.get(point, {})), study, others, tables)
+        check_tuned(get_chosen(known.get(point, {})), study, others, tables, {point})
     found = {(point, row): {} for point in points for row in rows}
     best = {key: choose_first(key[1], study) for key in found}
     for stage in range(4):
@@ -82,14 +81,15 @@ def read_tuning(study: Study, tables: dict[str, Table], results: Path) -> Tuned:
 
 
 def check_tuned(
-    chosen: dict[str, Flags], study: Study, needed: Iterable[str], tables: dict[str, Table]
+    chosen: dict[str, Flags], study: Study, needed: Iterable[str], tables: dict, points: set[str]
 ) -> None:
     """ValueError unless the settings of these rows are known, in a study that tunes any."""
     for row in needed if study.own else ():
         row = row if row in study.own else study.rows[row].tuned_as
         if row and row not in chosen:
-            of_study = {k: t for k, t in tables.items() if t.tunes and t.study.base is study.base}
-            first = next(k for k, table in of_study.items() if row in table.rows)
+            tuning = {k: t for k, t in tables.items() if t.tunes and t.study.base is study.base}
+            here = {k: t for k, t in tuning.items() if points & t.points.keys()}
+            first = next((k for k, table in here.items() if row in table.rows), "its tuning")
             raise ValueError(f"'{row}' has no settings yet: first reproduce {first}")
 
 

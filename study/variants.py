@@ -1,23 +1,21 @@
 """Attention transfer with one thing changed, and the baselines beside it.
 
-    python -m study.variants --maps mean               copy; one map for all
-    python -m study.variants --start teacher           copy, and weights too
-    python -m study.variants --how features            another target
-    python -m study.variants --how probe               only a head is trained
+    python -m study.variants --maps mean       copy; one map for all
+    python -m study.variants --how beside      maps are predicted, not used
+    python -m study.variants --how probe       only a head is trained
 
 --maps other are the teacher's maps of other images, mean their mean. With
 impulse each head looks at one neighbour. Rows of the study: study/rows.py.
-Without a change, copy and distill are attention_copy.py, attention_distill.py.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 import attention_copy
 import attention_distill
@@ -28,11 +26,16 @@ import students
 import train
 from common import checkpoints, launch
 from common.settings import parse_settings, setting
+from datasets.scenes import draw_squares
+from pretrain import patchify
+from study.lenders import choose_lender
+from study.looks import jensen_shannon
 from teachers.adapt import make_pair
-from vit import QK, ViT, attend
+from vit import QK, Config, ViT, attend, initialise
 
-HOW = "copy", "distill", "features", "probe"
-MAPS = "teacher", "other", "mean", "uniform", "impulse"
+HOW = "copy", "distill", "beside", "copy-beside", "features", "pixels", "probe"
+MAPS = "teacher", "other", "mean", "uniform", "impulse", "tokens"
+LOSSES = "cross-entropy", "jensen-shannon", "squared", "scores"
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,10 @@ class Settings(recipes.TransferSettings):
     how: str = setting("copy", "how: " + ", ".join(HOW), HOW)
     maps: str = setting("teacher", "maps to copy or distill: " + ", ".join(MAPS), MAPS)
     lend: str = setting("qk", "which of q, k, v are copied", ("qk", "q", "k", "v", "qkv"))
+    loss: str = setting("cross-entropy", "of maps: " + ", ".join(LOSSES), LOSSES)
     start: str = setting("random", "the student's first weights", ("random", "teacher"))
-    attention_weight: float = setting(3.0, "weight of the loss of distill and features")
+    class_weight: float = setting(1.0, "weight of the classification loss")
+    attention_weight: float = setting(3.0, "weight of the other loss")
     bank: int = setting(512, "training images that other and mean maps are of", low=2)
 
     @property
@@ -49,85 +54,10 @@ class Settings(recipes.TransferSettings):
         return self.how
 
 
-USUAL = {"maps": "teacher", "lend": "qk"}
-USES = {"copy": {"maps", "lend"}, "distill": {"maps"}}
+USUAL = {"maps": "teacher", "lend": "qk", "loss": LOSSES[0], "class_weight": 1.0}
+MATCHED = {"maps", "loss", "class_weight"}
+USES = {"copy": {"maps", "lend"}, "distill": MATCHED, "beside": MATCHED, "copy-beside": {"loss"}}
 parse = partial(parse_settings, __doc__, Settings, attention_distill.RECIPES)
-
-
-# Whose maps: lenders, as a ViT is one -------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class FixedMaps:  # lends the same maps for every image
-    maps: list[Tensor]  # of each block: (1, H, N, N)
-
-    def lend(self, images: Tensor, layers, keep=None) -> Iterator[QK | None]:
-        for i, p in enumerate(self.maps):
-            yield QK.from_map(p.expand(len(images), -1, -1, -1)) if i in layers else None
-
-
-@dataclass(frozen=True)
-class OtherImages:
-    """Lends a teacher's maps of images in `bank`: at random, in evaluation always the same."""
-
-    teacher: ViT
-    bank: Tensor
-
-    def lend(self, images: Tensor, layers, keep=None) -> Iterator[QK | None]:
-        chosen = torch.arange(len(images)) % len(self.bank)
-        if torch.is_grad_enabled():
-            chosen = torch.randint(len(self.bank), (len(images),))
-        return self.teacher.lend(self.bank[chosen], layers, keep)
-
-
-@torch.no_grad()
-def average_maps(teacher: ViT, images: Tensor) -> list[Tensor]:
-    """For each block the mean of its maps over images: (1, H, N, N)."""
-    sums = [0.0] * len(teacher.blocks)
-    for some in images.split(64):
-        for i, (_, qk) in enumerate(teacher.blockwise(some)):
-            sums[i] = sums[i] + qk.map().sum(dim=0, keepdim=True)
-    return [total / len(images) for total in sums]
-
-
-def make_uniform_map(teacher: ViT) -> Tensor:
-    """Every query attends to all tokens equally: (1, H, N, N)."""
-    tokens = teacher.config.num_prefix_tokens + teacher.config.grid_size**2
-    shape, device = (1, teacher.config.heads, tokens, tokens), teacher.fc_norm.weight.device
-    return torch.full(shape, 1 / tokens, device=device)
-
-
-def draw_impulse_map(teacher: ViT) -> Tensor:
-    """Each head looks at one neighbour of a patch, in the same direction for all: (1, H, N, N).
-
-    The maps that a structured initialisation begins with (arXiv 2505.19985), here without noise.
-    """
-    grid, first = teacher.config.grid_size, teacher.config.num_prefix_tokens
-    p = 0.1 * make_uniform_map(teacher)
-    p[:, :, :first] *= 10  # tokens that are no patches have no neighbours
-    line, patches = torch.arange(grid), torch.arange(first, p.shape[-1])
-    for head in range(teacher.config.heads):
-        down, right = torch.randint(-1, 2, (2,)).tolist()
-        rows, columns = ((line + step).clamp(0, grid - 1) for step in (down, right))
-        p[:, head, patches, first + (rows[:, None] * grid + columns).flatten()] += 0.9
-    return p
-
-
-def choose_lender(teacher: ViT, dataset: data.Data, settings: Settings):
-    if settings.maps == "teacher":
-        return teacher
-    if settings.maps in ("other", "mean"):
-        bank, _ = dataset.train.first(settings.bank)
-        if settings.maps == "other":
-            return OtherImages(teacher, bank)
-        return FixedMaps(average_maps(teacher, bank))
-    if settings.maps == "uniform":
-        return FixedMaps([make_uniform_map(teacher)] * len(teacher.blocks))
-    torch.manual_seed(settings.seed)
-    return FixedMaps([draw_impulse_map(teacher) for _ in teacher.blocks])
-
-
-# What is done with them ---------------------------------------------------------------------------
 
 
 def predict_with_parts(student: ViT, images: Tensor, teacher: ViT, layers, parts: str) -> Tensor:
@@ -148,36 +78,72 @@ def predict_with_parts(student: ViT, images: Tensor, teacher: ViT, layers, parts
     return student.classify(x)
 
 
-def loss_copy(student: ViT, images, labels, predict: Callable, smoothing: float):
+def loss_labels(student: ViT, images, labels, predict: Callable, smoothing: float):
     return F.cross_entropy(predict(student, images), labels, label_smoothing=smoothing), {}
 
 
-def loss_features(student: ViT, images, labels, teacher: ViT, layers, settings: Settings):
-    """The tokens after each of `layers`, normalised, are pulled to the teacher's."""
-    features = 0.0
-    both = zip(student.blockwise(images), teacher.blockwise(images), strict=True)
-    for i, ((x, _), (theirs, _)) in enumerate(both):
-        if i in layers:
-            ours, theirs = (F.layer_norm(tokens, x.shape[-1:]) for tokens in (x, theirs))
-            features = features + F.mse_loss(ours, theirs)
-    classes = F.cross_entropy(student.classify(x), labels, label_smoothing=settings.smoothing)
-    total = classes + settings.attention_weight * features
-    return total, {"class": classes, "features": features}
+class Beside(nn.Linear):
+    """Predicts queries and keys from the tokens (B, N, D) that a block makes its own of."""
+
+    def __init__(self, config: Config):
+        super().__init__(config.dim, 2 * config.dim)
+        self.heads = config.heads
+
+    def forward(self, x: Tensor) -> QK:
+        return QK(*rearrange(super().forward(x), "b n (p h d) -> p b h n d", p=2, h=self.heads))
 
 
-def loss_probe(net: ViT, images, labels, smoothing: float):
-    with torch.no_grad():
-        x = net.forward_features(images)
-    return F.cross_entropy(net.classify(x), labels, label_smoothing=smoothing), {}
+def compare(ours, theirs, loss: str) -> Tensor:
+    """How far a student's maps (or tokens) are from its teacher's: a mean over queries."""
+    if isinstance(ours, Tensor):
+        return F.mse_loss(ours, theirs)
+    if loss == "cross-entropy":
+        return attention_distill.compare_maps(ours, theirs)[0]
+    if loss == "scores":  # softmax does not see what is added to all scores of a query
+        s, t = (qk.scores() - qk.scores().mean(dim=-1, keepdim=True) for qk in (ours, theirs))
+        return F.mse_loss(s, t)
+    p, q = ours.map().clamp_min(1e-12), theirs.map()  # at 0 the gradient of p log p is infinite
+    return ((p - q).square().sum(dim=-1) if loss == "squared" else jensen_shannon(p, q)).mean()
 
 
-# Tasks --------------------------------------------------------------------------------------------
+def loss_maps(student: ViT, images, labels, teacher, layers, settings: Settings):
+    """As attention_distill.loss, but with another loss, target, or use of the student's tokens."""
+    keep = student.draw_drop_path(len(images))
+    x, maps = student.embed(images), 0.0
+    lent = teacher.lend(images, layers, keep)
+    for i, (block, theirs) in enumerate(zip(student.blocks, lent, strict=True)):
+        before = x
+        x, ours = block(x, theirs if settings.how == "copy-beside" else None, keep[i])
+        if theirs is not None:
+            if settings.how == "features":
+                ours = F.layer_norm(x, x.shape[-1:])
+            elif settings.how != "distill":
+                ours = student.beside[str(i)](block.norm1(before))
+            maps = maps + compare(ours, theirs, settings.loss)
+    return add_losses(student.classify(x), labels, maps, settings)
+
+
+def add_losses(logits: Tensor, labels: Tensor, other, settings: Settings):
+    classes = F.cross_entropy(logits, labels, label_smoothing=settings.smoothing)
+    total = settings.class_weight * classes + settings.attention_weight * other
+    return total, {"class": classes, "other": other}
+
+
+def loss_pixels(student: ViT, images, labels, settings: Settings):
+    """Without a teacher, but with its task: the pixels of the cell that a pointer names."""
+    x = student.forward_features(images)
+    cells, grid = patchify(images, student.config.patch), student.config.grid_size
+    squares = draw_squares(grid, images.shape[1:2] + (student.config.patch,) * 2).flatten(1)
+    asked = (cells[:, len(squares) // 2] @ squares.to(images.device).T).argmax(dim=1)
+    guess = student.beside(student.fc_norm(x[:, student.config.num_prefix_tokens :].mean(dim=1)))
+    pixels = F.mse_loss(guess, cells[torch.arange(len(images)), asked])
+    return add_losses(student.classify(x), labels, pixels, settings)
 
 
 def task(settings: Settings, dataset: data.Data, checkpoint=None) -> train.Task:
     check(settings)
-    if settings.how == "probe":
-        return make_probe(settings, dataset, checkpoint)
+    if settings.how in ("pixels", "probe"):
+        return make_alone(settings, dataset, checkpoint)
     teacher, student, layers = make_pair(settings, dataset, checkpoint)
     if settings.start == "teacher":
         if not checkpoint:
@@ -188,34 +154,64 @@ def task(settings: Settings, dataset: data.Data, checkpoint=None) -> train.Task:
         raise ValueError("name a plain ViT as --teacher, with the layers and heads of --model")
     how = dict(teacher=choose_lender(teacher, dataset, settings), layers=layers)
     predict, export = ViT.__call__, checkpoints.export
-    if settings.how == "copy":
+    if settings.how.startswith("copy"):
         parts = partial(predict_with_parts, parts=settings.lend)
         predict = partial(attention_copy.predict if settings.lend == "qk" else parts, **how)
-        loss = partial(loss_copy, predict=predict, smoothing=settings.smoothing)
         export = partial(checkpoints.export, **how) if unchanged else export_changed
-    else:
-        loss = attention_distill.loss if settings.how == "distill" else loss_features
-        loss = partial(loss, **how, settings=settings)
-    return train.Task(student, dataset, loss, predict, export, checkpoint)
+    if settings.how == "copy":
+        loss = partial(loss_labels, predict=predict, smoothing=settings.smoothing)
+        return train.Task(student, dataset, loss, predict, export, checkpoint)
+    if settings.how.endswith("beside"):
+        config = student.config
+        tokens = settings.maps == "tokens"
+        sides = [nn.Linear(config.dim, config.dim) if tokens else Beside(config) for _ in layers]
+        add_beside(student, nn.ModuleDict(zip(map(str, layers), sides, strict=True)))
+    loss = partial(loss_maps, **how, settings=settings)
+    return train.Task(student, dataset, loss, predict, partial(leave_out, export), checkpoint)
+
+
+def make_alone(settings: Settings, dataset: data.Data, checkpoint) -> train.Task:
+    """Without a second net: a probe (only a head, and its norm, are trained), or pixels."""
+    alone = finetune.task(settings, dataset, checkpoint)
+    net = alone.net
+    if settings.how == "pixels":
+        add_beside(net, nn.Linear(net.config.dim, net.config.channels * net.config.patch**2))
+        alone.loss = partial(loss_pixels, settings=settings)
+        alone.export = partial(leave_out, checkpoints.export)
+        return alone
+    net.requires_grad_(False)
+    for part in (net.fc_norm, net.head):
+        part.requires_grad_(True)
+    alone.loss = partial(loss_labels, predict=ViT.__call__, smoothing=settings.smoothing)
+    return alone
+
+
+def add_beside(student: ViT, module: nn.Module) -> None:
+    """Trained with the student, used for nothing, and left out of model.pt."""
+    student.beside = module.apply(initialise).to(student.fc_norm.weight.device)
+
+
+def leave_out(export: Callable, student: ViT) -> dict:
+    found = export(student)
+    kept = {name: w for name, w in found["model"].items() if not name.startswith("beside.")}
+    return found | {"model": kept}
 
 
 def check(settings: Settings) -> None:
     """ValueError for a change that would silently have no effect."""
-    changed = {name for name in ("maps", "lend") if getattr(settings, name) != USUAL[name]}
-    if settings.how == "probe":
+    changed = {name for name, value in USUAL.items() if getattr(settings, name) != value}
+    if settings.how in ("pixels", "probe"):
         changed |= settings.given & {"layers", "teacher_layers", "heads", "start"}
-    if not changed <= USES.get(settings.how, set()) or len(changed) > 1:
-        raise ValueError(f"--how {settings.how} does not go with --{' --'.join(sorted(changed))}")
-
-
-def make_probe(settings: Settings, dataset: data.Data, checkpoint) -> train.Task:
-    """The teacher as it is. Only a head, and the norm before it, are trained."""
-    probe = finetune.task(settings, dataset, checkpoint)
-    probe.net.requires_grad_(False)
-    for part in (probe.net.fc_norm, probe.net.head):
-        part.requires_grad_(True)
-    probe.loss = partial(loss_probe, smoothing=settings.smoothing)
-    return probe
+    wrong = changed - USES.get(settings.how, set())
+    if {"maps", "lend"} <= changed or (settings.maps, settings.how == "beside") == (
+        "tokens",
+        False,
+    ):
+        wrong |= {"maps"}
+    if wrong:
+        raise ValueError(f"--how {settings.how} does not go with --{' --'.join(sorted(wrong))}")
+    if settings.how == "pixels" and (settings.data, settings.scene) != ("scenes", "pointer"):
+        raise ValueError("--how pixels: only for --data scenes with a pointer")
 
 
 def export_changed(student: ViT) -> dict:  # no one takes it for a ViT: it needs what was lent

@@ -128,7 +128,6 @@ def test_a_copy_student_looks_where_its_teacher_looks(places, ran, tmp_path, mon
     seen = found["points"]["pointer"]
     for what in ("of_image", "from_centre"):
         assert_close(seen["attention copy"][what]["mean"], seen["teacher"][what]["mean"])
-    assert (tmp_path / "results" / "scenes-looks.png").exists()
 
 
 def test_what_the_image_adds_to_a_map_is_what_position_alone_does_not_say():
@@ -154,7 +153,7 @@ def test_every_row_gets_as_many_trials_and_shares_all_that_it_must(asked, tmp_pa
             planned = planner.plan(row, 3, {"distractors": 1}, tuned)
             assert all(set(job.after) <= planned.keys() for job in planned.values())
             settings[row] = list(planned.values())[-1].get_settings()
-    usual = settings["fine-tuning"]
+    usual = settings["from scratch"]
     same = "num_labels epochs warmup batch model patch mixup smoothing clip distractors eval_every"
     for row, own in settings.items():
         for key in same.split():
@@ -223,6 +222,12 @@ def test_a_run_is_known_by_its_teachers_weights_wherever_they_are(tmp_path):
     for source, begun in ((teacher, True), (moved, True), (other, False), ("pretrain", False)):
         job = jobs.Job("finetune", [*argv, "--teacher", str(source)], tmp_path / "run")
         assert job.has_begun() == begun
+    config = tmp_path / "run" / "config.json"  # a published teacher is known by its name
+    published = {"teacher": "deit_tiny_patch16_224.fb_in1k"}
+    config.write_text(json.dumps(json.loads(config.read_text()) | published))
+    for name, begun in ((published["teacher"], True), ("vit_tiny", False), ("random", False)):
+        job = jobs.Job("finetune", [*argv, "--teacher", name], tmp_path / "run")
+        assert job.has_begun() == begun
 
 
 @pytest.mark.slow
@@ -258,7 +263,8 @@ def test_a_damaged_record_is_named_where_it_is_used(places, tmp_path, monkeypatc
         path.write_text(text)
         with pytest.raises(ValueError, match=r"fair-tuning\.json is damaged"):
             reproduce.main(reproduce.parse([*argv, "--results", str(path.parent)]))
-        assert "damaged" in reproduce.list_tables() and "cifar10-fair" in reproduce.list_tables()
+        with pytest.raises(ValueError, match="damaged"):
+            reproduce.list_tables()
 
 
 @pytest.mark.parametrize("name", [name for name in reproduce.TABLES if name in RESULTS])

@@ -1,5 +1,7 @@
 """Changed transfers: without their change they are the methods; each change does what it says."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -8,7 +10,8 @@ import attention_copy
 import attention_distill
 import data
 import finetune
-from study import variants
+import pretrain
+from study import lenders, variants
 from teachers import find
 from teachers.load import open_model, read_checkpoint
 from vit import QK, attend
@@ -89,9 +92,9 @@ def test_mean_maps_are_the_mean_of_maps_and_other_maps_those_of_other_images(bat
 
 def test_fixed_maps_are_what_they_are_called():
     net = open_model(TEACHER).net
-    assert_close(variants.make_uniform_map(net), torch.full((1, 4, 17, 17), 1 / 17))
+    assert_close(lenders.make_uniform_map(net), torch.full((1, 4, 17, 17), 1 / 17))
     torch.manual_seed(1)
-    p = variants.draw_impulse_map(net)
+    p = lenders.draw_impulse_map(net)
     assert_close(p.sum(dim=-1), torch.ones(1, 4, 17))
     for head in p[0]:
         steps = []
@@ -110,7 +113,65 @@ def test_the_loss_of_features_against_its_formula(batch):
         x, y = (x - x.mean(dim=-1, keepdim=True) for x in pair)
         x, y = (z / (z.square().mean(dim=-1, keepdim=True) + 1e-5).sqrt() for z in (x, y))
         expected += (x - y).square().mean().item()
-    assert shown["features"].item() == pytest.approx(expected, rel=1e-4)
+    assert shown["other"].item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("loss", variants.LOSSES)
+def test_losses_of_maps_against_their_definitions(loss):
+    torch.manual_seed(0)
+    ours, theirs = (QK(*torch.randn(2, 3, 4, 5, 8, dtype=torch.float64)) for _ in range(2))
+    p, q = ours.map(), theirs.map()
+    scores = [qk.scores() for qk in (ours, theirs)]
+    s, t = (x - x.mean(dim=-1, keepdim=True) for x in scores)
+    m = (p + q) / 2
+    expected = {
+        "cross-entropy": -(q * p.log()).sum(-1).mean(),
+        "jensen-shannon": ((p * (p / m).log()).sum(-1) + (q * (q / m).log()).sum(-1)).mean() / 2,
+        "squared": (p - q).square().sum(-1).mean(),
+        "scores": (s - t).square().mean(),
+    }
+    assert_close(variants.compare(ours, theirs, loss), expected[loss])
+    if loss != "cross-entropy":
+        assert_close(variants.compare(theirs, ours, loss), expected[loss])
+        assert variants.compare(ours, ours, loss).abs() < 1e-9
+    q = ours.q.float().requires_grad_()
+    sharp, theirs = QK(100 * q, ours.k.float()), QK(*(x.float() for x in theirs[:2]))
+    variants.compare(sharp, theirs, loss).backward()
+    assert q.grad.isfinite().all()  # though some of its map is 0
+
+
+def test_what_is_beside_a_student_is_used_for_nothing(batch, tmp_path):
+    argv = ["--layers", ":3", "--drop-path", "0.5", "--how"]
+    free = make(variants, TEACHER, *argv, "beside", "--attention-weight", "0")
+    held = make(variants, TEACHER, *argv, "copy-beside", "--attention-weight", "0")
+    scratch, copy = make(finetune, "none", *argv[2:4]), make(attention_copy, TEACHER, *argv[:-1])
+    for ours, theirs in ((free, scratch), (held, copy)):
+        expected, found = (compute_gradients(task, batch)[2] for task in (theirs, ours))
+        assert_close({name: found[name] for name in expected}, expected)
+        nets = (task.predict(task.net.eval(), batch[0]) for task in (ours, theirs))
+        assert_close(*nets)
+    taught = make(variants, TEACHER, *argv, "beside", "--class-weight", "0")
+    moved = compute_gradients(taught, batch)[2]
+    assert moved["blocks.1.mlp.fc1.weight"].abs().max() > 0  # tokens are shaped
+    assert moved["blocks.2.attn.qkv.weight"] is None or not moved["blocks.2.attn.qkv.weight"].any()
+    assert moved["beside.2.weight"].any()
+    torch.save(taught.export(taught.net), tmp_path / "model.pt")
+    assert_close(open_model(tmp_path / "model.pt").net(batch[0]), taught.net.eval()(batch[0]))
+
+
+def test_the_cell_of_a_pointer_is_read_off_its_picture():
+    argv = ["--data", "scenes", "--device", "cpu", "--teacher", "none", "--how", "pixels"]
+    settings = variants.parse(argv)
+    asked = data.load(replace(settings, label="cell"), train=False)
+    task, (images, cells) = (
+        variants.task(settings, data.load(settings)),
+        next(asked.test.in_order(64)),
+    )
+    pixels = pretrain.patchify(images, 8)[torch.arange(64), cells]
+    guess, net = torch.randn(64, 64), task.net.eval()
+    net.beside.forward = lambda _: guess
+    _, shown = task.loss(net, images, torch.zeros(64, dtype=torch.long))
+    assert_close(shown["other"], (guess - pixels).square().mean())
 
 
 def test_a_probe_trains_a_head_on_what_the_teacher_sees(tmp_path):
@@ -131,7 +192,8 @@ def test_what_was_lent_a_fixed_map_is_not_taken_for_a_vit_of_its_own(tmp_path):
 
 @pytest.mark.parametrize("argv", [
     "--start teacher", "--how probe --maps mean", "--how distill --lend v", "--lend v --maps mean",
-    "--lend v --layers 0 --teacher-layers 1",
+    "--lend v --layers 0 --teacher-layers 1", "--how pixels", "--maps tokens",
+    "--how features --loss squared",
 ])  # fmt: skip
 def test_changes_that_cannot_be_are_refused(argv):
     with pytest.raises(ValueError, match="--"):
