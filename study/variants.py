@@ -132,7 +132,8 @@ def add_losses(logits: Tensor, labels: Tensor, other, settings: Settings):
 def loss_pixels(student: ViT, images, labels, settings: Settings):
     """Without a teacher, but with its task: the pixels of the cell that a pointer names."""
     x = student.forward_features(images)
-    cells, grid = patchify(images, student.config.patch), student.config.grid_size
+    cells = patchify(student.normalise(images), student.config.patch)  # as the teacher's task
+    grid = student.config.grid_size
     squares = draw_squares(grid, images.shape[1:2] + (student.config.patch,) * 2).flatten(1)
     asked = (cells[:, len(squares) // 2] @ squares.to(images.device).T).argmax(dim=1)
     guess = student.beside(student.fc_norm(x[:, student.config.num_prefix_tokens :].mean(dim=1)))
@@ -203,10 +204,7 @@ def check(settings: Settings) -> None:
     if settings.how in ("pixels", "probe"):
         changed |= settings.given & {"layers", "teacher_layers", "heads", "start"}
     wrong = changed - USES.get(settings.how, set())
-    if {"maps", "lend"} <= changed or (settings.maps, settings.how == "beside") == (
-        "tokens",
-        False,
-    ):
+    if {"maps", "lend"} <= changed or (settings.maps == "tokens" and settings.how != "beside"):
         wrong |= {"maps"}
     if wrong:
         raise ValueError(f"--how {settings.how} does not go with --{' --'.join(sorted(wrong))}")
