@@ -91,19 +91,27 @@ def test_the_solutions_have_the_asserts_of_the_exercises():
     assert tutorial == solutions and len(tutorial) >= 6
 
 
-def test_the_first_cell_finds_the_scripts_or_says_what_is_missing(copy, tmp_path):
+@pytest.mark.parametrize("kind", ["zip", "git"])
+def test_the_first_cell_finds_the_scripts_or_asks_for_them(copy, tmp_path, kind):
     first = next(cell.source for cell in read("tutorial.ipynb").cells if cell.cell_type == "code")
 
-    def run() -> subprocess.CompletedProcess:
-        command = [sys.executable, "-c", f"{first}\nprint(os.getcwd())"]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    def run(typed: str = "") -> str:
+        """The folder that the cell ends in."""
+        command = [sys.executable, "-c", f"{first}\nprint('\\n', os.getcwd())"]
+        done = subprocess.run(command, cwd=tmp_path, input=typed, capture_output=True, text=True)
+        return done.stdout.split()[-1] if not done.returncode else ""
 
-    assert "Set REPOSITORY" in run().stderr.splitlines()[-1]  # alone, before any error of git
-    shutil.make_archive(str(tmp_path / "course"), "zip", copy.parent, copy.name)
-    for _ in range(2):  # beside an archive, which is then unpacked
-        assert run().stdout.strip() == str(tmp_path / copy.name)
+    if kind == "zip":
+        shutil.make_archive(str(tmp_path / "course"), "zip", copy.parent, copy.name)
+        source, found = "course.zip", tmp_path / copy.name
+    else:
+        commit = "git -c user.name=a -c user.email=a commit -qm a"
+        subprocess.run(f"git init -q && git add . && {commit}", shell=True, cwd=copy, check=True)
+        source, found = str(copy), tmp_path / "attention-transfer"
+    assert not run("nowhere\n")
+    assert run(f"{source}\n") == run() == str(found)  # fetched once, then found
     shutil.copy(copy / "vit.py", tmp_path)  # beside the scripts
-    assert run().stdout.strip() == str(tmp_path)
+    assert run() == str(tmp_path)
 
 
 @pytest.mark.parametrize("name", BOTH)
