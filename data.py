@@ -90,7 +90,9 @@ def load(settings: Images, train: bool = True) -> Data:
     parts = module.load(settings, kind, size, device)
     if train and not parts.train:
         raise ValueError(f"{settings.data_dir or settings.data} has no train/")
-    share = settings.holdout if settings.holdout >= 0 else 0.0 if parts.test else 0.2
+    share = settings.holdout
+    if share < 0:
+        share = 0.0 if parts.test else 0.2
     source, val, test = hold_out(parts, share)
     test = test or val or source
     test_view = val_view = Eval(hold(test, device, centred=True), device)

@@ -39,7 +39,7 @@ class Settings(recipes.Images):
     image_size: int = 0  # the checkpoint's
     normalization: str = setting("", recipes.NORMALIZATION, ("", *recipes.NORMALIZATIONS))
     amp: str = setting("auto", "mixed precision", ("auto", "off", "bf16", "fp16"))
-    holdout: float = setting(-1.0, "share to score (-1: as trained, 0: all)", low=-1, high=0.9)
+    holdout: float = setting(-1.0, "validation fraction (-1: as trained, 0: all)", low=-1, high=0.9)
     part: str = setting("test", "test (to report) or val (to choose by)", ("test", "val"))
     batch: int = setting(256, "images at a time", low=1)
     json: str = setting("", "file for the results [runs/ensemble-DATA.json]")

@@ -40,7 +40,7 @@ class Task:
     loss: Callable[..., tuple[Tensor, dict]]  # (net, images, labels) -> loss, scalars to log
     predict: Callable[..., Tensor] | None = nn.Module.__call__  # (net, images)
     export: Callable[..., dict] = checkpoints.export  # (net) -> what model.pt holds
-    teacher: checkpoints.Checkpoint | None = None  # must be the same for --resume
+    checkpoint: checkpoints.Checkpoint | None = None  # of the teacher: the same for --resume
 
 
 def fit(task: Task, settings: Settings, test: Callable | None = None) -> dict:
@@ -61,7 +61,7 @@ def train(task: Task, settings: Settings, out: Path, test: Callable | None) -> d
     per_epoch = len(images) // images.batch
     steps, warmup = epochs * per_epoch, round(settings.warmup * epochs * per_epoch)
     peak = settings.lr or settings.blr * images.batch / 256  # Goyal et al. 2017
-    run = runs.describe_run(settings, task.data, task.teacher)
+    run = runs.describe_run(settings, task.data, task.checkpoint)
     state = runs.load_state(out, settings, run)
     learner = Learner(task, settings)
     learner.micro_batch = settings.micro_batch or find_micro_batch(task, learner.compute_loss)

@@ -74,8 +74,6 @@ class Attention(nn.Module):  # tokens (B, N, D) to tokens, and the QK they atten
     def __init__(self, config: Config):
         super().__init__()
         self.dim, self.heads = config.dim, config.heads
-        if self.dim % self.heads:
-            raise ValueError(f"{self.heads} heads: they must divide the width {self.dim}")
         self.qkv = QKV(config.dim, 3 * config.dim)
         self.proj = nn.Linear(config.dim, config.dim)
 

@@ -92,7 +92,7 @@ def introduce(task, settings, out: Path, micro_batch: int, rate: float) -> None:
     device = f"{device_name(where)}, {choose_precision(settings.amp, net)}".replace("torch.", "")
     if where.type == "cuda" and world() == 1 < (gpus := torch.cuda.device_count()):
         device += f"; one of {gpus} GPUs (torchrun --nproc_per_node={gpus} uses all)"
-    teacher = task.teacher or ("random weights" if settings.teacher == "random" else "")
+    teacher = task.checkpoint or ("random weights" if settings.teacher == "random" else "")
     if teacher and hasattr(settings, "layers"):
         teacher = f"{teacher}; its maps in --layers {settings.layers}"
     steps = f"{settings.epochs} epochs of {len(task.data.train) // batch} batches of {batch}"

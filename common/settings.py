@@ -84,7 +84,7 @@ def parse_settings(
 
     def choose(given: dict) -> dict[str, Any]:
         known = recipes(given) if callable(recipes) else recipes
-        return choose_recipe(known, given.get("data", usual))
+        return choose_recipe(known, given.get("data", usual), given.get("recipe", ""))
 
     parser = build_parser(doc, flags, positional, {}, usual)
     if HELP & set(argv):
@@ -108,8 +108,11 @@ def parse_settings(
     return cls(**values | words, given=frozenset(given))
 
 
-def choose_recipe(recipes: Recipes, data: str) -> dict[str, Any]:
-    return next((recipe for name, recipe in recipes.items() if data.startswith(name)), {})
+def choose_recipe(recipes: Recipes, data: str, variant: str = "") -> dict[str, Any]:
+    name = next((name for name in recipes if data.startswith(name)), "")
+    if variant and f"{name}_{variant}" not in recipes:
+        raise ValueError(f"--recipe {variant}: there is none for --data {data}")
+    return recipes.get(f"{name}_{variant}" if variant else name, {})
 
 
 def build_parser(doc: str, flags: dict, positional: tuple, recipe: dict, data: str) -> Parser:

@@ -125,7 +125,7 @@ def task(settings: Settings, dataset: data.Data, checkpoint=None) -> train.Task:
         dataset,
         loss=partial(loss, teacher=teacher, settings=settings),
         export=export,
-        teacher=checkpoint,
+        checkpoint=checkpoint,
     )
 
 

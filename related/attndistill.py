@@ -158,7 +158,7 @@ def task(settings: Settings, dataset: data.Data, checkpoint) -> train.Task:
         loss=partial(loss, teacher=teacher, weight=settings.attention_weight),
         predict=None,
         export=export,
-        teacher=checkpoint,
+        checkpoint=checkpoint,
     )
 
 

@@ -115,7 +115,7 @@ def task(settings: Settings, dataset: data.Data, checkpoint) -> train.Task:
         add_maps(dataset, teacher, checkpoint, settings),
         loss=partial(loss, teacher=teacher, settings=settings),
         export=activations.export,
-        teacher=checkpoint,
+        checkpoint=checkpoint,
     )
 
 

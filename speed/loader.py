@@ -49,7 +49,7 @@ def measure_rate(view: data.Train, device: torch.device, least: float = 5.0) -> 
 
 def view_cifar(device: torch.device) -> data.Train:
     """Made-up images of CIFAR's size, on the device."""
-    recipe = recipes.Settings(**recipes.RECIPES["cifar"])
+    recipe = recipes.Settings(**recipes.RECIPES["cifar_gpu"])
     images = torch.randint(0, 256, (50_000, 3, 32, 32), dtype=torch.uint8)
     labels = torch.randint(0, 10, (50_000,))
     source = sources.Tensors(images.to(device), labels.to(device))

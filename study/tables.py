@@ -39,7 +39,9 @@ CIFAR = Study(  # small enough for a CPU: shifts and flips, a tenth of the label
          "beside": ("layers", (":5",))},
 )  # fmt: skip
 WIDE = CIFAR._replace(base=dict(CIFAR.base), rates=(5e-4, *RATES[:4]))  # another base: tuned anew
-RECIPE = CIFAR._replace(base={"data": "cifar10"}, teacher={}, images=("data", "model"), own={})
+RECIPE = CIFAR._replace(
+    base={"data": "cifar10", "recipe": "gpu"}, teacher={}, images=("data", "model"), own={}
+)
 SCENES = Study(
     rows=rows.ROWS,
     base={"data": "scenes", "num_labels": 300, "epochs": 75},
@@ -180,7 +182,7 @@ TABLES = {
         points={"75 epochs": {"epochs": 75}}, rows=(TUNED,), tunes=True),
     "cifar10-fair-length": photos("CIFAR-10, three times as long", points=LENGTHS,
         tuned_at="5,000 labels", rows=(SCRATCH, COPY, TUNED, MEAN)),
-    "cifar10-recipe": photos("the main rows as --data cifar10 has them (takes a GPU)", study=RECIPE,
+    "cifar10-recipe": photos("the main rows as --recipe gpu has them (takes a GPU)", study=RECIPE,
         points={"50,000 labels": {"model": "tiny"}}, rows=tuple(MAIN)),
     "why-digits-tuning": fair("settings of the digits over more rates", study=DIGITS, tunes=True,
         rows=tuple(MAIN)),

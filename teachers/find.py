@@ -46,7 +46,7 @@ def find_teacher(settings, dataset: Data, script=None) -> Checkpoint | None:
             others = {"image_size", "classes", "patch", "mean", "std", "pool"}
             named |= vars(asked).keys() - others
         if any(getattr(asked, name) != there.get(name) for name in named):
-            raise ValueError(f"{source} is another ViT than --model and --patch: leave these out")
+            raise ValueError(f"{source} does not match --model and --patch; omit them")
     ours, theirs = dataset.channels, checkpoint.architecture["channels"]
     if ours != theirs:
         raise ValueError(f"{source} takes images of {theirs} channels, and these have {ours}")

@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[2]
     (finetune, "--batch 400", "the 100 training images"), (finetune, "--lay 1", "unrecognized"),
     (finetune, "--num-labels 9999", "only 997 images"), (finetune, "--no-flag", "--no-flag"),
     (finetune, "--teacher none --model gigantic", "gigantic"),
-    (finetune, f"--model tiny --teacher {ROOT}/weights/digits.pt", "another ViT than --model"),
+    (finetune, f"--model tiny --teacher {ROOT}/weights/digits.pt", "does not match --model"),
     (finetune, f"--model micro+registers=4 --teacher {ROOT}/weights/digits.pt", "another ViT than"),
     (copy, f"--model micro+mlp=2 --teacher {ROOT}/weights/digits.pt", "other components"),
     (finetune, "--teacher none --patch 5", "try 10"),
