@@ -25,9 +25,7 @@ class Row(NamedTuple):
     tuned_as: str = ""  # the row whose settings it takes if it is not tuned itself
 
 
-class Study(NamedTuple):
-    """A data set: its rows, what all of them share, and what is tuned of each."""
-
+class Study(NamedTuple):  # a data set: its rows, what they share, what is tuned of each
     rows: dict[str, Row]
     base: Flags  # of all rows, unless a point overrides it
     teacher: Flags = NOTHING
@@ -41,9 +39,7 @@ class Study(NamedTuple):
     own: Mapping[str, tuple[str, tuple]] = NOTHING  # one more: its default first
 
 
-class Planner(NamedTuple):
-    """Plans the runs of a study."""
-
+class Planner(NamedTuple):  # plans the runs of a study
     study: Study
     folder: Path
     extra: tuple[str, ...] = ()
@@ -97,9 +93,7 @@ def format_flags(flags: Flags) -> str:
     return "".join(f", {name} {value}" for name, value in flags.items())
 
 
-class Table(NamedTuple):
-    """Rows at points of a study."""
-
+class Table(NamedTuple):  # rows at points of a study
     about: str
     study: Study
     rows: tuple[str, ...]

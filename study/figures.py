@@ -6,11 +6,9 @@ from pathlib import Path
 from common.pictures import figure, save
 
 COLOURS = {  # of Okabe and Ito, which colour-blind eyes can tell apart
-    "from scratch": "#999999",
-    "attention copy": "#56B4E9",
-    "attention distillation": "#0072B2",
-    "fine-tuning": "#D55E00",
-}
+    "from scratch": "#999999", "attention copy": "#56B4E9",
+    "attention distillation": "#0072B2", "fine-tuning": "#D55E00",
+}  # fmt: skip
 SPARE = ("#CC79A7", "#E69F00", "#009E73", "#F0E442")
 
 

@@ -93,9 +93,7 @@ class Job:
         return all(config.get(name) == asked[name] for name in counts)
 
 
-class Runner:
-    """Runs jobs, `workers` at a time."""
-
+class Runner:  # runs jobs, `workers` at a time
     def __init__(self, workers: int, score: str):
         on_gpu = torch.accelerator.is_available()
         self.workers = workers or (1 if on_gpu else os.cpu_count() or 1)

@@ -21,9 +21,7 @@ class FixedMaps:  # lends the same maps for every image
 
 
 @dataclass(frozen=True)
-class OtherImages:
-    """Lends a teacher's maps of images in `bank`: at random, in evaluation always the same."""
-
+class OtherImages:  # lends maps of images in `bank`: at random, in evaluation always the same
     teacher: ViT
     bank: Tensor
 
@@ -65,9 +63,8 @@ def make_uniform_map(teacher: ViT) -> Tensor:
 
 
 def draw_impulse_map(teacher: ViT) -> Tensor:
-    """Each head looks at one neighbour of a patch, in the same direction for all: (1, H, N, N).
-
-    The maps that a structured initialisation begins with (arXiv 2505.19985), here without noise.
+    """Each head looks at one neighbour of a patch, in the same direction for all: (1, H, N, N),
+    as a structured initialisation begins (arXiv 2505.19985), here without noise.
     """
     grid, first = teacher.config.grid_size, teacher.config.num_prefix_tokens
     p = 0.1 * make_uniform_map(teacher)

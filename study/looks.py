@@ -68,10 +68,8 @@ def hsic(a: Tensor, b: Tensor) -> Tensor:
 
 
 def measure_change(p: Tensor) -> list[float]:
-    """What images add to maps (layers, images, H, N, N), as a share of what these say.
-
-    What a map says is its divergence (Kullback-Leibler) from uniform attention. On average over
-    images that is what the mean map says, plus the mean divergence from it: the second part.
+    """What images add to maps (layers, images, H, N, N), as a share of what these say: the mean
+    divergence (Kullback-Leibler) from their mean over images, and from uniform attention.
     """
     least, most = (entropy(maps).mean(dim=(1, 2, 3)) for maps in (p, p.mean(dim=1, keepdim=True)))
     return ((most - least) / (math.log(p.shape[-1]) - least)).tolist()

@@ -36,7 +36,7 @@ CONTROLS = {
 }
 PARTS = {f"copy of {part}": copied(lend=part) for part in ("q", "k", "v", "qkv")}
 SINGLE = {f"copy, layer {i}": copied(layers=str(i)) for i in range(4)}
-LAYERS = {f"copy, layers {which}": copied(layers=which) for which in (":2", "2:4")}
+LAYERS = {f"copy, layers {which}": copied(layers=which) for which in (":2", "2:4", ":4", ":8")}
 LAYERS |= {"distillation, layers all": distilled(layers="all")}
 ALL_SCENES = {"num_labels": 0, "epochs": 13}
 LABELLED = ALL_SCENES | {"classes": ":5", "lr": 2e-3}
@@ -99,6 +99,5 @@ LOSSES = {
     f"distillation by {loss}": Row("variants", "pre-trained", {"how": "distill", "loss": loss})
     for loss in ("cross-entropy", "jensen-shannon", "squared", "scores")
 }
-DEPTHS = {f"copy, layers {which}": copied(layers=which) for which in (":4", ":8")}
 ROWS = MAIN | FEATURES | CONTROLS | PARTS | SINGLE | LAYERS | KNOWING | NARROW | WHOSE | ORACLE
-ROWS |= PIXELS | OTHERS | FINE_TUNED | ALONE | WHY | LOSSES | DEPTHS
+ROWS |= PIXELS | OTHERS | FINE_TUNED | ALONE | WHY | LOSSES

@@ -108,11 +108,8 @@ TWIN_STEPS = {f"twins, {700 * n:,} steps": TWINS["twins"] | {"epochs": 100 * n} 
 FIRST_TWINS = dict(list(TWIN_STEPS.items())[:1])
 PHOTO_STEPS_AT = {f"{620 * n:,} steps": {"epochs": 20 * n} for n in (1, 10)}
 ON_PHOTOGRAPHS = "2,000 photographs"
-PHOTO_LABELS = {  # at about as many steps
-    "500 photographs": {"num_labels": 500, "epochs": 120},
-    ON_PHOTOGRAPHS: {},
-    "9,469 photographs": {"num_labels": 0, "epochs": 7},
-}
+PHOTO_LABELS = {"500 photographs": {"num_labels": 500, "epochs": 120}, ON_PHOTOGRAPHS: {}}
+PHOTO_LABELS |= {"9,469 photographs": {"num_labels": 0, "epochs": 7}}  # at about as many steps
 
 # The tables
 scenes = partial(Table, study=SCENES, points=POINTER, rows=tuple(MAIN))
@@ -231,8 +228,8 @@ TABLES = {
         points={ON_PHOTOGRAPHS: {"epochs": 10}}, rows=(*ENDS, *rows.PROBE, "beside")),
     "photos-deit": public("DeiT-Ti's maps, 2,000 photographs", points={ON_PHOTOGRAPHS: {}},
         rows=(*ENDS, *rows.PROBE, "copy, other maps", "copy, uniform maps", "copy, random teacher",
-        "distillation, mean maps", *rows.DEPTHS, "beside"), contrasts=OF_GAIN | subtract(("beside",
-        DISTILLATION))),
+        "distillation, mean maps", "copy, layers :4", "copy, layers :8", "beside"),
+        contrasts=OF_GAIN | subtract(("beside", DISTILLATION))),
     "photos-deit-long": public("three times as long", rows=(SCRATCH, COPY),
         points={f"{ON_PHOTOGRAPHS}, 90 epochs": {"epochs": 90}}),
     "photos-augreg": public("AugReg-Ti's maps, 2,000 photographs", study=AUGREG,

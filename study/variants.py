@@ -82,9 +82,7 @@ def loss_labels(student: ViT, images, labels, predict: Callable, smoothing: floa
     return F.cross_entropy(predict(student, images), labels, label_smoothing=smoothing), {}
 
 
-class Beside(nn.Linear):
-    """Predicts queries and keys from the tokens (B, N, D) that a block makes its own of."""
-
+class Beside(nn.Linear):  # predicts queries and keys from the tokens that a block makes its own of
     def __init__(self, config: Config):
         super().__init__(config.dim, 2 * config.dim)
         self.heads = config.heads
