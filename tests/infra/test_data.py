@@ -123,7 +123,7 @@ def make_cifar(tmp_path, monkeypatch, images=20):
     monkeypatch.setattr(kind, "train_list", [["data_batch_1", None]])
     monkeypatch.setattr(kind, "test_list", [["test_batch", None]])
     monkeypatch.setattr(kind, "meta", kind.meta | {"md5": None})
-    return pixels, ["--data", "cifar10", "--data-dir", str(tmp_path)]
+    return pixels, ["--data", "cifar10", "--data-dir", str(tmp_path), "--num-labels", "0"]
 
 
 def test_scenes_of_photographs_show_averaged_training_images(tmp_path, monkeypatch):

@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[2]
     (finetune, "--num-labels 9999", "only 997 images"), (finetune, "--no-flag", "--no-flag"),
     (finetune, "--teacher none --model gigantic", "gigantic"),
     (finetune, f"--model tiny --teacher {ROOT}/weights/digits.pt", "does not match --model"),
-    (finetune, f"--model micro+registers=4 --teacher {ROOT}/weights/digits.pt", "another ViT than"),
+    (finetune, f"--model micro+registers=4 --teacher {ROOT}/weights/digits.pt", "does not match"),
     (copy, f"--model micro+mlp=2 --teacher {ROOT}/weights/digits.pt", "other components"),
     (finetune, "--teacher none --patch 5", "try 10"),
     (finetune, "--data scenes --scene twins --classes 3", "three classes or more"),
@@ -105,7 +105,7 @@ def save(contents):
     (lambda _: b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS pointer"),
     (lambda _: pickle.dumps(Exploit(), 2), "cannot be read"),
     (lambda _: save({"model": Exploit()}), "cannot be read"),
-    (lambda _: save({"model": {"fc.weight": torch.ones(3)}}), "other names than ours"),
+    (lambda _: save({"model": {"fc.weight": torch.ones(3)}}), "no ViT we know"),
     (lambda _: save({"optimizer": {}, "run": {}}), "model.pt of a run"),
 ])  # fmt: skip
 def test_files_that_are_no_checkpoints(spoil, words, failing):

@@ -37,7 +37,14 @@ def test_every_setting_is_read(script, extra, small, teacher):
 
     settings = script.parse([*small, *extra.replace("TEACHER", teacher).split()])
     script.main(Watched(**{f.name: getattr(settings, f.name) for f in fields(settings)}))
-    needless = {"distractors", "overwrite", "scene", "dial", "classes"}  # for other data; --resume
+    needless = {
+        "distractors",
+        "overwrite",
+        "scene",
+        "dial",
+        "classes",
+        "recipe",
+    }  # for other data; --resume
     if extra == "--teacher none":
         needless |= {"normalization"}
     if script is finetune and "TEACHER" in extra:

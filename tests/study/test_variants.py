@@ -167,7 +167,8 @@ def test_the_cell_of_a_pointer_is_read_off_its_picture():
         variants.task(settings, data.load(settings)),
         next(asked.test.in_order(64)),
     )
-    pixels = pretrain.patchify(images, 8)[torch.arange(64), cells]
+    images_seen = task.net.normalise(images)
+    pixels = pretrain.patchify(images_seen, 8)[torch.arange(64), cells]
     guess, net = torch.randn(64, 64), task.net.eval()
     net.beside.forward = lambda _: guess
     _, shown = task.loss(net, images, torch.zeros(64, dtype=torch.long))
