@@ -10,15 +10,11 @@ group of layers says how strongly each place is active, whatever the channel:
 No query looks at any key here, unlike in a ViT. --kd-weight adds distillation
 of the teacher's softened classes (Hinton et al. 2015). Moonshine (Crowley et
 al., NeurIPS 2018, arXiv 1711.02613) keeps the teacher's shape and makes its
-convolutions cheap: --model grouped or bottleneck.
+convolutions cheap: --model bottleneck. Here AdamW replaces SGD, and batch norms
+see only their own GPU's share of a batch.
 
     python -m related.activations                        trains a teacher first
-    python -m related.activations --at-weight 0 --kd-weight 0.9 --out runs/kd
     python -m related.activations --at-weight 0 --out runs/alone        control
-    python -m related.activations --at-weight 0 --epochs 160 --out runs/long
-    python -m related.activations --model grouped --out runs/grouped
-
-Here AdamW replaces SGD. Batch norms see only their own GPU's share of a batch.
 """
 
 import sys
@@ -60,13 +56,12 @@ class Settings(recipes.Settings):
 PHOTOS = dict(weight_decay=0.05, model="small", at_weight=1000.0)  # theirs, for 32 x 32 places
 RECIPES = merge_recipes(
     recipes.RECIPES,
-    digits=dict(  # with one distractor small nets have nothing to gain
-        num_labels=300, distractors=4, epochs=40, blr=0.04096, eval_every=20, weight_decay=0.05
-    ),
+    digits=dict(num_labels=300, distractors=4, epochs=40, blr=0.04096, eval_every=20,
+                weight_decay=0.05),  # with one distractor small nets have nothing to gain
     cifar=PHOTOS | dict(blr=1e-3, final_lr=5e-4, eval_every=5),
     imagenet=PHOTOS,
     folder=PHOTOS | dict(blr=8e-3, final_lr=5e-4),
-)
+)  # fmt: skip
 parse = partial(parse_settings, __doc__, Settings, RECIPES)
 
 
@@ -95,10 +90,9 @@ def loss(
     seen: Tensor | None = None,
     groups: Sequence[int] = (0, 1, 2),
 ):
-    """The loss of the labels, of the teacher's softened classes, and of where `groups` are active.
+    """Of the labels, of the teacher's softened classes, and of where `groups` are active.
 
-    `seen`: what the student sees, if not the images themselves. Without a teacher only the labels
-    count.
+    `seen`: what the student sees, if not the images themselves.
     """
     ours = list(student.groupwise(images if seen is None else seen))
     logits = student.classify(ours[-1])
@@ -117,7 +111,10 @@ def loss(
 
 
 def task(settings: Settings, dataset: data.Data, checkpoint=None) -> train.Task:
-    teacher = build_teacher(checkpoint, dataset) if checkpoint else None
+    teacher = None
+    if checkpoint:
+        teacher = WideResNet("teacher", dataset).to(dataset.train.device).eval()
+        teacher.requires_grad_(False).load_state_dict(checkpoint.weights)
     torch.manual_seed(settings.seed)
     student = WideResNet(settings.model, dataset)
     return train.Task(
@@ -127,12 +124,6 @@ def task(settings: Settings, dataset: data.Data, checkpoint=None) -> train.Task:
         export=export,
         checkpoint=checkpoint,
     )
-
-
-def build_teacher(checkpoint: checkpoints.Checkpoint, dataset: data.Data) -> WideResNet:
-    teacher = WideResNet("teacher", dataset)
-    teacher.load_state_dict(checkpoint.weights)
-    return teacher.to(dataset.train.device).eval().requires_grad_(False)
 
 
 def find_teacher(settings: Settings, dataset: data.Data) -> checkpoints.Checkpoint | None:
@@ -155,7 +146,7 @@ def export(net: WideResNet) -> dict:
     return {"model": net.state_dict()}
 
 
-def main(settings: Settings) -> dict:
+def main(settings: Settings, task=task) -> dict:
     dataset = data.load(settings)
     teacher = find_teacher(settings, dataset)
     return train.fit(task(settings, dataset, teacher), settings)

@@ -7,19 +7,13 @@ counts, and only the class token's row of its maps:
            + weight * KL(row of the teacher | row of the student)
 
 P is a small MLP. If the teacher has smaller patches, its row is interpolated to
-the student's. If it has other heads, the heads of each are merged.
-
-The paper's teachers have no labels. On our digits DINO (dino.py) makes too weak
-a teacher, so the class token of ours has learned from labels.
+the student's. If it has other heads, the heads of each are merged. The paper's
+teachers have no labels. On our digits DINO (dino.py) makes too weak a teacher,
+so the class token of ours has learned from labels.
 
     python -m related.attndistill                     trains that teacher first
     python -m related.attndistill --teacher runs/dino-digits-micro-s0/model.pt
     python -m related.attndistill --attention-weight 0 --out runs/token  control
-    python -m related.attndistill --num-heads 2 --out runs/heads   other heads
-    python -m related.attndistill --patch 4 --out runs/patches     other patches
-
-The teacher's class token is taken after its last norm. Public ViTs come here
-without the weights of that norm.
 """
 
 import math
@@ -39,10 +33,9 @@ import train
 from common import checkpoints, launch
 from common.settings import merge_recipes, parse_settings, setting
 from related import dino
-from related.dino import classify_by_neighbours as test
 from teachers import find
 from teachers.load import build_vit, new_vit
-from vit import QK, Config, ViT
+from vit import QK, ViT
 
 TEMPERATURE = 10.0  # of merged heads, in the authors' scripts
 
@@ -55,13 +48,12 @@ class Settings(recipes.Settings):
     teacher: str = setting(
         "auto", "a ViT with a class token, auto: made here, none: makes one", free=True
     )
-    num_heads: int = setting(0, "heads of the student (0: as --model has them)")
+    normalization: str = setting("", recipes.NORMALIZATION, ("", *recipes.NORMALIZATIONS))
     attention_weight: float = setting(0.1, "weight of the class token's row (0: none)")
 
 
-RECIPES = merge_recipes(
-    dino.RECIPES, digits=dict(model="nano", epochs=40), cifar=dict(model="mini")
-)
+OWN = dict(digits=dict(model="nano", epochs=40), cifar=dict(model="mini"))
+RECIPES = merge_recipes(dino.RECIPES, **OWN)
 parse = partial(parse_settings, __doc__, Settings, RECIPES)
 
 
@@ -75,10 +67,7 @@ class Student(nn.Module):
         for into, out in pairwise((own, 2 * own, own, 2 * own)):
             layers += [nn.Linear(into, out), nn.GELU()]
         self.project = nn.Sequential(*layers, nn.Linear(2 * own, dim), nn.LayerNorm(dim, eps=1e-6))
-
-    @property
-    def config(self) -> Config:
-        return self.vit.config
+        self.config = vit.config
 
 
 def look_last(vit: ViT, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,25 +81,19 @@ def look_last(vit: ViT, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def interpolate(row: Tensor, patches: int) -> Tensor:
-    """Rows (B, H, 1 + n^2) for another number of patches. The class token's share stays.
-
-    Bicubic interpolation makes some places negative. The authors take their logs and skip the
-    batches that become NaN. Here these places are 0.
-    """
+    """Rows (B, H, 1 + n^2) for another number of patches. The class token's share stays."""
     if row.shape[-1] == 1 + patches:
         return row
     first, rest = row[..., :1], row[..., 1:]
     grid = rearrange(rest, "b h (y x) -> b h y x", y=math.isqrt(rest.shape[-1]))
     side = math.isqrt(patches)
+    # Bicubic interpolation makes some places negative.
     grid = F.interpolate(grid, size=(side, side), mode="bicubic").flatten(2).clamp_min(0)
     return torch.cat([first, grid * (1 - first) / grid.sum(dim=-1, keepdim=True)], dim=-1)
 
 
 def merge_heads(log_p: Tensor) -> Tensor:
-    """All heads as one, from the logs of their maps: (B, H, ..., N) to (B, 1, ..., N).
-
-    softmax(sum over heads of log p / 10), section 3.
-    """
+    """Section 3: all heads as one, from the logs of maps: (B, H, ..., N) to (B, 1, ..., N)."""
     return (log_p.sum(dim=1, keepdim=True) / TEMPERATURE).softmax(dim=-1)
 
 
@@ -149,8 +132,7 @@ def task(settings: Settings, dataset: data.Data, checkpoint) -> train.Task:
         raise ValueError(f"--teacher {settings.teacher}: has no class token")
     teacher.to(dataset.train.device).eval().requires_grad_(False)
     torch.manual_seed(settings.seed)
-    other = {"heads": settings.num_heads} if settings.num_heads else {}
-    net = Student(dino.build_encoder(settings, dataset, **other), teacher.config.dim)
+    net = Student(dino.build_encoder(settings, dataset), teacher.config.dim)
     net.vit.fc_norm.requires_grad_(False)  # as theirs: it is for the neighbours of the test
     return train.Task(
         net.to(dataset.train.device),
@@ -182,8 +164,8 @@ def export(net: Student | ViT) -> dict:
 def main(settings: Settings) -> dict:
     dataset = data.load(settings)
     teacher = find_teacher(settings, dataset)
-    own = task(settings, dataset, teacher)
-    return train.fit(own, settings, test=lambda net: test(getattr(net, "vit", net), dataset))
+    test = lambda net: dino.classify_by_neighbours(getattr(net, "vit", net), dataset)  # noqa: E731
+    return train.fit(task(settings, dataset, teacher), settings, test=test)
 
 
 if __name__ == "__main__":

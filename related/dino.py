@@ -3,10 +3,9 @@
 Caron et al., ICCV 2021 (arXiv 2104.14294). A student and a teacher see two
 views of an image. Each names a distribution over invented classes, and the
 student's is pulled to the teacher's. The teacher is a slow average of the
-student. A low temperature sharpens its outputs. Their mean is subtracted, so
-that they do not collapse to one class. In batches as small as ours that is not
-enough, so the head has batch norms as well. Of DINO's crops we use the two
-global ones. On the digits, two views are two placements among distractors.
+student. Its outputs are sharpened, and their mean is subtracted, so that they
+do not collapse to one class. Our batches are small, so the head has batch norms
+as well. On the digits, two views are two placements among distractors.
 
     python -m related.dino                         digits
     python -m related.dino --data cifar10
@@ -31,7 +30,7 @@ from common import checkpoints, launch
 from common.settings import merge_recipes, parse_settings, setting
 from datasets import sources
 from teachers.load import new_vit
-from vit import Config, ViT
+from vit import ViT
 
 
 @dataclass(frozen=True)
@@ -88,10 +87,7 @@ class Dino(nn.Module):
         self.student, self.settings = Net(vit, settings.prototypes), settings
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.register_buffer("center", torch.zeros(settings.prototypes))
-
-    @property
-    def config(self) -> Config:
-        return self.student.vit.config
+        self.config = vit.config
 
     @torch.no_grad()
     def follow(self) -> None:
@@ -146,9 +142,9 @@ def task(settings: Settings, dataset: data.Data) -> train.Task:
     )
 
 
-def build_encoder(settings, dataset: data.Data, **changes) -> ViT:
+def build_encoder(settings, dataset: data.Data) -> ViT:
     """A random ViT without a head. ValueError if it has no class token."""
-    vit = new_vit(settings, dataset, classes=0, **changes)
+    vit = new_vit(settings, dataset, classes=0)
     if vit.cls_token is None:
         raise ValueError(f"--model {settings.model}: here a class token is what learns")
     return vit
@@ -159,15 +155,10 @@ def export(net: Dino) -> dict:
     return checkpoints.export(net.teacher.vit)
 
 
-def test(net: Dino, dataset: data.Data) -> dict[str, Tensor]:
-    return classify_by_neighbours(net.teacher.vit, dataset)
-
-
 def classify_by_neighbours(vit: ViT, dataset: data.Data) -> dict[str, Tensor]:
     """Classes of the test images by the 20 nearest neighbours of class tokens, and the true ones.
 
-    The neighbours are 4,000 training images as the first epochs show them. Each votes with
-    exp(cosine similarity / 0.07), as in DINO's evaluation.
+    They are among 4,000 training images. Each votes with exp(cosine similarity / 0.07), as DINO's.
     """
     bank, labels = dataset.train.first(4000)
     known = torch.cat([F.normalize(get_class_token(vit, some)) for some in bank.split(256)])
@@ -183,7 +174,8 @@ def classify_by_neighbours(vit: ViT, dataset: data.Data) -> dict[str, Tensor]:
 
 def main(settings: Settings) -> dict:
     dataset = data.load(settings)
-    return train.fit(task(settings, dataset), settings, test=partial(test, dataset=dataset))
+    test = lambda net: classify_by_neighbours(net.teacher.vit, dataset)  # noqa: E731
+    return train.fit(task(settings, dataset), settings, test=test)
 
 
 if __name__ == "__main__":

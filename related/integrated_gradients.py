@@ -5,37 +5,32 @@ net's output F on the way from a black image x0 (Sundararajan et al. 2017):
 
     IG = (x - x0) * mean over a in 0..1 of  d F(x0 + a (x - x0)) / d x
 
-These maps of a teacher are computed once. While a small student learns, some
-images (--overlay) are half image, half map. The teacher's softened classes and
-attention transfer at one middle layer (related/activations.py) may be added.
-Both are of the image itself.
+While a small student learns, some images (--overlay) are half image, half map
+of the teacher. Its softened classes and attention transfer at one middle layer
+(related/activations.py) may be added. Both are of the image itself.
 
     python -m related.integrated_gradients               trains a teacher first
-    python -m related.integrated_gradients --kd-weight 0.3 --at-weight 1000 \\
-        --out runs/all
     python -m related.integrated_gradients --overlay 0 --out runs/no   control
     python -m related.integrated_gradients --shuffle --out runs/others  the same
 
 A map belongs to one fixed image. So the images of the first epochs (--bank) are
 cropped and placed once, and then used in all epochs. Here F is the logit of the
-true class, and x0 is black. The authors' code (GitHub: nordlinglab,
+true class. The authors' code (GitHub: nordlinglab,
 ModelCompression-IntegratedGradients) takes gradients of all probabilities from
-the mean colour, without (x - x0), to a random power between 1 and 2. It lays
-them over pixels, or in a variant over normalised images (--raw). It crops and
-flips images, but not maps. It weighs classes 0.01 and activity 0.8.
+the mean colour, without (x - x0), to a random power between 1 and 2. A variant
+lays them over normalised images (--raw). It crops and flips images, but not maps.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 import data
 import train
-from common import checkpoints, launch
+from common import launch
 from common.augment import BatchRandom
 from common.settings import merge_recipes, parse_settings, setting
 from datasets import sources
@@ -56,12 +51,8 @@ class Settings(activations.Settings):
 
 SHARED = dict(at_weight=0.0, temperature=2.5, mixup=0.0, cutmix=0.0)
 RECIPES = merge_recipes(
-    activations.RECIPES,
-    digits=SHARED  # five places of a digit
-    | dict(overlay=0.5, epochs=12, warmup=0.0833, eval_every=4, bank=5),
-    cifar=SHARED,
-    imagenet=SHARED,
-    folder=SHARED,
+    {name: recipe | SHARED for name, recipe in activations.RECIPES.items()},
+    digits=dict(overlay=0.5, epochs=12, warmup=0.0833, eval_every=4, bank=5),  # five places
 )
 parse = partial(parse_settings, __doc__, Settings, RECIPES)
 
@@ -107,63 +98,32 @@ def loss(student: WideResNet, images, labels, teacher: WideResNet, settings: Set
 
 
 def task(settings: Settings, dataset: data.Data, checkpoint) -> train.Task:
-    teacher = activations.build_teacher(checkpoint, dataset)
-    torch.manual_seed(settings.seed)
-    student = WideResNet(settings.model, dataset)
-    return train.Task(
-        student.to(dataset.train.device),
-        add_maps(dataset, teacher, checkpoint, settings),
-        loss=partial(loss, teacher=teacher, settings=settings),
-        export=activations.export,
-        checkpoint=checkpoint,
-    )
+    plain = activations.task(settings, dataset, checkpoint)
+    teacher = plain.loss.keywords["teacher"]
+    own_loss = partial(loss, teacher=teacher, settings=settings)
+    return replace(plain, data=add_maps(dataset, teacher, settings), loss=own_loss)
 
 
-def add_maps(
-    dataset: data.Data, teacher: WideResNet, checkpoint: checkpoints.Checkpoint, settings: Settings
-) -> data.Data:
+def add_maps(dataset: data.Data, teacher: WideResNet, settings: Settings) -> data.Data:
     """The same data set. Its training images are those of the bank, each with its map."""
-    device, kept = dataset.train.device, Path(checkpoint.source).with_name("maps.pt")
     bank, labels = dataset.train.first(settings.bank * len(dataset.train))
-    images = checkpoints.fingerprint({"images": bank.cpu(), "labels": labels.cpu()})
-    about = {"images": images, "points": settings.path, "teacher": checkpoint.fingerprint}
-    maps = read_maps(kept, about)
-    if maps is None:
-        black = torch.zeros(1, dataset.channels, 1, 1, device=device)
-        pieces = list(zip(bank.split(100), labels.split(100), strict=True))
-        made = [
-            make_hint(integrate_gradients(teacher, *piece, black, settings.path))
-            for piece in launch.count(pieces, len(pieces), "batches of maps")
-        ]
-        maps = torch.cat(made).cpu()
-        save_maps(kept, {"about": about, "maps": maps})
+    black = torch.zeros(1, dataset.channels, 1, 1, device=bank.device)
+    pieces = list(zip(bank.split(100), labels.split(100), strict=True))
+    maps = torch.cat([
+        make_hint(integrate_gradients(teacher, *piece, black, settings.path))
+        for piece in launch.count(pieces, len(pieces), "batches of maps")
+    ])  # fmt: skip
     if settings.shuffle:
         maps = maps.roll(1, dims=0)  # the order of images is random already
-    both = sources.Tensors(torch.cat([bank, maps.to(device)], dim=1), labels)
+    both = sources.Tensors(torch.cat([bank, maps], dim=1), labels)
     mean, std = teacher.mean, teacher.std  # that undo what the net does to its images
     to_pixels = (lambda maps: maps * std + mean) if settings.raw else nn.Identity()
     augment = partial(lay_over, overlay=settings.overlay, to_pixels=to_pixels)
-    view = data.Train(both, augment, settings, len(dataset.classes), device)
+    view = data.Train(both, augment, settings, len(dataset.classes), bank.device)
     return dataset._replace(train=view, mean=2 * dataset.mean, std=2 * dataset.std)
 
 
-def read_maps(path: Path, about: dict) -> Tensor | None:
-    """The maps of an earlier run, if they are of these images and this teacher."""
-    found = checkpoints.read_file(path) if path.is_file() else {}
-    return found["maps"] if found.get("about") == about else None
-
-
-def save_maps(path: Path, contents: dict) -> None:
-    try:
-        checkpoints.save(contents, path)
-    except launch.Failed as error:
-        launch.print0(f"note: the maps are not kept for other runs ({error})")
-
-
-def main(settings: Settings) -> dict:
-    dataset = data.load(settings)
-    teacher = activations.find_teacher(settings, dataset)
-    return train.fit(task(settings, dataset, teacher), settings)
+main = partial(activations.main, task=task)
 
 
 if __name__ == "__main__":

@@ -8,15 +8,13 @@ of N x N. With feature maps phi,
 costs N, not N^2. Step 1 is attention transfer. All weights of a fine-tuned ViT
 are frozen, and phi learns to give each layer the output of its softmax (mean
 squared error, section 3.1). Step 2 is LoRA. A low-rank change of q, k, v and
-the projection learns from the labels (section 3.2). phi is Hedgehog's: softmax
-over the channels of q W, and of -q W. Left out, as this is a ViT: softmax over
-the nearest 64 tokens (here all 17 are near), and causality (patches have none).
+the projection learns from the labels (section 3.2). phi is Hedgehog's. Left
+out, as this is a ViT: softmax over the nearest 64 tokens, and causality.
 
     python -m related.linear_attention             1, fine-tunes a ViT first
     python -m related.linear_attention --lora --out runs/lora       2, after 1
     python -m related.linear_attention --lora --teacher runs/.../model.pt
                       with a fine-tuned ViT: 2 without 1, the control
-    python -m speed.linear          images/s over tokens, and where they cross
 """
 
 import copy
@@ -46,6 +44,7 @@ class Settings(recipes.Settings):
     teacher: str = setting(
         "auto", "a ViT with a head, or for --lora the result of step 1 (auto: made here)", free=True
     )
+    normalization: str = setting("", recipes.NORMALIZATION, ("", *recipes.NORMALIZATIONS))
     lora: bool = setting(False, "step 2: only a low-rank change learns")
     rank: int = setting(8, "rank of the change of a matrix", low=1)
 
@@ -91,27 +90,21 @@ class LinearAttention(nn.Module):
 
 
 def map_features(x: Tensor, w: Tensor) -> Tensor:
-    """phi: (B, H, N, d) to (B, H, N, 2 d), positive (Zhang et al. 2024, "The Hedgehog").
-
-    Clamped as by the authors: a long query whose features share no channel with any key's would
-    get 0 / 0.
-    """
+    """phi: (B, H, N, d) to (B, H, N, 2 d), positive (Zhang et al. 2024, "The Hedgehog")."""
     x = einsum(x, w, "b h n d, h d f -> b h n f")
-    return torch.cat([x.softmax(dim=-1), (-x).softmax(dim=-1)], dim=-1).clamp_min(1e-12)
+    y = torch.cat([x.softmax(dim=-1), (-x).softmax(dim=-1)], dim=-1)
+    return y.clamp_min(1e-12)  # as by the authors: a query that is like no key would get 0 / 0
 
 
 class LoRA(nn.Module):
-    """A matrix of several parts. Each has a change of low rank that begins as 0.
-
-    Hu et al. 2022; alpha, 16, as in LoLCATs.
-    """
+    """A matrix of parts, each with a change of low rank that begins as 0 (Hu et al. 2022)."""
 
     def __init__(self, weight: Tensor, parts: int, rank: int):
         super().__init__()
         out, into = weight.shape
         self.down = nn.Parameter(torch.randn(parts, rank, into) * into**-0.5)
         self.up = nn.Parameter(torch.zeros(parts, out // parts, rank))
-        self.scale = 16 / rank
+        self.scale = 16 / rank  # alpha as in LoLCATs
 
     def forward(self, weight: Tensor) -> Tensor:
         return weight + self.scale * (self.up @ self.down).flatten(0, 1)
@@ -137,16 +130,13 @@ def add_lora(net: ViT, rank: int) -> None:
 
 
 def transfer_loss(student: ViT, images, labels, teacher: ViT):
-    """Squared error of each layer's output, after softmax attention in all layers before.
-
-    Summed over tokens. A mean over images, heads, channels and layers.
-    """
-    x, values, losses = teacher.embed(images), slice(2 * teacher.config.dim, None), []
+    """Squared error of each layer's output, after softmax attention in all layers before."""
+    x, losses = teacher.embed(images), []
     for block, ours in zip(teacher.blocks, student.blocks, strict=True):
-        v = block.attn.project(block.norm1(x), values)[0]
+        v = block.attn.project_values(block.norm1(x))
         x, qk = block(x)
         error = (ours.attn.attend(qk, v) - attend(qk, v)).square()  # (B, H, N, d)
-        losses.append(error.sum(dim=2).mean())  # equation 6
+        losses.append(error.sum(dim=2).mean())  # summed over tokens: equation 6
     return sum(losses) / len(losses), {}
 
 
@@ -175,17 +165,13 @@ def find_teacher(settings: Settings, dataset: data.Data) -> checkpoints.Checkpoi
     """The named ViT, or one made here first. It brings feature maps if it was taught any."""
     if settings.teacher == "auto":
         script = sys.modules[__name__] if settings.lora else finetune
-        made = find.make_teacher(
-            script, settings, dataset, model=settings.model, patch=settings.patch
-        )
+        size = dict(model=settings.model, patch=settings.patch)
+        made = find.make_teacher(script, settings, dataset, **size)
         settings = replace(settings, teacher=str(made))
     found, count = find.find_teacher(settings, dataset), len(dataset.classes)
     head = found and (found.architecture["classes"], found.classes or dataset.classes)
     if head != (count, dataset.classes):
-        raise ValueError(
-            f"--teacher {settings.teacher}: has no head for the {count} classes of --data "
-            f"{settings.data}"
-        )
+        raise ValueError(f"{settings.teacher} has no head for the {count} classes of these images")
     return found
 
 

@@ -1,13 +1,10 @@
 """Human-to-robot attention transfer: after a few words the robot looks elsewhere.
 
 Song, Peng, Luo and Liu (arXiv 2002.04242). We know only the abstract. A human
-who sees a robot fail says a reminder. Stacked networks turn it into where to
-look, and that into what to do instead. They report how often the attention
-lands right (73.7 %) and how many failures are avoided (66.9 %).
-
-This script is our own simulation. A scene holds four digits, two of them even.
-The robot fetches even ones, and cannot know which of the two is wanted. The
-reminder names the digit, its place, or its neighbour, in many phrasings:
+who sees a robot fail says a reminder. Networks turn it into where to look, and
+that into what to do instead. This script is our own simulation. A scene holds
+four digits, two of them even. The robot fetches even ones, and cannot know which
+of the two is wanted. The reminder names the digit, its place, or its neighbour:
 
     words -> query,  map = softmax(query . patches / sqrt(d))    where to look
     own judgement of each place + MLP(scene, map @ patches)      what to do
@@ -66,8 +63,6 @@ RECIPES = merge_recipes(
     ),
 )  # fmt: skip
 parse = partial(parse_settings, __doc__, Settings, RECIPES)
-
-# The robot ----------------------------------------------------------------------------------------
 
 
 class Reader(nn.Module):
@@ -137,9 +132,6 @@ def loss(net: Robot, images: Tensor, which: Tensor, known: scenes.Scenes, weight
     if log_map is not None:
         terms["map"] = weight * map_loss(log_map, known.targets[which])
     return sum(terms.values()), terms
-
-
-# Training and trial -------------------------------------------------------------------------------
 
 
 def task(settings: Settings) -> train.Task:

@@ -1,4 +1,4 @@
-"""A wide ResNet that shows its groups' outputs, and cheap ones of the same shape (Moonshine)."""
+"""A wide ResNet that shows its groups' outputs, and a cheap one of the same shape (Moonshine)."""
 
 from collections.abc import Iterator
 
@@ -8,23 +8,17 @@ from torch import Tensor, nn
 
 import data
 
-MODELS = {  # depth, width and convolutions
-    "teacher": (16, 2, "plain"),
-    "small": (16, 1, "plain"),
-    "thin": (16, 0.5, "plain"),
-    "grouped": (16, 2, "grouped"),
-    "bottleneck": (16, 2, "bottleneck"),
-}
+MODELS = {  # width and convolutions
+    "teacher": (2, "plain"), "small": (1, "plain"), "thin": (0.5, "plain"),
+    "bottleneck": (2, "bottleneck"),
+}  # fmt: skip
 
 
 def make_convolution(kind: str, dim_in: int, dim_out: int, stride: int) -> nn.Module:
-    """A 3x3 convolution, or a cheap one of the same shape, as Moonshine's authors make them."""
+    """A 3x3 convolution, or a cheap one of the same shape, as Moonshine's authors make it."""
     how = dict(kernel_size=3, stride=stride, padding=1, bias=False)
     if kind == "plain":
         return nn.Conv2d(dim_in, dim_out, **how)
-    if kind == "grouped":  # in groups of 8 channels, and mixed point by point
-        apart = nn.Conv2d(dim_in, dim_in, groups=max(1, dim_in // 8), **how)
-        return nn.Sequential(apart, *make_norm(dim_in), nn.Conv2d(dim_in, dim_out, 1, bias=False))
     narrow = dim_out // 2
     down, up = nn.Conv2d(dim_in, narrow, 1, bias=False), nn.Conv2d(narrow, dim_out, 1, bias=False)
     middle = nn.Conv2d(narrow, narrow, **how)
@@ -54,23 +48,22 @@ class Block(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """Three groups of blocks, at the whole, a half and a quarter of the side (arXiv 1605.07146)."""
+    """Three groups of two blocks, at the whole, a half and a quarter of the side: 16 layers.
+
+    Zagoruyko and Komodakis, arXiv 1605.07146.
+    """
 
     def __init__(self, model: str, dataset: data.Data):
         super().__init__()
         for name in ("mean", "std"):  # as vit.ViT, it normalises its images itself
             self.register_buffer(name, torch.tensor(getattr(dataset, name))[:, None, None])
-        depth, width, kind = MODELS[model]
+        width, kind = MODELS[model]
         dims = [16, *(int(group * width) for group in (16, 32, 64))]
         self.stem = nn.Conv2d(dataset.channels, dims[0], 3, padding=1, bias=False)
         self.groups = nn.ModuleList()
         for i in range(3):
-            inputs = [dims[i]] + [dims[i + 1]] * ((depth - 4) // 6 - 1)
-            strides = [2 if i else 1] + [1] * (len(inputs) - 1)
-            blocks = (
-                Block(kind, dim, dims[i + 1], s) for dim, s in zip(inputs, strides, strict=True)
-            )
-            self.groups.append(nn.Sequential(*blocks))
+            first = Block(kind, dims[i], dims[i + 1], 2 if i else 1)
+            self.groups.append(nn.Sequential(first, Block(kind, dims[i + 1], dims[i + 1], 1)))
         self.norm = nn.BatchNorm2d(dims[-1])
         self.head = nn.Linear(dims[-1], len(dataset.classes))
 

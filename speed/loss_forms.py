@@ -3,9 +3,7 @@
 python -m speed.loss_forms            milliseconds of one layer of ViT-L
 """
 
-import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -17,23 +15,12 @@ from attention_distill import attention_loss
 from common import launch
 from common.attention import fused_attention_loss
 from common.launch import print0
-from common.settings import parse_settings, setting
+from common.settings import parse_settings
 from speed import measure
 from vit import QK
 
-
-@dataclass(frozen=True)
-class Settings(measure.Settings):
-    steps: int = setting(20, "timed steps of each form", low=1)
-
-
-parse = partial(parse_settings, __doc__, Settings, {})
-TOKENS = (197, 577, 1025)
-
-
-def fused(student: QK, teacher: QK) -> Tensor:
-    """What training calls."""
-    return fused_attention_loss(student.q, student.k, teacher.q, teacher.k)[0]
+parse = partial(parse_settings, __doc__, measure.Settings, {})
+TOKENS, HEADS = (197, 577, 1025), recipes.SIZES["large"][2]
 
 
 def two_fused_calls(student: QK, teacher: QK) -> Tensor:
@@ -63,63 +50,43 @@ def flexible(student: QK, teacher: QK) -> Tensor:
 
 FORMS = {
     "plain": attention_loss,
-    "at once": fused,
+    "at once": lambda ours, theirs: fused_attention_loss(*ours[:2], *theirs[:2])[0],  # in training
     "two fused calls": two_fused_calls,
     "log-sum-exp": log_sum_exp,
 }
 
 
-def time_forms(
-    forms: dict[str, Callable], tokens: int, images: int, steps: int, device
-) -> dict[str, float]:
-    """Milliseconds per image of forward and backward pass of each form, for a layer of `large`."""
-    on_gpu, heads = device.type == "cuda", recipes.SIZES["large"][2]
-    dtype = torch.bfloat16 if on_gpu else torch.float32
-    drawn = torch.randn(4, images, heads, tokens, 64, device=device, dtype=dtype)
+def time_form(form: Callable, tokens: int, images: int, device: torch.device, dtype) -> float:
+    """Milliseconds per image of the forward and backward pass, for a layer of `large`."""
+    drawn = torch.randn(4, images, HEADS, tokens, 64, device=device, dtype=dtype)
     q, k, q_t, k_t = (x.clone().requires_grad_(i < 2) for i, x in enumerate(drawn))
 
-    def work(form: Callable) -> None:
-        with torch.autocast(device.type, dtype, enabled=on_gpu):
+    def work() -> None:
+        with torch.autocast(device.type, dtype, enabled=dtype is torch.bfloat16):
             loss = form(QK(q, k), QK(q_t, k_t))
         torch.autograd.grad(loss, (q, k))
 
-    times = {name: [] for name in forms}
-    for step in range(3 + steps):
-        for name, form in forms.items():
-            took = measure.measure_seconds(partial(work, form), device)
-            times[name] += [took] if step >= 3 else []
-    return {name: round(1000 * statistics.median(took) / images, 4) for name, took in times.items()}
+    measure.measure_seconds(work, device, 3)  # it may have to be compiled
+    return round(1000 * measure.measure_seconds(work, device, 20) / images, 4)
 
 
-def can_run(name: str, form: Callable, device) -> bool:
-    """Whether a form can be compiled and timed here. If not, a note says why."""
-    try:
-        return bool(time_forms({name: form}, TOKENS[0], 1, 1, device))
-    except (RuntimeError, ImportError) as error:
-        reason = str(error).partition("\n")[0]
-        print0(f"{name}, left out: {reason}")
-        return False
-
-
-def main(settings: Settings) -> dict:
-    """Each form, and on a GPU also compiled."""
-    device = launch.get_device(settings.device)
-    on_gpu, forms = device.type == "cuda", dict(FORMS)
-    if on_gpu:
+def main(settings: measure.Settings) -> dict:
+    """Each form, and on a GPU also compiled. One that cannot run here is left out."""
+    device, table, forms = launch.get_device(settings.device), {}, dict(FORMS)
+    dtype, at_a_time = torch.float32, 8  # images of 197 tokens
+    if device.type == "cuda":
+        dtype, at_a_time = torch.bfloat16, 64
         forms |= {f"{name}, compiled": torch.compile(form) for name, form in FORMS.items()}
         forms["flex, compiled"] = torch.compile(flexible)
-    forms = {name: form for name, form in forms.items() if can_run(name, form, device)}
-    table = {name: {} for name in forms}
-    for tokens in TOKENS:
-        images = (64 if on_gpu else 8) * 197 // tokens
-        for name, ms in time_forms(forms, tokens, images, settings.steps, device).items():
-            table[name][str(tokens)] = ms
-    print0(f"{'ms, one layer':26} " + " ".join(f"{tokens:>6} tokens" for tokens in TOKENS))
-    for name, row in table.items():
-        print0(f"{name:26} " + " ".join(f"{ms:13.3f}" for ms in row.values()))
-    dtype = str(torch.bfloat16 if on_gpu else torch.float32)
-    about = {"heads": recipes.SIZES["large"][2], "dtype": dtype, "steps": settings.steps}
-    found = {"ms_per_image_and_layer": table} | about
+    for name, form in forms.items():
+        try:
+            for tokens in TOKENS:
+                ms = time_form(form, tokens, at_a_time * 197 // tokens, device, dtype)
+                table.setdefault(name, {})[str(tokens)] = ms
+                print0(f"{name:26} {tokens:5} tokens {ms:9.4f} ms per image and layer")
+        except (RuntimeError, ImportError) as error:
+            print0(f"{name:26} left out: {str(error).splitlines()[:1]}")
+    found = {"ms_per_image_and_layer": table, "heads": HEADS, "dtype": str(dtype)}
     return measure.add_record(settings, device, "speed.loss_forms", found)
 
 

@@ -1,5 +1,6 @@
 """What all measurements share: operations counted, seconds, memory, records."""
 
+import itertools
 import json
 import platform
 import resource
@@ -8,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,16 +20,13 @@ from common.launch import device_name, print0
 from common.precision import has_bf16
 from common.settings import Base, parse_layers, setting
 
+CLASSES = {"cifar10": 10, "imagenet": 1000}
+
 
 @dataclass(frozen=True)
 class Settings(Base):
     device: str = setting("auto", "cpu, cuda, mps, or auto")
-    record: bool = setting(False, "keep the figures in --speed/benchmark-DEVICE.json")
-    results: str = setting("speed", "folder of the record")
-
-
-def count_classes(recipe) -> int:
-    return 1000 if recipe.data == "imagenet" else 10
+    record: bool = setting(False, "keep the figures in speed/benchmark-DEVICE.json")
 
 
 def count_operations(method: str, recipe) -> float:
@@ -40,61 +39,52 @@ def count_operations(method: str, recipe) -> float:
     optimizer and recomputation are not counted.
     """
     dim, depth, _ = recipes.SIZES[recipe.model]
-    kind = recipes.DATA_SETS[recipe.data]
-    patches = ((recipe.image_size or kind.image_size) // recipe.patch) ** 2
-    pixels = recipe.patch**2 * kind.channels
-
-    def block(tokens: int, d: int = dim) -> float:
-        """Forward: qkv, projection, MLP, and map times values."""
-        return 2 * tokens * d * d * (3 + 1 + 8) + 2 * tokens**2 * d
-
-    def one_map(tokens: int, d: int = dim) -> float:
-        return 2 * tokens**2 * d
-
-    def train_step(tokens: int, depth: int, d: int = dim) -> float:
-        return 3 * depth * (block(tokens, d) + one_map(tokens, d))
-
+    patches = (recipe.image_size // recipe.patch) ** 2
+    pixels = recipe.patch**2 * recipes.DATA_SETS[recipe.data].channels
     n, embed = 1 + patches, 2 * patches * pixels * dim
-    queries_keys = 2 * n * dim * 2 * dim
+    one_map, queries_keys = 2 * n**2 * dim, 4 * n * dim**2
+
+    def block(tokens: int, d: int) -> float:
+        """Forward: qkv, projection and MLP; the map, and its product with the values."""
+        return 2 * tokens * d**2 * (3 + 1 + 8) + 4 * tokens**2 * d
+
     if method == "pretrain":
         visible, d = 1 + int(patches * (1 - recipe.mask_ratio)), recipe.decoder_dim
-        ends = 3 * 2 * (visible * dim * d + n * d * pixels)
-        decoder = train_step(n, recipe.decoder_depth, d)
-        return 2 * embed + train_step(visible, depth) + decoder + ends
-    student = 2 * embed + train_step(n, depth) + 3 * 2 * dim * count_classes(recipe)
+        ends = 2 * (visible * dim * d + n * d * pixels)
+        decoder = recipe.decoder_depth * block(n, d)
+        return 2 * embed + 3 * (depth * block(visible, dim) + decoder + ends)
+    student = 2 * embed + 3 * (depth * block(n, dim) + 2 * dim * CLASSES[recipe.data])
     if method == "finetune":
         return student
     layers = parse_layers(recipe.layers, depth)
-    teacher = embed + layers[-1] * (block(n) + one_map(n)) + queries_keys
+    teacher = embed + layers[-1] * block(n, dim) + queries_keys
     if method == "copy":  # of a copied block: no queries and keys, and no gradient of the map
-        return teacher + student - len(layers) * 3 * (queries_keys + one_map(n))
-    return teacher + student + one_map(n)  # the teacher's last map
+        return teacher + student - len(layers) * 3 * (queries_keys + one_map)
+    return teacher + student + one_map  # the teacher's last map
+
+
+def measure_seconds(work: Callable, device: torch.device, times: int = 1) -> float:
+    """Until the device is done. Of several `times` the median."""
+    found = []
+    for _ in range(times):
+        began = time.perf_counter()
+        work()
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
+        found.append(time.perf_counter() - began)
+    return statistics.median(found)
 
 
 def measure_matrix_rate(device: torch.device) -> float:
     """Operations per second of the device's own matrix product, in bf16 or float32, two sizes."""
-    best, dtypes = 0.0, [torch.float32]
-    if has_bf16(device.type):
-        dtypes.append(torch.bfloat16)
-    for n in (4096, 8192) if device.type == "cuda" else (1024, 2048):
-        for dtype in dtypes:
-            a, b = torch.randn(2, n, n, device=device).to(dtype).unbind()
-            times = [measure_seconds(lambda a=a, b=b: a @ b, device) for _ in range(12)]
-            best = max(best, 2 * n**3 / statistics.median(times))
-    return best
-
-
-def measure_seconds(work: Callable, device: torch.device) -> float:
-    if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        work()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1000
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
+    sizes = (4096, 8192) if device.type == "cuda" else (1024, 2048)
+    dtypes = [torch.float32, torch.bfloat16][: 1 + has_bf16(device.type)]
+    rates = []
+    for n, dtype in itertools.product(sizes, dtypes):
+        multiply = partial(torch.matmul, *torch.randn(2, n, n, device=device).to(dtype))
+        rates.append(2 * n**3 / measure_seconds(multiply, device, 12))
+    torch.cuda.empty_cache()
+    return max(rates)
 
 
 def read_peak(device: torch.device) -> float:
@@ -110,22 +100,17 @@ def add_record(settings, device: torch.device, module: str, found: dict, whole=T
 
     One that is not yet `whole` replaces none that is.
     """
-    name, command = device_name(device), " ".join(["python", "-m", module, *sys.argv[1:]])
-    unfinished = f"{command} (unfinished)"
-    about = {
-        "command": command if whole else unfinished,
-        "commit": runs.read_commit(),
-        "device": name,
-    }
-    versions = {"torch": torch.__version__, "python": platform.python_version()}
-    record = about | versions | found
+    command = " ".join(["python -m", module, *sys.argv[1:]])
+    unfinished, name = f"{command} (unfinished)", device_name(device)
+    record = {"command": command if whole else unfinished, "commit": runs.read_commit()}
+    record |= {"device": name, "torch": torch.__version__, "python": platform.python_version()}
+    record |= found
     if settings.record:
         kind = name.replace(" ", "-") if device.type == "cuda" else device.type
-        path = Path(settings.results) / f"benchmark-{kind}.json"
-        kept = json.loads(path.read_text()) if path.exists() else []
-        replaced = (command, unfinished) if whole else (unfinished,)
-        others = [row for row in kept if row["command"] not in replaced]
-        path.parent.mkdir(exist_ok=True, parents=True)
-        checkpoints.write_text(path, json.dumps([*others, record], indent=1) + "\n")
+        path = Path(f"speed/benchmark-{kind}.json")
+        before = json.loads(path.read_text()) if path.exists() else []
+        kept = [row for row in before if row["command"] not in (record["command"], unfinished)]
+        path.parent.mkdir(exist_ok=True)
+        checkpoints.write_text(path, json.dumps([*kept, record], indent=1) + "\n")
         print0(f"\nwrote {path}")
     return record

@@ -1,7 +1,6 @@
 """Methods and loop as they are usually written: maps stored, the teacher run to its end."""
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -9,7 +8,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from common.launch import Failed
 from train import Learner, Task, group_parameters
 from vit import Attention, Block
 
@@ -28,43 +26,30 @@ class PlainAttention(nn.Module):
         return self.proj(rearrange(y, "b h n d -> b n (h d)")), scores
 
 
-def make_plain(net: nn.Module) -> nn.Module:
-    """The same net with attention that stores its maps."""
-    for module in net.modules():
-        if isinstance(module, Block):
-            module.attn = PlainAttention(module.attn)
-    return net
+def make_plain(task: Task, recipe) -> None:
+    """Rewrites a method the usual way."""
+    nets = [task.net]
+    if recipe.method in ("copy", "distill"):
+        own = {name: task.loss.keywords[name] for name in ("teacher", "layers")}
+        task.loss = partial(transfer_loss, **own, settings=recipe)
+        nets.append(own["teacher"])
+    for block in (module for net in nets for module in net.modules() if isinstance(module, Block)):
+        block.attn = PlainAttention(block.attn)
 
 
-def make_plain_task(task: Task, recipe) -> Task:
-    """The same method, written the usual way."""
-    make_plain(task.net)
-    losses: dict[str, Callable] = {"copy": copy_loss, "distill": distill_loss}
-    if recipe.method in losses:
-        teacher, layers = (task.loss.keywords[name] for name in ("teacher", "layers"))
-        how = dict(teacher=make_plain(teacher), layers=layers, settings=recipe)
-        task.loss = partial(losses[recipe.method], **how)
-    return task
-
-
-def copy_loss(student, images, labels, teacher, layers: Sequence[int], settings):
-    keep = student.draw_drop_path(len(images))
+def transfer_loss(student, images, labels, teacher, layers: Sequence[int], settings):
+    """Of attention copy, or of distillation."""
+    keep, copies = student.draw_drop_path(len(images)), settings.method == "copy"
     with torch.no_grad():
         theirs = [scores for _, scores in teacher.blockwise(images, keep=keep)]
-    given = [scores if i in layers else None for i, scores in enumerate(theirs)]
-    logits = student(images, given, keep)
-    return F.cross_entropy(logits, labels, label_smoothing=settings.smoothing), {}
-
-
-def distill_loss(student, images, labels, teacher, layers: Sequence[int], settings):
-    keep = student.draw_drop_path(len(images))
-    with torch.no_grad():
-        theirs = [scores for _, scores in teacher.blockwise(images, keep=keep)]
-    tokens, ours = zip(*student.blockwise(images, keep=keep), strict=True)
-    pairs = [(theirs[i].softmax(-1), ours[i].log_softmax(-1)) for i in layers]
-    attention = sum(-(p_t * log_p).sum(-1).mean() for p_t, log_p in pairs)
+    given = [scores if copies and i in layers else None for i, scores in enumerate(theirs)]
+    tokens, ours = zip(*student.blockwise(images, given, keep), strict=True)
     logits = student.classify(tokens[-1])
     classification = F.cross_entropy(logits, labels, label_smoothing=settings.smoothing)
+    if copies:
+        return classification, {}
+    pairs = [(theirs[i].softmax(-1), ours[i].log_softmax(-1)) for i in layers]
+    attention = sum(-(p_t * log_p).sum(-1).mean() for p_t, log_p in pairs)
     return classification + settings.attention_weight * attention, {"class": classification}
 
 
@@ -81,8 +66,7 @@ class PlainLearner(Learner):
             group["lr"] = rate * group["scale"]
         loss = self.compute_loss(images, labels)
         loss.backward()
-        if not math.isfinite(loss.item()):
-            raise Failed("the loss is not finite")
+        loss.item()  # to stop if it is not finite: each step waits for it
         if self.settings.clip:
             nn.utils.clip_grad_norm_(self.net.parameters(), self.settings.clip)
         else:  # only for the log
@@ -90,7 +74,5 @@ class PlainLearner(Learner):
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.average:
-            with torch.no_grad():
-                pairs = zip(self.average.parameters(), self.net.parameters(), strict=True)
-                for average, p in pairs:
-                    average.mul_(self.settings.ema).add_(p, alpha=1 - self.settings.ema)
+            for average, p in zip(self.average.parameters(), self.net.parameters(), strict=True):
+                average.mul_(self.settings.ema).add_(p.detach(), alpha=1 - self.settings.ema)
