@@ -82,6 +82,9 @@ class Attention(nn.Module):  # tokens (B, N, D) to tokens, and the QK they atten
         y = self.qkv(x, rows) if partial else self.qkv(x)[..., rows]
         return rearrange(y, "b n (p h d) -> p b h n d", h=self.heads, d=self.dim // self.heads)
 
+    def project_values(self, x: Tensor) -> Tensor:
+        return self.project(x, slice(2 * self.dim, None))[0]
+
     def queries_keys(self, q: Tensor, k: Tensor, visible_ids=None) -> QK:
         return QK(q, k)  # families (teachers/vit.py) add rope or a bias here
 
@@ -90,8 +93,7 @@ class Attention(nn.Module):  # tokens (B, N, D) to tokens, and the QK they atten
             q, k, v = self.project(x)
             qk = self.queries_keys(q, k, visible_ids)
         else:  # attention copy
-            qk = given
-            (v,) = self.project(x, slice(2 * self.dim, None))
+            qk, v = given, self.project_values(x)
         return self.proj(rearrange(attend(qk, v), "b h n d -> b n (h d)")), qk
 
 
