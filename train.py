@@ -72,19 +72,16 @@ def train(task: Task, settings: Settings, out: Path, test: Callable | None) -> d
     rows, seconds = learner.restore(state) if state else ([], 0.0)
     if len(set(collect(learner.done))) > 1:
         raise Failed("the processes resume from different steps: all must see the same --out disk")
-    if not state:
-        runs.clear(out)
     del state  # gigabytes, for a large net
     clock = Clock(learner.done, steps, images.batch, seconds)
-    runs.write_config(out, run, settings, learner)
-    runs.write_rows(out, rows)
+    runs.begin(out, run, settings, learner, rows)
     task.net.train()
     with catch_signals() as signals:
         for epoch in range(learner.done // per_epoch, epochs):
             for batch, labels in images.epoch(epoch, start=learner.done % per_epoch):
                 rate = get_learning_rate(learner.done, steps, warmup, peak, settings.final_lr)
                 learner.train_step(batch, labels, rate)
-                if clock.second_passed():
+                if clock.passed(1):
                     runs.check_finite(learner.sums)
                     show_progress(learner.sums, learner.done, per_epoch, epochs, clock)
                 ends_epoch = learner.done % per_epoch == 0
@@ -96,8 +93,9 @@ def train(task: Task, settings: Settings, out: Path, test: Callable | None) -> d
             row = {"epoch": epoch + 1} | {k: v.item() / per_epoch for k, v in learner.sums.items()}
             row |= {"lr": rate} | clock.row(learner.done)
             if task.predict and (epoch + 1 == epochs or (epoch + 1) % settings.eval_every == 0):
-                with clock.evaluating():
-                    row |= learner.validate(task)
+                began = time.perf_counter()
+                row |= learner.validate(task)
+                clock.evaluation += time.perf_counter() - began
             rows.append(row)
             learner.sums = {}
             show_row(row, epochs, clock.left(learner.done))
@@ -105,7 +103,7 @@ def train(task: Task, settings: Settings, out: Path, test: Callable | None) -> d
             short = epoch > 10 and clock.unsaved() < 1  # seconds; saving takes as long as a step
             if signals or epoch + 1 == epochs or not short:
                 learner.save(out, rows, run, clock, signals)
-            if clock.minute_passed():
+            if clock.passed(60):
                 draw(rows, out)
     return finish(task, learner, rows, out, test)
 
@@ -224,7 +222,7 @@ class Learner:
         if rank() == 0:
             state = {name: part.state_dict() for name, part in self.parts().items()}
             state |= {"step": self.done, "sums": self.sums, "rows": rows, "run": run}
-            checkpoints.save(state | {"seconds": clock.total()}, out / "last.pt")
+            checkpoints.save(state | clock.row(self.done), out / "last.pt")
         clock.saved = time.perf_counter()
         if signals:
             print0(f"\nstopped by a signal at step {self.done}: continue with --resume")

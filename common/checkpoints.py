@@ -84,12 +84,20 @@ def parse_ours(found: dict[str, Any], source: str) -> Checkpoint:
     return Checkpoint(source, weights, shape, **known)
 
 
-def write(path: Path, fill: Callable) -> None:
-    """`fill(file)` fills a new file. It replaces the old one when it is complete, else: Failed."""
+def save(contents: dict | str | Callable, path: Path) -> None:
+    """Writes a text, calls `contents(file)`, or saves with torch, and then replaces the old file.
+
+    Failed if that does not work.
+    """
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         with open(part, "wb") as file:
-            fill(file)
+            if callable(contents):
+                contents(file)
+            elif isinstance(contents, str):
+                file.write(contents.encode())
+            else:
+                torch.save(contents, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
@@ -99,14 +107,6 @@ def write(path: Path, fill: Callable) -> None:
         raise Failed(f"could not write {path} ({met or error}){kept}") from error
     finally:
         part.unlink(missing_ok=True)
-
-
-def save(contents: dict, path: Path) -> None:
-    write(path, lambda file: torch.save(contents, file))
-
-
-def write_text(path: Path, text: str) -> None:
-    write(path, lambda file: file.write(text.encode()))
 
 
 def check_place(path: Path, name: str, *suffixes: str) -> None:

@@ -1,6 +1,7 @@
 """Pictures: figures that are saved, attention as light on images, and the curves of a run."""
 
 import textwrap
+from functools import partial
 from math import isqrt
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def save(fig, path: Path, dpi: int = 160) -> None:
     import matplotlib.pyplot as plt
 
     kind = path.suffix.removeprefix(".") or "png"
-    checkpoints.write(path, lambda file: fig.savefig(file, dpi=dpi, format=kind))
+    checkpoints.save(partial(fig.savefig, dpi=dpi, format=kind), path)
     plt.close(fig)
 
 

@@ -1,13 +1,12 @@
 """What a run says on the terminal: what it is, how fast it is, how it ended."""
 
-import contextlib
 import textwrap
 import time
 from pathlib import Path
 
 import torch
 
-from common.launch import Every, device_name, on_terminal, print0, rewrite, world
+from common.launch import device_name, print0, rewrite, world
 from common.precision import choose_precision
 
 # In the log, beside the loss and what a method watches.
@@ -21,32 +20,27 @@ class Clock:
         self.first, self.steps, self.batch = step, steps, batch
         self.before, self.evaluation = seconds, 0.0  # `before` this process, which began at `first`
         self.began = self.saved = time.perf_counter()
-        self.second_passed, self.minute_passed = Every(1), Every(60)
-        self.announced = on_terminal()  # how long it will take
+        self.ticks: dict[float, int] = {}
+        self.announced = False  # how long it will take
 
     def elapsed(self) -> float:
         return time.perf_counter() - self.began
 
-    def total(self) -> float:
-        return self.before + self.elapsed()
-
     def unsaved(self) -> float:
         return time.perf_counter() - self.saved
 
-    def speed(self, step: int) -> float:  # training images/s, without evaluation
-        return max(1, step - self.first) * self.batch / (self.elapsed() - self.evaluation)
+    def passed(self, seconds: float) -> bool:
+        """True once every so many seconds."""
+        before, self.ticks[seconds] = self.ticks.get(seconds, 0), int(self.elapsed() / seconds)
+        return self.ticks[seconds] > before
 
     def left(self, step: int) -> str:
         return format_minutes(self.elapsed() / max(1, step - self.first) * (self.steps - step))
 
     def row(self, step: int) -> dict[str, float]:
-        return {"images_per_s": round(self.speed(step), 1), "seconds": round(self.total(), 2)}
-
-    @contextlib.contextmanager
-    def evaluating(self):
-        began = time.perf_counter()
-        yield
-        self.evaluation += time.perf_counter() - began
+        speed = max(1, step - self.first) * self.batch / (self.elapsed() - self.evaluation)
+        total = self.before + self.elapsed()  # the speed is that of training alone
+        return {"images_per_s": round(speed, 1), "seconds": round(total, 2)}
 
 
 def format_minutes(seconds: float) -> str:
@@ -63,13 +57,13 @@ def select_terms(row: dict) -> dict:
 def show_progress(sums: dict, step: int, per_epoch: int, epochs: int, clock: Clock) -> None:
     """The line that rewrites itself on a terminal. Elsewhere, once, how long it will take."""
     epoch, within = divmod(step - 1, per_epoch)
-    pace = f"{clock.speed(step):,.0f} images/s  {clock.left(step)} left"
+    pace = f"{clock.row(step)['images_per_s']:,.0f} images/s  {clock.left(step)} left"
+    terms = select_terms(sums).items()
+    shown = "  ".join(f"{k} {v.item() / (within + 1):.3f}" for k, v in terms)
+    clock.announced |= rewrite(f"epoch {epoch + 1}  step {within + 1}/{per_epoch}  {shown}  {pace}")
     if not clock.announced and clock.elapsed() > 5:
         clock.announced = True
         print0(f"epoch {epoch + 1}/{epochs}  {pace}")
-    terms = select_terms(sums).items()
-    shown = "  ".join(f"{k} {v.item() / (within + 1):.3f}" for k, v in terms)
-    rewrite(f"epoch {epoch + 1}  step {within + 1}/{per_epoch}  {shown}  {pace}")
 
 
 def show_row(row: dict, epochs: int, left: str) -> None:

@@ -126,6 +126,6 @@ def add_record(settings, device: torch.device, module: str, found: dict, whole=T
         replaced = (command, unfinished) if whole else (unfinished,)
         others = [row for row in kept if row["command"] not in replaced]
         path.parent.mkdir(exist_ok=True, parents=True)
-        checkpoints.write_text(path, json.dumps([*others, record], indent=1) + "\n")
+        checkpoints.save(json.dumps([*others, record], indent=1) + "\n", path)
         print0(f"\nwrote {path}")
     return record

@@ -8,7 +8,7 @@ from pathlib import Path
 from common import runs
 from common.checkpoints import Checkpoint
 from common.launch import print0, run_first
-from common.settings import get_free, get_values, parse_layers
+from common.settings import get_values, parse_layers
 from data import Data
 from recipes import DATA_SETS, Images
 from teachers import adapt
@@ -75,7 +75,8 @@ def make_teacher(script, settings, dataset=None, **changes) -> Path:
     shared |= {"seed", "amp", "compile", "num_labels", "subset_seed"}
     changes |= {"batch": min(own.batch, dataset.available)} if dataset else {}
     own = replace(own, **{name: getattr(settings, name) for name in shared} | changes)
-    facts = {k: v for k, v in get_values(own).items() if k not in get_free(own) | {"amp"}} | changes
+    facts = get_values(own, free=False) | changes
+    del facts["amp"]
     facts |= {"method": own.method, "images": dataset and (dataset.available, dataset.fingerprint)}
     name = f"teacher-{own.data}-{own.model}-{runs.hash_settings(facts)}"
     out = Path("runs") / name.replace("/", "-")
