@@ -21,7 +21,7 @@ from torch import Tensor
 
 from common.augment import Augment, BatchRandom, hash_seed, reseed, seeded, to_pixels
 from common.launch import get_device, print0, rank, world
-from datasets.sources import Tensors, check_choices, hold, hold_out
+from datasets.sources import Tensors, check_choices, hold_out
 from recipes import DATA_SETS, Images, Settings
 
 
@@ -37,7 +37,7 @@ class Data(NamedTuple):
     test: Any = None  # the same as `val` if there is no third part, as usual on ImageNet
     holdout: float = 0.0  # share of the training images that was held out
     available: int = 0  # images to train on, before --num-labels takes some
-    fingerprint: str = ""  # of all image files, of a million their names; a bundled set has none
+    fingerprint: str = ""  # of all image files; a bundled set has none
     left_out: tuple[str, ...] = ()  # images that cannot be read
 
     def describe(self, labels: bool) -> str:
@@ -77,8 +77,7 @@ class Data(NamedTuple):
         """How many images of a part are among those that a checkpoint learned from."""
         if hashes is None or (own := getattr(self, part).source).contents is None:
             return 0
-        older = torch.isin(own.hashes, hashes)  # what checkpoints remembered before
-        return int((older | torch.isin(own.contents, hashes)).sum())
+        return int(torch.isin(own.contents, hashes).sum())
 
 
 def load(settings: Images, train: bool = True) -> Data:
@@ -93,18 +92,18 @@ def load(settings: Images, train: bool = True) -> Data:
     share = settings.holdout if settings.holdout >= 0 else 0.0 if parts.test else 0.2
     source, val, test = hold_out(parts, share)
     test = test or val or source
-    test_view = val_view = Eval(hold(test, device, centred=True), device)
+    test_view = val_view = Eval(test.hold(centred=True), device)
     if val not in (None, test):
-        val_view = Eval(hold(val, device, centred=True), device)
+        val_view = Eval(val.hold(centred=True), device)
     found = Data(parts.classes, size, kind.mean, kind.std, None, val_view, test_view, share)
     if not train:
         return found
     assert isinstance(settings, Settings)
     if test is source:
         print0("note: nothing is held out: accuracies will be those of training images")
-    drawn = hold(draw_labels(source, settings), device)  # and what cannot be read is known
+    drawn = draw_labels(source, settings).hold()  # and what cannot be read is known
     files = [x for x in (source, val, test) if x and not isinstance(x, Tensors)]
-    known = [x.hashes.tolist() if len(x) < 100_000 else x.names for x in files]
+    known = [(x.names, x.contents.tolist()) for x in files]
     fingerprint = f"{hash_seed(*known):014x}" if files else ""
     in_files = not isinstance(drawn, Tensors)
     augment = parts.augment or Augment(settings, kind, device, cropped=in_files)

@@ -19,19 +19,20 @@ def find_micro_batch(task, compute: Callable) -> int:
     labels, fits = images.new_zeros(size).long(), images.new_zeros(1)
     learned = [p for p in net.parameters() if p.requires_grad]
     copies = 3 + dist.is_initialized()  # AdamW's two, gradients so far, and DDP's
+    reserved: list[torch.Tensor] = []
     if dist.is_initialized():
         dist.all_reduce(fits)  # NCCL takes its memory at its first use
     while True:
-        before = [buffer.clone() for buffer in net.buffers()]
+        before = [*map(torch.clone, net.buffers())]
         try:
-            reserved = [torch.empty_like(p) for p in learned * copies]
+            reserved.extend(map(torch.empty_like, learned * copies))
             compute(images[:size], labels[:size]).backward()
             fits.fill_(1)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             fits.zero_()
-        reserved = []
+        reserved.clear()
         net.zero_grad()
         for buffer, value in zip(net.buffers(), before, strict=True):
             buffer.copy_(value)

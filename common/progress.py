@@ -21,7 +21,6 @@ class Clock:
         self.before, self.evaluation = seconds, 0.0  # `before` this process, which began at `first`
         self.began = self.saved = time.perf_counter()
         self.ticks: dict[float, int] = {}
-        self.announced = False  # how long it will take
 
     def elapsed(self) -> float:
         return time.perf_counter() - self.began
@@ -55,15 +54,13 @@ def select_terms(row: dict) -> dict:
 
 
 def show_progress(sums: dict, step: int, per_epoch: int, epochs: int, clock: Clock) -> None:
-    """The line that rewrites itself on a terminal. Elsewhere, once, how long it will take."""
+    """The line that rewrites itself on a terminal. Elsewhere, a line every ten minutes."""
     epoch, within = divmod(step - 1, per_epoch)
-    pace = f"{clock.row(step)['images_per_s']:,.0f} images/s  {clock.left(step)} left"
-    terms = select_terms(sums).items()
-    shown = "  ".join(f"{k} {v.item() / (within + 1):.3f}" for k, v in terms)
-    clock.announced |= rewrite(f"epoch {epoch + 1}  step {within + 1}/{per_epoch}  {shown}  {pace}")
-    if not clock.announced and clock.elapsed() > 5:
-        clock.announced = True
-        print0(f"epoch {epoch + 1}/{epochs}  {pace}")
+    words = [f"epoch {epoch + 1}/{epochs}  step {within + 1}/{per_epoch}"]
+    words += [f"{k} {v.item() / (within + 1):.3f}" for k, v in select_terms(sums).items()]
+    words += [f"{clock.row(step)['images_per_s']:,.0f} images/s", f"{clock.left(step)} left"]
+    if not rewrite("  ".join(words)) and clock.passed(600):
+        print0("  ".join(words))
 
 
 def show_row(row: dict, epochs: int, left: str) -> None:
@@ -96,18 +93,17 @@ def introduce(task, settings, out: Path, micro_batch: int, rate: float) -> None:
     if config := getattr(net, "config", None):
         patches = f"patches of {config.patch} x {config.patch}"
         shape = f"{config.dim} wide, {config.depth} deep, {config.heads} heads, {patches}; {shape}"
-    lines = {
-        "net": shape,
-        "teacher": teacher,
-        "images": f"{settings.data}, {task.data.describe(labels=bool(task.predict))}",
-        "device": device,
-        "steps": f"{steps}; learning rate {rate:.3g}, warm-up {settings.warmup:.0%}",
-    }
     print0(f"{settings.method} -> {out}")
-    wrap = textwrap.TextWrapper(79, "", " " * 11, break_long_words=False, break_on_hyphens=False)
-    for name, line in lines.items():
+    for name, line in (
+        ("net", shape),
+        ("teacher", teacher),
+        ("images", f"{settings.data}, {task.data.describe(labels=bool(task.predict))}"),
+        ("device", device),
+        ("steps", f"{steps}; learning rate {rate:.3g}, warm-up {settings.warmup:.0%}"),
+    ):
         if line:
-            print0(wrap.fill(f"  {name:<8} {line}"))
+            how = dict(break_long_words=False, break_on_hyphens=False)
+            print0(textwrap.fill(f"  {name:<8} {line}", 79, subsequent_indent=" " * 11, **how))
 
 
 def get_validation(row: dict) -> float:

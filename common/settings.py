@@ -75,7 +75,7 @@ def parse_settings(
     `recipes`: may be a function of what is given. `positional`: name, help and number (0: any) of
     the words without a flag, if there are some.
     """
-    flags, actions = list_flags(cls), {}
+    flags, actions = list_flags(cls), dict[str, Any]()
     words = f" {positional[0].upper()} ..." if positional else ""
     parser = Parser(
         description=doc,

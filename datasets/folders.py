@@ -6,15 +6,13 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets.folder import is_image_file
 
 from common import runs
 from common.launch import print0
 from datasets.sources import Parts
 
 ADVICE = "point --data-dir at a folder that holds train/CLASS/* and val/CLASS/*, or CLASS/*"
-VALPREP = "https://raw.githubusercontent.com/soumith/imagenetloader.torch/master/valprep.sh"
-SORT = f"wget -qO- {VALPREP} | bash"
 PARTS = {"train": "train training", "val": "val valid validation", "test": "test testing"}
 PART_OF = {name: part for part, names in PARTS.items() for name in names.split()}
 METADATA = {  # beside those that begin with one of .@~ or __
@@ -24,7 +22,6 @@ METADATA = {  # beside those that begin with one of .@~ or __
 
 
 class Listing(NamedTuple):
-    folder: Path
     classes: list[str]  # names of the subfolders; [""] for a flat folder without labels
     samples: list[tuple[str, int]]  # path, number of the class
     names: list[str]  # CLASS/.../FILE, the same wherever the folder lies and whatever its disk
@@ -58,7 +55,7 @@ def list_parts(root: Path) -> dict[str, Listing]:
     if not classes and len(parts) < 2:  # one without subfolders is a class
         return {"train": list_images(root)}
     used = {folder.name for folder in parts.values()}
-    if odd := next(filter(is_image, walk(root, used)), None):
+    if odd := next(filter(is_image_file, walk(root, used)), None):
         raise ValueError(f"{odd} lies beside {', '.join(sorted(used))}: move such images away")
     return {part: list_images(folder, classes) for part, folder in parts.items()}
 
@@ -66,10 +63,6 @@ def list_parts(root: Path) -> dict[str, Listing]:
 def to_nfc(name: str) -> str:
     """A name in one form: a disk may write "é" as one character or as two."""
     return unicodedata.normalize("NFC", name)
-
-
-def is_image(path: str) -> bool:
-    return path.lower().endswith(IMG_EXTENSIONS)
 
 
 def is_metadata(folder: str) -> bool:
@@ -95,12 +88,12 @@ def list_images(folder: Path, classes: Collection[str] = ()) -> Listing:
     numbers = {name: number for number, name in enumerate(known)}
     samples, names, others, inside = [], [], [], set()
     for path in walk(folder):
-        if not is_image(path):
+        if not is_image_file(path):
             others.append(path)
             continue
         *places, file = to_nfc(path[len(str(folder)) + 1 :]).split(os.sep)
         if known and not places:
-            remedy = f"sort them, or move them away (ImageNet's val: cd {folder} && {SORT})"
+            remedy = "sort them (USAGE.md, Prepare ImageNet), or move them away"
             raise ValueError(f"{path} lies in no folder of a class: {remedy}")
         samples.append((path, numbers[places[0]] if places else 0))
         names.append("/".join([*places, file]))
@@ -114,4 +107,4 @@ def list_images(folder: Path, classes: Collection[str] = ()) -> Listing:
         print0(f"note: {len(others)} files are not images of a known kind, such as {others[0]}")
     if skipped := [x.name for x in folder.glob("[!.]*/") if is_metadata(x.name)]:
         print0(f"note: {folder}: ignoring {', '.join(skipped)}, as thumbnails, bins or the like")
-    return Listing(folder, known or [""], samples, names)
+    return Listing(known or [""], samples, names)

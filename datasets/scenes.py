@@ -23,7 +23,7 @@ from torch import Tensor
 from common.augment import BatchRandom, seeded
 from common.settings import parse_layers
 from datasets import digits
-from datasets.sources import Parts, Tensors, hold, hold_out
+from datasets.sources import Parts, Tensors, hold_out
 
 COUNT = {"train": 20_000, "val": 2_000, "test": 2_000}  # scenes of each part
 SQUARE = 0.25  # side of the square, over that of a cell
@@ -31,7 +31,6 @@ NOISE = 0.2  # pixels of 0..1 change by up to this
 
 
 def load(settings, kind, size: int, device) -> Parts:
-    digits.check_augmentation(settings)
     if settings.data == "scenes":
         names, split = list("0123456789"), digits.Split(0, device)
         pools = [split.whole(part) for part in COUNT]
@@ -40,7 +39,7 @@ def load(settings, kind, size: int, device) -> Parts:
 
         photos = replace(settings, data=settings.data.removeprefix("scenes-"))
         found = cifar.load(photos, kind._replace(image_size=32), 32, device)
-        held = [hold(source, device, centred=True) for source in hold_out(found, 0.1)]
+        held = [source.hold(centred=True) for source in hold_out(found, 0.1)]
         names, pools = found.classes, [(F.avg_pool2d(x.images / 255, 4), x.labels) for x in held]
     kinds = parse_layers(settings.classes, len(names), "classes")
     twins = settings.scene == "twins"
