@@ -14,6 +14,7 @@ import importlib
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -83,6 +84,7 @@ class Data(NamedTuple):
 def load(settings: Images, train: bool = True) -> Data:
     """The data set of the settings. With train=False its validation and test images only."""
     kind, device = DATA_SETS[settings.data], get_device(settings.device)
+    place = rank(), world()
     size = settings.image_size or kind.image_size
     check_choices(settings, kind.module)
     module = importlib.import_module(f"datasets.{kind.module}")
@@ -92,9 +94,9 @@ def load(settings: Images, train: bool = True) -> Data:
     share = settings.holdout if settings.holdout >= 0 else 0.0 if parts.test else 0.2
     source, val, test = hold_out(parts, share)
     test = test or val or source
-    test_view = val_view = Eval(test.hold(centred=True), device)
+    test_view = val_view = Eval(test.hold(centred=True), device, *place)
     if val not in (None, test):
-        val_view = Eval(val.hold(centred=True), device)
+        val_view = Eval(val.hold(centred=True), device, *place)
     found = Data(parts.classes, size, kind.mean, kind.std, None, val_view, test_view, share)
     if not train:
         return found
@@ -102,7 +104,7 @@ def load(settings: Images, train: bool = True) -> Data:
     if test is source:
         print0("note: nothing is held out: accuracies will be those of training images")
     drawn = draw_labels(source, settings).hold()  # and what cannot be read is known
-    files = [x for x in (source, val, test) if x and not isinstance(x, Tensors)]
+    files = [x for x in (source, val, test) if getattr(x, "contents", None) is not None]
     known = [(x.names, x.contents.tolist()) for x in files]
     fingerprint = f"{hash_seed(*known):014x}" if files else ""
     in_files = not isinstance(drawn, Tensors)
@@ -182,12 +184,14 @@ def build_mix(mixup: float, cutmix: float, classes: int) -> Callable:
     return v2.RandomChoice(mixes)
 
 
+@dataclass
 class Eval:
     """Images for evaluation."""
 
-    def __init__(self, source, device):
-        self.source, self.device = source, device
-        self.rank, self.world = rank(), world()
+    source: Any
+    device: torch.device
+    rank: int
+    world: int
 
     def __len__(self) -> int:
         return len(self.source)

@@ -94,6 +94,7 @@ def introduce(task, settings, out: Path, micro_batch: int, rate: float) -> None:
         patches = f"patches of {config.patch} x {config.patch}"
         shape = f"{config.dim} wide, {config.depth} deep, {config.heads} heads, {patches}; {shape}"
     print0(f"{settings.method} -> {out}")
+    wrap = textwrap.TextWrapper(79, "", " " * 11, break_long_words=False, break_on_hyphens=False)
     for name, line in (
         ("net", shape),
         ("teacher", teacher),
@@ -102,8 +103,7 @@ def introduce(task, settings, out: Path, micro_batch: int, rate: float) -> None:
         ("steps", f"{steps}; learning rate {rate:.3g}, warm-up {settings.warmup:.0%}"),
     ):
         if line:
-            how = dict(break_long_words=False, break_on_hyphens=False)
-            print0(textwrap.fill(f"  {name:<8} {line}", 79, subsequent_indent=" " * 11, **how))
+            print0(wrap.fill(f"  {name:<8} {line}"))
 
 
 def get_validation(row: dict) -> float:

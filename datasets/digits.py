@@ -29,21 +29,23 @@ def load(settings, kind, size: int, device) -> Parts:
         raise ValueError(f"--image-size {size}: --data digits has {kind.image_size}")
     split = Split(settings.distractors, device)
     kinds = parse_layers(settings.classes, 10, "classes")
-    sources = []
+    parts = []
     for images, labels in (split.whole("train"), split.placed("val"), split.placed("test")):
         new = labels[:, None] == torch.tensor(kinds, device=device)  # numbers of those asked for
         asked = new.any(dim=1)
-        sources.append(Tensors(images[asked], new[asked].long().argmax(dim=1)))
-    return Parts([str(kind) for kind in kinds], *sources, augment=split)
+        parts.append(Tensors(images[asked], new[asked].long().argmax(dim=1)))
+    train, val, test = parts
+    return Parts([str(kind) for kind in kinds], train, val, test, split)
 
 
 class Split:
     """The digits in three parts. Called with some, it clutters them: this task's augmentation."""
 
     def __init__(self, distractors: int, device):
-        images, labels = (torch.from_numpy(np.load(FILE)[name]) for name in ("images", "labels"))
-        self.images, self.labels = images.to(device) / 16, labels.long().to(device)  # in 0..1
-        order = torch.randperm(len(images), generator=seeded("digits")).to(device)
+        found = np.load(FILE)
+        self.images = torch.from_numpy(found["images"]).to(device) / 16  # in 0..1
+        self.labels = torch.from_numpy(found["labels"]).long().to(device)
+        order = torch.randperm(len(self.images), generator=seeded("digits")).to(device)
         self.parts = dict(zip(("test", "val", "train"), order.split([500, 300, 997]), strict=True))
         self.pool = self.images[self.parts["train"]]  # all distractors are cut from these
         self.distractors = distractors
