@@ -33,12 +33,12 @@ def load(settings, kind, size: int, device) -> Parts:
 
     folder, sources = Path(settings.data_dir or f"data/{settings.data}"), {}
     left_out = runs.read_left_out(settings)  # one set for all parts
-    for part, found in list_parts(folder).items():
-        how = (size, kind.crop_pct, settings, kind.mean, device, part, left_out)
-        sources[part] = images.Files(found.samples, found.names, *how)
+    for part, (classes, samples, names) in list_parts(folder).items():
+        how = (size, kind, settings, device, part, left_out)
+        sources[part] = images.Files(samples, names, *how)
         sources[part].look_through()
-    train, val, test = (sources.get(part) for part in PARTS)
-    return Parts(found.classes, train, val if test else None, test or val)
+    train, val, test = map(sources.get, PARTS)
+    return Parts(classes, train, val if test else None, test or val)
 
 
 def list_parts(root: Path) -> dict[str, Listing]:

@@ -95,9 +95,8 @@ class Files(Dataset):
     samples: list[tuple[str, int]]  # path, label
     names: list[str]  # the same wherever their folder lies
     size: int
-    crop_pct: float
+    kind: Any  # a recipes.DataSet: its mean is the colour of gaps
     settings: Any
-    mean: tuple[float, ...]  # the colour of gaps
     device: torch.device  # where batches go
     part: str = "train"
     left_out: set[str] = field(default_factory=set)  # PART/CLASS/.../FILE that cannot be read
@@ -105,7 +104,7 @@ class Files(Dataset):
     held: list[Tensor] | None = None  # the decoded images, if they fit in memory
 
     def __post_init__(self):
-        self.centre_crop = centre_crop(self.size, self.crop_pct)
+        self.centre_crop = centre_crop(self.size, self.kind.crop_pct)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -137,8 +136,8 @@ class Files(Dataset):
     def leave_out(self, found: list) -> list:
         """Forgets the images of which `found` says in words why they cannot be read."""
         good = [i for i, x in enumerate(found) if not isinstance(x, str)]
-        if len(good) < len(found):
-            bad = {self.names[i]: x for i, x in enumerate(found) if isinstance(x, str)}
+        bad = {self.names[i]: x for i, x in enumerate(found) if isinstance(x, str)}
+        if bad:
             text = next(iter(bad.values()))
             if not good:
                 raise ValueError(text)
@@ -158,22 +157,21 @@ class Files(Dataset):
         """
         if not self.fits():
             return self
-        found: list[Any] = []
-        left, prepare = HELD, self.crop_centre if centred else self.shrink
+        found, left, prepare = [], HELD, self.crop_centre if centred else self.shrink
         with ThreadPoolExecutor(count_cores()) as pool:
             decoded = pool.map(partial(attempt, prepare), range(len(self)))
             for image in count(decoded, len(self), "images decoded"):
                 found.append(image)
-                left -= 0 if isinstance(image, str) else image.numel()
+                left -= len(image) if isinstance(image, str) else image.numel()
                 if left < 0:
                     pool.shutdown(cancel_futures=True)
                     return self
         images = self.leave_out(found)
-        if {image.shape[1:] for image in images} == {(self.size, self.size)}:
-            stacked = torch.stack(images).to(self.device)
-            return Tensors(stacked, self.labels.to(self.device), self.names, self.contents)
-        self.held = images
-        return self
+        if {image.shape[1:] for image in images} != {(self.size, self.size)}:
+            self.held = images
+            return self
+        stacked, labels = torch.stack(images).to(self.device), self.labels.to(self.device)
+        return Tensors(stacked, labels, self.names, self.contents)
 
     def crop_centre(self, index: int) -> Tensor:
         return self.centre_crop(read_image(self.samples[index][0]))
@@ -193,7 +191,7 @@ class Files(Dataset):
         if self.held and not pin:
             workers = 0  # to crop alone is less work than to start them
         if key:
-            self.random_crop = random_crop(self.size, self.settings, self.mean)
+            self.random_crop = random_crop(self.size, self.settings, self.kind.mean)
         loader = DataLoader(
             self,
             batch_sampler=([(*key, i) for i in indices.tolist()] for indices in order),

@@ -17,10 +17,10 @@ from teachers.load import make_config, read_checkpoint
 BUNDLED = Path(__file__).parent.parent / "weights"  # made by study/ship.py
 
 
-def find_teacher(settings, dataset: Data, script=None) -> Checkpoint | None:
+def find_teacher(settings, dataset: Data, get_script=None) -> Checkpoint | None:
     """The checkpoint that --teacher names, None for random and none.
 
-    auto: the bundled one if it fits, MAE's for ImageNet, otherwise `script` makes one (pretrain).
+    auto: the bundled one if it fits, MAE's for ImageNet, else the script of `get_script` makes one.
     """
     source: str | Path = settings.teacher
     if source == "random" and not hasattr(settings, "layers"):
@@ -37,7 +37,7 @@ def find_teacher(settings, dataset: Data, script=None) -> Checkpoint | None:
             count = config.heads if name == "heads" else config.depth
             parse_layers(getattr(settings, name, "") or "all", count, name)
         own = dict(model=settings.model, patch=settings.patch, num_labels=0, subset_seed=-1)
-        source = make_teacher(script, settings, dataset, **own)
+        source = make_teacher(get_script(), settings, dataset, **own)
     checkpoint = read_checkpoint(source, settings.normalization)
     if not hasattr(settings, "layers"):  # fine-tuning
         asked, there = make_config(settings, dataset), checkpoint.architecture
