@@ -69,10 +69,9 @@ class Data(NamedTuple):
         """ValueError if there is nothing to tell apart."""
         if len(self.classes) < 2:
             raise ValueError("the images are of one class: give each class a folder of its own")
-        there = set(self.train.source.labels.tolist())
-        if absent := [name for i, name in enumerate(self.classes) if i not in there]:
+        if absent := {*range(len(self.classes))} - {*self.train.source.labels.tolist()}:
             few = f"{len(absent)} of {len(self.classes)} classes have no image to train on"
-            raise ValueError(f"{few} ({absent[0]}): add some, or remove the class")
+            raise ValueError(f"{few} ({self.classes[min(absent)]}): add some, or remove the class")
 
     def count_learned(self, hashes: Tensor | None, part: str = "test") -> int:
         """How many images of a part are among those that a checkpoint learned from."""

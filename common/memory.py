@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from common.launch import Failed, is_out_of_memory, world
+from common.launch import Failed, is_out_of_memory
 
 
 def find_micro_batch(task, compute: Callable) -> int:
@@ -14,7 +14,7 @@ def find_micro_batch(task, compute: Callable) -> int:
     `compute(images, labels)` returns the loss of a train.Task. Failed if one image does not fit.
     """
     net, data = task.net, task.data
-    size, device = data.train.batch // world(), next(net.parameters()).device
+    size, device = data.train.batch // data.train.world, next(net.parameters()).device
     images = torch.zeros(size, data.channels, data.image_size, data.image_size, device=device)
     labels, fits = images.new_zeros(size).long(), images.new_zeros(1)
     learned = [p for p in net.parameters() if p.requires_grad]

@@ -2,6 +2,7 @@
 
 import textwrap
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -43,8 +44,7 @@ class Clock:
 
 
 def format_minutes(seconds: float) -> str:
-    whole, seconds = divmod(round(seconds), 60)
-    return f"{whole // 60}:{whole % 60:02}:{seconds:02}" if whole >= 60 else f"{whole}:{seconds:02}"
+    return str(timedelta(seconds=round(seconds))).removeprefix("0:")
 
 
 def select_terms(row: dict) -> dict:

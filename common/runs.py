@@ -11,6 +11,7 @@ test.pt       predicted and true classes of the test images
 import contextlib
 import hashlib
 import json
+import os
 import re
 import subprocess
 from collections.abc import Iterator
@@ -85,7 +86,7 @@ def check_folder(settings) -> None:
     teacher = Path(settings.teacher)
     if teacher.is_file() and teacher.resolve().parent == out.resolve():
         raise ValueError(f"--teacher {settings.teacher} lies in --out: choose another --out")
-    there = [name for name in FILES if (out / name).exists()]
+    there = {*FILES}.intersection(os.listdir(out) if out.is_dir() else ())
     resumable = settings.resume and ("last.pt" in there or "model.pt" not in there)
     if there and not (resumable or settings.overwrite):
         remedy = "choose --resume (which needs its last.pt), --overwrite or another --out"

@@ -16,6 +16,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any
 
 Recipes = dict[str, dict[str, Any]]  # recipe: setting: default
@@ -80,7 +81,7 @@ def parse_settings(
     parser = Parser(
         description=doc,
         usage=f"%(prog)s{words} [--NAME VALUE ...]",
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 23),
+        formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=23),
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
         add_help=False,  # ours knows the data set

@@ -63,7 +63,7 @@ def find_bundled(settings) -> Path | None:
         settings = replace(settings, image_size=0)
     for about in BUNDLED.glob("*.json"):
         facts, file = json.loads(about.read_text()), about.with_suffix(".pt")
-        if all(getattr(settings, name) == value for name, value in facts["for"].items()):
+        if facts["for"].items() <= vars(settings).items():
             return file
     return None
 
