@@ -73,9 +73,8 @@ def describe_error(error: BaseException) -> tuple[str, int]:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """CUDA has an error of its own for it. Other devices only say so."""
-    words = "out of memory|t allocate memory|not enough memory|ALLOC_FAILED"
-    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return known or bool(re.search(words, str(error)))
+    words = "MemoryError|out of memory|t allocate memory|not enough memory|ALLOC_FAILED"
+    return bool(re.search(words, f"{error!r}"))
 
 
 def rank() -> int:

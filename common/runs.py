@@ -98,20 +98,21 @@ def lock(out: Path, wait: bool = False) -> Iterator[Path]:
     """A folder for this process alone. ValueError if another has it, unless it may `wait`."""
     out.mkdir(parents=True, exist_ok=True)
     with open(out / ".lock", "a") as file:
-        try:
-            import fcntl
+        if rank() == 0:
+            try:
+                import fcntl
 
-            if rank() == 0:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            if not wait:
-                raise ValueError(f"another process is training in {out}: wait for it") from error
-            print0(f"another process is training in {out}: waiting for it")
-            fcntl.lockf(file, fcntl.LOCK_EX)
-        except (ImportError, OSError):  # Windows, or a disk without locks
-            pass
-        for part in out.glob("*.[0-9]*.part") if rank() == 0 else ():  # a process killed in saving
-            part.unlink()
+            except (BlockingIOError, PermissionError) as error:
+                words = f"another process is training in {out}"
+                if not wait:
+                    raise ValueError(f"{words}: wait for it") from error
+                print0(f"{words}: waiting for it")
+                fcntl.lockf(file, fcntl.LOCK_EX)
+            except (ImportError, OSError):  # Windows, or a disk without locks
+                pass
+            for part in out.glob("*.[0-9]*.part"):  # of a process that was killed in saving
+                part.unlink()
         yield out
 
 

@@ -1,6 +1,7 @@
 """Folders of images: which files there are, of which class, and which of them are held out."""
 
 import os
+import re
 import unicodedata
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -15,10 +16,11 @@ from datasets.sources import Parts
 ADVICE = "point --data-dir at a folder that holds train/CLASS/* and val/CLASS/*, or CLASS/*"
 PARTS = {"train": "train training", "val": "val valid validation", "test": "test testing"}
 PART_OF = {name: part for part, names in PARTS.items() for name in names.split()}
-METADATA = {  # beside those that begin with one of .@~ or __
-    "thumbs", "thumbnails", "_thumbs", "_thumbnails", "#recycle", "#snapshot", "$recycle.bin",
-    "recycler", "lost+found", "system volume information", "network trash folder",
-}  # fmt: skip
+METADATA = re.compile(  # folders of NAS, desktops and archives for thumbnails, bins and such
+    r"[.@~]|__|(_?thumb(nail)?s|#recycle|#snapshot|\$recycle\.bin|recycler|lost\+found"
+    r"|system volume information|network trash folder)$",
+    re.IGNORECASE,
+)
 
 
 class Listing(NamedTuple):
@@ -65,20 +67,15 @@ def to_nfc(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def is_metadata(folder: str) -> bool:
-    """Whether its name is one that NAS, desktops and archives give to thumbnails, bins and such."""
-    return folder.startswith((".", "@", "~", "__")) or folder.lower() in METADATA
-
-
 def list_subfolders(folder: Path) -> list[str]:
-    return sorted(e.name for e in os.scandir(folder) if e.is_dir() and not is_metadata(e.name))
+    return sorted(e.name for e in os.scandir(folder) if e.is_dir() and not METADATA.match(e.name))
 
 
 def walk(root: Path, without: Collection[str] = ()) -> Iterator[str]:
     """Paths of all files in a folder and deeper, in order, without hidden ones and metadata."""
     for place, folders, files in os.walk(root, followlinks=True):
         skip = without if place == str(root) else ()
-        folders[:] = sorted(x for x in folders if not is_metadata(x) and x not in skip)
+        folders[:] = sorted(x for x in folders if not METADATA.match(x) and x not in skip)
         yield from (os.path.join(place, x) for x in sorted(files) if not x.startswith("."))
 
 
@@ -105,6 +102,6 @@ def list_images(folder: Path, classes: Collection[str] = ()) -> Listing:
         raise FileNotFoundError(f"{folder} holds no images: fill or remove it")
     if others:
         print0(f"note: {len(others)} files are not images of a known kind, such as {others[0]}")
-    if skipped := [x.name for x in folder.glob("[!.]*/") if is_metadata(x.name)]:
+    if skipped := [x.name for x in folder.glob("[!.]*/") if METADATA.match(x.name)]:
         print0(f"note: {folder}: ignoring {', '.join(skipped)}, as thumbnails, bins or the like")
     return Listing(known or [""], samples, names)

@@ -130,8 +130,8 @@ class Files(Dataset):
         for i, name in enumerate(self.names):
             if f"{self.part}/{name}" in self.left_out:
                 found[i] = f"{name} was when this run began"
-        self.contents = torch.zeros(len(self))
-        self.contents = torch.tensor(self.leave_out(found))
+        self.contents = torch.tensor([0 if isinstance(x, str) else x for x in found])
+        self.leave_out(found)
 
     def leave_out(self, found: list) -> list:
         """Forgets the images of which `found` says in words why they cannot be read."""
@@ -162,7 +162,7 @@ class Files(Dataset):
             decoded = pool.map(partial(attempt, prepare), range(len(self)))
             for image in count(decoded, len(self), "images decoded"):
                 found.append(image)
-                left -= len(image) if isinstance(image, str) else image.numel()
+                left -= getattr(image, "nbytes", 0)  # words have none
                 if left < 0:
                     pool.shutdown(cancel_futures=True)
                     return self
