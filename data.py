@@ -14,6 +14,7 @@ import importlib
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from common.augment import Augment, BatchRandom, hash_seed, reseed, seeded, to_pixels
 from common.launch import get_device, print0, rank, world
-from datasets.sources import Tensors, check_choices, hold, hold_out
+from datasets.sources import Tensors, check_choices, hold_out
 from recipes import DATA_SETS, Images, Settings
 
 
@@ -37,7 +38,7 @@ class Data(NamedTuple):
     test: Any = None  # the same as `val` if there is no third part, as usual on ImageNet
     holdout: float = 0.0  # share of the training images that was held out
     available: int = 0  # images to train on, before --num-labels takes some
-    fingerprint: str = ""  # of all image files, of a million their names; a bundled set has none
+    fingerprint: str = ""  # of all image files; a bundled set has none
     left_out: tuple[str, ...] = ()  # images that cannot be read
 
     def describe(self, labels: bool) -> str:
@@ -68,22 +69,21 @@ class Data(NamedTuple):
         """ValueError if there is nothing to tell apart."""
         if len(self.classes) < 2:
             raise ValueError("the images are of one class: give each class a folder of its own")
-        there = set(self.train.source.labels.tolist())
-        if absent := [name for i, name in enumerate(self.classes) if i not in there]:
+        if absent := {*range(len(self.classes))} - {*self.train.source.labels.tolist()}:
             few = f"{len(absent)} of {len(self.classes)} classes have no image to train on"
-            raise ValueError(f"{few} ({absent[0]}): add some, or remove the class")
+            raise ValueError(f"{few} ({self.classes[min(absent)]}): add some, or remove the class")
 
     def count_learned(self, hashes: Tensor | None, part: str = "test") -> int:
         """How many images of a part are among those that a checkpoint learned from."""
         if hashes is None or (own := getattr(self, part).source).contents is None:
             return 0
-        older = torch.isin(own.hashes, hashes)  # what checkpoints remembered before
-        return int((older | torch.isin(own.contents, hashes)).sum())
+        return int(torch.isin(own.contents, hashes).sum())
 
 
 def load(settings: Images, train: bool = True) -> Data:
     """The data set of the settings. With train=False its validation and test images only."""
     kind, device = DATA_SETS[settings.data], get_device(settings.device)
+    place = rank(), world()
     size = settings.image_size or kind.image_size
     check_choices(settings, kind.module)
     module = importlib.import_module(f"datasets.{kind.module}")
@@ -95,18 +95,18 @@ def load(settings: Images, train: bool = True) -> Data:
         share = 0.0 if parts.test else 0.2
     source, val, test = hold_out(parts, share)
     test = test or val or source
-    test_view = val_view = Eval(hold(test, device, centred=True), device)
+    test_view = val_view = Eval(test.hold(centred=True), device, *place)
     if val not in (None, test):
-        val_view = Eval(hold(val, device, centred=True), device)
+        val_view = Eval(val.hold(centred=True), device, *place)
     found = Data(parts.classes, size, kind.mean, kind.std, None, val_view, test_view, share)
     if not train:
         return found
     assert isinstance(settings, Settings)
     if test is source:
         print0("note: nothing is held out: accuracies will be those of training images")
-    drawn = hold(draw_labels(source, settings), device)  # and what cannot be read is known
-    files = [x for x in (source, val, test) if x and not isinstance(x, Tensors)]
-    known = [x.hashes.tolist() if len(x) < 100_000 else x.names for x in files]
+    drawn = draw_labels(source, settings).hold()  # and what cannot be read is known
+    files = [x for x in (source, val, test) if getattr(x, "contents", None) is not None]
+    known = [(x.names, x.contents.tolist()) for x in files]
     fingerprint = f"{hash_seed(*known):014x}" if files else ""
     in_files = not isinstance(drawn, Tensors)
     augment = parts.augment or Augment(settings, kind, device, cropped=in_files)
@@ -185,12 +185,14 @@ def build_mix(mixup: float, cutmix: float, classes: int) -> Callable:
     return v2.RandomChoice(mixes)
 
 
+@dataclass
 class Eval:
     """Images for evaluation."""
 
-    def __init__(self, source, device):
-        self.source, self.device = source, device
-        self.rank, self.world = rank(), world()
+    source: Any
+    device: torch.device
+    rank: int
+    world: int
 
     def __len__(self) -> int:
         return len(self.source)

@@ -148,7 +148,7 @@ def main(settings: Settings) -> dict:
         print(f"{result['ensemble_top1']:7.2f} %  together, probabilities averaged")
     out = Path(settings.json or f"runs/ensemble-{result['data']}.json")
     out.parent.mkdir(parents=True, exist_ok=True)
-    checkpoints.write_text(out, json.dumps(result, indent=1) + "\n")
+    checkpoints.save(json.dumps(result, indent=1) + "\n", out)
     print(f"wrote {out}")
     return result
 

@@ -49,9 +49,9 @@ def fit(task: Task, settings: Settings, test: Callable | None = None) -> dict:
     `test(net)` -> {"predicted", "labels"}: for methods without predict. With --ema the average of
     the weights is reported and saved. Raises Failed if the loss is no longer finite.
     """
-    runs.check_folder(settings)
     if task.predict:
         task.data.check_classes()
+    runs.check_folder(settings)
     with runs.lock(runs.get_folder(settings)) as out:
         return train(task, settings, out, test)
 
@@ -65,26 +65,23 @@ def train(task: Task, settings: Settings, out: Path, test: Callable | None) -> d
     state = runs.load_state(out, settings, run)
     learner = Learner(task, settings)
     learner.micro_batch = settings.micro_batch or find_micro_batch(task, learner.compute_loss)
-    if settings.compile == "graphs" and learner.micro_batch < images.batch // world():
+    if settings.compile == "graphs" and learner.micro_batch < images.batch // images.world:
         raise ValueError("--compile graphs needs a step in one piece: try on, or less --batch")
     learner.wrap_loss(choose_compilation(settings.compile, learner.device, steps))
     introduce(task, settings, out, learner.micro_batch, peak)
     rows, seconds = learner.restore(state) if state else ([], 0.0)
     if len(set(collect(learner.done))) > 1:
         raise Failed("the processes resume from different steps: all must see the same --out disk")
-    if not state:
-        runs.clear(out)
     del state  # gigabytes, for a large net
     clock = Clock(learner.done, steps, images.batch, seconds)
-    runs.write_config(out, run, settings, learner)
-    runs.write_rows(out, rows)
+    runs.begin(out, run, settings, learner, rows)
     task.net.train()
     with catch_signals() as signals:
         for epoch in range(learner.done // per_epoch, epochs):
             for batch, labels in images.epoch(epoch, start=learner.done % per_epoch):
                 rate = get_learning_rate(learner.done, steps, warmup, peak, settings.final_lr)
                 learner.train_step(batch, labels, rate)
-                if clock.second_passed():
+                if clock.passed(1):
                     runs.check_finite(learner.sums)
                     show_progress(learner.sums, learner.done, per_epoch, epochs, clock)
                 ends_epoch = learner.done % per_epoch == 0
@@ -96,8 +93,9 @@ def train(task: Task, settings: Settings, out: Path, test: Callable | None) -> d
             row = {"epoch": epoch + 1} | {k: v.item() / per_epoch for k, v in learner.sums.items()}
             row |= {"lr": rate} | clock.row(learner.done)
             if task.predict and (epoch + 1 == epochs or (epoch + 1) % settings.eval_every == 0):
-                with clock.evaluating():
-                    row |= learner.validate(task)
+                began = time.perf_counter()
+                row |= learner.validate(task)
+                clock.evaluation += time.perf_counter() - began
             rows.append(row)
             learner.sums = {}
             show_row(row, epochs, clock.left(learner.done))
@@ -105,7 +103,7 @@ def train(task: Task, settings: Settings, out: Path, test: Callable | None) -> d
             short = epoch > 10 and clock.unsaved() < 1  # seconds; saving takes as long as a step
             if signals or epoch + 1 == epochs or not short:
                 learner.save(out, rows, run, clock, signals)
-            if clock.minute_passed():
+            if clock.passed(60):
                 draw(rows, out)
     return finish(task, learner, rows, out, test)
 
@@ -139,7 +137,7 @@ class Learner:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
         self.autocast = autocast(settings.amp, net)
         self.loss_module: Any = LossModule(net, task.loss)
-        self.micro_batch = task.data.train.batch // world()  # images at a time
+        self.micro_batch = task.data.train.batch // task.data.train.world  # images at a time
 
     def wrap_loss(self, compilation: str) -> None:
         """With DDP and torch.compile."""
@@ -224,7 +222,7 @@ class Learner:
         if rank() == 0:
             state = {name: part.state_dict() for name, part in self.parts().items()}
             state |= {"step": self.done, "sums": self.sums, "rows": rows, "run": run}
-            checkpoints.save(state | {"seconds": clock.total()}, out / "last.pt")
+            checkpoints.save(state | clock.row(self.done), out / "last.pt")
         clock.saved = time.perf_counter()
         if signals:
             print0(f"\nstopped by a signal at step {self.done}: continue with --resume")
@@ -251,7 +249,7 @@ def get_learning_rate(step: int, steps: int, warmup: int, peak: float, final: fl
 
 def group_parameters(net: nn.Module, weight_decay: float, layer_decay: float) -> list[dict]:
     """Weight decay for matrices only. Layer decay: a factor per layer below the head."""
-    groups: dict[tuple, list] = {}
+    groups: dict[tuple, dict] = {}
     head = len(getattr(getattr(net, "encoder", net), "blocks", ())) + 1
     for name, p in net.named_parameters():
         if p.requires_grad:
@@ -259,12 +257,10 @@ def group_parameters(net: nn.Module, weight_decay: float, layer_decay: float) ->
             on_top = re.match(r"(encoder\.)?(fc_norm|head)|decoder|mask_token", name)
             layer = int(block[2]) + 1 if block else head if on_top else 0
             undecayed = p.ndim <= 1 or name.endswith(("pos_embed", "_token", "relative.table"))
-            key = layer_decay ** (head - layer), 0.0 if undecayed else weight_decay
-            groups.setdefault(key, []).append(p)
-    return [
-        dict(params=params, scale=scale, weight_decay=decay)
-        for (scale, decay), params in groups.items()
-    ]
+            scale, decay = layer_decay ** (head - layer), 0.0 if undecayed else weight_decay
+            group = dict(params=[], scale=scale, weight_decay=decay)
+            groups.setdefault((scale, decay), group)["params"].append(p)
+    return [*groups.values()]
 
 
 @torch.no_grad()

@@ -14,16 +14,11 @@ def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor |
     return F.scaled_dot_product_attention(q, k, v, bias)
 
 
-def fused_attention_loss(q: Tensor, k: Tensor, q_t: Tensor, k_t: Tensor) -> tuple[Tensor, Tensor]:
+class FusedAttentionLoss(torch.autograd.Function):
     """Cross-entropy of a student's maps (q, k) relative to a teacher's, and the teacher's entropy.
 
-    Each (B, H, N, d), the teacher's of any width. Means over images, heads and queries, in nats.
-    """
-    return FusedAttentionLoss.apply(q, k, q_t, k_t)
-
-
-class FusedAttentionLoss(torch.autograd.Function):
-    """The gradient needs only the two maps (S: student, T: teacher). Before the mean is taken,
+    Inputs are q, k of both: (B, H, N, d), the teacher's of any width. Means over images, heads and
+    queries, in nats. Before the mean is taken,
 
     d loss / d scores = P_S - P_T, so   d loss / d q = (P_S - P_T) @ k    / sqrt(d)
                                         d loss / d k = (P_S - P_T).mT @ q / sqrt(d)
@@ -48,6 +43,9 @@ class FusedAttentionLoss(torch.autograd.Function):
         dq, dk = ctx.saved_tensors
         scale = upstream * dq.shape[-1] ** -0.5 / ctx.rows
         return scale * dq, scale * dk, None, None
+
+
+fused_attention_loss = FusedAttentionLoss.apply
 
 
 def compute_piece(q: Tensor, k: Tensor, q_t: Tensor, k_t: Tensor) -> tuple[Tensor, ...]:

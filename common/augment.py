@@ -55,21 +55,18 @@ class Augment:
 
     def __init__(self, settings, kind, device, cropped: bool = False):
         self.settings, self.cropped = settings, cropped
-        self.mean, self.std = (
-            torch.tensor(x, device=device)[:, None, None] for x in (kind.mean, kind.std)
-        )
+        self.mean, self.std = torch.tensor([kind.mean, kind.std], device=device)[..., None, None]
 
     def __call__(self, images: Tensor, draws: BatchRandom) -> Tensor:
+        asked = self.settings
         if not self.cropped:  # zero padding is the mean's colour
-            area = self.settings.crop_area
-            images = crop_and_flip(images - self.mean, draws, area) + self.mean
-        if self.settings.randaugment and not self.cropped:
-            mean = self.mean.flatten().tolist()
-            augment = rand_augment(self.settings.randaugment, mean, "bilinear")
+            images = crop_and_flip(images - self.mean, draws, asked.crop_area) + self.mean
+        if asked.randaugment and not self.cropped:
+            augment = rand_augment(asked.randaugment, self.mean.flatten().tolist(), "bilinear")
             # One operation for 1/16 of the batch: a few kernels, not thousands.
             groups = images.clamp(0, 1).mul(255).round().byte().chunk(16)
             images = to_pixels(torch.cat([augment(group) for group in groups]))
-        return random_erase(images, draws, self.settings.random_erase, self.mean, self.std)
+        return random_erase(images, draws, asked.random_erase, self.mean, self.std)
 
 
 def rand_augment(magnitude: int, mean: Sequence[float], interpolation: str) -> Callable:

@@ -11,7 +11,7 @@ import re
 import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from common.launch import Failed, is_out_of_memory, run_first
+
+KNOWN = {"classes", "method", "settings", "learned_from", "layers", "adapted"}  # in a model.pt
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,9 @@ class Checkpoint:
     resize: Any = None  # how its family resizes positions (teachers/positions.py)
 
     def __post_init__(self):
-        if odd := [name for name, value in self.weights.items() if not value.isfinite().all()]:
-            raise ValueError(f"{self.source}: {odd[0]} is not finite, its training diverged")
+        for name, value in self.weights.items():
+            if not value.isfinite().all():
+                raise ValueError(f"{self.source}: {name} is not finite, its training diverged")
 
     @cached_property
     def fingerprint(self) -> str:
@@ -63,8 +66,8 @@ def export(net, teacher=None, layers=()) -> dict[str, Any]:
     found: dict[str, Any] = {"model": net.state_dict(), "architecture": asdict(net.config)}
     if teacher:
         source = getattr(teacher, "teacher", teacher)  # inside an adapter
-        adapted = getattr(teacher, "adapted", {})
-        found |= {"teacher": export(source), "layers": tuple(layers), "adapted": adapted}
+        found |= {"teacher": export(source), "adapted": getattr(teacher, "adapted", {})}
+        found["layers"] = tuple(layers)
     return found
 
 
@@ -73,23 +76,30 @@ def parse_ours(found: dict[str, Any], source: str) -> Checkpoint:
     weights, shape = found.get("model"), found["architecture"]
     if not (isinstance(weights, dict) and isinstance(shape, dict) and "image_size" in shape):
         raise ValueError(f"{source} is no checkpoint of ours: save its weights alone")
-    older = {"normalization": found["normalization"]} if found.get("normalization") else {}
+    older = {k: v for k, v in found.items() if k == "normalization" and v}
     if older:  # ViTs did not yet know their own
-        mean, std = (tuple(x) for x in older["normalization"])
+        mean, std = map(tuple, older["normalization"])
         shape = {"mean": mean, "std": std} | shape
-    names = ("classes", "method", "settings", "learned_from", "layers", "adapted")
-    known = {name: found[name] for name in names if found.get(name) is not None}
+    known = {k: v for k, v in found.items() if k in KNOWN and v is not None}
     if "teacher" in found:
         known["teacher"] = parse_ours(older | found["teacher"], source)
     return Checkpoint(source, weights, shape, **known)
 
 
-def write(path: Path, fill: Callable) -> None:
-    """`fill(file)` fills a new file. It replaces the old one when it is complete, else: Failed."""
+def save(contents: dict | str | Callable, path: Path) -> None:
+    """Writes a text, calls `contents(file)`, or saves with torch, and then replaces the old file.
+
+    Failed if that does not work.
+    """
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         with open(part, "wb") as file:
-            fill(file)
+            if callable(contents):
+                contents(file)
+            elif isinstance(contents, str):
+                file.write(contents.encode())
+            else:
+                torch.save(contents, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
@@ -101,17 +111,9 @@ def write(path: Path, fill: Callable) -> None:
         part.unlink(missing_ok=True)
 
 
-def save(contents: dict, path: Path) -> None:
-    write(path, lambda file: torch.save(contents, file))
-
-
-def write_text(path: Path, text: str) -> None:
-    write(path, lambda file: file.write(text.encode()))
-
-
 def check_place(path: Path, name: str, *suffixes: str) -> None:
     """ValueError, before the work, if its result cannot be written to this path."""
-    above = next(place for place in path.parents if place.exists())
+    above = next(filter(Path.exists, path.parents))
     if path.is_dir() or (suffixes and path.suffix not in suffixes):
         raise ValueError(f"{name} {path}: name a file that ends in {' or '.join(suffixes)}")
     if not above.is_dir() or not os.access(above, os.W_OK):
@@ -143,8 +145,7 @@ def read_file(source: str | Path) -> Any:
         reason = f"{type(error).__name__}: {str(error).partition('. ')[0][:80]}"
         if blocked := re.search(r"GLOBAL (\S+)", str(error)):
             reason = f"it holds a {blocked[1]}, which only running it could read"
-        advice = "get it again, or save its weights alone"
-        advice = f"remove {path} to download it again" if is_url(source) else advice
+        advice = f"replace or remove {path}, or save its weights alone"
         raise ValueError(f"{source} cannot be read as a checkpoint ({reason}): {advice}") from error
 
 
@@ -156,15 +157,11 @@ def download(url: str) -> Path:
     """The file at a URL, downloaded once. A hash in its name is checked."""
     path = Path(torch.hub.get_dir(), "checkpoints", url.split("://")[1].partition("?")[0])
     named = re.search(r"-([0-9a-f]{8,})\.", path.name)
-
-    def get() -> None:
-        if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(path), named and named[1])
-
+    get = partial(torch.hub.download_url_to_file, url, str(path), named and named[1])
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        run_first(get)
-        get()  # on the other machines
+        run_first(lambda: path.is_file() or get())
+        path.is_file() or get()  # on the other machines
     except (OSError, RuntimeError) as error:
         remedy = "accept its licence in a browser if it has one, download it, and write NAME=FILE"
         raise ValueError(f"cannot download {url} ({error}): {remedy}") from error

@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import Any
@@ -74,9 +73,8 @@ def describe_error(error: BaseException) -> tuple[str, int]:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """CUDA has an error of its own for it. Other devices only say so."""
-    words = "out of memory|t allocate memory|not enough memory|ALLOC_FAILED"
-    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return known or bool(re.search(words, str(error)))
+    words = "MemoryError|out of memory|t allocate memory|not enough memory|ALLOC_FAILED"
+    return bool(re.search(words, f"{error!r}"))
 
 
 def rank() -> int:
@@ -119,9 +117,8 @@ def catch_signals() -> Iterator[list[int]]:
         if rank() == 0:  # the others would leave at other steps
             caught.append(number)
 
-    names = "SIGTERM SIGINT SIGUSR1".split()  # schedulers send the last before a limit
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]  # not on Windows
-    before = {n: signal.signal(n, receive) for n in numbers}
+    names = {"SIGTERM", "SIGINT", "SIGUSR1"}  # schedulers send the last before a limit
+    before = {n: signal.signal(n, receive) for n in signal.Signals if n.name in names}
     try:
         yield caught
     finally:
@@ -148,8 +145,7 @@ def get_device(name: str) -> torch.device:
 def device_name(where: torch.device) -> str:
     """A GPU by its name, a CPU by its threads, times the number of processes."""
     name = torch.cuda.get_device_name(where) if where.type == "cuda" else where.type
-    if where.type == "cpu":
-        name += f", {torch.get_num_threads()} thread(s)"
+    name += f", {torch.get_num_threads()} thread(s)" if where.type == "cpu" else ""
     return f"{world()} x ({name})" if world() > 1 else name
 
 
@@ -158,35 +154,19 @@ def print0(*words) -> None:
         print(*words, flush=True)
 
 
-class Every:
-    """True once every few seconds."""
-
-    def __init__(self, seconds: float):
-        self.seconds, self.last = seconds, time.perf_counter()
-
-    def __call__(self) -> bool:
-        due = time.perf_counter() - self.last > self.seconds
-        self.last = time.perf_counter() if due else self.last
-        return due
-
-
 def count(things: Iterable, total: int, words: str) -> Iterator:
-    """Passes things on. On a terminal it counts them, if they take more than a second."""
-    due = Every(1)
+    """Passes things on, and counts them on a terminal."""
     try:
         for i, thing in enumerate(things, 1):
             yield thing
-            if due():
+            if i % max(1, total // 100) == 0:
                 rewrite(f"{i:,} of {total:,} {words}")
     finally:
         rewrite("")
 
 
-def rewrite(line: str) -> None:
-    """On a terminal: replaces the last line."""
-    if rank() == 0 and on_terminal():
+def rewrite(line: str) -> bool:
+    """Replaces the last line on a terminal. False elsewhere."""
+    if here := rank() == 0 and sys.stdout is not None and sys.stdout.isatty():
         print("\r\033[K" + line[: shutil.get_terminal_size().columns - 1], end="", flush=True)
-
-
-def on_terminal() -> bool:
-    return sys.stdout is not None and sys.stdout.isatty()
+    return here

@@ -1,8 +1,10 @@
 """Pictures: figures that are saved, attention as light on images, and the curves of a run."""
 
 import textwrap
+from functools import partial
 from math import isqrt
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +36,7 @@ def save(fig, path: Path, dpi: int = 160) -> None:
     import matplotlib.pyplot as plt
 
     kind = path.suffix.removeprefix(".") or "png"
-    checkpoints.write(path, lambda file: fig.savefig(file, dpi=dpi, format=kind))
+    checkpoints.save(partial(fig.savefig, dpi=dpi, format=kind), path)
     plt.close(fig)
 
 
@@ -48,46 +50,39 @@ def mean_look(p: Tensor, prefix: int, head: int | None = None, query: int | None
 
 
 def draw_overlays(
-    images: Tensor, looks: dict[str, Tensor], prefix: int = 1, rows=(), title: str = "",
-    marked: dict[str, int] | None = None, most: float = 0.0,
-):  # fmt: skip
+    images: Tensor, looks: dict[str, Tensor], prefix=1, rows=(), title="", marked: Any = None
+):
     """A row for each image, a column for each of `looks`: weights (B, N) as light on it.
 
     All share one scale: multiples of the share that each token would get of uniform attention, up
-    to `most` [the largest, but for outliers]. The `prefix` tokens before the patches are left out.
+    to the largest, but for outliers. The `prefix` tokens before the patches are left out.
     `rows`: their names. `marked`: for columns by name, the number of a patch to frame.
     """
     pixels = rearrange(images, "b c h w -> b h w c").cpu()
     shares = {name: p[:, prefix:].detach().cpu() * p.shape[1] for name, p in looks.items()}
-    drawn = torch.cat([p.flatten() for p in shares.values()])
-    most = most or min(drawn.max().item(), 1.1 * drawn.quantile(0.99).item())
-    side, label = isqrt(next(iter(shares.values())).shape[1]), "attention\n(1: uniform)"
-    lights = {name: p.view(-1, side, side) for name, p in shares.items()}
-    return draw_lights(pixels, lights, most, label, rows, title, marked)
-
-
-def draw_lights(pixels, lights: dict, most: float, label: str, rows=(), title="", marked=None):
-    """A row for each image (B, H, W, C), a column for each of `lights`: weights (B, h, w) over it.
-
-    `rows`: names of the rows. `marked`: for columns by name, the number of a patch to frame.
-    """
-    count, names, marked = len(pixels), ("image", *lights), marked or {}
-    size = 2.2 + 1.1 * len(lights), 0.7 + 1.1 * count
-    fig, axes = figure(count, len(names), *size, title, squeeze=False)
-    for image, line, *weights in zip(pixels, axes, *lights.values(), strict=True):
+    values = torch.cat([p.flatten() for p in shares.values()])
+    top, side = values.max().item(), isqrt(next(iter(shares.values())).shape[1])
+    most = min(top, 1.1 * values.quantile(0.99).item())
+    names, size = ("image", *looks), (2.2 + 1.1 * len(looks), 0.7 + 1.1 * len(pixels))
+    fig, axes = figure(len(pixels), len(names), *size, title, squeeze=False)
+    for image, line, *weights in zip(pixels, axes, *shares.values(), strict=True):
         line[0].imshow(image.expand(-1, -1, 3), extent=(0, image.shape[1], image.shape[0], 0))
         for axis, p in zip(line[1:], weights, strict=True):
-            drawn = draw_overlay(axis, image.mean(-1), p, most)
+            drawn = draw_overlay(axis, image.mean(-1), p.view(side, side), most)
         for axis, name in zip(line, names, strict=True):
             axis.set(xticks=[], yticks=[])
-            if name in marked:
-                frame(axis, marked[name], weights[0].shape[1], image.shape[1])
+            if name in (marked or {}):
+                frame(axis, marked[name], side, image.shape[1])
     for axis, name in zip(axes[0], names, strict=True):
         axis.set_title(textwrap.fill(name, 11, break_long_words=False), fontsize=9)
     for axis, name in zip(axes[:, 0], rows, strict=False):
         axis.set_ylabel(name, fontsize=9)
-    above = any(p.max() > most for p in lights.values())
-    draw_bar(fig, drawn, axes, label, above)
+    # All colours that overlays show, from black pixels (left) to white ones.
+    ends = "max" if top > most else "neither"
+    bar = fig.colorbar(drawn, ax=axes, shrink=0.8, aspect=6 * len(axes), extend=ends)
+    ramp, whole = shade(np.linspace(0, 1, 64)[None]), (0, 1, *bar.ax.get_ylim())
+    bar.ax.imshow(ramp, extent=whole, aspect="auto", zorder=5)
+    bar.set_label("attention\n(1: uniform)", fontsize=9)
     return fig
 
 
@@ -122,30 +117,17 @@ def frame(axis, patch: int, side: int, pixels: int) -> None:
     axis.add_patch(box)
 
 
-def draw_bar(fig, drawn, axes, label: str, above: bool = False) -> None:
-    """A bar for overlays, with all colours that they show: black pixels (left) to white ones.
-
-    `above`: it ends in an arrow, as some weights are above its end.
-    """
-    ends = "max" if above else "neither"
-    bar = fig.colorbar(drawn, ax=axes, shrink=0.8, aspect=6 * len(axes), extend=ends)
-    ramp, whole = shade(np.linspace(0, 1, 64)[None]), (0, 1, *bar.ax.get_ylim())
-    bar.ax.imshow(ramp, extent=whole, aspect="auto", zorder=5)
-    bar.set_label(label, fontsize=9)
-
-
 def draw_curves(rows: list[dict]):
     """The log of a run: the terms of its loss, what else is watched, and validation accuracy."""
-    losses = [name for name in rows[0] if name not in NOT_SHOWN]
     scores = [name for name in rows[-1] if name.startswith("val_")]
-    panels = {"loss": losses} | ({"validation top-1 (%)": scores} if scores else {})
+    panels = {"loss": rows[0].keys() - NOT_SHOWN, "validation top-1 (%)": scores}
+    panels = {label: names for label, names in panels.items() if names}
     fig, axes = figure(1, len(panels), width=4.5 * len(panels), squeeze=False)
     for axis, (label, names) in zip(axes[0], panels.items(), strict=True):
-        for name in names:
-            known = [row for row in rows if name in row]
+        for name in sorted(names):
+            known = [(row["epoch"], row[name]) for row in rows if name in row]
             marker = "o" if len(known) == 1 else None  # one epoch is no line
-            epochs, values = [row["epoch"] for row in known], [row[name] for row in known]
-            axis.plot(epochs, values, label=name.replace("_", " "), marker=marker)
+            axis.plot(*zip(*known, strict=True), label=name.replace("_", " "), marker=marker)
         axis.set(xlabel="epoch", ylabel=label)
         axis.xaxis.get_major_locator().set_params(integer=True)
         if label == "loss" and len(names) > 1:  # of different sizes

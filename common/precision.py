@@ -11,7 +11,7 @@ from torch.utils._triton import has_triton
 def choose_precision(amp: str, net: nn.Module) -> torch.dtype:
     """The dtype of matrix products. auto: bf16 in hardware, else fp16 on a GPU, else float32."""
     where = next(net.parameters()).device.type
-    small = sum(p.numel() for p in net.parameters()) < 1e6  # its time goes into calls, not products
+    small = sum(map(torch.numel, net.parameters())) < 1e6  # its time goes into calls, not products
     if amp == "auto":
         fast = "bf16" if has_bf16(where) else "fp16" if where == "cuda" else "off"
         amp = "off" if small else fast

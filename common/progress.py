@@ -1,13 +1,13 @@
 """What a run says on the terminal: what it is, how fast it is, how it ended."""
 
-import contextlib
 import textwrap
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 
-from common.launch import Every, device_name, on_terminal, print0, rewrite, world
+from common.launch import device_name, print0, rewrite, world
 from common.precision import choose_precision
 
 # In the log, beside the loss and what a method watches.
@@ -21,37 +21,30 @@ class Clock:
         self.first, self.steps, self.batch = step, steps, batch
         self.before, self.evaluation = seconds, 0.0  # `before` this process, which began at `first`
         self.began = self.saved = time.perf_counter()
-        self.second_passed, self.minute_passed = Every(1), Every(60)
-        self.announced = on_terminal()  # how long it will take
+        self.ticks: dict[float, int] = {}
 
     def elapsed(self) -> float:
         return time.perf_counter() - self.began
 
-    def total(self) -> float:
-        return self.before + self.elapsed()
-
     def unsaved(self) -> float:
         return time.perf_counter() - self.saved
 
-    def speed(self, step: int) -> float:  # training images/s, without evaluation
-        return max(1, step - self.first) * self.batch / (self.elapsed() - self.evaluation)
+    def passed(self, seconds: float) -> bool:
+        """True once every so many seconds."""
+        before, self.ticks[seconds] = self.ticks.get(seconds, 0), int(self.elapsed() / seconds)
+        return self.ticks[seconds] > before
 
     def left(self, step: int) -> str:
         return format_minutes(self.elapsed() / max(1, step - self.first) * (self.steps - step))
 
     def row(self, step: int) -> dict[str, float]:
-        return {"images_per_s": round(self.speed(step), 1), "seconds": round(self.total(), 2)}
-
-    @contextlib.contextmanager
-    def evaluating(self):
-        began = time.perf_counter()
-        yield
-        self.evaluation += time.perf_counter() - began
+        speed = max(1, step - self.first) * self.batch / (self.elapsed() - self.evaluation)
+        total = self.before + self.elapsed()  # the speed is that of training alone
+        return {"images_per_s": round(speed, 1), "seconds": round(total, 2)}
 
 
 def format_minutes(seconds: float) -> str:
-    whole, seconds = divmod(round(seconds), 60)
-    return f"{whole // 60}:{whole % 60:02}:{seconds:02}" if whole >= 60 else f"{whole}:{seconds:02}"
+    return str(timedelta(seconds=round(seconds))).removeprefix("0:")
 
 
 def select_terms(row: dict) -> dict:
@@ -61,15 +54,13 @@ def select_terms(row: dict) -> dict:
 
 
 def show_progress(sums: dict, step: int, per_epoch: int, epochs: int, clock: Clock) -> None:
-    """The line that rewrites itself on a terminal. Elsewhere, once, how long it will take."""
+    """The line that rewrites itself on a terminal. Elsewhere, a line every ten minutes."""
     epoch, within = divmod(step - 1, per_epoch)
-    pace = f"{clock.speed(step):,.0f} images/s  {clock.left(step)} left"
-    if not clock.announced and clock.elapsed() > 5:
-        clock.announced = True
-        print0(f"epoch {epoch + 1}/{epochs}  {pace}")
-    terms = select_terms(sums).items()
-    shown = "  ".join(f"{k} {v.item() / (within + 1):.3f}" for k, v in terms)
-    rewrite(f"epoch {epoch + 1}  step {within + 1}/{per_epoch}  {shown}  {pace}")
+    words = [f"epoch {epoch + 1}/{epochs}  step {within + 1}/{per_epoch}"]
+    words += [f"{k} {v.item() / (within + 1):.3f}" for k, v in select_terms(sums).items()]
+    words += [f"{clock.row(step)['images_per_s']:,.0f} images/s", f"{clock.left(step)} left"]
+    if not rewrite("  ".join(words)) and clock.passed(600):
+        print0("  ".join(words))
 
 
 def show_row(row: dict, epochs: int, left: str) -> None:
@@ -102,16 +93,15 @@ def introduce(task, settings, out: Path, micro_batch: int, rate: float) -> None:
     if config := getattr(net, "config", None):
         patches = f"patches of {config.patch} x {config.patch}"
         shape = f"{config.dim} wide, {config.depth} deep, {config.heads} heads, {patches}; {shape}"
-    lines = {
-        "net": shape,
-        "teacher": teacher,
-        "images": f"{settings.data}, {task.data.describe(labels=bool(task.predict))}",
-        "device": device,
-        "steps": f"{steps}; learning rate {rate:.3g}, warm-up {settings.warmup:.0%}",
-    }
     print0(f"{settings.method} -> {out}")
     wrap = textwrap.TextWrapper(79, "", " " * 11, break_long_words=False, break_on_hyphens=False)
-    for name, line in lines.items():
+    for name, line in (
+        ("net", shape),
+        ("teacher", teacher),
+        ("images", f"{settings.data}, {task.data.describe(labels=bool(task.predict))}"),
+        ("device", device),
+        ("steps", f"{steps}; learning rate {rate:.3g}, warm-up {settings.warmup:.0%}"),
+    ):
         if line:
             print0(wrap.fill(f"  {name:<8} {line}"))
 

@@ -11,6 +11,7 @@ test.pt       predicted and true classes of the test images
 import contextlib
 import hashlib
 import json
+import os
 import re
 import subprocess
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ import torch
 
 from common import checkpoints
 from common.launch import Failed, print0, rank
-from common.settings import get_free, get_values
+from common.settings import get_values
 
 FILES = ("last.pt", "model.pt", "test.pt", "log.jsonl", "curves.png", "config.json")
 
@@ -38,7 +39,6 @@ def get_folder(settings) -> Path:
 
 def describe_run(settings, dataset, teacher=None) -> dict[str, Any]:
     """The settings and inputs that must match for --resume."""
-    free = get_free(settings)
     pixels = {"mean": dataset.mean, "std": dataset.std} | (teacher.architecture if teacher else {})
     return {
         "method": settings.method,
@@ -50,13 +50,21 @@ def describe_run(settings, dataset, teacher=None) -> dict[str, Any]:
         "normalization": (list(pixels["mean"]), list(pixels["std"])),
         "teacher_weights": teacher.fingerprint if teacher else None,
         "teacher_family": teacher.method if teacher else None,
-    } | {k: v for k, v in get_values(settings).items() if k not in free}
+    } | get_values(settings, free=False)
 
 
-def list_differences(before: dict, now: dict) -> list[str]:
-    """A setting that is newer than the run counts as unset in it."""
-    odd = [k for k in before | now if (before.get(k) or None) != (now.get(k) or None)]
-    return [f"{k} was {str(before.get(k))[:40]}, now {str(now.get(k))[:40]}" for k in odd]
+def load_state(out: Path, settings, run: dict) -> dict | None:
+    """The state to resume from, or None to begin. ValueError if it is that of another run."""
+    if not (settings.resume and (out / "last.pt").exists()):
+        return None
+    state = checkpoints.read_file(out / "last.pt")
+    before = {"class_names": run["class_names"]} | state["run"]  # older runs do not say them
+    odd = [k for k in before | run if (before.get(k) or None) != (run.get(k) or None)]  # unset
+    if odd:
+        words = (f"{k} was {str(before.get(k))[:40]}, now {str(run.get(k))[:40]}" for k in odd[:4])
+        remedy = "choose another --out, or start over with --overwrite"
+        raise ValueError(f"{out} holds another run ({'; '.join(words)}): {remedy}")
+    return state
 
 
 def read_left_out(settings) -> set[str]:
@@ -78,7 +86,7 @@ def check_folder(settings) -> None:
     teacher = Path(settings.teacher)
     if teacher.is_file() and teacher.resolve().parent == out.resolve():
         raise ValueError(f"--teacher {settings.teacher} lies in --out: choose another --out")
-    there = [name for name in FILES if (out / name).exists()]
+    there = {*FILES}.intersection(os.listdir(out) if out.is_dir() else ())
     resumable = settings.resume and ("last.pt" in there or "model.pt" not in there)
     if there and not (resumable or settings.overwrite):
         remedy = "choose --resume (which needs its last.pt), --overwrite or another --out"
@@ -90,33 +98,22 @@ def lock(out: Path, wait: bool = False) -> Iterator[Path]:
     """A folder for this process alone. ValueError if another has it, unless it may `wait`."""
     out.mkdir(parents=True, exist_ok=True)
     with open(out / ".lock", "a") as file:
-        try:
-            import fcntl
+        if rank() == 0:
+            try:
+                import fcntl
 
-            if rank() == 0:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            if not wait:
-                raise ValueError(f"another process is training in {out}: wait for it") from error
-            print0(f"another process is training in {out}: waiting for it")
-            fcntl.lockf(file, fcntl.LOCK_EX)
-        except (ImportError, OSError):  # Windows, or a disk without locks
-            pass
-        for part in out.glob("*.[0-9]*.part") if rank() == 0 else ():  # a process killed in saving
-            part.unlink()
+            except (BlockingIOError, PermissionError) as error:
+                words = f"another process is training in {out}"
+                if not wait:
+                    raise ValueError(f"{words}: wait for it") from error
+                print0(f"{words}: waiting for it")
+                fcntl.lockf(file, fcntl.LOCK_EX)
+            except (ImportError, OSError):  # Windows, or a disk without locks
+                pass
+            for part in out.glob("*.[0-9]*.part"):  # of a process that was killed in saving
+                part.unlink()
         yield out
-
-
-def load_state(out: Path, settings, run: dict) -> dict | None:
-    """The state to resume from, or None to begin. ValueError if it is that of another run."""
-    if not (settings.resume and (out / "last.pt").exists()):
-        return None
-    state = checkpoints.read_file(out / "last.pt")
-    older = {"class_names": run["class_names"]}  # than the runs that say them
-    if odd := list_differences(older | state["run"], run):
-        remedy = "choose another --out, or start over with --overwrite"
-        raise ValueError(f"{out} holds another run ({'; '.join(odd[:4])}): {remedy}")
-    return state
 
 
 def check_finite(values: dict[str, Any]) -> None:
@@ -127,20 +124,19 @@ def check_finite(values: dict[str, Any]) -> None:
             raise Failed(f"{name} is no longer finite: {remedy} (last.pt is the last good state)")
 
 
-def clear(out: Path) -> None:
-    for name in FILES if rank() == 0 else ():
+def begin(out: Path, run: dict, settings, learner, rows: list[dict]) -> None:
+    """Says what runs here, and writes its log so far. A new run removes what was here."""
+    if rank():
+        return
+    for name in () if learner.done else FILES:
         (out / name).unlink(missing_ok=True)
-
-
-def write_config(out: Path, run: dict, settings, learner) -> None:
-    if rank() == 0:
-        about: dict[str, Any] = {"torch": torch.__version__, "on": str(learner.device)}
-        about |= {"precision": str(learner.precision), "threads": torch.get_num_threads()}
-        if net := getattr(learner.net, "config", None):  # --model does not say it all
-            about["architecture"] = asdict(net)
-        about |= {"commit": read_commit(), "run": run}
-        text = json.dumps(get_values(settings) | about, indent=1)
-        checkpoints.write_text(out / "config.json", text)
+    about: dict[str, Any] = {"torch": torch.__version__, "on": str(learner.device)}
+    about |= {"precision": str(learner.precision), "threads": torch.get_num_threads()}
+    if net := getattr(learner.net, "config", None):  # --model does not say it all
+        about["architecture"] = asdict(net)
+    about |= {"commit": read_commit(), "run": run}
+    checkpoints.save(json.dumps(get_values(settings) | about, indent=1), out / "config.json")
+    write_rows(out, rows)
 
 
 def write_rows(out: Path, rows: list[dict], mode: str = "w") -> None:

@@ -16,10 +16,10 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any
 
 Recipes = dict[str, dict[str, Any]]  # recipe: setting: default
-HELP = {"--help", "-h"}
 
 
 def setting(default, help="", choices=None, low=0, high=math.inf, free=False):
@@ -44,13 +44,10 @@ def format_flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def get_values(settings: Base) -> dict[str, Any]:
-    return {name: getattr(settings, name) for name in list_flags(type(settings))}
-
-
-def get_free(settings: Base) -> set[str]:
-    """Settings that do not shape what is learned."""
-    return {name for name, f in list_flags(type(settings)).items() if f.metadata["free"]}
+def get_values(settings: Base, free: bool = True) -> dict[str, Any]:
+    """All of them. Without the `free` ones: those that shape what is learned."""
+    flags = list_flags(type(settings)).items()
+    return {k: getattr(settings, k) for k, flag in flags if free or not flag.metadata["free"]}
 
 
 def to_argv(values: dict[str, Any]) -> list[str]:
@@ -79,67 +76,57 @@ def parse_settings(
     `recipes`: may be a function of what is given. `positional`: name, help and number (0: any) of
     the words without a flag, if there are some.
     """
-    flags = list_flags(cls)
-    usual = str(flags["data"].default) if "data" in flags else ""
-
-    def choose(given: dict) -> dict[str, Any]:
-        known = recipes(given) if callable(recipes) else recipes
-        return choose_recipe(known, given.get("data", usual), given.get("recipe", ""))
-
-    parser = build_parser(doc, flags, positional, {}, usual)
-    if HELP & set(argv):
-        asked, _ = parser.parse_known_args([word for word in argv if word not in HELP])
-        data = getattr(asked, "data", usual)
-        parser = build_parser(doc, flags, positional, choose(vars(asked)), data)
-        print(parser.format_help(), end="")
-        sys.exit(0)
-    given, words = vars(parser.parse_intermixed_args(list(argv))), {}
-    if positional:
-        name, about, number = positional
-        words[name] = given.pop(name, [])
-        if not words[name] or number not in (0, len(words[name])):
-            raise ValueError(f"name {about} (--help shows how)")
-    for name, value in given.items():
-        low, high = (flags[name].metadata[bound] for bound in ("low", "high"))
-        if isinstance(value, int | float) and not low <= value <= high:
-            bounds = f"at least {low}" if high == math.inf else f"between {low} and {high}"
-            raise ValueError(f"{format_flag(name)} {value}: must be {bounds}")
-    values = choose(given) | given
-    return cls(**values | words, given=frozenset(given))
-
-
-def choose_recipe(recipes: Recipes, data: str, variant: str = "") -> dict[str, Any]:
-    name = next((name for name in recipes if data.startswith(name)), "")
-    if variant and f"{name}_{variant}" not in recipes:
-        raise ValueError(f"--recipe {variant}: there is none for --data {data}")
-    return recipes.get(f"{name}_{variant}" if variant else name, {})
-
-
-def build_parser(doc: str, flags: dict, positional: tuple, recipe: dict, data: str) -> Parser:
+    flags, actions = list_flags(cls), dict[str, Any]()
     words = f" {positional[0].upper()} ..." if positional else ""
-    end = f"Defaults in [brackets] are those of --data {data}. Others: --data NAME --help."
     parser = Parser(
         description=doc,
         usage=f"%(prog)s{words} [--NAME VALUE ...]",
-        epilog=end if recipe else None,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 23),
+        formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=23),
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
-        add_help=False,
+        add_help=False,  # ours knows the data set
     )
     parser._negative_number_matcher = re.compile(r"-\d")  # as in --layers -6:
+    parser.add_argument("--help", "-h", action="store_true", help=argparse.SUPPRESS)
     if positional:
         parser.add_argument(positional[0], nargs="*", help=positional[1])
     for name, f in flags.items():
-        default, about = recipe.get(name, f.default), f.metadata
-        shown = "" if default in ("", -1, 0) else f" [{default}]"
-        text = (about["help"] + shown).replace("%", "%%") if about["help"] else argparse.SUPPRESS
-        how: dict[str, Any] = dict(type=type(f.default), metavar="X", choices=about["choices"])
+        how: dict[str, Any] = dict(type=type(f.default), metavar="X", choices=f.metadata["choices"])
         if isinstance(f.default, bool):
             how, off = dict(action="store_true"), format_flag(f"no_{name}")
             parser.add_argument(off, dest=name, action="store_false", help=argparse.SUPPRESS)
-        parser.add_argument(format_flag(name), help=text, **how)
-    return parser
+        how["help"] = f.metadata["help"].replace("%", "%%") or argparse.SUPPRESS
+        actions[name] = parser.add_argument(format_flag(name), **how)
+    given = vars(parser.parse_intermixed_args(list(argv)))
+    data = given.get("data", flags["data"].default if "data" in flags else "")
+    known = recipes(given) if callable(recipes) else recipes
+    name = next(filter(data.startswith, known), "")
+    if variant := given.get("recipe"):
+        name += f"_{variant}"
+        if name not in known:
+            raise ValueError(f"--recipe {variant}: there is none for --data {data}")
+    recipe = known.get(name, {})
+    if given.pop("help", False):
+        for name, f in flags.items():
+            default = recipe.get(name, f.default)
+            if f.metadata["help"] and default not in ("", -1, 0):
+                actions[name].help += f" [{default}]".replace("%", "%%")
+        if recipe:
+            parser.epilog = f"Defaults in [brackets] are those of --data {data}. "
+            parser.epilog += "Others: --data NAME --help."
+        print(parser.format_help(), end="")
+        sys.exit(0)
+    values = recipe | given
+    if positional:
+        name, about, number = positional
+        if not (found := given.pop(name, [])) or number not in (0, len(found)):
+            raise ValueError(f"name {about} (--help shows how)")
+    for name, value in given.items():
+        low, high = flags[name].metadata["low"], flags[name].metadata["high"]
+        if isinstance(value, int | float) and not low <= value <= high:
+            bounds = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+            raise ValueError(f"{format_flag(name)} {value}: must be {bounds}")
+    return cls(**values, given=frozenset(given))
 
 
 def parse_layers(text: str, depth: int, name: str = "layers") -> list[int]:
@@ -152,7 +139,7 @@ def parse_layers(text: str, depth: int, name: str = "layers") -> list[int]:
             spans = f":{min(depth + 1, max(int(share > 0), depth * share // 100))}"
         for part in spans.split(","):
             bounds = [int(bound) if bound else None for bound in part.split(":")]
-            if any(bound is not None and not -depth <= bound <= depth for bound in bounds):
+            if max(map(abs, filter(None, bounds)), default=0) > depth:
                 raise IndexError
             found += range(depth)[slice(*bounds)] if ":" in part else [range(depth)[int(part)]]
         if not found or found != sorted(set(found)):

@@ -26,9 +26,9 @@ def load(settings, kind, size: int, device) -> Parts:
         run_first(lambda: source(folder, download=True))
     except (OSError, RuntimeError) as error:  # offline, or a file that is not the one
         raise ValueError(f"cannot download {name} ({error}): {folders.ADVICE}") from error
-    sets = [source(folder, train=part) for part in (True, False)]
     parts = []
-    for part in sets:
+    for train in (True, False):
+        part = source(folder, train=train)
         images = rearrange(torch.from_numpy(part.data), "b h w c -> b c h w").contiguous()
         parts.append(Tensors(images.to(device), torch.tensor(part.targets, device=device)))
-    return Parts(sets[0].classes, parts[0], None, parts[1])
+    return Parts(part.classes, train=parts[0], test=parts[1])

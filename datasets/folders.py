@@ -1,30 +1,29 @@
 """Folders of images: which files there are, of which class, and which of them are held out."""
 
 import os
+import re
 import unicodedata
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets.folder import is_image_file
 
 from common import runs
 from common.launch import print0
 from datasets.sources import Parts
 
 ADVICE = "point --data-dir at a folder that holds train/CLASS/* and val/CLASS/*, or CLASS/*"
-VALPREP = "https://raw.githubusercontent.com/soumith/imagenetloader.torch/master/valprep.sh"
-SORT = f"wget -qO- {VALPREP} | bash"
 PARTS = {"train": "train training", "val": "val valid validation", "test": "test testing"}
 PART_OF = {name: part for part, names in PARTS.items() for name in names.split()}
-METADATA = {  # beside those that begin with one of .@~ or __
-    "thumbs", "thumbnails", "_thumbs", "_thumbnails", "#recycle", "#snapshot", "$recycle.bin",
-    "recycler", "lost+found", "system volume information", "network trash folder",
-}  # fmt: skip
+METADATA = re.compile(  # folders of NAS, desktops and archives for thumbnails, bins and such
+    r"[.@~]|__|(_?thumb(nail)?s|#recycle|#snapshot|\$recycle\.bin|recycler|lost\+found"
+    r"|system volume information|network trash folder)$",
+    re.IGNORECASE,
+)
 
 
 class Listing(NamedTuple):
-    folder: Path
     classes: list[str]  # names of the subfolders; [""] for a flat folder without labels
     samples: list[tuple[str, int]]  # path, number of the class
     names: list[str]  # CLASS/.../FILE, the same wherever the folder lies and whatever its disk
@@ -36,12 +35,12 @@ def load(settings, kind, size: int, device) -> Parts:
 
     folder, sources = Path(settings.data_dir or f"data/{settings.data}"), {}
     left_out = runs.read_left_out(settings)  # one set for all parts
-    for part, found in list_parts(folder).items():
-        how = (size, kind.crop_pct, settings, kind.mean, device, part, left_out)
-        sources[part] = images.Files(found.samples, found.names, *how)
+    for part, (classes, samples, names) in list_parts(folder).items():
+        how = (size, kind, settings, device, part, left_out)
+        sources[part] = images.Files(samples, names, *how)
         sources[part].look_through()
-    train, val, test = (sources.get(part) for part in PARTS)
-    return Parts(found.classes, train, val if test else None, test or val)
+    train, val, test = map(sources.get, PARTS)
+    return Parts(classes, train, val if test else None, test or val)
 
 
 def list_parts(root: Path) -> dict[str, Listing]:
@@ -58,7 +57,7 @@ def list_parts(root: Path) -> dict[str, Listing]:
     if not classes and len(parts) < 2:  # one without subfolders is a class
         return {"train": list_images(root)}
     used = {folder.name for folder in parts.values()}
-    if odd := next(filter(is_image, walk(root, used)), None):
+    if odd := next(filter(is_image_file, walk(root, used)), None):
         raise ValueError(f"{odd} lies beside {', '.join(sorted(used))}: move such images away")
     return {part: list_images(folder, classes) for part, folder in parts.items()}
 
@@ -68,24 +67,15 @@ def to_nfc(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def is_image(path: str) -> bool:
-    return path.lower().endswith(IMG_EXTENSIONS)
-
-
-def is_metadata(folder: str) -> bool:
-    """Whether its name is one that NAS, desktops and archives give to thumbnails, bins and such."""
-    return folder.startswith((".", "@", "~", "__")) or folder.lower() in METADATA
-
-
 def list_subfolders(folder: Path) -> list[str]:
-    return sorted(e.name for e in os.scandir(folder) if e.is_dir() and not is_metadata(e.name))
+    return sorted(e.name for e in os.scandir(folder) if e.is_dir() and not METADATA.match(e.name))
 
 
 def walk(root: Path, without: Collection[str] = ()) -> Iterator[str]:
     """Paths of all files in a folder and deeper, in order, without hidden ones and metadata."""
     for place, folders, files in os.walk(root, followlinks=True):
         skip = without if place == str(root) else ()
-        folders[:] = sorted(x for x in folders if not is_metadata(x) and x not in skip)
+        folders[:] = sorted(x for x in folders if not METADATA.match(x) and x not in skip)
         yield from (os.path.join(place, x) for x in sorted(files) if not x.startswith("."))
 
 
@@ -95,12 +85,12 @@ def list_images(folder: Path, classes: Collection[str] = ()) -> Listing:
     numbers = {name: number for number, name in enumerate(known)}
     samples, names, others, inside = [], [], [], set()
     for path in walk(folder):
-        if not is_image(path):
+        if not is_image_file(path):
             others.append(path)
             continue
         *places, file = to_nfc(path[len(str(folder)) + 1 :]).split(os.sep)
         if known and not places:
-            remedy = f"sort them, or move them away (ImageNet's val: cd {folder} && {SORT})"
+            remedy = "sort them (USAGE.md, Prepare ImageNet), or move them away"
             raise ValueError(f"{path} lies in no folder of a class: {remedy}")
         samples.append((path, numbers[places[0]] if places else 0))
         names.append("/".join([*places, file]))
@@ -112,6 +102,6 @@ def list_images(folder: Path, classes: Collection[str] = ()) -> Listing:
         raise FileNotFoundError(f"{folder} holds no images: fill or remove it")
     if others:
         print0(f"note: {len(others)} files are not images of a known kind, such as {others[0]}")
-    if skipped := [x.name for x in folder.glob("[!.]*/") if is_metadata(x.name)]:
+    if skipped := [x.name for x in folder.glob("[!.]*/") if METADATA.match(x.name)]:
         print0(f"note: {folder}: ignoring {', '.join(skipped)}, as thumbnails, bins or the like")
-    return Listing(folder, known or [""], samples, names)
+    return Listing(known or [""], samples, names)

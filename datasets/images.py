@@ -5,9 +5,10 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from common.augment import hash_seed, rand_augment, reseed
 from common.launch import collect, count, print0, rank, world
+from datasets.sources import Tensors
 
 BICUBIC = InterpolationMode.BICUBIC
 HELD = 2**31  # bytes of decoded images that are kept in memory
@@ -93,17 +95,16 @@ class Files(Dataset):
     samples: list[tuple[str, int]]  # path, label
     names: list[str]  # the same wherever their folder lies
     size: int
-    crop_pct: float
+    kind: Any  # a recipes.DataSet: its mean is the colour of gaps
     settings: Any
-    mean: tuple[float, ...]  # the colour of gaps
     device: torch.device  # where batches go
     part: str = "train"
     left_out: set[str] = field(default_factory=set)  # PART/CLASS/.../FILE that cannot be read
-    contents: Any = ()  # hashes of what is in the files (images,)
+    contents: Any = None  # hashes of what is in the files (images,)
     held: list[Tensor] | None = None  # the decoded images, if they fit in memory
 
     def __post_init__(self):
-        self.centre_crop = centre_crop(self.size, self.crop_pct)
+        self.centre_crop = centre_crop(self.size, self.kind.crop_pct)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -112,14 +113,6 @@ class Files(Dataset):
     def labels(self) -> Tensor:
         return torch.tensor([label for _, label in self.samples])
 
-    @property
-    def hashes(self) -> Tensor:
-        """Of names, sizes and last bytes."""
-        with ThreadPoolExecutor(32) as pool:  # a million files, perhaps on a network's disk
-            parts = pool.map(read_parts, [path for path, _ in self.samples])
-            facts = zip(self.names, parts, strict=True)
-            return torch.tensor([hash_seed(name, (size, end)) for name, (size, end, _) in facts])
-
     def subset(self, indices: Sequence[int]) -> "Files":
         samples, names = [self.samples[i] for i in indices], [self.names[i] for i in indices]
         return replace(self, samples=samples, names=names, contents=self.contents[indices])
@@ -127,53 +120,58 @@ class Files(Dataset):
     def look_through(self) -> None:
         """Hashes the files. Leaves out those that are damaged, or were when this run began."""
         decode_all = self.part != "train" and not self.fits()  # else later, or it takes hours
-        found = examine([path for path, _ in self.samples], decode_all)
-        self.contents = torch.tensor([x if isinstance(x, int) else 0 for x in found])
-        bad = {i: x for i, x in enumerate(found) if isinstance(x, str)}
-        gone = (i for i, x in enumerate(self.names) if f"{self.part}/{x}" in self.left_out)
-        self.leave_out(bad | {i: f"{self.names[i]} was when this run began" for i in gone})
+        mine = [path for path, _ in self.samples[rank() :: world()]]
+        with ThreadPoolExecutor(count_cores() if decode_all else 32) as pool:
+            looked = pool.map(partial(attempt, partial(examine, decode_all)), mine)
+            shares = collect([*count(looked, len(mine), "images looked through")])
+        found: list[Any] = [None] * len(self)
+        for i, share in enumerate(shares):
+            found[i :: world()] = share
+        for i, name in enumerate(self.names):
+            if f"{self.part}/{name}" in self.left_out:
+                found[i] = f"{name} was when this run began"
+        self.contents = torch.tensor([0 if isinstance(x, str) else x for x in found])
+        self.leave_out(found)
 
-    def leave_out(self, bad: dict[int, str]) -> None:
-        """Forgets images that cannot be read, and says so. ValueError if no other is left."""
-        if not bad:
-            return
-        text = next(iter(bad.values()))
-        if len(bad) == len(self):
-            raise ValueError(text)
-        print0(f"note: {len(bad)} unreadable image(s) left out: {text}")
-        self.left_out |= {f"{self.part}/{self.names[i]}" for i in bad}
-        kept = self.subset([i for i in range(len(self)) if i not in bad])
-        self.samples, self.names, self.contents = kept.samples, kept.names, kept.contents
+    def leave_out(self, found: list) -> list:
+        """Forgets the images of which `found` says in words why they cannot be read."""
+        good = [i for i, x in enumerate(found) if not isinstance(x, str)]
+        bad = {self.names[i]: x for i, x in enumerate(found) if isinstance(x, str)}
+        if bad:
+            text = next(iter(bad.values()))
+            if not good:
+                raise ValueError(text)
+            print0(f"note: {len(bad)} unreadable image(s) left out: {text}")
+            self.left_out |= {f"{self.part}/{name}" for name in bad}
+            vars(self).update(vars(self.subset(good)))
+        return [found[i] for i in good]
 
     def fits(self) -> bool:
         """Whether the decoded images may fit in memory."""
         return len(self) * 3 * self.size**2 <= HELD
 
-    def hold(self, centred: bool = False) -> Tensor | None:
-        """Decodes all images now, if they fit in memory. Returns them if all have the final size.
+    def hold(self, centred: bool = False) -> "Files | Tensors":
+        """Decodes all images now, if they fit in memory: to Tensors if all have the final size.
 
         What cannot be read is left out, and named. `centred`: cropped as evaluation sees them.
         """
         if not self.fits():
-            return None
-        images, bad, left = [], {}, HELD
+            return self
+        found, left, prepare = [], HELD, self.crop_centre if centred else self.shrink
         with ThreadPoolExecutor(count_cores()) as pool:
-            prepare = self.crop_centre if centred else self.shrink
-            jobs = [pool.submit(prepare, i) for i in range(len(self))]
-            for i, job in enumerate(count(jobs, len(jobs), "images decoded")):
-                try:
-                    images.append(job.result())
-                    left -= images[-1].numel()
-                except ValueError as error:
-                    bad[i] = str(error)
+            decoded = pool.map(partial(attempt, prepare), range(len(self)))
+            for image in count(decoded, len(self), "images decoded"):
+                found.append(image)
+                left -= getattr(image, "nbytes", 0)  # words have none
                 if left < 0:
                     pool.shutdown(cancel_futures=True)
-                    return None
-        self.leave_out(bad)
-        if {image.shape[1:] for image in images} == {(self.size, self.size)}:
-            return torch.stack(images)
-        self.held = images
-        return None
+                    return self
+        images = self.leave_out(found)
+        if {image.shape[1:] for image in images} != {(self.size, self.size)}:
+            self.held = images
+            return self
+        stacked, labels = torch.stack(images).to(self.device), self.labels.to(self.device)
+        return Tensors(stacked, labels, self.names, self.contents)
 
     def crop_centre(self, index: int) -> Tensor:
         return self.centre_crop(read_image(self.samples[index][0]))
@@ -193,7 +191,7 @@ class Files(Dataset):
         if self.held and not pin:
             workers = 0  # to crop alone is less work than to start them
         if key:
-            self.random_crop = random_crop(self.size, self.settings, self.mean)
+            self.random_crop = random_crop(self.size, self.settings, self.kind.mean)
         loader = DataLoader(
             self,
             batch_sampler=([(*key, i) for i in indices.tolist()] for indices in order),
@@ -218,45 +216,33 @@ class Files(Dataset):
         return self.random_crop(image), label
 
 
-def examine(paths: list[str], decode_all: bool) -> list[int | str]:
-    """Of each file a hash of its contents, or why it cannot be read. Processes share the work.
+def attempt(work: Callable, item) -> Any:
+    """The result, or why there is none."""
+    try:
+        return work(item)
+    except ValueError as error:
+        return str(error)
+
+
+def examine(decode_all: bool, path: str) -> int:
+    """A hash of what is in a file. ValueError if it cannot be read.
 
     Without `decode_all`, headers and ends of JPEGs are looked at, and checksums of PNGs.
     """
-
-    def look(path: str) -> int | str:
-        parts, kind = read_parts(path), None
-        with contextlib.suppress(Exception), Image.open(path) as image:
+    kind, end, parts = None, b"", tuple[Any, ...]()
+    with contextlib.suppress(Exception), open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 256))
+        end = file.read()
+        file.seek(size // 2)
+        parts = size, end, file.read(1024)  # images may have equal names and sizes
+        with Image.open(file) as image:
             image.verify()
             kind = image.format
-        whole = kind == "PNG" or (kind in ("JPEG", "MPO") and b"\xff\xd9" in parts[1])
-        try:
-            if decode_all or not whole:
-                read_image(path)
-        except ValueError as error:
-            return str(error)
-        return hash_seed(*parts)
-
-    mine = paths[rank() :: world()]
-    found: list[int | str] = [0] * len(paths)
-    with ThreadPoolExecutor(count_cores() if decode_all else 32) as pool:
-        shares = collect([*count(pool.map(look, mine), len(mine), "images looked through")])
-    for i, share in enumerate(shares):
-        found[i :: world()] = share
-    return found
-
-
-def read_parts(path: str) -> tuple[int, bytes, bytes]:
-    """A file's size, its end, and bytes from its middle: images may have equal names and sizes."""
-    try:
-        with open(path, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - 256))
-            end = file.read()
-            file.seek(size // 2)
-            return size, end, file.read(1024)
-    except OSError:  # unreadable, or removed while it was trained on
-        return 0, b"", b""
+    whole = kind == "PNG" or (kind in ("JPEG", "MPO") and b"\xff\xd9" in end)
+    if decode_all or not whole:
+        read_image(path)
+    return hash_seed(*parts)
 
 
 def leave_group(_: int) -> None:

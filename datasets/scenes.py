@@ -14,6 +14,7 @@ Scenes are made so that looking matters. They are a microscope, not a benchmark.
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ from torch import Tensor
 from common.augment import BatchRandom, seeded
 from common.settings import parse_layers
 from datasets import digits
-from datasets.sources import Parts, Tensors, hold, hold_out
+from datasets.sources import Parts, Tensors, hold_out
 
 COUNT = {"train": 20_000, "val": 2_000, "test": 2_000}  # scenes of each part
 SQUARE = 0.25  # side of the square, over that of a cell
@@ -31,16 +32,14 @@ NOISE = 0.2  # pixels of 0..1 change by up to this
 
 
 def load(settings, kind, size: int, device) -> Parts:
-    digits.check_augmentation(settings)
     if settings.data == "scenes":
-        names, split = list("0123456789"), digits.Split(0, device)
-        pools = [split.whole(part) for part in COUNT]
+        names, pools = list("0123456789"), [*map(digits.Split(0, device).whole, COUNT)]
     else:
         from datasets import cifar  # slow to import
 
         photos = replace(settings, data=settings.data.removeprefix("scenes-"))
         found = cifar.load(photos, kind._replace(image_size=32), 32, device)
-        held = [hold(source, device, centred=True) for source in hold_out(found, 0.1)]
+        held = [source.hold(centred=True) for source in hold_out(found, 0.1)]
         names, pools = found.classes, [(F.avg_pool2d(x.images / 255, 4), x.labels) for x in held]
     kinds = parse_layers(settings.classes, len(names), "classes")
     twins = settings.scene == "twins"
@@ -53,75 +52,68 @@ def load(settings, kind, size: int, device) -> Parts:
     if rest or grid < 3 or not grid % 2:
         sizes = f"{3 * cell}, {5 * cell}, {7 * cell}"
         raise ValueError(f"--image-size: scenes are {sizes} ... pixels wide, not {size}")
-    train, val, test = (
-        Tensors(*draw_scenes(part, *pool, kinds, settings, grid))
-        for part, pool in zip(COUNT, pools, strict=True)
-    )
+    parts, draws = [], [*map(partial(seeded, "scenes", settings.scene), COUNT)]
+    for part, pool, draw in zip(COUNT, pools, draws, strict=True):
+        parts.append(Tensors(*draw_scenes(part, *pool, kinds, settings, grid, draw)))
     cells = [f"cell {i}" for i in range(grid**2)]
     labels = cells if settings.label == "cell" else [names[kind] for kind in kinds]
+    train, val, test = parts
     return Parts(labels, train, val, test, augment)
 
 
-def draw_scenes(part: str, images: Tensor, labels: Tensor, kinds: list[int], settings, grid: int):
+def draw_scenes(part: str, images: Tensor, labels: Tensor, kinds: list[int], settings, grid, draws):
     """Scenes (n, c, size, size) of 0..1 and their labels (n,). Noise is in val and test already."""
-    device, draws = images.device, seeded("scenes", settings.scene, part)
-    images, of_kind = images.cpu(), [(labels.cpu() == kind).nonzero().flatten() for kind in kinds]
-    images = images if images.ndim == 4 else images[:, None]
+    device, images, labels = images.device, images.cpu(), labels.cpu()
+    images = (images if images.ndim == 4 else images[:, None])[labels.argsort(stable=True)]
+    sizes = labels.bincount(minlength=max(kinds) + 1)  # of the classes, which lie one by one
+    pool = images, (sizes.cumsum(0) - sizes)[kinds], sizes[kinds]
     draw = draw_pointers if settings.scene == "pointer" else draw_twins
-    cells, kind, cell = draw(COUNT[part], grid, images, of_kind, settings, draws)
+    cells, kind, cell = draw(COUNT[part], grid, *pool, settings.dial, draws)
     scenes = rearrange(cells, "n (h w) c p q -> n c (h p) (w q)", h=grid)
     if part != "train":
         scenes = add_noise(scenes, torch.rand(scenes.shape, generator=draws))
     return scenes.to(device), (cell if settings.label == "cell" else kind).to(device)
 
 
-def draw_pointers(count: int, grid: int, images: Tensor, of_kind: list[Tensor], settings, draws):
-    """Cells (count, grid^2, c, p, p); what is pointed to: its kind (count,), its cell (count,)."""
-    kinds = torch.randint(len(of_kind), (count, grid**2), generator=draws)
-    sizes = torch.tensor([len(of_one) for of_one in of_kind])[kinds]
-    which = (torch.rand(kinds.shape, generator=draws) * sizes).long()
-    cells = pick(images, of_kind, kinds, which)
-    centre, others = grid**2 // 2, list_others(grid)
+def draw_pointers(count: int, grid: int, images, starts, sizes, dial: float, draws):
+    """Cells (count, grid^2, c, p, p); what is pointed to: its kind (count,), its cell (count,).
+
+    Of each kind, `images` (n, c, p, p) holds so many (`sizes`), from a number on (`starts`).
+    """
+    kinds = torch.randint(len(sizes), (count, grid**2), generator=draws)
+    which = (torch.rand(kinds.shape, generator=draws) * sizes[kinds]).long()
+    cells = images[starts[kinds] + which]
+    others = list_others(grid)
     cell = others[torch.randint(len(others), (count,), generator=draws)]
-    cell[torch.rand(count, generator=draws) < settings.dial] = 0
-    cells[:, centre] = draw_squares(grid, cells.shape[2:])[cell]
+    cell[torch.rand(count, generator=draws) < dial] = 0
+    cells[:, grid**2 // 2] = draw_squares(grid, cells.shape[2:])[cell]
     return cells, kinds.gather(1, cell[:, None])[:, 0], cell
 
 
 def draw_squares(grid: int, shape: torch.Size) -> Tensor:
     """For each cell of the grid the picture (c, p, p) of a square that points to it."""
     side, pictures = max(1, round(SQUARE * shape[-1])), torch.zeros(grid**2, *shape)
+    edges = torch.linspace(0, shape[-1] - side, grid).round().int().tolist()
     for i, picture in enumerate(pictures):
-        y, x = (round(place / (grid - 1) * (shape[-1] - side)) for place in divmod(i, grid))
+        y, x = edges[i // grid], edges[i % grid]
         picture[:, y : y + side, x : x + side] = 1
     return pictures
 
 
-def draw_twins(count: int, grid: int, images: Tensor, of_kind: list[Tensor], settings, draws):
+def draw_twins(count: int, grid: int, images, starts, sizes, dial: float, draws):
     """As draw_pointers: pairs of one kind each, one of them twice the same image."""
-    pairs = min(len(of_kind) - 1, (grid**2 - 1) // 2)  # cells that are left stay empty
-    kinds = torch.rand(count, len(of_kind), generator=draws).argsort(dim=1)[:, :pairs]
+    pairs = min(len(sizes) - 1, (grid**2 - 1) // 2)  # cells that are left stay empty
+    kinds = torch.rand(count, len(sizes), generator=draws).argsort(dim=1)[:, :pairs]
     first, step = torch.rand(2, count, pairs, generator=draws)
-    sizes = torch.tensor([len(of_one) for of_one in of_kind])[kinds]
-    first = (first * sizes).long()
-    step = 1 + (step * (sizes - 1)).long()  # to another image of the kind
+    first = (first * sizes[kinds]).long()
+    step = 1 + (step * (sizes[kinds] - 1)).long()  # to another image of the kind
     step[:, 0] = 0  # the twins: to the same
-    which = torch.cat([first, (first + step) % sizes], dim=1)
-    both = pick(images, of_kind, kinds.repeat(1, 2), which)
+    which = torch.cat([first, (first + step) % sizes[kinds]], dim=1)
     others = list_others(grid)
     places = others[torch.rand(count, len(others), generator=draws).argsort(dim=1)[:, : 2 * pairs]]
     cells = images.new_zeros(count, grid**2, *images.shape[1:])
-    cells[torch.arange(count)[:, None], places] = both
+    cells[torch.arange(count)[:, None], places] = images[starts[kinds].repeat(1, 2) + which]
     return cells, kinds[:, 0], places[:, 0]
-
-
-def pick(images: Tensor, of_kind: list[Tensor], kinds: Tensor, which: Tensor) -> Tensor:
-    """Of each of `kinds` (n, k) the image number `which` (n, k) of that kind: (n, k, c, p, p)."""
-    chosen = torch.empty_like(kinds)
-    for kind, of_one in enumerate(of_kind):
-        asked = kinds == kind
-        chosen[asked] = of_one[which[asked]]
-    return images[chosen]
 
 
 def list_others(grid: int) -> Tensor:

@@ -1,8 +1,10 @@
 """What the other files here return: images and labels, in parts."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from common.augment import hash_seed
@@ -21,6 +23,9 @@ def check_choices(settings, module: str) -> None:
             raise ValueError(f"--{name}: only for --data {' and '.join(sorted(CHOICES[name]))}")
     if "data_dir" in settings.given and settings.data in ("digits", "scenes"):
         raise ValueError(f"--data-dir: --data {settings.data} is bundled. Name --data folder, say")
+    for name in ("crop_area", "randaugment", "random_erase"):
+        if module in ("digits", "scenes") and getattr(settings, name, None):
+            raise ValueError(f"--{name.replace('_', '-')}: this data set has its own augmentation")
 
 
 class Parts(NamedTuple):
@@ -37,11 +42,12 @@ def hold_out(parts: Parts, share: float) -> tuple:
     """Train, val and test: a share of the training images becomes val, each by its own name."""
     if not share or not parts.train:
         return parts.train, parts.val, parts.test
-    held = [is_held_out(name, share) for name in parts.train.names]
-    ours, theirs = ([i for i, out in enumerate(held) if out is which] for which in (False, True))
-    if parts.val or not ours or not theirs:
+    names = parts.train.names or range(len(parts.train))
+    held = torch.tensor([is_held_out(name, share) for name in names])
+    ours, theirs = ((held == which).nonzero()[:, 0] for which in (False, True))
+    if parts.val or not len(ours) or not len(theirs):
         raise ValueError(f"--holdout {share}: {len(held)} images are too few, or some are held out")
-    return parts.train.subset(ours), parts.train.subset(theirs), parts.test
+    return parts.train.subset(ours.tolist()), parts.train.subset(theirs.tolist()), parts.test
 
 
 def is_held_out(name, share: float) -> bool:
@@ -49,36 +55,26 @@ def is_held_out(name, share: float) -> bool:
     return hash_seed("holdout", name) / 2**56 < share
 
 
+@dataclass(eq=False)
 class Tensors:
-    """Images held on the device, and their labels. `files`: the images.Files they came from."""
+    """Images held on the device, and their labels."""
 
-    def __init__(self, images: Tensor, labels: Tensor, files=None):
-        self.images, self.labels, self.files = images, labels, files
-        self.names = range(len(images))
+    images: Tensor
+    labels: Tensor
+    names: Sequence = ()  # of the files they came from
+    contents: Tensor | None = None  # hashes of these files
 
     def __len__(self) -> int:
         return len(self.images)
 
-    @property
-    def hashes(self) -> Tensor | None:
-        return self.files.hashes if self.files else None
-
-    @property
-    def contents(self) -> Tensor | None:
-        return self.files.contents if self.files else None
-
     def subset(self, indices: list[int]) -> "Tensors":
         return Tensors(self.images[indices], self.labels[indices])
+
+    def hold(self, centred: bool = False) -> "Tensors":
+        return self
 
     def batches(self, order, key=None) -> Iterator[tuple[Tensor, Tensor]]:
         """The images of each row of `order`. `key` is for files, which are cropped one by one."""
         for indices in order:
             indices = indices.to(self.images.device, non_blocking=True)  # the host does not wait
             yield self.images[indices], self.labels[indices]
-
-
-def hold(source, device, centred: bool = False):
-    """Decodes image files once, if they fit in memory. `centred`: as evaluation sees them."""
-    if isinstance(source, Tensors) or (images := source.hold(centred)) is None:
-        return source
-    return Tensors(images.to(device), source.labels.to(device), source)

@@ -59,7 +59,7 @@ def draw_explorer(path: Path, *changes: str) -> None:
     lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in known.items()]
     lines.append('"nets": [\n' + ",\n".join(json.dumps(net) for net in nets) + "\n]")
     page = TEMPLATE.read_text().replace("@DATA@", "{" + ",\n".join(lines) + "}")
-    checkpoints.write_text(path, page)
+    checkpoints.save(page, path)
 
 
 @torch.no_grad()

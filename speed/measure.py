@@ -111,6 +111,6 @@ def add_record(settings, device: torch.device, module: str, found: dict, whole=T
         before = json.loads(path.read_text()) if path.exists() else []
         kept = [row for row in before if row["command"] not in (record["command"], unfinished)]
         path.parent.mkdir(exist_ok=True)
-        checkpoints.write_text(path, json.dumps([*kept, record], indent=1) + "\n")
+        checkpoints.save(json.dumps([*kept, record], indent=1) + "\n", path)
         print0(f"\nwrote {path}")
     return record

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from common.runs import hash_settings
-from common.settings import get_free, get_values, to_argv
+from common.settings import get_values, to_argv
 from study.estimates import compute_share, estimate, pack
 from study.jobs import ROOT, Job
 
@@ -83,7 +83,7 @@ class Planner(NamedTuple):  # plans the runs of a study
 
     def make_job(self, script: str, name: str, given: Flags, after: tuple[str, ...] = ()) -> Job:
         settings = Job(script, [*to_argv(given), *self.extra], self.folder).get_settings()
-        counts = get_values(settings).keys() - get_free(settings) | {"teacher"} & given.keys()
+        counts = get_values(settings, free=False).keys() | {"teacher"} & given.keys()
         shown = {k: str(getattr(settings, k)).removeprefix(f"{ROOT}/") for k in sorted(counts)}
         out = self.folder / f"{name} {hash_settings(shown)}".replace(":", "-")
         return Job(script, [*to_argv(given | {"out": out}), *self.extra], out, after)

@@ -19,7 +19,7 @@ import torch
 from common import checkpoints, launch, runs
 from common.launch import Failed
 from common.progress import format_minutes
-from common.settings import get_free, get_values
+from common.settings import get_values
 
 RELATED = "activations attndistill dino integrated_gradients linear_attention reminders".split()
 SCRIPTS = {name: f"related.{name}" for name in RELATED}  # imported when they are needed
@@ -84,7 +84,7 @@ class Job:
         except (OSError, ValueError, LookupError, TypeError):
             return False
         settings = self.get_settings()
-        asked, counts = get_values(settings), get_values(settings).keys() - get_free(settings)
+        asked, counts = get_values(settings), set(get_values(settings, free=False))
         if (teacher := Path(asked.get("teacher", ""))).is_file():  # compared by its weights
             if weights_then != checkpoints.fingerprint(checkpoints.read_file(teacher)["model"]):
                 return False

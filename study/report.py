@@ -168,10 +168,10 @@ def main(settings: Base) -> None:
     for path in sorted(RESULTS.glob("*.json")):
         if path.stem in TABLES:
             record = recompute(read_record(path), TABLES[path.stem])
-            checkpoints.write_text(path, json.dumps(record, indent=1) + "\n")
+            checkpoints.save(json.dumps(record, indent=1) + "\n", path)
             figures.draw_record(TABLES[path.stem], record, path)
     for page in map(ROOT.joinpath, PAGES):
-        checkpoints.write_text(page, fill_tables(page.read_text(), RESULTS))
+        checkpoints.save(fill_tables(page.read_text(), RESULTS), page)
         print(f"wrote {page}")
 
 

@@ -98,10 +98,10 @@ def main(settings: Settings) -> None:
         found = {"seeds": seeds, "measure": measure} | found
         path = results / f"{name}.json"
         record = runner.record(name, settings.extra, found)
-        checkpoints.write_text(path, json.dumps(record, indent=1) + "\n")
-        points = found["points"].items() if table.tunes else ()
-        chosen = {point: tune.get_chosen(rows) for point, rows in points}
-        print(chosen or format_record(found))
+        checkpoints.save(json.dumps(record, indent=1) + "\n", path)
+        if table.tunes:
+            chosen = {point: tune.get_chosen(rows) for point, rows in found["points"].items()}
+        print(chosen if table.tunes else format_record(found))
         figures.draw_record(table, found, path)
         print(f"\nwrote {path}")
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import vit
-from common.launch import get_device, print0
+from common.launch import print0
 from common.settings import parse_layers
 from teachers.load import build, build_vit, make_config
 
@@ -89,7 +89,7 @@ def make_pair(settings, dataset, checkpoint) -> tuple[Teacher, vit.ViT, list[int
     layers, sources = parse_layers(settings.layers, config.depth), settings.teacher_layers
     sources = parse_layers(sources, teacher.config.depth, "teacher_layers") if sources else ()
     heads = parse_layers(settings.heads or "all", teacher.config.heads, "heads")
-    teacher.to(device := get_device(settings.device)).eval().requires_grad_(False)
+    teacher.to(device := dataset.train.device).eval().requires_grad_(False)
     return adapt(teacher, student, layers, sources, heads), student.to(device), layers
 
 

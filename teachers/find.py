@@ -8,7 +8,7 @@ from pathlib import Path
 from common import runs
 from common.checkpoints import Checkpoint
 from common.launch import print0, run_first
-from common.settings import get_free, get_values, parse_layers
+from common.settings import get_values, parse_layers
 from data import Data
 from recipes import DATA_SETS, Images
 from teachers import adapt
@@ -17,10 +17,10 @@ from teachers.load import make_config, read_checkpoint
 BUNDLED = Path(__file__).parent.parent / "weights"  # made by study/ship.py
 
 
-def find_teacher(settings, dataset: Data, script=None) -> Checkpoint | None:
+def find_teacher(settings, dataset: Data, get_script=None) -> Checkpoint | None:
     """The checkpoint that --teacher names, None for random and none.
 
-    auto: the bundled one if it fits, MAE's for ImageNet, otherwise `script` makes one (pretrain).
+    auto: the bundled one if it fits, MAE's for ImageNet, else the script of `get_script` makes one.
     """
     source: str | Path = settings.teacher
     if source == "random" and not hasattr(settings, "layers"):
@@ -37,7 +37,7 @@ def find_teacher(settings, dataset: Data, script=None) -> Checkpoint | None:
             count = config.heads if name == "heads" else config.depth
             parse_layers(getattr(settings, name, "") or "all", count, name)
         own = dict(model=settings.model, patch=settings.patch, num_labels=0, subset_seed=-1)
-        source = make_teacher(script, settings, dataset, **own)
+        source = make_teacher(get_script(), settings, dataset, **own)
     checkpoint = read_checkpoint(source, settings.normalization)
     if not hasattr(settings, "layers"):  # fine-tuning
         asked, there = make_config(settings, dataset), checkpoint.architecture
@@ -63,7 +63,7 @@ def find_bundled(settings) -> Path | None:
         settings = replace(settings, image_size=0)
     for about in BUNDLED.glob("*.json"):
         facts, file = json.loads(about.read_text()), about.with_suffix(".pt")
-        if all(getattr(settings, name) == value for name, value in facts["for"].items()):
+        if facts["for"].items() <= vars(settings).items():
             return file
     return None
 
@@ -75,7 +75,8 @@ def make_teacher(script, settings, dataset=None, **changes) -> Path:
     shared |= {"seed", "amp", "compile", "num_labels", "subset_seed"}
     changes |= {"batch": min(own.batch, dataset.available)} if dataset else {}
     own = replace(own, **{name: getattr(settings, name) for name in shared} | changes)
-    facts = {k: v for k, v in get_values(own).items() if k not in get_free(own) | {"amp"}} | changes
+    facts = get_values(own, free=False) | changes
+    del facts["amp"]
     facts |= {"method": own.method, "images": dataset and (dataset.available, dataset.fingerprint)}
     name = f"teacher-{own.data}-{own.model}-{runs.hash_settings(facts)}"
     out = Path("runs") / name.replace("/", "-")

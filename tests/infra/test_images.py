@@ -37,7 +37,7 @@ def folder(root, *argv, script=finetune):
 
 
 def names_of(part) -> set[str]:
-    return set(getattr(part.source, "files", part.source).names)
+    return set(part.source.names)
 
 
 def held_out(root) -> set[str]:
