@@ -85,7 +85,7 @@ class Attention(nn.Module):  # tokens (B, N, D) to tokens, and the QK they atten
         return rearrange(y, "b n (p h d) -> p b h n d", h=self.heads, d=self.dim // self.heads)
 
     def queries_keys(self, q: Tensor, k: Tensor, visible_ids=None) -> QK:
-        return QK(q, k)  # families (teachers/vit.py) add rope or a bias here
+        return QK(q, k)  # families (teachers/vit.py) add rope here
 
     def forward(self, x: Tensor, given: QK | None = None, visible_ids=None) -> tuple[Tensor, QK]:
         if given is None:

@@ -157,8 +157,6 @@ def task(settings: Settings, dataset: data.Data, checkpoint) -> train.Task:
     teacher, student = (
         build_vit(replace(checkpoint, weights=plain), dataset.image_size) for _ in range(2)
     )
-    if "relative" in getattr(teacher.config, "positions", ""):
-        raise ValueError(f"{checkpoint.source}: relative positions cannot be made linear")
     teacher.to(device).eval().requires_grad_(False)
     torch.manual_seed(settings.seed)
     student = linearise(student).to(device)

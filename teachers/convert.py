@@ -2,7 +2,6 @@
 
 import math
 import re
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -12,12 +11,11 @@ from torch import Tensor
 from common.checkpoints import Checkpoint
 from common.launch import print0
 from teachers.classes import IMAGENET
-from teachers.vit import Config
 from teachers.zoo import PublicViT, recognise
 
 DROPPED = re.compile(  # pre-training's, and a head that pools by attention
-    r"decoder|mask_token|attn_pool|lm_head|cls_pt_layers|projectors|local_cls_norm|rope_embed|"
-    r"head_dist|momentum_encoder|predictor|.*(relative_position_index|rope\.|num_batches)|n_averaged"
+    r"decoder|mask_token|attn_pool|projectors|local_cls_norm|rope_embed|"
+    r"head_dist|momentum_encoder|predictor|.*(rope\.|num_batches)|n_averaged"
 )
 RENAMED = {
     r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.": "",
@@ -38,7 +36,6 @@ RENAMED = {
     r"^blocks\.\d+\.(\d+)\.": r"blocks.\1.",  # DINOv2's code may keep them in chunks
     r"^(register_tokens|storage_tokens)$": "reg_token",
     r"\.gamma_([12])$": r".ls\1.gamma",
-    r"relative_position_bias_table$": "relative.table",
 }
 LOOKS = {"embeddings.": "Hugging Face's", "resblocks.": "open_clip's", "layer1.": "a ResNet's",
          "encoderblock": "Flax's", "layers.0.blocks.": "a Swin's"}  # fmt: skip
@@ -55,7 +52,7 @@ def parse_foreign(found: dict, source: str, place: str, model=None, size=None) -
     try:
         model = check_name(theirs, place, model, size)
         weights = rename(theirs)
-        architecture = asdict(describe(weights, model, size))
+        architecture = describe(weights, model, size)
     except (KeyError, TypeError):
         like = next((f": {who}" for part, who in LOOKS.items() if part in str([*theirs])), "")
         names = f"{', '.join(map(str, [*theirs][:3]))}{like}"
@@ -64,7 +61,6 @@ def parse_foreign(found: dict, source: str, place: str, model=None, size=None) -
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
     if not model:  # whose pixels are unknown
-        del architecture["mean"], architecture["std"]
         return Checkpoint(source, weights, architecture)
     if "no commercial use" in model.family.licence:
         print0(f"note: the licence of {model.name} is {model.family.licence}")
@@ -99,12 +95,19 @@ def rename(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     one_norm = ("norm.weight" in found) != ("fc_norm.weight" in found)
     if not one_norm or "head.weight" not in found or "attn_pool" in str([*weights]):
         found = {k: v for k, v in found.items() if not k.startswith(("head.", "heads."))}
-    shared = found.pop("rel_pos_bias.relative.table", None)
     biased = any(name.endswith(("qkv.bias", "q_bias")) for name in found)
-    for i in range(count_blocks(found)):
-        rename_in_block(found, f"blocks.{i}.", biased)
-        if shared is not None:
-            found[f"blocks.{i}.attn.relative.table"] = shared
+    for name, value in list(found.items()):  # what is here one tensor, if it is in parts there
+        v, x = name.replace("q_bias", "v_bias"), name.replace("fc1_g.", "fc1_x.")
+        if name.endswith("q_bias") and v in found:  # the key's is 0
+            parts = found.pop(name), torch.zeros_like(value), found.pop(v)
+            found[name.replace("q_bias", "qkv.bias")] = torch.cat(parts)
+        elif name.endswith("qkv.bias_mask"):
+            bias = name.removesuffix("_mask")
+            found[bias] = found[bias].where(found.pop(name) == 1, 0)
+        elif name.endswith("qkv.weight") and not biased:
+            found[name.replace("weight", "bias")] = value.new_zeros(len(value))
+        elif x != name and x in found:
+            found[name.replace("fc1_g.", "fc1.")] = torch.cat([found.pop(name), found.pop(x)])
     if "pos_embed" in found and "cls_token" in found:
         tokens = found["pos_embed"].shape[1]
         if math.isqrt(tokens) ** 2 == tokens:  # it has none for the class token
@@ -115,33 +118,13 @@ def rename(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def rename_in_block(found: dict[str, Tensor], block: str, biased: bool) -> None:
-    """Changes the tensors of one block, in place. `biased`: some block has a bias of q, k, v."""
-    weight, bias = f"{block}attn.qkv.weight", f"{block}attn.qkv.bias"
-    q, v = (f"{block}attn.{part}_bias" for part in "qv")
-    if q in found and v in found:  # the key's is 0
-        found[bias] = torch.cat([found[q], torch.zeros_like(found[q]), found[v]])
-        del found[q], found[v]
-    elif not biased and weight in found:
-        found[bias] = found[weight].new_zeros(len(found[weight]))
-    if f"{bias}_mask" in found:
-        found[bias] = found[bias].where(found.pop(f"{bias}_mask") == 1, 0)
-    for part in ("weight", "bias"):
-        gate, value = (f"{block}mlp.fc1_{which}.{part}" for which in "gx")
-        if gate in found and value in found:
-            found[f"{block}mlp.fc1.{part}"] = torch.cat([found.pop(gate), found.pop(value)])
-
-
-def count_blocks(weights: dict[str, Tensor]) -> int:
-    return 1 + max((int(k.split(".")[1]) for k in weights if k.startswith("blocks.")), default=-1)
-
-
-def describe(weights: dict[str, Tensor], model: PublicViT | None, size=None) -> Config:
-    """The kind of ViT, from tensors of our names. Shapes tell most, the family the rest."""
+def describe(weights: dict[str, Tensor], model: PublicViT | None, size=None) -> dict[str, Any]:
+    """The fields of a Config. Shapes of tensors tell most, the family the rest."""
     dim, channels, patch, _ = weights["patch_embed.proj.weight"].shape
     (gates, _), (_, hidden) = (weights[f"blocks.0.mlp.fc{i}.weight"].shape for i in "12")
+    blocks = [int(name.split(".")[1]) for name in weights if name.startswith("blocks.")]
     found: dict[str, Any] = dict(
-        patch=patch, channels=channels, dim=dim, depth=count_blocks(weights), mlp=hidden / dim,
+        patch=patch, channels=channels, dim=dim, depth=1 + max(blocks), mlp=hidden / dim,
         classes=len(weights.get("head.weight", ())), class_token="cls_token" in weights,
         registers=weights["reg_token"].shape[-2] if "reg_token" in weights else 0,
     )  # fmt: skip
@@ -157,8 +140,8 @@ def describe(weights: dict[str, Tensor], model: PublicViT | None, size=None) -> 
         odd = {k: v for k, v in found.items() if v != named.get(k, v) and k != "classes"}
         if odd:
             raise ValueError(f"it has {odd}, but {model.name} has { {k: named[k] for k in odd} }")
-        return Config(**{"image_size": model.image_size} | found | usual)
+        return {"image_size": model.image_size} | found | usual
     if not size or size[0] != dim:
         remedy = "write SIZE=FILE, such as small=FILE, or NAME=FILE (python -m teachers)"
         raise ValueError(f"{dim} wide, it may have any number of attention heads: {remedy}")
-    return Config(**{"image_size": 0} | found, heads=size[2])
+    return {"image_size": 0} | found | {"heads": size[2]}

@@ -13,7 +13,9 @@ import vit
 from common import checkpoints
 from common.checkpoints import Checkpoint
 from common.launch import print0
+from data import Data
 from recipes import NORMALIZATIONS
+from teachers.adapt import Teacher, adapt
 
 
 def read_checkpoint(source: str | Path, normalization: str = "") -> Checkpoint:
@@ -22,12 +24,20 @@ def read_checkpoint(source: str | Path, normalization: str = "") -> Checkpoint:
     NAME=FILE reads a file as a public ViT's, SIZE=FILE as a plain ViT with the heads of a size.
     `normalization`: of a file that does not name its own (a key of NORMALIZATIONS).
     """
-    return name_normalization(read(source), normalization)
+    checkpoint = read(str(source))
+    architecture = checkpoint.architecture
+    if "mean" in architecture and not normalization:
+        return checkpoint
+    assumed = "imagenet" if architecture["channels"] == 3 else "none"
+    if not normalization:
+        remedy = f"--normalization {' or '.join(k for k in NORMALIZATIONS if k != assumed)}"
+        print0(f"note: {source} names no mean and std, so we take {assumed} ({remedy})")
+    mean, std = NORMALIZATIONS[normalization or assumed]
+    return replace(checkpoint, architecture=architecture | {"mean": mean, "std": std})
 
 
-def read(source: str | Path) -> Checkpoint:
-    source = place = str(source)
-    model = size = None
+def read(source: str) -> Checkpoint:
+    place, model, size = source, None, None
     if not (checkpoints.is_url(place) or Path(place).is_file()):
         from teachers import zoo
 
@@ -44,44 +54,37 @@ def read(source: str | Path) -> Checkpoint:
     return parse_foreign(found, source, place, model, size)
 
 
-def name_normalization(checkpoint: Checkpoint, name: str) -> Checkpoint:
-    """The checkpoint with the mean and std of the pixels that it was trained on."""
-    architecture = checkpoint.architecture
-    if "mean" in architecture and not name:
-        return checkpoint
-    assumed = "imagenet" if architecture["channels"] == 3 else "none"
-    if not name:
-        remedy = f"--normalization {' or '.join(k for k in NORMALIZATIONS if k != assumed)}"
-        print0(f"note: {checkpoint.source} names no mean and std, so we take {assumed} ({remedy})")
-    mean, std = NORMALIZATIONS[name or assumed]
-    return replace(checkpoint, architecture=architecture | {"mean": mean, "std": std})
-
-
-def build_vit(checkpoint: Checkpoint, image_size=None, classes=None, drop_path=0.0) -> vit.ViT:
+def build_vit(
+    checkpoint: Checkpoint,
+    image_size: int | None = None,
+    classes: int | None = None,
+    drop_path: float = 0.0,
+) -> vit.ViT:
     """The ViT of a checkpoint. Positions are interpolated for another image size.
 
     With `classes` the head is new, for so many (0: no head), and reads the mean of the patches, as
     those of all methods do. Otherwise it is the file's.
     """
-    arch, weights = dict(checkpoint.architecture), checkpoint.weights
+    arch, weights = checkpoint.architecture, checkpoint.weights
+    new: dict[str, Any] = {"image_size": image_size or arch["image_size"]}
     if own_head := classes is None and arch["classes"] > 0:
         weights = {re.sub(r"^norm\.", "fc_norm.", name): value for name, value in weights.items()}
         if not checkpoint.classes:
             read = "class token" if arch.get("pool") == "token" else "mean of the patches"
             print0(f"note: {checkpoint.source}: its head is taken to read the {read}")
     else:
-        arch.pop("pool", None)
-    new = {"image_size": image_size or arch["image_size"]}
-    new["classes"] = arch["classes"] if classes is None else classes
+        arch = {name: value for name, value in arch.items() if name != "pool"}
+        new["classes"] = classes or 0
     net = build(to_config(arch | new), drop_path)
-    if new["image_size"] != arch["image_size"]:
+    if new["image_size"] != arch["image_size"] and "pos_embed" in weights:
         from teachers.positions import resize
 
-        weights = resize(weights, net.config.grid_size, checkpoint.resize)
+        positions = resize(weights["pos_embed"], net.config.grid_size, checkpoint.resize)
+        weights = weights | {"pos_embed": positions}
     if not own_head:  # it is new, and so is its norm if the file has none
         random = {k: v for k, v in net.state_dict().items() if k.startswith(("head.", "fc_norm."))}
-        found = {k: v for k, v in weights.items() if not k.startswith(("head.", "norm."))}
-        weights = random | found
+        known = {k: v for k, v in weights.items() if not k.startswith(("head.", "norm."))}
+        weights = random | known
     try:
         net.load_state_dict(weights)
     except RuntimeError as error:  # it names keys and shapes
@@ -118,7 +121,7 @@ def to_config(architecture: dict[str, Any]) -> vit.Config:
     return vit.Config(**plain) if config == Config(**plain) else config
 
 
-def make_config(settings, dataset, **changes) -> vit.Config:
+def make_config(settings: recipes.Settings, dataset: Data, **changes) -> vit.Config:
     """The ViT that --model and --patch ask for, for these images and classes."""
     images = dict(image_size=dataset.image_size, patch=settings.patch, channels=dataset.channels)
     images |= dict(classes=len(dataset.classes), mean=dataset.mean, std=dataset.std)
@@ -135,7 +138,7 @@ def make_config(settings, dataset, **changes) -> vit.Config:
     return to_config(images | size | changes)
 
 
-def new_vit(settings, dataset, **changes) -> vit.ViT:
+def new_vit(settings: recipes.Settings, dataset: Data, **changes) -> vit.ViT:
     """A random one, on the CPU. Call torch.manual_seed before."""
     return build(make_config(settings, dataset, **changes), settings.drop_path, settings.positions)
 
@@ -146,7 +149,7 @@ class Model:
 
     net: vit.ViT
     checkpoint: Any = None  # a Checkpoint; None for a random net
-    teacher: Any = None  # a ViT or an adapt.TeacherAdapter
+    teacher: Teacher | None = None
     layers: Sequence[int] = ()
 
     def __call__(self, images: Tensor) -> Tensor:  # logits (B, classes)
@@ -165,9 +168,6 @@ def open_model(
     """A checkpoint as a Model, frozen, at its own or another image size."""
     found = source if isinstance(source, Checkpoint) else read_checkpoint(source, normalization)
     nets = [build_vit(one, image_size).to(device) for one in (found, found.teacher) if one]
-    net, *teacher = (one.eval().requires_grad_(False) for one in nets)
-    if not teacher:
-        return Model(net, found)
-    from teachers.adapt import adapt
-
-    return Model(net, found, adapt(*teacher, net, found.layers, **found.adapted), found.layers)
+    net, *teachers = (one.eval().requires_grad_(False) for one in nets)
+    lender = adapt(*teachers, net, found.layers, **found.adapted) if teachers else None
+    return Model(net, found, lender, found.layers)

@@ -29,22 +29,23 @@ def to_timm(model, theirs: nn.Module) -> dict[str, Tensor]:
             found["cls_token"] = found["cls_token"] + positions[:, :1]
             positions = positions[:, 1:]
         found["pos_embed"] = positions
-    for name in list(found):
-        other = name.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2")
-        other = other.replace("relative.table", "relative_position_bias_table")
-        if name not in target:  # timm's norm comes before the pooling, unless it takes the mean
-            other = re.sub("^fc_norm", "norm", other)
-        if other in target:
-            found[other] = found.pop(name)
-        if name.endswith("qkv.bias") and name not in target:  # that of keys does nothing
-            q, _, v = found.pop(name).chunk(3)
-            q_name, v_name = (name.replace("qkv.bias", f"{part}_bias") for part in "qv")
-            if {q_name, v_name} <= target.keys() or q.any() or v.any():
-                found |= {q_name: q, v_name: v}
-        gates = [name.replace("mlp.fc1", f"mlp.fc1_{part}") for part in "gx"]
-        if gates[0] != name and gates[0] in target:
-            found |= zip(gates, found.pop(name).chunk(2), strict=True)
-    found |= {name: value for name, value in target.items() if name.endswith("index")}
+    for name in found.keys() - target.keys():  # timm's has it by another name, or in parts
+        value, parts = found.pop(name), {}
+        if name.endswith("qkv.bias"):  # that of keys does nothing
+            q, _, v = value.chunk(3)
+            parts = {
+                name.replace("qkv.bias", f"{part}_bias"): x for part, x in (("q", q), ("v", v))
+            }
+            if not (parts.keys() <= target.keys() or q.any() or v.any()):
+                parts = {}
+        elif ".mlp.fc1." in name:
+            parts = dict(
+                zip((name.replace("fc1", f"fc1_{x}") for x in "gx"), value.chunk(2), strict=True)
+            )
+        else:  # timm's norm comes before the pooling, unless it takes the mean
+            other = re.sub(r"ls([12])\.gamma", r"gamma_\1", re.sub("^fc_norm", "norm", name))
+            parts = {other: value}
+        found |= parts
     ours, twin = copy.deepcopy(net).eval(), copy.deepcopy(theirs).eval()
     try:
         twin.load_state_dict(found)

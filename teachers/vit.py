@@ -1,25 +1,25 @@
 """What families of public ViTs add to a plain one, each by overriding a method of vit.py.
 
-Rope and relative positions change where a token looks, so a teacher lends them.
+Rope changes where a token looks, so a teacher lends queries and keys that have turned.
 """
 
 import re
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import repeat
 from torch import Tensor, nn
 
 import vit as plain
-from teachers.positions import compute_relative_index, compute_rope_angles, rotate
+from teachers.positions import compute_rope_angles, rotate
 
 
 @dataclass(frozen=True)
 class Config(plain.Config):  # the defaults are those of a plain ViT
     class_token: bool = True
     registers: int = 0  # further tokens that are no patches (Darcet et al. 2024)
-    positions: str = "absolute"  # or relative, rope, absolute+relative, absolute+rope
+    positions: str = "absolute"  # or rope, absolute+rope
     rope_base: float = 100.0  # the longest period of rope (Su et al. 2021, in 2d as DINOv3)
     norm_pre: bool = False  # a norm before the blocks (CLIP)
     layer_scale: float = 0.0  # initial factor of each branch (Touvron et al. 2021), 0: none
@@ -30,50 +30,34 @@ class Config(plain.Config):  # the defaults are those of a plain ViT
     def num_prefix_tokens(self) -> int:
         return self.class_token + self.registers
 
+    def __post_init__(self):
+        for name, known in (("positions", POSITIONS), ("activation", ACTIVATIONS)):
+            value = getattr(self, name)
+            if value.removeprefix("absolute+") not in known:
+                raise ValueError(f"no ViT here has {name} {value}: choose from {', '.join(known)}")
+
+
+class RopeQKV(plain.QKV):
+    """Keys have no bias, which rope would turn."""
+
+    def forward(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
+        q, k, v = self.bias.chunk(3)
+        return F.linear(x, self.weight[rows], torch.cat([q, torch.zeros_like(k), v])[rows])
+
 
 class RopeAttention(plain.Attention):
-    """Queries and keys turn with their position. Keys have no bias, which rope would turn."""
+    """Queries and keys turn with their position."""
 
     def __init__(self, config: Config):
         super().__init__(config)
+        self.qkv = RopeQKV(config.dim, 3 * config.dim)
         self.num_prefix_tokens = config.num_prefix_tokens
         angles = compute_rope_angles(config.grid_size, config.dim // config.heads, config.rope_base)
-        self.register_buffer("angles", angles, persistent=False)
-        biased = torch.tensor([1.0, 0.0, 1.0]).repeat_interleave(config.dim)
-        self.register_buffer("biased", biased, persistent=False)
-
-    def project(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
-        y = F.linear(x, self.qkv.weight[rows], (self.qkv.bias * self.biased)[rows])
-        return rearrange(y, "b n (p h d) -> p b h n d", h=self.heads, d=self.dim // self.heads)
+        self.angles = nn.Buffer(angles, persistent=False)
 
     def queries_keys(self, q: Tensor, k: Tensor, visible_ids=None) -> plain.QK:
         angles = self.angles if visible_ids is None else self.angles[visible_ids][:, None]
         return plain.QK(*(rotate(part, angles, self.num_prefix_tokens) for part in (q, k)))
-
-
-class RelativeAttention(plain.Attention):
-    """A learned bias of the scores for each step from query to key (BEiT, Bao et al. 2022)."""
-
-    def __init__(self, config: Config):
-        super().__init__(config)
-        if config.num_prefix_tokens != 1:
-            raise ValueError("relative positions take a class token and no registers")
-        index = compute_relative_index(config.grid_size)
-        self.register_buffer("index", index, persistent=False)
-        table = torch.zeros(int(index.max()) + 1, config.heads)
-        self.relative = nn.ParameterDict({"table": nn.Parameter(table)})
-
-    def queries_keys(self, q: Tensor, k: Tensor, visible_ids=None) -> plain.QK:
-        index = self.index[None]
-        if visible_ids is not None:
-            tokens = F.pad(1 + visible_ids, (1, 0))  # the class token is always visible
-            index = self.index[tokens[:, :, None], tokens[:, None, :]]
-        return plain.QK(q, k, rearrange(self.relative["table"][index], "b q k h -> b h q k"))
-
-    def forward(self, x: Tensor, given=None, visible_ids=None) -> tuple[Tensor, plain.QK]:
-        y, qk = super().forward(x, given, visible_ids)
-        unused = given is not None  # but DDP wants a gradient for every parameter, if only zeros
-        return (y + 0 * self.relative["table"].sum() if unused else y), qk
 
 
 class QuickMlp(plain.Mlp):
@@ -102,7 +86,7 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
-POSITIONS = {"absolute": plain.Attention, "relative": RelativeAttention, "rope": RopeAttention}
+POSITIONS = {"absolute": plain.Attention, "rope": RopeAttention}
 ACTIVATIONS = {"gelu": plain.Mlp, "quick_gelu": QuickMlp, "swiglu": SwiGLU}
 
 
@@ -155,16 +139,16 @@ class ViT(plain.ViT):
         return self.head(self.fc_norm(x).mean(dim=1))
 
 
-COMPONENTS = {f.name: f.default for f in fields(Config) if f.default is not MISSING}
+COMPONENTS = {f.name: f.default for f in fields(Config) if isinstance(f.default, str | float | int)}
 del COMPONENTS["pool"]  # a new head reads the mean of the patches
 
 
 def parse_components(text: str) -> dict:
     """Fields of Config from the end of --model: "registers=4+positions=rope"."""
-    found, words = {}, {"positions": POSITIONS, "activation": ACTIVATIONS}
+    found = {}
     for name, _, value in (part.partition("=") for part in re.split(r"\+(?=\w+=)", text)):
-        if name not in COMPONENTS or value.removeprefix("absolute+") not in words.get(name, value):
-            known = ", ".join((*COMPONENTS, *POSITIONS, *ACTIVATIONS))
-            raise ValueError(f"--model ...+{text}: choose from {known}")
-        found[name] = value if name in words else type(COMPONENTS[name])(float(value))
+        if name not in COMPONENTS:
+            raise ValueError(f"--model ...+{text}: choose from {', '.join(COMPONENTS)}")
+        kind = type(COMPONENTS[name])
+        found[name] = value if kind is str else kind(float(value))
     return found

@@ -104,14 +104,6 @@ FAMILIES = (
     base 32,16 224 vit_{}_patch{p}_clip_224.laion2b
     huge 14    224 vit_{}_patch{p}_clip_224.laion2b""",
         dict(norm_pre=True, eps=1e-5, classes=0), CLIP, Resize(antialias=True)),
-    *(Family(f"BEiT v2, {size}", "LayerScale, relative positions", "MIT", f"""
-    {size} 16 224 beitv2_{{}}_patch16_224.in1k_ft_in22k
-    {size} 16 224 beitv2_{{}}_patch16_224.in1k_ft_in1k
-    {size} 16 224 beitv2_{{}}_patch16_224.in1k_ft_in22k_in1k
-    {size} 16 224 beitv2_{{}}_patch16_224_pt1k {{name}}.pth""",
-        dict(positions="relative", layer_scale=first),
-        files="https://github.com/addf400/files/releases/download/BEiT-v2/{}")
-      for size, first in (("base", 0.1), ("large", 1e-5))),
     Family("SigLIP 2", "no class token", APACHE, """
     base       16 224     vit_{}_patch{p}_siglip_{i}.v2_webli
     base,large 16 256,384 vit_{}_patch{p}_siglip_{i}.v2_webli

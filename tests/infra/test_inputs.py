@@ -72,10 +72,11 @@ def test_wrong_flags_and_values(script, argv, words, failing):
     ("", dict(channels=3), {}, "3 channels"), ("", dict(depth=2), {}, "0 to 1"),
     ("", {}, dict(dim=64), "size mismatch for cls_token"),
     ("", {}, dict(depth=5), "blocks.4.norm1.weight"),
+    ("", {}, dict(positions="relative"), "absolute, rope"),
     ("--layers 0,1 --teacher-layers 3", {}, {}, "cannot take the maps"),
     ("--model nano+registers=4", {}, {}, "other components"),
     ("--model nano+register=4", {}, {}, "choose from mlp"),
-    ("--model nano+positions=near", {}, {}, "relative, rope"),
+    ("--model nano+positions=near", {}, {}, "absolute, rope"),
 ])  # fmt: skip
 def test_a_checkpoint_that_does_not_fit(argv, changes, stored, words, failing):
     shape = dict(image_size=12, patch=3, channels=1, classes=0, dim=32, depth=4, heads=4)
@@ -105,7 +106,7 @@ def save(contents):
     (lambda _: b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS pointer"),
     (lambda _: pickle.dumps(Exploit(), 2), "cannot be read"),
     (lambda _: save({"model": Exploit()}), "cannot be read"),
-    (lambda _: save({"model": {"fc.weight": torch.ones(3)}}), "other names than ours"),
+    (lambda _: save({"model": {"fc.weight": torch.ones(3)}}), "no ViT we know"),
     (lambda _: save({"optimizer": {}, "run": {}}), "model.pt of a run"),
 ])  # fmt: skip
 def test_files_that_are_no_checkpoints(spoil, words, failing):
