@@ -41,7 +41,7 @@ LOOKS = {"embeddings.": "Hugging Face's", "resblocks.": "open_clip's", "layer1."
          "encoderblock": "Flax's", "layers.0.blocks.": "a Swin's"}  # fmt: skip
 
 
-def parse_foreign(found: dict, source: str, place: str, model=None, size=None) -> Checkpoint:
+def parse_foreign(found: dict, source: str, place: str, model: PublicViT | None) -> Checkpoint:
     """The contents of a file by others: of a public ViT, or of a plain one with a known size."""
     wrappers = ("model", "state_dict", "module", "teacher")
     taken = next((key for key in wrappers if isinstance(found.get(key), dict)), "")
@@ -50,9 +50,9 @@ def parse_foreign(found: dict, source: str, place: str, model=None, size=None) -
     if taken and len(large) > 1:
         print0(f"note: {source} holds {' and '.join(large)}: {taken} is taken")
     try:
-        model = check_name(theirs, place, model, size)
+        model = check_name(theirs, place, model)
         weights = rename(theirs)
-        architecture = describe(weights, model, size)
+        architecture = describe(weights, model)
     except (KeyError, TypeError):
         like = next((f": {who}" for part, who in LOOKS.items() if part in str([*theirs])), "")
         names = f"{', '.join(map(str, [*theirs][:3]))}{like}"
@@ -60,7 +60,7 @@ def parse_foreign(found: dict, source: str, place: str, model=None, size=None) -
         raise ValueError(f"{source} holds no ViT we know ({names}): {remedy}") from None
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
-    if not model:  # whose pixels are unknown
+    if not (model and model.family):  # its pixels are unknown
         return Checkpoint(source, weights, architecture)
     if "no commercial use" in model.family.licence:
         print0(f"note: the licence of {model.name} is {model.family.licence}")
@@ -70,15 +70,14 @@ def parse_foreign(found: dict, source: str, place: str, model=None, size=None) -
     return Checkpoint(source, weights, architecture, classes, **known)
 
 
-def check_name(theirs: dict, place: str, model: PublicViT | None, size=None) -> PublicViT | None:
+def check_name(theirs: dict, place: str, model: PublicViT | None) -> PublicViT | None:
     """The model, or else the one whose name the file has. ValueError if these contradict."""
     told = recognise(place)
-    heads = model.heads if model else size[2] if size else None
-    if told and heads and (told.heads != heads or (model and model.family != told.family)):
+    if told and model and (told.heads != model.heads or model.family not in (None, told.family)):
         raise ValueError(f"by the name of its file it is {told.name}: call it so, or rename it")
-    if heads not in (None, 12) and any("base_encoder." in name for name in theirs):
+    if model and model.heads != 12 and any("base_encoder." in name for name in theirs):
         raise ValueError("its tensors are MoCo v3's, whose ViTs have 12 heads: vit-s-300ep=FILE")
-    return model or told
+    return model if model and model.family else told or model
 
 
 def rename(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -118,7 +117,7 @@ def rename(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def describe(weights: dict[str, Tensor], model: PublicViT | None, size=None) -> dict[str, Any]:
+def describe(weights: dict[str, Tensor], model: PublicViT | None) -> dict[str, Any]:
     """The fields of a Config. Shapes of tensors tell most, the family the rest."""
     dim, channels, patch, _ = weights["patch_embed.proj.weight"].shape
     (gates, _), (_, hidden) = (weights[f"blocks.0.mlp.fc{i}.weight"].shape for i in "12")
@@ -134,14 +133,14 @@ def describe(weights: dict[str, Tensor], model: PublicViT | None, size=None) -> 
     if "pos_embed" in weights:
         patches = weights["pos_embed"].shape[1] - found["class_token"]
         found["image_size"] = math.isqrt(patches) * patch
-    if model:
+    if model and model.family:
         usual = dict(class_token=True, registers=0, heads=model.heads) | model.family.overrides
         named = usual | dict(dim=model.dim, depth=model.depth, patch=model.patch)
         odd = {k: v for k, v in found.items() if v != named.get(k, v) and k != "classes"}
         if odd:
             raise ValueError(f"it has {odd}, but {model.name} has { {k: named[k] for k in odd} }")
         return {"image_size": model.image_size} | found | usual
-    if not size or size[0] != dim:
+    if not model or model.dim != dim:
         remedy = "write SIZE=FILE, such as small=FILE, or NAME=FILE (python -m teachers)"
         raise ValueError(f"{dim} wide, it may have any number of attention heads: {remedy}")
-    return {"image_size": 0} | found | {"heads": size[2]}
+    return {"image_size": 0} | found | {"heads": model.heads}

@@ -37,13 +37,11 @@ def read_checkpoint(source: str | Path, normalization: str = "") -> Checkpoint:
 
 
 def read(source: str) -> Checkpoint:
-    place, model, size = source, None, None
+    model, place = None, source
     if not (checkpoints.is_url(place) or Path(place).is_file()):
         from teachers import zoo
 
-        name, _, file = place.partition("=")
-        size = zoo.ALL_SIZES.get(name) if file else None
-        model, place = (None, file) if size else zoo.locate(place)
+        model, place = zoo.locate(source)
     found = checkpoints.read_file(place)
     if not isinstance(found, dict) or {"optimizer", "run"} <= found.keys():
         raise ValueError(f"{source} is no model: name the model.pt of a run")
@@ -51,7 +49,7 @@ def read(source: str) -> Checkpoint:
         return checkpoints.parse_ours(found, source)
     from teachers.convert import parse_foreign
 
-    return parse_foreign(found, source, place, model, size)
+    return parse_foreign(found, source, place, model)
 
 
 def build_vit(

@@ -120,7 +120,7 @@ FAMILIES = (
 
 class PublicViT(NamedTuple):
     name: str
-    family: Family
+    family: Family | None  # None: a plain ViT, of which only a size is told
     dim: int
     depth: int
     heads: int
@@ -146,11 +146,13 @@ MODELS = {model.name: model for family in FAMILIES for model in list_models(fami
 
 
 def locate(source: str) -> tuple[PublicViT, str]:
-    """The model that NAME or NAME=FILE names, and the path or URL of its file.
+    """The model that NAME, NAME=FILE or SIZE=FILE names, and the path or URL of its file.
 
     What follows the dot of NAME may be left out where only one matches.
     """
     name, _, file = source.partition("=")
+    if file and name in ALL_SIZES:
+        return PublicViT(name, None, *ALL_SIZES[name], 0, 0, file), file
     alike = [model for full, model in MODELS.items() if full.split(".")[0] == name]
     if model := MODELS.get(name) or (alike[0] if len(alike) == 1 else None):
         return model, file or model.url
