@@ -150,7 +150,7 @@ def task(settings: Settings, dataset: data.Data, checkpoint) -> train.Task:
     teacher.to(dataset.train.device).eval().requires_grad_(False)
     torch.manual_seed(settings.seed)
     other = {"heads": settings.num_heads} if settings.num_heads else {}
-    net = Student(dino.build_encoder(settings, dataset, **other), teacher.config.dim)
+    net = Student(new_vit(settings, dataset, classes=0, **other), teacher.config.dim)
     net.vit.fc_norm.requires_grad_(False)  # as theirs: it is for the neighbours of the test
     return train.Task(
         net.to(dataset.train.device),

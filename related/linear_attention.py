@@ -76,9 +76,9 @@ class LinearAttention(nn.Module):
         begin = torch.eye(attention.dim // attention.heads).repeat(2, attention.heads, 1, 1)
         self.features = nn.Parameter(begin + 0.02 * torch.randn_like(begin))  # of q, of k
 
-    def forward(self, x: Tensor, given: QK | None = None, visible_ids=None) -> tuple[Tensor, QK]:
+    def forward(self, x: Tensor, given: QK | None = None) -> tuple[Tensor, QK]:
         q, k, v = self.attention.project(x)
-        qk = given or self.attention.queries_keys(q, k, visible_ids)
+        qk = given or self.attention.queries_keys(q, k)
         y = rearrange(self.attend(qk, v), "b h n d -> b n (h d)")
         return self.attention.proj(y), qk
 

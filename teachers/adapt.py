@@ -46,9 +46,7 @@ class TeacherAdapter:
 Teacher = vit.ViT | TeacherAdapter  # both lend
 
 
-def adapt(
-    teacher: vit.ViT, student: vit.ViT, layers: Sequence[int], teacher_layers=(), heads=()
-) -> Teacher:
+def adapt(teacher: vit.ViT, student: vit.ViT, layers, teacher_layers=(), heads=()) -> Teacher:
     """Who lends a teacher's maps to a student: the teacher itself, or a TeacherAdapter.
 
     `layers` of the student take the maps of `teacher_layers` (none: of the same numbers). `heads`:

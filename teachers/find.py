@@ -15,7 +15,7 @@ from common.settings import get_free, get_values, parse_layers
 from data import Data
 from recipes import DATA_SETS, Images, Settings, TransferSettings
 from teachers.adapt import Teacher, adapt
-from teachers.load import build, build_vit, make_config, read_checkpoint, to_config
+from teachers.load import build, build_vit, make_config, read_checkpoint
 
 BUNDLED = Path(__file__).parent.parent / "weights"  # made by study/ship.py
 SIZE = {"dim": "model", "depth": "model", "heads": "model", "patch": "patch"}  # field: flag
@@ -44,12 +44,11 @@ def find_teacher(settings: Settings, dataset: Data, script=None) -> Checkpoint |
         own = dict(model=settings.model, patch=settings.patch, num_labels=0, subset_seed=-1)
         source = make_teacher(script, settings, dataset, **own)
     checkpoint = read_checkpoint(source, settings.normalization)
-    architecture, ours = checkpoint.architecture, dataset.channels
-    if settings.given and not transfers:
-        theirs = to_config(architecture | {"pool": "mean"})
-        if list_contradictions(settings, asked, theirs):
-            raise ValueError(f"{source} is another ViT than --model and --patch: leave these out")
-    if ours != (theirs := architecture["channels"]):
+    architecture, size = checkpoint.architecture, get_size(settings, asked)
+    if not transfers and any(architecture[name] != value for name, value in size.items()):
+        raise ValueError(f"{source} is another ViT than --model and --patch: leave these out")
+    ours, theirs = dataset.channels, architecture["channels"]
+    if ours != theirs:
         raise ValueError(f"{source} takes images of {theirs} channels, and these have {ours}")
     if checkpoint.teacher:
         raise ValueError(f"{source} is a student of attention copy: name the teacher it had")
@@ -58,13 +57,9 @@ def find_teacher(settings: Settings, dataset: Data, script=None) -> Checkpoint |
     return checkpoint
 
 
-def list_contradictions(settings: Settings, asked: vit.Config, teacher: vit.Config) -> set[str]:
-    """Fields of a teacher's Config that are not what --model and --patch say."""
-    names = {name for name, flag in SIZE.items() if flag in settings.given}
-    if "=" in settings.model:  # it names components
-        free = {"image_size", "classes", "mean", "std", "pool"} | SIZE.keys()
-        names |= (vars(asked).keys() | vars(teacher).keys()) - free
-    return {name for name in names if getattr(asked, name, None) != getattr(teacher, name, None)}
+def get_size(settings: Settings, asked: vit.Config) -> dict[str, int]:
+    """What --model and --patch say of a ViT, where they are given."""
+    return {name: getattr(asked, name) for name, flag in SIZE.items() if flag in settings.given}
 
 
 def make_pair(
@@ -76,11 +71,8 @@ def make_pair(
     config = asked = make_config(settings, dataset)
     if checkpoint:
         teacher = build_vit(checkpoint, dataset.image_size, classes=0)
-        odd = list_contradictions(settings, asked, teacher.config)
-        if odd - SIZE.keys():
-            raise ValueError(f"--model {settings.model}: this teacher has other components")
-        changes = {name: getattr(asked, name) for name in odd}
-        config = replace(teacher.config, classes=asked.classes, **changes)
+        size = get_size(settings, asked)
+        config = replace(teacher.config, classes=asked.classes, **size)
         size = {name: getattr(config, name) for name in SIZE}
         if any(getattr(asked, name) != value for name, value in size.items()):
             print0(f"note: the student has its teacher's size {size} (--model, --patch change it)")

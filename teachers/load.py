@@ -24,7 +24,21 @@ def read_checkpoint(source: str | Path, normalization: str = "") -> Checkpoint:
     NAME=FILE reads a file as a public ViT's, SIZE=FILE as a plain ViT with the heads of a size.
     `normalization`: of a file that does not name its own (a key of NORMALIZATIONS).
     """
-    checkpoint = read(str(source))
+    source = place = str(source)
+    model = None
+    if not (checkpoints.is_url(place) or Path(place).is_file()):
+        from teachers import zoo
+
+        model, place = zoo.locate(source)
+    found = checkpoints.read_file(place)
+    if not isinstance(found, dict) or {"optimizer", "run"} <= found.keys():
+        raise ValueError(f"{source} is no model: name the model.pt of a run")
+    if "architecture" in found:  # ours, whatever it is called
+        checkpoint = checkpoints.parse_ours(found, source)
+    else:
+        from teachers.convert import parse_foreign
+
+        checkpoint = parse_foreign(found, source, place, model)
     architecture = checkpoint.architecture
     if "mean" in architecture and not normalization:
         return checkpoint
@@ -36,28 +50,7 @@ def read_checkpoint(source: str | Path, normalization: str = "") -> Checkpoint:
     return replace(checkpoint, architecture=architecture | {"mean": mean, "std": std})
 
 
-def read(source: str) -> Checkpoint:
-    model, place = None, source
-    if not (checkpoints.is_url(place) or Path(place).is_file()):
-        from teachers import zoo
-
-        model, place = zoo.locate(source)
-    found = checkpoints.read_file(place)
-    if not isinstance(found, dict) or {"optimizer", "run"} <= found.keys():
-        raise ValueError(f"{source} is no model: name the model.pt of a run")
-    if "architecture" in found:  # ours, whatever it is called
-        return checkpoints.parse_ours(found, source)
-    from teachers.convert import parse_foreign
-
-    return parse_foreign(found, source, place, model)
-
-
-def build_vit(
-    checkpoint: Checkpoint,
-    image_size: int | None = None,
-    classes: int | None = None,
-    drop_path: float = 0.0,
-) -> vit.ViT:
+def build_vit(checkpoint: Checkpoint, image_size=None, classes=None, drop_path=0.0) -> vit.ViT:
     """The ViT of a checkpoint. Positions are interpolated for another image size.
 
     With `classes` the head is new, for so many (0: no head), and reads the mean of the patches, as
@@ -120,20 +113,15 @@ def to_config(architecture: dict[str, Any]) -> vit.Config:
 
 
 def make_config(settings: recipes.Settings, dataset: Data, **changes) -> vit.Config:
-    """The ViT that --model and --patch ask for, for these images and classes."""
-    images = dict(image_size=dataset.image_size, patch=settings.patch, channels=dataset.channels)
-    images |= dict(classes=len(dataset.classes), mean=dataset.mean, std=dataset.std)
-    name, *parts = re.split(r"\+(?=\w+=)", settings.model, maxsplit=1)
+    """The plain ViT that --model and --patch ask for, for these images and classes."""
     sizes = recipes.SIZES
-    if parts or name not in sizes:
-        from teachers.vit import parse_components
+    if settings.model not in sizes:
         from teachers.zoo import ALL_SIZES as sizes
-
-        images |= parse_components(*parts) if parts else {}
-    if name not in sizes:
+    if settings.model not in sizes:
         raise ValueError(f"--model {settings.model}: choose a size from {', '.join(sizes)}")
-    size = dict(zip(("dim", "depth", "heads"), sizes[name], strict=True))
-    return to_config(images | size | changes)
+    images = dataset.image_size, settings.patch, dataset.channels, len(dataset.classes)
+    config = vit.Config(*images, *sizes[settings.model], mean=dataset.mean, std=dataset.std)
+    return replace(config, **changes)
 
 
 def new_vit(settings: recipes.Settings, dataset: Data, **changes) -> vit.ViT:

@@ -3,12 +3,10 @@
 Rope changes where a token looks, so a teacher lends queries and keys that have turned.
 """
 
-import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from einops import repeat
 from torch import Tensor, nn
 
 import vit as plain
@@ -19,7 +17,7 @@ from teachers.positions import compute_rope_angles, rotate
 class Config(plain.Config):  # the defaults are those of a plain ViT
     class_token: bool = True
     registers: int = 0  # further tokens that are no patches (Darcet et al. 2024)
-    positions: str = "absolute"  # or rope, absolute+rope
+    positions: str = "absolute"  # or rope
     rope_base: float = 100.0  # the longest period of rope (Su et al. 2021, in 2d as DINOv3)
     norm_pre: bool = False  # a norm before the blocks (CLIP)
     layer_scale: float = 0.0  # initial factor of each branch (Touvron et al. 2021), 0: none
@@ -32,8 +30,7 @@ class Config(plain.Config):  # the defaults are those of a plain ViT
 
     def __post_init__(self):
         for name, known in (("positions", POSITIONS), ("activation", ACTIVATIONS)):
-            value = getattr(self, name)
-            if value.removeprefix("absolute+") not in known:
+            if (value := getattr(self, name)) not in known:
                 raise ValueError(f"no ViT here has {name} {value}: choose from {', '.join(known)}")
 
 
@@ -55,9 +52,8 @@ class RopeAttention(plain.Attention):
         angles = compute_rope_angles(config.grid_size, config.dim // config.heads, config.rope_base)
         self.angles = nn.Buffer(angles, persistent=False)
 
-    def queries_keys(self, q: Tensor, k: Tensor, visible_ids=None) -> plain.QK:
-        angles = self.angles if visible_ids is None else self.angles[visible_ids][:, None]
-        return plain.QK(*(rotate(part, angles, self.num_prefix_tokens) for part in (q, k)))
+    def queries_keys(self, q: Tensor, k: Tensor) -> plain.QK:
+        return plain.QK(*(rotate(part, self.angles, self.num_prefix_tokens) for part in (q, k)))
 
 
 class QuickMlp(plain.Mlp):
@@ -92,7 +88,7 @@ ACTIVATIONS = {"gelu": plain.Mlp, "quick_gelu": QuickMlp, "swiglu": SwiGLU}
 
 class Block(plain.Block):
     def attention(self, config: Config) -> plain.Attention:
-        return POSITIONS[config.positions.removeprefix("absolute+")](config)
+        return POSITIONS[config.positions](config)
 
     def feed_forward(self, config: Config) -> nn.Module:
         return ACTIVATIONS[config.activation](config)
@@ -102,8 +98,8 @@ class Block(plain.Block):
         scale = LayerScale if config.layer_scale else nn.Identity
         self.ls1, self.ls2 = scale(config), scale(config)
 
-    def forward(self, x: Tensor, given=None, keep=(1, 1), visible_ids=None):
-        y, qk = self.attn(self.norm1(x), given, visible_ids)
+    def forward(self, x: Tensor, given=None, keep=(1, 1)) -> tuple[Tensor, plain.QK]:
+        y, qk = self.attn(self.norm1(x), given)
         x = x + keep[0] * self.ls1(y)
         return x + keep[1] * self.ls2(self.mlp(self.norm2(x))), qk
 
@@ -115,19 +111,18 @@ class ViT(plain.ViT):
         config, dim = self.config, self.config.dim
         positions = config.class_token + config.grid_size**2
         counts = {"cls_token": int(config.class_token), "reg_token": config.registers}
-        counts["pos_embed"] = positions if "absolute" in config.positions else 0
+        counts["pos_embed"] = positions if config.positions == "absolute" else 0
         for name, count in counts.items():
             token = nn.init.trunc_normal_(torch.empty(1, count, dim), std=0.02)
             self.register_parameter(name, nn.Parameter(token) if count else None)
         self.norm_pre = nn.LayerNorm(dim, eps=config.eps) if config.norm_pre else nn.Identity()
 
     def embed(self, images: Tensor, visible_ids: Tensor | None = None) -> Tensor:
+        assert visible_ids is None, "only a plain ViT is pre-trained by masking"
         x, cls, positions = self.embed_patches(images), self.cls_token, self.pos_embed
         if positions is not None:
             x = x + positions[:, -x.shape[1] :]
             cls = None if cls is None else cls + positions[:, :1]
-        if visible_ids is not None:
-            x = x.gather(1, repeat(visible_ids, "b n -> b n d", d=x.shape[-1]))
         first = [token for token in (cls, self.reg_token) if token is not None]
         return self.norm_pre(torch.cat([*(t.expand(len(x), -1, -1) for t in first), x], dim=1))
 
@@ -137,18 +132,3 @@ class ViT(plain.ViT):
         token = self.config.pool == "token"
         x = x[:, :1] if token else x[:, self.config.num_prefix_tokens :]
         return self.head(self.fc_norm(x).mean(dim=1))
-
-
-COMPONENTS = {f.name: f.default for f in fields(Config) if isinstance(f.default, str | float | int)}
-del COMPONENTS["pool"]  # a new head reads the mean of the patches
-
-
-def parse_components(text: str) -> dict:
-    """Fields of Config from the end of --model: "registers=4+positions=rope"."""
-    found = {}
-    for name, _, value in (part.partition("=") for part in re.split(r"\+(?=\w+=)", text)):
-        if name not in COMPONENTS:
-            raise ValueError(f"--model ...+{text}: choose from {', '.join(COMPONENTS)}")
-        kind = type(COMPONENTS[name])
-        found[name] = value if kind is str else kind(float(value))
-    return found

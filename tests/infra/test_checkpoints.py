@@ -81,7 +81,7 @@ def test_a_teacher_is_pre_trained_where_there_is_none(pretrainings, capsys):
     assert (asked.epochs, asked.blr, asked.mask_ratio) == (usual.epochs, usual.blr, 0.6)
     assert len({one.fingerprint for one in found}) == 1 and found[0].method == "pretrain"
     assert capsys.readouterr().out.count("making one first") == 1
-    for other in (["--seed", "4"], ["--patch", "4"], ["--model", "micro+registers=2"]):
+    for other in (["--seed", "4"], ["--patch", "4"], ["--model", "mini"]):
         assert find_for(attention_copy, *argv, *other).source != found[0].source
     assert find_for(finetune, *argv, "--amp", "off").source == found[0].source
     assert len(pretrainings) == 4

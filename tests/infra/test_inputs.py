@@ -34,8 +34,6 @@ ROOT = Path(__file__).parents[2]
     (finetune, "--num-labels 9999", "only 997 images"), (finetune, "--no-flag", "--no-flag"),
     (finetune, "--teacher none --model gigantic", "gigantic"),
     (finetune, f"--model tiny --teacher {ROOT}/weights/digits.pt", "another ViT than --model"),
-    (finetune, f"--model micro+registers=4 --teacher {ROOT}/weights/digits.pt", "another ViT than"),
-    (copy, f"--model micro+mlp=2 --teacher {ROOT}/weights/digits.pt", "other components"),
     (finetune, "--teacher none --patch 5", "try 10"),
     (finetune, "--data scenes --scene twins --classes 3", "three classes or more"),
     (finetune, "--data scenes --scene twins --dial 0.5", "only --scene pointer"),
@@ -74,9 +72,6 @@ def test_wrong_flags_and_values(script, argv, words, failing):
     ("", {}, dict(depth=5), "blocks.4.norm1.weight"),
     ("", {}, dict(positions="relative"), "absolute, rope"),
     ("--layers 0,1 --teacher-layers 3", {}, {}, "cannot take the maps"),
-    ("--model nano+registers=4", {}, {}, "other components"),
-    ("--model nano+register=4", {}, {}, "choose from mlp"),
-    ("--model nano+positions=near", {}, {}, "absolute, rope"),
 ])  # fmt: skip
 def test_a_checkpoint_that_does_not_fit(argv, changes, stored, words, failing):
     shape = dict(image_size=12, patch=3, channels=1, classes=0, dim=32, depth=4, heads=4)
