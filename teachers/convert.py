@@ -19,18 +19,9 @@ DROPPED = re.compile(  # pre-training's, and a head that pools by attention
 )
 RENAMED = {
     r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.": "",
-    r"^((module|model|net|backbone|base_encoder|encoder(?!\.(pos_embedding|layers|ln)\b))\.)+": "",
-    r"^encoder\.ln\.": "norm.",
-    r"^heads\.head\.": "head.",
-    r"^class_token$": "cls_token",
-    r"^encoder\.pos_embedding$": "pos_embed",
-    r"^conv_proj\.": "patch_embed.proj.",
-    r"^encoder\.layers\.encoder_layer_": "blocks.",
-    r"\.self_attention\.in_proj_": ".attn.qkv.",
-    r"\.self_attention\.out_proj\.": ".attn.proj.",
-    r"\.ln_([12])\.": r".norm\1.",
-    r"\.mlp\.(0|linear_1|w12)\.": ".mlp.fc1.",
-    r"\.mlp\.(3|linear_2|w3)\.": ".mlp.fc2.",
+    r"^((module|model|net|backbone|base_encoder|encoder)\.)+": "",
+    r"\.mlp\.w12\.": ".mlp.fc1.",
+    r"\.mlp\.w3\.": ".mlp.fc2.",
     r"\.mlp\.w1\.": ".mlp.fc1_g.",
     r"\.mlp\.w2\.": ".mlp.fc1_x.",
     r"^blocks\.\d+\.(\d+)\.": r"blocks.\1.",  # DINOv2's code may keep them in chunks
@@ -60,14 +51,14 @@ def parse_foreign(found: dict, source: str, place: str, model: PublicViT | None)
         raise ValueError(f"{source} holds no ViT we know ({names}): {remedy}") from None
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
-    if not (model and model.family):  # its pixels are unknown
+    family = model and model.family
+    if not family:  # its pixels are unknown
         return Checkpoint(source, weights, architecture)
-    if "no commercial use" in model.family.licence:
-        print0(f"note: the licence of {model.name} is {model.family.licence}")
-    architecture |= zip(("mean", "std"), model.family.normalization, strict=True)
+    if "no commercial use" in family.licence:
+        print0(f"note: the licence of {model.name} is {family.licence}")
+    architecture |= zip(("mean", "std"), family.normalization, strict=True)
     classes = IMAGENET if architecture["classes"] == len(IMAGENET) else None
-    known = dict(method=model.family.title, resize=model.family.resize)
-    return Checkpoint(source, weights, architecture, classes, **known)
+    return Checkpoint(source, weights, architecture, classes, family.title, resize=family.resize)
 
 
 def check_name(theirs: dict, place: str, model: PublicViT | None) -> PublicViT | None:

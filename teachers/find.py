@@ -71,10 +71,9 @@ def make_pair(
     config = asked = make_config(settings, dataset)
     if checkpoint:
         teacher = build_vit(checkpoint, dataset.image_size, classes=0)
-        size = get_size(settings, asked)
-        config = replace(teacher.config, classes=asked.classes, **size)
+        config = replace(teacher.config, classes=asked.classes, **get_size(settings, asked))
         size = {name: getattr(config, name) for name in SIZE}
-        if any(getattr(asked, name) != value for name, value in size.items()):
+        if size != {name: getattr(asked, name) for name in SIZE}:
             print0(f"note: the student has its teacher's size {size} (--model, --patch change it)")
     torch.manual_seed(settings.seed)
     student = build(config, settings.drop_path, settings.positions)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 import recipes
 import vit
@@ -66,19 +66,19 @@ def build_vit(checkpoint: Checkpoint, image_size=None, classes=None, drop_path=0
     else:
         arch = {name: value for name, value in arch.items() if name != "pool"}
         new["classes"] = classes or 0
-    net = build(to_config(arch | new), drop_path)
-    if new["image_size"] != arch["image_size"] and "pos_embed" in weights:
-        from teachers.positions import resize
-
-        positions = resize(weights["pos_embed"], net.config.grid_size, checkpoint.resize)
-        weights = weights | {"pos_embed": positions}
-    if not own_head:  # it is new, and so is its norm if the file has none
-        random = {k: v for k, v in net.state_dict().items() if k.startswith(("head.", "fc_norm."))}
-        known = {k: v for k, v in weights.items() if not k.startswith(("head.", "norm."))}
-        weights = random | known
     try:
+        net = build(to_config(arch | new), drop_path)
+        if net.config.image_size != arch["image_size"] and "pos_embed" in weights:
+            from teachers.positions import resize
+
+            positions = resize(weights["pos_embed"], net.config.grid_size, checkpoint.resize)
+            weights = weights | {"pos_embed": positions}
+        if not own_head:  # it is new, and so is its norm if the file has none
+            new = {k: v for k, v in net.state_dict().items() if k.startswith(("head.", "fc_norm."))}
+            known = {k: v for k, v in weights.items() if not k.startswith(("head.", "norm."))}
+            weights = new | known
         net.load_state_dict(weights)
-    except RuntimeError as error:  # it names keys and shapes
+    except (KeyError, TypeError, RuntimeError) as error:  # a field, or keys and shapes
         raise ValueError(f"{checkpoint.source} is no ViT we know: {str(error)[:400]}") from None
     return net
 
@@ -96,8 +96,8 @@ def build(config: vit.Config, drop_path: float = 0.0, positions: str = "random")
     if positions == "sincos" and net.pos_embed is not None:
         from teachers.positions import make_sincos
 
-        waves = make_sincos(config.grid_size, config.dim)[:, -net.pos_embed.shape[1] :]
-        net.pos_embed = nn.Parameter(waves.clone())
+        waves = make_sincos(config.grid_size, config.dim)
+        net.pos_embed.data.copy_(waves[:, -net.pos_embed.shape[1] :])
     return net
 
 

@@ -3,6 +3,7 @@
 Rope changes where a token looks, so a teacher lends queries and keys that have turned.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import vit as plain
-from teachers.positions import compute_rope_angles, rotate
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Config(plain.Config):  # the defaults are those of a plain ViT
     class_token: bool = True
     registers: int = 0  # further tokens that are no patches (Darcet et al. 2024)
     positions: str = "absolute"  # or rope
-    rope_base: float = 100.0  # the longest period of rope (Su et al. 2021, in 2d as DINOv3)
+    rope_base: float = 100.0  # the longest period of rope
     norm_pre: bool = False  # a norm before the blocks (CLIP)
     layer_scale: float = 0.0  # initial factor of each branch (Touvron et al. 2021), 0: none
     activation: str = "gelu"  # or quick_gelu, swiglu
@@ -27,11 +27,6 @@ class Config(plain.Config):  # the defaults are those of a plain ViT
     @property
     def num_prefix_tokens(self) -> int:
         return self.class_token + self.registers
-
-    def __post_init__(self):
-        for name, known in (("positions", POSITIONS), ("activation", ACTIVATIONS)):
-            if (value := getattr(self, name)) not in known:
-                raise ValueError(f"no ViT here has {name} {value}: choose from {', '.join(known)}")
 
 
 class RopeQKV(plain.QKV):
@@ -43,17 +38,29 @@ class RopeQKV(plain.QKV):
 
 
 class RopeAttention(plain.Attention):
-    """Queries and keys turn with their position."""
+    """Queries and keys turn with their position (Su et al. 2021, in 2d as DINOv3).
+
+    Half of the pairs of channels turn with the row, half with the column, both in -1..1, with
+    periods from 1 to nearly `rope_base`.
+    """
 
     def __init__(self, config: Config):
         super().__init__(config)
         self.qkv = RopeQKV(config.dim, 3 * config.dim)
-        self.num_prefix_tokens = config.num_prefix_tokens
-        angles = compute_rope_angles(config.grid_size, config.dim // config.heads, config.rope_base)
-        self.angles = nn.Buffer(angles, persistent=False)
+        self.num_prefix_tokens, width = config.num_prefix_tokens, config.dim // config.heads
+        line = (torch.arange(config.grid_size) + 0.5) / config.grid_size * 2 - 1
+        periods = config.rope_base ** (torch.arange(width // 4) / (width // 4))
+        angles = 2 * math.pi * torch.cartesian_prod(line, line)[:, :, None] / periods
+        self.angles = nn.Buffer(angles.flatten(1), persistent=False)  # (patches, d / 2)
 
     def queries_keys(self, q: Tensor, k: Tensor) -> plain.QK:
-        return plain.QK(*(rotate(part, self.angles, self.num_prefix_tokens) for part in (q, k)))
+        return plain.QK(self.rotate(q), self.rotate(k))
+
+    def rotate(self, x: Tensor) -> Tensor:  # patches of (B, H, N, d): channel i with i + d / 2
+        first, rest = x[:, :, : self.num_prefix_tokens], x[:, :, self.num_prefix_tokens :]
+        cos, sin = self.angles.cos().to(x.dtype), self.angles.sin().to(x.dtype)
+        a, b = rest.chunk(2, dim=-1)
+        return torch.cat([first, torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)], dim=2)
 
 
 class QuickMlp(plain.Mlp):

@@ -53,9 +53,7 @@ FAMILIES = (
     large=300m,giant=1b,2b,3b 14 224 webssl_dino{}_full2b_224 {name}.pth""",
         dict(layer_scale=1e-5), resize=Resize(offset=0.1), files=FAIR + "webssl/{}"),
     Family("DINO", "nothing", APACHE, """
-    small,base                   16,8 224 vit_{}_patch{p}_224.dino
-    small=deitsmall,base=vitbase 16,8 224 dino_{}{p}_pretrain {name}/{name}.pth""",
-        resize=Resize(offset=0.1), files=FAIR + "dino/{}"),
+    small,base 16,8 224 vit_{}_patch{p}_224.dino""", resize=Resize(offset=0.1)),
     Family("iBOT", "nothing", APACHE, """
     small=s,base=b,large=l 16 224 ibot_vit{}_16 vit{}_16/checkpoint_teacher.pth""",
         resize=Resize(offset=0.1),
@@ -68,23 +66,19 @@ FAMILIES = (
     Family("DeiT III", "LayerScale", APACHE, """
     small,medium,base,large 16 224 deit3_{}_patch16_224.fb_in1k
     huge                    14 224 deit3_{}_patch14_224.fb_in1k
-    small,base,large        16 224 deit3_{}_patch16_224.fb_in22k_ft_in1k
-    small,base,large        16 224 deit_3_{}_224_1k {name}.pth""",
-        dict(layer_scale=1e-6), files=FAIR + "deit/{}"),
+    small,base,large        16 224 deit3_{}_patch16_224.fb_in22k_ft_in1k""",
+        dict(layer_scale=1e-6)),
     Family("AugReg", "nothing", APACHE, """
     tiny,small,base,large 16 224 vit_{}_patch16_224.augreg_in21k
     tiny,small,base,large 16 224 vit_{}_patch16_224.augreg_in21k_ft_in1k
     small,base            16 224 vit_{}_patch16_224.augreg_in1k""",
-        normalization=HALF, resize=Resize(mode="bilinear", align_corners=True)),
+        normalization=HALF, resize=Resize(mode="bilinear")),
     Family("DINOv2", "LayerScale (SwiGLU in giant)", APACHE, """
-    small,base,large,giant         14 518 vit_{}_patch14_dinov2.lvd142m
-    small=s,base=b,large=l,giant=g 14 518 dinov2_vit{}14_pretrain dinov2_vit{}14/{name}.pth""",
-        dict(layer_scale=1e-5), resize=Resize(offset=0.1), files=FAIR + "dinov2/{}"),
+    small,base,large,giant 14 518 vit_{}_patch14_dinov2.lvd142m""",
+        dict(layer_scale=1e-5), resize=Resize(offset=0.1)),
     Family("DINOv2 with registers", "LayerScale, registers (SwiGLU in giant)", APACHE, """
-    small,base,large,giant         14 518 vit_{}_patch14_reg4_dinov2.lvd142m
-    small=s,base=b,large=l,giant=g 14 518 dinov2_vit{}14_reg4_pretrain dinov2_vit{}14/{name}.pth""",
-        dict(layer_scale=1e-5, registers=4), resize=Resize(antialias=True),
-        files=FAIR + "dinov2/{}"),
+    small,base,large,giant 14 518 vit_{}_patch14_reg4_dinov2.lvd142m""",
+        dict(layer_scale=1e-5, registers=4), resize=Resize(antialias=True)),
     Family("DINOv3", "LayerScale, registers, rope (SwiGLU in plus)",
         "DINOv3 License (the authors' own files are gated)", """
     small,base,large                 16 256 vit_{}_patch16_dinov3.lvd1689m
@@ -108,13 +102,7 @@ FAMILIES = (
     base       16 224     vit_{}_patch{p}_siglip_{i}.v2_webli
     base,large 16 256,384 vit_{}_patch{p}_siglip_{i}.v2_webli
     so400m     14 224     vit_{}_patch{p}_siglip_{i}.v2_webli""",
-        dict(class_token=False), HALF, Resize(mode="bilinear", align_corners=True)),
-    Family("torchvision's", "nothing", "BSD 3-Clause (SWAG weights: CC-BY-NC 4.0)", """
-    base  16 224 torchvision:vit_b_16 vit_b_16-c867db91.pth
-    base  32 224 torchvision:vit_b_32 vit_b_32-d86f8d99.pth
-    large 16 224 torchvision:vit_l_16 vit_l_16-852ce7e3.pth
-    large 32 224 torchvision:vit_l_32 vit_l_32-c7638314.pth""",
-        resize=Resize(align_corners=True), files="https://download.pytorch.org/models/{}"),
+        dict(class_token=False), HALF, Resize(mode="bilinear")),
 )  # fmt: skip
 
 

@@ -70,7 +70,7 @@ def test_wrong_flags_and_values(script, argv, words, failing):
     ("", dict(channels=3), {}, "3 channels"), ("", dict(depth=2), {}, "0 to 1"),
     ("", {}, dict(dim=64), "size mismatch for cls_token"),
     ("", {}, dict(depth=5), "blocks.4.norm1.weight"),
-    ("", {}, dict(positions="relative"), "absolute, rope"),
+    ("", {}, dict(positions="relative"), "relative"),
     ("--layers 0,1 --teacher-layers 3", {}, {}, "cannot take the maps"),
 ])  # fmt: skip
 def test_a_checkpoint_that_does_not_fit(argv, changes, stored, words, failing):
