@@ -44,12 +44,11 @@ def find_teacher(settings: Settings, dataset: Data, script=None) -> Checkpoint |
         own = dict(model=settings.model, patch=settings.patch, num_labels=0, subset_seed=-1)
         source = make_teacher(script, settings, dataset, **own)
     checkpoint = read_checkpoint(source, settings.normalization)
-    architecture, size = checkpoint.architecture, get_size(settings, asked)
-    if not transfers and any(architecture[name] != value for name, value in size.items()):
+    theirs = checkpoint.architecture
+    if not transfers and any(theirs[k] != v for k, v in get_size(settings, asked).items()):
         raise ValueError(f"{source} is another ViT than --model and --patch: leave these out")
-    ours, theirs = dataset.channels, architecture["channels"]
-    if ours != theirs:
-        raise ValueError(f"{source} takes images of {theirs} channels, and these have {ours}")
+    if theirs["channels"] != (ours := dataset.channels):
+        raise ValueError(f"{source} takes {theirs['channels']} channels, but images have {ours}")
     if checkpoint.teacher:
         raise ValueError(f"{source} is a student of attention copy: name the teacher it had")
     if seen := dataset.count_learned(checkpoint.learned_from):
