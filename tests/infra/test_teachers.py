@@ -297,7 +297,7 @@ def test_runs_with_a_named_teacher_are_resumed(script, name, small, photos, tmp_
     more = f"--data folder --data-dir {photos} --image-size {size} --workers 0 --epochs 2 --batch 8"
     argv = [*more.split(), "--drop-path", "0.2", "--teacher", f"{name}={path}", "--device", "cpu"]
     stopped(script, script.parse(argv))
-    opened, theirs = open_model("cut/model.pt"), build_vit(read_checkpoint(f"{name}={path}"))
+    opened, theirs = open_model("cut/model.pt"), open_vit(f"{name}={path}")
     assert components_of(opened.net) == components_of(theirs)
     assert opened.net.config.classes == 3 and opened(torch.zeros(1, 3, size, size)).shape == (1, 3)
 
