@@ -26,7 +26,7 @@ import students
 import train
 from common import checkpoints, launch
 from common.settings import merge_recipes, parse_settings
-from teachers.adapt import Teacher, make_pair
+from teachers.find import Teacher, make_pair
 from vit import ViT
 
 

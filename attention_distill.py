@@ -29,7 +29,7 @@ import train
 from common import launch
 from common.attention import fused_attention_loss
 from common.settings import merge_recipes, parse_settings, setting
-from teachers.adapt import Teacher, make_pair
+from teachers.find import Teacher, make_pair
 from vit import QK, ViT
 
 

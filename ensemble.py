@@ -27,7 +27,6 @@ from common import checkpoints, launch, runs
 from common.precision import autocast
 from common.settings import parse_settings, setting
 from datasets.sources import CHOICES
-from teachers.classes import match_classes
 from teachers.load import Model, open_model
 from train import compute_top1
 
@@ -121,6 +120,8 @@ def compute_probabilities(
 
 def run_models(models: list[Model], dataset: data.Data, settings: Settings) -> list[Tensor]:
     """Class probabilities of models of one image size, and last the labels."""
+    from teachers.classes import match_classes  # imports torchvision, which takes seconds
+
     columns = [match_classes(model, dataset.classes) for model in models]
     batches: list[list[Tensor]] = []
     for images, labels in getattr(dataset, settings.part).in_order(settings.batch):

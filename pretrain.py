@@ -95,11 +95,8 @@ class MAE(nn.Module):
         for part in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
             part.apply(vit.initialise)
         nn.init.normal_(self.mask_token, std=0.02)
-        self.has_class_token = encoder.cls_token is not None
-        positions = make_sincos(grid, dim)[:, 0 if self.has_class_token else 1 :]
-        self.decoder_pos_embed = nn.Parameter(positions, requires_grad=False)
-        if encoder.pos_embed is not None:
-            encoder.pos_embed.requires_grad_(settings.positions == "random")
+        self.decoder_pos_embed = nn.Parameter(make_sincos(grid, dim), requires_grad=False)
+        encoder.pos_embed.requires_grad_(settings.positions == "random")
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The reconstructed patches (B, N, p*p*c), and the mask (B, N): 1 where masked."""
@@ -107,16 +104,15 @@ class MAE(nn.Module):
         ids_shuffle = noise.argsort(dim=1)  # another order for each image
         ids_restore, visible_ids = ids_shuffle.argsort(dim=1), ids_shuffle[:, : self.visible]
         x = self.encoder.forward_features(images, visible_ids=visible_ids)
-        x = self.decoder_embed(self.encoder.fc_norm(x))  # (B, prefix + visible, decoder's dim)
+        x = self.decoder_embed(self.encoder.fc_norm(x))  # (B, 1 + visible, decoder's dim)
 
-        prefix, cls = self.config.num_prefix_tokens, int(self.has_class_token)
         masked = self.mask_token.to(x.dtype).expand(len(x), self.patches - self.visible, -1)
         ids = repeat(ids_restore, "b n -> b n d", d=x.shape[-1])
-        patches = torch.cat([x[:, prefix:], masked], dim=1).gather(1, ids)
-        x = torch.cat([x[:, :cls], patches], dim=1) + self.decoder_pos_embed
+        patches = torch.cat([x[:, 1:], masked], dim=1).gather(1, ids)
+        x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_pos_embed
         for block in self.decoder_blocks:
             x, _ = block(x)
-        reconstructed = self.decoder_pred(self.decoder_norm(x))[:, cls:]
+        reconstructed = self.decoder_pred(self.decoder_norm(x))[:, 1:]
         return reconstructed, (ids_restore >= self.visible).float()
 
     def get_target(self, images: Tensor) -> Tensor:

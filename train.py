@@ -256,7 +256,7 @@ def group_parameters(net: nn.Module, weight_decay: float, layer_decay: float) ->
             block = re.match(r"(encoder\.)?blocks\.(\d+)", name)
             on_top = re.match(r"(encoder\.)?(fc_norm|head)|decoder|mask_token", name)
             layer = int(block[2]) + 1 if block else head if on_top else 0
-            undecayed = p.ndim <= 1 or name.endswith(("pos_embed", "_token", "relative.table"))
+            undecayed = p.ndim <= 1 or name.endswith(("pos_embed", "_token"))
             scale, decay = layer_decay ** (head - layer), 0.0 if undecayed else weight_decay
             group = dict(params=[], scale=scale, weight_decay=decay)
             groups.setdefault((scale, decay), group)["params"].append(p)

@@ -85,13 +85,13 @@ class Attention(nn.Module):  # tokens (B, N, D) to tokens, and the QK they atten
     def project_values(self, x: Tensor) -> Tensor:
         return self.project(x, slice(2 * self.dim, None))[0]
 
-    def queries_keys(self, q: Tensor, k: Tensor, visible_ids=None) -> QK:
-        return QK(q, k)  # families (teachers/vit.py) add rope or a bias here
+    def queries_keys(self, q: Tensor, k: Tensor) -> QK:
+        return QK(q, k)  # families (teachers/vit.py) add rope here
 
-    def forward(self, x: Tensor, given: QK | None = None, visible_ids=None) -> tuple[Tensor, QK]:
+    def forward(self, x: Tensor, given: QK | None = None) -> tuple[Tensor, QK]:
         if given is None:
             q, k, v = self.project(x)
-            qk = self.queries_keys(q, k, visible_ids)
+            qk = self.queries_keys(q, k)
         else:  # attention copy
             qk, v = given, self.project_values(x)
         return self.proj(rearrange(attend(qk, v), "b h n d -> b n (h d)")), qk
@@ -117,8 +117,8 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(config.dim, eps=config.eps)
         self.mlp = self.feed_forward(config)
 
-    def forward(self, x: Tensor, given=None, keep=(1, 1), visible_ids=None) -> tuple[Tensor, QK]:
-        y, qk = self.attn(self.norm1(x), given, visible_ids)
+    def forward(self, x: Tensor, given=None, keep=(1, 1)) -> tuple[Tensor, QK]:
+        y, qk = self.attn(self.norm1(x), given)
         x = x + keep[0] * y
         return x + keep[1] * self.mlp(self.norm2(x)), qk
 
@@ -167,7 +167,7 @@ class ViT(nn.Module):  # pixels in 0..1 (B, C, H, W) to logits (B, classes)
         given = [None] * len(self.blocks) if given is None else given
         keep = self.draw_drop_path(len(x)) if keep is None else keep
         for block, lent, factors in zip(self.blocks, given, keep, strict=True):
-            x, qk = block(x, lent, factors, visible_ids)
+            x, qk = block(x, lent, factors)
             yield x, qk
 
     def forward_features(self, images: Tensor, *args, **kwargs) -> Tensor:  # as blockwise

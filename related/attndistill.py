@@ -132,7 +132,7 @@ def task(settings: Settings, dataset: data.Data, checkpoint) -> train.Task:
         raise ValueError(f"--teacher {settings.teacher}: has no class token")
     teacher.to(dataset.train.device).eval().requires_grad_(False)
     torch.manual_seed(settings.seed)
-    net = Student(dino.build_encoder(settings, dataset), teacher.config.dim)
+    net = Student(new_vit(settings, dataset, classes=0), teacher.config.dim)
     net.vit.fc_norm.requires_grad_(False)  # as theirs: it is for the neighbours of the test
     return train.Task(
         net.to(dataset.train.device),

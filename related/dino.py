@@ -132,7 +132,7 @@ def task(settings: Settings, dataset: data.Data) -> train.Task:
     if not isinstance(dataset.train.source, sources.Tensors):
         raise ValueError("DINO needs two views, but images that are streamed are cropped once")
     torch.manual_seed(settings.seed)
-    net = Dino(build_encoder(settings, dataset), settings)
+    net = Dino(new_vit(settings, dataset, classes=0), settings)
     return train.Task(
         net.to(dataset.train.device),
         show_two_views(dataset),
@@ -140,14 +140,6 @@ def task(settings: Settings, dataset: data.Data) -> train.Task:
         predict=None,
         export=export,
     )
-
-
-def build_encoder(settings, dataset: data.Data) -> ViT:
-    """A random ViT without a head. ValueError if it has no class token."""
-    vit = new_vit(settings, dataset, classes=0)
-    if vit.cls_token is None:
-        raise ValueError(f"--model {settings.model}: here a class token is what learns")
-    return vit
 
 
 def export(net: Dino) -> dict:

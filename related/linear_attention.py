@@ -75,9 +75,9 @@ class LinearAttention(nn.Module):
         begin = torch.eye(attention.dim // attention.heads).repeat(2, attention.heads, 1, 1)
         self.features = nn.Parameter(begin + 0.02 * torch.randn_like(begin))  # of q, of k
 
-    def forward(self, x: Tensor, given: QK | None = None, visible_ids=None) -> tuple[Tensor, QK]:
+    def forward(self, x: Tensor, given: QK | None = None) -> tuple[Tensor, QK]:
         q, k, v = self.attention.project(x)
-        qk = given or self.attention.queries_keys(q, k, visible_ids)
+        qk = given or self.attention.queries_keys(q, k)
         y = rearrange(self.attend(qk, v), "b h n d -> b n (h d)")
         return self.attention.proj(y), qk
 
@@ -147,8 +147,6 @@ def task(settings: Settings, dataset: data.Data, checkpoint) -> train.Task:
     teacher, student = (
         build_vit(replace(checkpoint, weights=plain), dataset.image_size) for _ in range(2)
     )
-    if "relative" in getattr(teacher.config, "positions", ""):
-        raise ValueError(f"{checkpoint.source}: relative positions cannot be made linear")
     teacher.to(device).eval().requires_grad_(False)
     torch.manual_seed(settings.seed)
     student = linearise(student).to(device)

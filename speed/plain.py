@@ -19,7 +19,7 @@ class PlainAttention(nn.Module):
         super().__init__()
         self.heads, self.qkv, self.proj = attention.heads, attention.qkv, attention.proj
 
-    def forward(self, x: Tensor, given: Tensor | None = None, visible_ids=None):
+    def forward(self, x: Tensor, given: Tensor | None = None):
         q, k, v = rearrange(self.qkv(x), "b n (p h d) -> p b h n d", p=3, h=self.heads)
         scores = q * q.shape[-1] ** -0.5 @ k.mT if given is None else given
         y = scores.softmax(dim=-1) @ v

@@ -30,7 +30,7 @@ from datasets.scenes import draw_squares
 from pretrain import patchify
 from study.lenders import choose_lender
 from study.looks import jensen_shannon
-from teachers.adapt import make_pair
+from teachers.find import make_pair
 from vit import QK, Config, ViT, attend, initialise
 
 HOW = "copy", "distill", "beside", "copy-beside", "features", "pixels", "probe"

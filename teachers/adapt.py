@@ -1,17 +1,12 @@
 """Adapts a teacher's attention to a student with another depth, head count or token count."""
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 import vit
-from common.launch import print0
-from common.settings import parse_layers
-from teachers.load import build, build_vit, make_config
-
-SIZE = {"dim": "model", "depth": "model", "heads": "model", "patch": "patch"}  # field: flag
 
 
 @dataclass(frozen=True)
@@ -33,15 +28,15 @@ class TeacherAdapter:
             yield self.match(next(lent)) if i in layers else None
 
     def match(self, qk: vit.QK) -> vit.QK:
-        q, k, bias = qk  # with registers there is no bias
+        q, k, bias = qk
+        assert bias is None, "a bias would have to be cut, too"
         end = self.teacher.config.num_prefix_tokens  # of the registers
         first = slice(0, end - self.registers)
         if self.registers:  # the softmax over the other tokens: the map, cut and renormalised
             q, k = (torch.cat([x[:, :, first], x[:, :, end:]], dim=2) for x in (q, k))
-        if not self.heads:
-            return vit.QK(q, k, bias)
-        parts = (q, k) if bias is None else (q, k, bias)  # slices: indices would travel to the GPU
-        return vit.QK(*(torch.cat([x[:, i : i + 1] for i in self.heads], dim=1) for x in parts))
+        if self.heads:  # as slices: indices would travel to the GPU
+            q, k = (torch.cat([x[:, i : i + 1] for i in self.heads], dim=1) for x in (q, k))
+        return vit.QK(q, k)
 
     @property
     def adapted(self) -> dict[str, list[int]]:  # what `adapt` needs to make it again
@@ -51,7 +46,7 @@ class TeacherAdapter:
 Teacher = vit.ViT | TeacherAdapter  # both lend
 
 
-def adapt(teacher: vit.ViT, student: vit.ViT, layers, teacher_layers=(), heads=()):
+def adapt(teacher: vit.ViT, student: vit.ViT, layers, teacher_layers=(), heads=()) -> Teacher:
     """Who lends a teacher's maps to a student: the teacher itself, or a TeacherAdapter.
 
     `layers` of the student take the maps of `teacher_layers` (none: of the same numbers). `heads`:
@@ -73,36 +68,3 @@ def adapt(teacher: vit.ViT, student: vit.ViT, layers, teacher_layers=(), heads=(
         return teacher
     pairs = dict(zip(layers, sources, strict=True))
     return TeacherAdapter(teacher, ours.depth, pairs, heads, registers)
-
-
-def make_pair(settings, dataset, checkpoint) -> tuple[Teacher, vit.ViT, list[int]]:
-    """A frozen teacher (random without a checkpoint), a random student, and its layers to teach."""
-    if settings.teacher == "none":
-        raise ValueError("--teacher none: no teacher, no maps (finetune.py can do without)")
-    config = make_config(settings, dataset)
-    if checkpoint:
-        teacher = build_vit(checkpoint, image_size=dataset.image_size, classes=0)
-        config = make_student_config(settings, config, teacher.config)
-    torch.manual_seed(settings.seed)
-    student = build(config, settings.drop_path, settings.positions)
-    teacher = teacher if checkpoint else build(config, positions=settings.positions)
-    layers, sources = parse_layers(settings.layers, config.depth), settings.teacher_layers
-    sources = parse_layers(sources, teacher.config.depth, "teacher_layers") if sources else ()
-    heads = parse_layers(settings.heads or "all", teacher.config.heads, "heads")
-    teacher.to(device := dataset.train.device).eval().requires_grad_(False)
-    return adapt(teacher, student, layers, sources, heads), student.to(device), layers
-
-
-def make_student_config(settings, asked: vit.Config, teacher: vit.Config) -> vit.Config:
-    """The teacher's, but for the size where --model or --patch is given."""
-    changes = {name: getattr(asked, name) for name in SIZE if SIZE[name] in settings.given}
-    config = replace(teacher, classes=asked.classes, **changes)
-    if (
-        "=" in settings.model
-        and replace(asked, patch=config.patch, mean=config.mean, std=config.std) != config
-    ):
-        raise ValueError(f"--model {settings.model}: this teacher has other components")
-    sizes = [", ".join(f"{name} {getattr(one, name)}" for name in SIZE) for one in (config, asked)]
-    if sizes[0] != sizes[1]:
-        print0(f"note: the student has its teacher's size: {sizes[0]} (--model, --patch change it)")
-    return config

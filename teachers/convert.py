@@ -2,7 +2,6 @@
 
 import math
 import re
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -12,39 +11,28 @@ from torch import Tensor
 from common.checkpoints import Checkpoint
 from common.launch import print0
 from teachers.classes import IMAGENET
-from teachers.vit import Config
 from teachers.zoo import PublicViT, recognise
 
 DROPPED = re.compile(  # pre-training's, and a head that pools by attention
-    r"decoder|mask_token|attn_pool|lm_head|cls_pt_layers|projectors|local_cls_norm|rope_embed|"
-    r"head_dist|momentum_encoder|predictor|.*(relative_position_index|rope\.|num_batches)|n_averaged"
+    r"decoder|mask_token|attn_pool|projectors|local_cls_norm|rope_embed|"
+    r"head_dist|momentum_encoder|predictor|.*(rope\.|num_batches)|n_averaged"
 )
 RENAMED = {
     r"_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.": "",
-    r"^((module|model|net|backbone|base_encoder|encoder(?!\.(pos_embedding|layers|ln)\b))\.)+": "",
-    r"^encoder\.ln\.": "norm.",
-    r"^heads\.head\.": "head.",
-    r"^class_token$": "cls_token",
-    r"^encoder\.pos_embedding$": "pos_embed",
-    r"^conv_proj\.": "patch_embed.proj.",
-    r"^encoder\.layers\.encoder_layer_": "blocks.",
-    r"\.self_attention\.in_proj_": ".attn.qkv.",
-    r"\.self_attention\.out_proj\.": ".attn.proj.",
-    r"\.ln_([12])\.": r".norm\1.",
-    r"\.mlp\.(0|linear_1|w12)\.": ".mlp.fc1.",
-    r"\.mlp\.(3|linear_2|w3)\.": ".mlp.fc2.",
+    r"^((module|model|net|backbone|base_encoder|encoder)\.)+": "",
+    r"\.mlp\.w12\.": ".mlp.fc1.",
+    r"\.mlp\.w3\.": ".mlp.fc2.",
     r"\.mlp\.w1\.": ".mlp.fc1_g.",
     r"\.mlp\.w2\.": ".mlp.fc1_x.",
     r"^blocks\.\d+\.(\d+)\.": r"blocks.\1.",  # DINOv2's code may keep them in chunks
     r"^(register_tokens|storage_tokens)$": "reg_token",
     r"\.gamma_([12])$": r".ls\1.gamma",
-    r"relative_position_bias_table$": "relative.table",
 }
 LOOKS = {"embeddings.": "Hugging Face's", "resblocks.": "open_clip's", "layer1.": "a ResNet's",
          "encoderblock": "Flax's", "layers.0.blocks.": "a Swin's"}  # fmt: skip
 
 
-def parse_foreign(found: dict, source: str, place: str, model=None, size=None) -> Checkpoint:
+def parse_foreign(found: dict, source: str, place: str, model: PublicViT | None) -> Checkpoint:
     """The contents of a file by others: of a public ViT, or of a plain one with a known size."""
     wrappers = ("model", "state_dict", "module", "teacher")
     taken = next((key for key in wrappers if isinstance(found.get(key), dict)), "")
@@ -53,9 +41,9 @@ def parse_foreign(found: dict, source: str, place: str, model=None, size=None) -
     if taken and len(large) > 1:
         print0(f"note: {source} holds {' and '.join(large)}: {taken} is taken")
     try:
-        model = check_name(theirs, place, model, size)
+        model = check_name(theirs, place, model)
         weights = rename(theirs)
-        architecture = asdict(describe(weights, model, size))
+        architecture = describe(weights, model)
     except (KeyError, TypeError):
         like = next((f": {who}" for part, who in LOOKS.items() if part in str([*theirs])), "")
         names = f"{', '.join(map(str, [*theirs][:3]))}{like}"
@@ -63,26 +51,24 @@ def parse_foreign(found: dict, source: str, place: str, model=None, size=None) -
         raise ValueError(f"{source} holds no ViT we know ({names}): {remedy}") from None
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
-    if not model:  # whose pixels are unknown
-        del architecture["mean"], architecture["std"]
+    family = model and model.family
+    if not family:  # its pixels are unknown
         return Checkpoint(source, weights, architecture)
-    if "no commercial use" in model.family.licence:
-        print0(f"note: the licence of {model.name} is {model.family.licence}")
-    architecture |= zip(("mean", "std"), model.family.normalization, strict=True)
+    if "no commercial use" in family.licence:
+        print0(f"note: the licence of {model.name} is {family.licence}")
+    architecture |= zip(("mean", "std"), family.normalization, strict=True)
     classes = IMAGENET if architecture["classes"] == len(IMAGENET) else None
-    known = dict(method=model.family.title, resize=model.family.resize)
-    return Checkpoint(source, weights, architecture, classes, **known)
+    return Checkpoint(source, weights, architecture, classes, family.title, resize=family.resize)
 
 
-def check_name(theirs: dict, place: str, model: PublicViT | None, size=None) -> PublicViT | None:
+def check_name(theirs: dict, place: str, model: PublicViT | None) -> PublicViT | None:
     """The model, or else the one whose name the file has. ValueError if these contradict."""
     told = recognise(place)
-    heads = model.heads if model else size[2] if size else None
-    if told and heads and (told.heads != heads or (model and model.family != told.family)):
+    if told and model and (told.heads != model.heads or model.family not in (None, told.family)):
         raise ValueError(f"by the name of its file it is {told.name}: call it so, or rename it")
-    if heads not in (None, 12) and any("base_encoder." in name for name in theirs):
+    if model and model.heads != 12 and any("base_encoder." in name for name in theirs):
         raise ValueError("its tensors are MoCo v3's, whose ViTs have 12 heads: vit-s-300ep=FILE")
-    return model or told
+    return model if model and model.family else told or model
 
 
 def rename(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -99,12 +85,19 @@ def rename(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     one_norm = ("norm.weight" in found) != ("fc_norm.weight" in found)
     if not one_norm or "head.weight" not in found or "attn_pool" in str([*weights]):
         found = {k: v for k, v in found.items() if not k.startswith(("head.", "heads."))}
-    shared = found.pop("rel_pos_bias.relative.table", None)
     biased = any(name.endswith(("qkv.bias", "q_bias")) for name in found)
-    for i in range(count_blocks(found)):
-        rename_in_block(found, f"blocks.{i}.", biased)
-        if shared is not None:
-            found[f"blocks.{i}.attn.relative.table"] = shared
+    for name, value in list(found.items()):  # what is here one tensor, if it is in parts there
+        v, x = name.replace("q_bias", "v_bias"), name.replace("fc1_g.", "fc1_x.")
+        if name.endswith("q_bias") and v in found:  # the key's is 0
+            parts = found.pop(name), torch.zeros_like(value), found.pop(v)
+            found[name.replace("q_bias", "qkv.bias")] = torch.cat(parts)
+        elif name.endswith("qkv.bias_mask"):
+            bias = name.removesuffix("_mask")
+            found[bias] = found[bias].where(found.pop(name) == 1, 0)
+        elif name.endswith("qkv.weight") and not biased:
+            found[name.replace("weight", "bias")] = value.new_zeros(len(value))
+        elif x != name and x in found:
+            found[name.replace("fc1_g.", "fc1.")] = torch.cat([found.pop(name), found.pop(x)])
     if "pos_embed" in found and "cls_token" in found:
         tokens = found["pos_embed"].shape[1]
         if math.isqrt(tokens) ** 2 == tokens:  # it has none for the class token
@@ -115,33 +108,13 @@ def rename(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def rename_in_block(found: dict[str, Tensor], block: str, biased: bool) -> None:
-    """Changes the tensors of one block, in place. `biased`: some block has a bias of q, k, v."""
-    weight, bias = f"{block}attn.qkv.weight", f"{block}attn.qkv.bias"
-    q, v = (f"{block}attn.{part}_bias" for part in "qv")
-    if q in found and v in found:  # the key's is 0
-        found[bias] = torch.cat([found[q], torch.zeros_like(found[q]), found[v]])
-        del found[q], found[v]
-    elif not biased and weight in found:
-        found[bias] = found[weight].new_zeros(len(found[weight]))
-    if f"{bias}_mask" in found:
-        found[bias] = found[bias].where(found.pop(f"{bias}_mask") == 1, 0)
-    for part in ("weight", "bias"):
-        gate, value = (f"{block}mlp.fc1_{which}.{part}" for which in "gx")
-        if gate in found and value in found:
-            found[f"{block}mlp.fc1.{part}"] = torch.cat([found.pop(gate), found.pop(value)])
-
-
-def count_blocks(weights: dict[str, Tensor]) -> int:
-    return 1 + max((int(k.split(".")[1]) for k in weights if k.startswith("blocks.")), default=-1)
-
-
-def describe(weights: dict[str, Tensor], model: PublicViT | None, size=None) -> Config:
-    """The kind of ViT, from tensors of our names. Shapes tell most, the family the rest."""
+def describe(weights: dict[str, Tensor], model: PublicViT | None) -> dict[str, Any]:
+    """The fields of a Config. Shapes of tensors tell most, the family the rest."""
     dim, channels, patch, _ = weights["patch_embed.proj.weight"].shape
     (gates, _), (_, hidden) = (weights[f"blocks.0.mlp.fc{i}.weight"].shape for i in "12")
+    blocks = [int(name.split(".")[1]) for name in weights if name.startswith("blocks.")]
     found: dict[str, Any] = dict(
-        patch=patch, channels=channels, dim=dim, depth=count_blocks(weights), mlp=hidden / dim,
+        patch=patch, channels=channels, dim=dim, depth=1 + max(blocks), mlp=hidden / dim,
         classes=len(weights.get("head.weight", ())), class_token="cls_token" in weights,
         registers=weights["reg_token"].shape[-2] if "reg_token" in weights else 0,
     )  # fmt: skip
@@ -151,14 +124,14 @@ def describe(weights: dict[str, Tensor], model: PublicViT | None, size=None) -> 
     if "pos_embed" in weights:
         patches = weights["pos_embed"].shape[1] - found["class_token"]
         found["image_size"] = math.isqrt(patches) * patch
-    if model:
+    if model and model.family:
         usual = dict(class_token=True, registers=0, heads=model.heads) | model.family.overrides
         named = usual | dict(dim=model.dim, depth=model.depth, patch=model.patch)
         odd = {k: v for k, v in found.items() if v != named.get(k, v) and k != "classes"}
         if odd:
             raise ValueError(f"it has {odd}, but {model.name} has { {k: named[k] for k in odd} }")
-        return Config(**{"image_size": model.image_size} | found | usual)
-    if not size or size[0] != dim:
+        return {"image_size": model.image_size} | found | usual
+    if not model or model.dim != dim:
         remedy = "write SIZE=FILE, such as small=FILE, or NAME=FILE (python -m teachers)"
         raise ValueError(f"{dim} wide, it may have any number of attention heads: {remedy}")
-    return Config(**{"image_size": 0} | found, heads=size[2])
+    return {"image_size": 0} | found | {"heads": model.heads}

@@ -1,55 +1,54 @@
-"""Finds the teacher that --teacher asks for, or pre-trains one."""
+"""Finds the teacher that --teacher asks for, or pre-trains one, and pairs it with a student."""
 
 import contextlib
 import json
 from dataclasses import fields, replace
 from pathlib import Path
 
+import torch
+
+import vit
 from common import runs
 from common.checkpoints import Checkpoint
 from common.launch import print0, run_first
 from common.settings import get_values, parse_layers
 from data import Data
-from recipes import DATA_SETS, Images
-from teachers import adapt
-from teachers.load import make_config, read_checkpoint
+from recipes import DATA_SETS, Images, Settings, TransferSettings
+from teachers.adapt import Teacher, adapt
+from teachers.load import build, build_vit, make_config, read_checkpoint
 
 BUNDLED = Path(__file__).parent.parent / "weights"  # made by study/ship.py
+SIZE = {"dim": "model", "depth": "model", "heads": "model", "patch": "patch"}  # field: flag
 
 
-def find_teacher(settings, dataset: Data, get_script=None) -> Checkpoint | None:
+def find_teacher(settings: Settings, dataset: Data, get_script=None) -> Checkpoint | None:
     """The checkpoint that --teacher names, None for random and none.
 
     auto: the bundled one if it fits, MAE's for ImageNet, else the script of `get_script` makes one.
     """
     source: str | Path = settings.teacher
-    if source == "random" and not hasattr(settings, "layers"):
+    transfers = isinstance(settings, TransferSettings)  # or fine-tunes
+    if source == "random" and not transfers:
         raise ValueError("--teacher random lends maps, not weights: from scratch is --teacher none")
     if source in ("none", "random"):
         return None
+    asked = make_config(settings, dataset)
     if source == "mae" or (source, settings.data) == ("auto", "imagenet"):
         source = f"mae_pretrain_vit_{settings.model}"
     elif source == "auto" and (file := find_bundled(settings)):
         source = file
     elif source in ("auto", "pretrain"):
-        config = make_config(settings, dataset)
         for name in ("layers", "teacher_layers", "heads"):  # found wrong before hours of training
-            count = config.heads if name == "heads" else config.depth
+            count = asked.heads if name == "heads" else asked.depth
             parse_layers(getattr(settings, name, "") or "all", count, name)
         own = dict(model=settings.model, patch=settings.patch, num_labels=0, subset_seed=-1)
         source = make_teacher(get_script(), settings, dataset, **own)
     checkpoint = read_checkpoint(source, settings.normalization)
-    if not hasattr(settings, "layers"):  # fine-tuning
-        asked, there = make_config(settings, dataset), checkpoint.architecture
-        named = {name for name, flag in adapt.SIZE.items() if flag in settings.given}
-        if "model" in settings.given and "=" in settings.model:  # with components
-            others = {"image_size", "classes", "patch", "mean", "std", "pool"}
-            named |= vars(asked).keys() - others
-        if any(getattr(asked, name) != there.get(name) for name in named):
-            raise ValueError(f"{source} does not match --model and --patch; omit them")
-    ours, theirs = dataset.channels, checkpoint.architecture["channels"]
-    if ours != theirs:
-        raise ValueError(f"{source} takes images of {theirs} channels, and these have {ours}")
+    theirs = checkpoint.architecture
+    if not transfers and any(theirs[k] != v for k, v in get_size(settings, asked).items()):
+        raise ValueError(f"{source} does not match --model and --patch; omit them")
+    if theirs["channels"] != (ours := dataset.channels):
+        raise ValueError(f"{source} takes {theirs['channels']} channels, but images have {ours}")
     if checkpoint.teacher:
         raise ValueError(f"{source} is a student of attention copy: name the teacher it had")
     if seen := dataset.count_learned(checkpoint.learned_from):
@@ -57,7 +56,35 @@ def find_teacher(settings, dataset: Data, get_script=None) -> Checkpoint | None:
     return checkpoint
 
 
-def find_bundled(settings) -> Path | None:
+def get_size(settings: Settings, asked: vit.Config) -> dict[str, int]:
+    """What --model and --patch say of a ViT, where they are given."""
+    return {name: getattr(asked, name) for name, flag in SIZE.items() if flag in settings.given}
+
+
+def make_pair(
+    settings: TransferSettings, dataset: Data, checkpoint: Checkpoint | None
+) -> tuple[Teacher, vit.ViT, list[int]]:
+    """A frozen teacher (random without a checkpoint), a random student, and its layers to teach."""
+    if settings.teacher == "none":
+        raise ValueError("--teacher none: no teacher, no maps (finetune.py can do without)")
+    config = asked = make_config(settings, dataset)
+    if checkpoint:
+        teacher = build_vit(checkpoint, dataset.image_size, classes=0)
+        config = replace(teacher.config, classes=asked.classes, **get_size(settings, asked))
+        size = {name: getattr(config, name) for name in SIZE}
+        if size != {name: getattr(asked, name) for name in SIZE}:
+            print0(f"note: the student has its teacher's size {size} (--model, --patch change it)")
+    torch.manual_seed(settings.seed)
+    student = build(config, settings.drop_path, settings.positions)
+    teacher = teacher if checkpoint else build(config, positions=settings.positions)
+    layers, sources = parse_layers(settings.layers, config.depth), settings.teacher_layers
+    sources = parse_layers(sources, teacher.config.depth, "teacher_layers") if sources else ()
+    heads = parse_layers(settings.heads or "all", teacher.config.heads, "heads")
+    teacher.to(device := dataset.train.device).eval().requires_grad_(False)
+    return adapt(teacher, student, layers, sources, heads), student.to(device), layers
+
+
+def find_bundled(settings: Images) -> Path | None:
     """The teacher in weights/ that was made for these images and this ViT, if there is one."""
     if settings.image_size == DATA_SETS[settings.data].image_size:
         settings = replace(settings, image_size=0)
@@ -68,22 +95,21 @@ def find_bundled(settings) -> Path | None:
     return None
 
 
-def make_teacher(script, settings, dataset=None, **changes) -> Path:
+def make_teacher(script, settings: Settings, dataset: Data, **changes) -> Path:
     """The model.pt of a script's own recipe on the same images, trained now if need be."""
     own = script.parse(["--data", settings.data])
     shared = {f.name for f in fields(Images)} - {"given", "classes", "label", "dial"}
     shared |= {"seed", "amp", "compile", "num_labels", "subset_seed"}
-    changes |= {"batch": min(own.batch, dataset.available)} if dataset else {}
+    changes |= {"batch": min(own.batch, dataset.available)}
     own = replace(own, **{name: getattr(settings, name) for name in shared} | changes)
     facts = get_values(own, free=False) | changes
     del facts["amp"]
-    facts |= {"method": own.method, "images": dataset and (dataset.available, dataset.fingerprint)}
-    name = f"teacher-{own.data}-{own.model}-{runs.hash_settings(facts)}"
-    out = Path("runs") / name.replace("/", "-")
+    facts |= {"method": own.method, "images": (dataset.available, dataset.fingerprint)}
+    model = own.model.replace("/", "-")
+    out = Path("runs", f"teacher-{own.data}-{model}-{runs.hash_settings(facts)}")
     own = replace(own, out=str(out), resume=True)
     runs.check_folder(settings)
-    if dataset:
-        dataset.check_classes()
+    dataset.check_classes()
     if not (out / "model.pt").is_file():
         runs.check_folder(own)
     with contextlib.ExitStack() as stack:  # locked until it is made: other processes wait for it

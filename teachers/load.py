@@ -6,14 +6,16 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 import recipes
 import vit
 from common import checkpoints
 from common.checkpoints import Checkpoint
 from common.launch import print0
+from data import Data
 from recipes import NORMALIZATIONS
+from teachers.adapt import Teacher, adapt
 
 
 def read_checkpoint(source: str | Path, normalization: str = "") -> Checkpoint:
@@ -22,38 +24,29 @@ def read_checkpoint(source: str | Path, normalization: str = "") -> Checkpoint:
     NAME=FILE reads a file as a public ViT's, SIZE=FILE as a plain ViT with the heads of a size.
     `normalization`: of a file that does not name its own (a key of NORMALIZATIONS).
     """
-    return name_normalization(read(source), normalization)
-
-
-def read(source: str | Path) -> Checkpoint:
     source = place = str(source)
-    model = size = None
+    model = None
     if not (checkpoints.is_url(place) or Path(place).is_file()):
         from teachers import zoo
 
-        name, _, file = place.partition("=")
-        size = zoo.ALL_SIZES.get(name) if file else None
-        model, place = (None, file) if size else zoo.locate(place)
+        model, place = zoo.locate(source)
     found = checkpoints.read_file(place)
     if not isinstance(found, dict) or {"optimizer", "run"} <= found.keys():
         raise ValueError(f"{source} is no model: name the model.pt of a run")
     if "architecture" in found:  # ours, whatever it is called
-        return checkpoints.parse_ours(found, source)
-    from teachers.convert import parse_foreign
+        checkpoint = checkpoints.parse_ours(found, source)
+    else:
+        from teachers.convert import parse_foreign
 
-    return parse_foreign(found, source, place, model, size)
-
-
-def name_normalization(checkpoint: Checkpoint, name: str) -> Checkpoint:
-    """The checkpoint with the mean and std of the pixels that it was trained on."""
+        checkpoint = parse_foreign(found, source, place, model)
     architecture = checkpoint.architecture
-    if "mean" in architecture and not name:
+    if "mean" in architecture and not normalization:
         return checkpoint
     assumed = "imagenet" if architecture["channels"] == 3 else "none"
-    if not name:
+    if not normalization:
         remedy = f"--normalization {' or '.join(k for k in NORMALIZATIONS if k != assumed)}"
-        print0(f"note: {checkpoint.source} names no mean and std, so we take {assumed} ({remedy})")
-    mean, std = NORMALIZATIONS[name or assumed]
+        print0(f"note: {source} names no mean and std, so we take {assumed} ({remedy})")
+    mean, std = NORMALIZATIONS[normalization or assumed]
     return replace(checkpoint, architecture=architecture | {"mean": mean, "std": std})
 
 
@@ -63,28 +56,29 @@ def build_vit(checkpoint: Checkpoint, image_size=None, classes=None, drop_path=0
     With `classes` the head is new, for so many (0: no head), and reads the mean of the patches, as
     those of all methods do. Otherwise it is the file's.
     """
-    arch, weights = dict(checkpoint.architecture), checkpoint.weights
+    arch, weights = checkpoint.architecture, checkpoint.weights
+    new: dict[str, Any] = {"image_size": image_size or arch["image_size"]}
     if own_head := classes is None and arch["classes"] > 0:
         weights = {re.sub(r"^norm\.", "fc_norm.", name): value for name, value in weights.items()}
         if not checkpoint.classes:
             read = "class token" if arch.get("pool") == "token" else "mean of the patches"
             print0(f"note: {checkpoint.source}: its head is taken to read the {read}")
     else:
-        arch.pop("pool", None)
-    new = {"image_size": image_size or arch["image_size"]}
-    new["classes"] = arch["classes"] if classes is None else classes
-    net = build(to_config(arch | new), drop_path)
-    if new["image_size"] != arch["image_size"]:
-        from teachers.positions import resize
-
-        weights = resize(weights, net.config.grid_size, checkpoint.resize)
-    if not own_head:  # it is new, and so is its norm if the file has none
-        random = {k: v for k, v in net.state_dict().items() if k.startswith(("head.", "fc_norm."))}
-        found = {k: v for k, v in weights.items() if not k.startswith(("head.", "norm."))}
-        weights = random | found
+        arch = {name: value for name, value in arch.items() if name != "pool"}
+        new["classes"] = classes or 0
     try:
+        net = build(to_config(arch | new), drop_path)
+        if net.config.image_size != arch["image_size"] and "pos_embed" in weights:
+            from teachers.positions import resize
+
+            positions = resize(weights["pos_embed"], net.config.grid_size, checkpoint.resize)
+            weights = weights | {"pos_embed": positions}
+        if not own_head:  # it is new, and so is its norm if the file has none
+            new = {k: v for k, v in net.state_dict().items() if k.startswith(("head.", "fc_norm."))}
+            known = {k: v for k, v in weights.items() if not k.startswith(("head.", "norm."))}
+            weights = new | known
         net.load_state_dict(weights)
-    except RuntimeError as error:  # it names keys and shapes
+    except (KeyError, TypeError, RuntimeError) as error:  # a field, or keys and shapes
         raise ValueError(f"{checkpoint.source} is no ViT we know: {str(error)[:400]}") from None
     return net
 
@@ -102,8 +96,8 @@ def build(config: vit.Config, drop_path: float = 0.0, positions: str = "random")
     if positions == "sincos" and net.pos_embed is not None:
         from teachers.positions import make_sincos
 
-        waves = make_sincos(config.grid_size, config.dim)[:, -net.pos_embed.shape[1] :]
-        net.pos_embed = nn.Parameter(waves.clone())
+        waves = make_sincos(config.grid_size, config.dim)
+        net.pos_embed.data.copy_(waves[:, -net.pos_embed.shape[1] :])
     return net
 
 
@@ -118,24 +112,19 @@ def to_config(architecture: dict[str, Any]) -> vit.Config:
     return vit.Config(**plain) if config == Config(**plain) else config
 
 
-def make_config(settings, dataset, **changes) -> vit.Config:
-    """The ViT that --model and --patch ask for, for these images and classes."""
-    images = dict(image_size=dataset.image_size, patch=settings.patch, channels=dataset.channels)
-    images |= dict(classes=len(dataset.classes), mean=dataset.mean, std=dataset.std)
-    name, *parts = re.split(r"\+(?=\w+=)", settings.model, maxsplit=1)
+def make_config(settings: recipes.Settings, dataset: Data, **changes) -> vit.Config:
+    """The plain ViT that --model and --patch ask for, for these images and classes."""
     sizes = recipes.SIZES
-    if parts or name not in sizes:
-        from teachers.vit import parse_components
+    if settings.model not in sizes:
         from teachers.zoo import ALL_SIZES as sizes
-
-        images |= parse_components(*parts) if parts else {}
-    if name not in sizes:
+    if settings.model not in sizes:
         raise ValueError(f"--model {settings.model}: choose a size from {', '.join(sizes)}")
-    size = dict(zip(("dim", "depth", "heads"), sizes[name], strict=True))
-    return to_config(images | size | changes)
+    images = dataset.image_size, settings.patch, dataset.channels, len(dataset.classes)
+    config = vit.Config(*images, *sizes[settings.model], mean=dataset.mean, std=dataset.std)
+    return replace(config, **changes)
 
 
-def new_vit(settings, dataset, **changes) -> vit.ViT:
+def new_vit(settings: recipes.Settings, dataset: Data, **changes) -> vit.ViT:
     """A random one, on the CPU. Call torch.manual_seed before."""
     return build(make_config(settings, dataset, **changes), settings.drop_path, settings.positions)
 
@@ -146,7 +135,7 @@ class Model:
 
     net: vit.ViT
     checkpoint: Any = None  # a Checkpoint; None for a random net
-    teacher: Any = None  # a ViT or an adapt.TeacherAdapter
+    teacher: Teacher | None = None
     layers: Sequence[int] = ()
 
     def __call__(self, images: Tensor) -> Tensor:  # logits (B, classes)
@@ -165,9 +154,6 @@ def open_model(
     """A checkpoint as a Model, frozen, at its own or another image size."""
     found = source if isinstance(source, Checkpoint) else read_checkpoint(source, normalization)
     nets = [build_vit(one, image_size).to(device) for one in (found, found.teacher) if one]
-    net, *teacher = (one.eval().requires_grad_(False) for one in nets)
-    if not teacher:
-        return Model(net, found)
-    from teachers.adapt import adapt
-
-    return Model(net, found, adapt(*teacher, net, found.layers, **found.adapted), found.layers)
+    net, *teachers = (one.eval().requires_grad_(False) for one in nets)
+    lender = adapt(*teachers, net, found.layers, **found.adapted) if teachers else None
+    return Model(net, found, lender, found.layers)

@@ -1,12 +1,11 @@
-"""Positions of patches: sin-cos, rope, relative; and all kinds for another image size."""
+"""Positions of patches: MAE's sin-cos; and those of a file for another image size."""
 
 import math
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import einsum, rearrange
+from einops import rearrange
 from torch import Tensor
 
 
@@ -21,60 +20,17 @@ def make_sincos(grid_size: int, dim: int) -> Tensor:
     return torch.cat([torch.zeros(1, dim), waves])[None].float()
 
 
-def compute_relative_index(grid_size: int) -> Tensor:
-    """For each query and key (N, N) the row of a table of biases, one row for each step.
-
-    The table's last rows: from the class token, to it, and from it to itself.
-    """
-    line, steps = torch.arange(grid_size), 2 * grid_size - 1
-    spots = torch.cartesian_prod(line, line)
-    down, right = (spots[:, None] - spots + grid_size - 1).unbind(-1)
-    index = torch.empty(1 + grid_size**2, 1 + grid_size**2, dtype=torch.long)
-    index[1:, 1:] = down * steps + right
-    index[0], index[:, 0], index[0, 0] = steps**2, steps**2 + 1, steps**2 + 2
-    return index
-
-
-def compute_rope_angles(grid_size: int, width: int, base: float) -> Tensor:
-    """By how much rope turns each pair of a head's channels: (patches, width / 2).
-
-    Half of the pairs turn with the row, half with the column, both in -1..1, with periods from 1 to
-    nearly `base` (DINOv3, after Su et al. 2021).
-    """
-    line = (torch.arange(grid_size) + 0.5) / grid_size * 2 - 1
-    spots = torch.cartesian_prod(line, line)
-    periods = base ** (torch.arange(width // 4) / (width // 4))
-    return rearrange(2 * math.pi * spots[:, :, None] / periods, "n two f -> n (two f)")
-
-
-def rotate(x: Tensor, angles: Tensor, num_prefix_tokens: int) -> Tensor:
-    """Turns the patches of queries or keys (B, H, N, d): channel i with channel i + d / 2."""
-    first, (a, b) = x[:, :, :num_prefix_tokens], x[:, :, num_prefix_tokens:].chunk(2, dim=-1)
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    return torch.cat([first, torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)], dim=2)
-
-
 class Resize(NamedTuple):
     """How the code of a family resizes absolute positions."""
 
     antialias: bool = False
     offset: float = 0.0  # added to the number of patches per side, for the scale only
-    mode: str = "bicubic"
-    align_corners: bool = False
+    mode: str = "bicubic"  # or bilinear, from corner to corner
 
 
-def resize(weights: dict[str, Tensor], grid_size: int, how: Resize | None) -> dict[str, Tensor]:
-    """The weights of a ViT, with positions for another square grid of patches."""
-    found = dict(weights)
-    if "pos_embed" in weights:
-        found["pos_embed"] = resize_absolute(weights["pos_embed"], grid_size, how or Resize())
-    tables = {k: resize_relative(v, grid_size) for k, v in weights.items() if ".relative." in k}
-    return found | tables
-
-
-def resize_absolute(pos_embed: Tensor, grid_size: int, how: Resize) -> Tensor:
-    """(1, g*g, D), or (1, 1 + g*g, D) with a class token."""
-    old = math.isqrt(pos_embed.shape[1])
+def resize(pos_embed: Tensor, grid_size: int, how: Resize | None) -> Tensor:
+    """For another square grid: (1, g*g, D), or (1, 1 + g*g, D) with a class token."""
+    how, old = how or Resize(), math.isqrt(pos_embed.shape[1])
     first, grid = pos_embed[:, : -(old**2)], pos_embed[:, -(old**2) :]
     if first.shape[1] > 1:
         raise ValueError(f"{pos_embed.shape[1]} position embeddings form no square grid of patches")
@@ -82,28 +38,6 @@ def resize_absolute(pos_embed: Tensor, grid_size: int, how: Resize) -> Tensor:
         return pos_embed
     grid, size = rearrange(grid, "one (h w) d -> one d h w", h=old).float(), (grid_size, grid_size)
     scale = dict(scale_factor=(grid_size + how.offset) / old) if how.offset else dict(size=size)
-    options = dict(mode=how.mode, antialias=how.antialias, align_corners=how.align_corners)
+    options = dict(mode=how.mode, antialias=how.antialias, align_corners=how.mode == "bilinear")
     grid = rearrange(F.interpolate(grid, **scale, **options), "one d h w -> one (h w) d")
     return torch.cat([first, grid.to(first.dtype)], dim=1)
-
-
-def resize_relative(table: Tensor, grid_size: int) -> Tensor:
-    """A table of biases ((2g - 1)^2 + 3, H) for another grid, as timm.
-
-    As in BEiT the old steps lie in the new grid at distances that grow geometrically: far steps are
-    known more coarsely. Between them linearly (BEiT's own code: cubic splines).
-    """
-    steps, old = 2 * grid_size - 1, round((len(table) - 3) ** 0.5)
-    if old == steps:
-        return table
-    low, high, half = 1.01, 1.5, old // 2  # of the ratio of a gap to the one before
-    while high - low > 1e-6:
-        q = (low + high) / 2
-        low, high = (low, q) if (1 - q**half) / (1 - q) > steps // 2 else (q, high)
-    out = np.cumsum([q**i for i in range(half)])
-    spots = [*-out[::-1], 0.0, *out]
-    weigh = [np.interp(np.arange(steps) - grid_size + 1, spots, unit) for unit in np.eye(old)]
-    weigh = torch.tensor(np.stack(weigh, axis=1), dtype=torch.float32)  # (new, old)
-    grid = rearrange(table[:-3], "(h w) heads -> h w heads", h=old).float()
-    grid = einsum(weigh, weigh, grid, "i h, j w, h w heads -> i j heads")
-    return torch.cat([rearrange(grid, "i j heads -> (i j) heads").to(table.dtype), table[-3:]])

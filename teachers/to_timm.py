@@ -5,10 +5,16 @@
 """
 
 import copy
-import re
 
 import torch
 from torch import Tensor, nn
+
+PARTS = {  # in a name of timm's: what it is here, and which part of how many
+    "q_bias": ("qkv.bias", 0, 3), "v_bias": ("qkv.bias", 2, 3),  # that of keys does nothing
+    "fc1_g.": ("fc1.", 0, 2), "fc1_x.": ("fc1.", 1, 2),
+    "gamma_1": ("ls1.gamma", 0, 1), "gamma_2": ("ls2.gamma", 0, 1),
+    "norm.": ("fc_norm.", 0, 1),  # before the pooling, unless it takes the mean
+}  # fmt: skip
 
 
 @torch.no_grad()
@@ -20,7 +26,7 @@ def to_timm(model, theirs: nn.Module) -> dict[str, Tensor]:
     """
     if model.teacher:
         raise ValueError("a student of attention copy needs its teacher's maps: timm's take none")
-    net, target, found = model.net, theirs.state_dict(), dict(model.net.state_dict())
+    net, target, found = model.net, theirs.state_dict(), model.net.state_dict()
     if "pos_embed" in found:
         positions = found["pos_embed"].clone()
         if "patch_embed.proj.bias" not in target:
@@ -29,22 +35,14 @@ def to_timm(model, theirs: nn.Module) -> dict[str, Tensor]:
             found["cls_token"] = found["cls_token"] + positions[:, :1]
             positions = positions[:, 1:]
         found["pos_embed"] = positions
-    for name in list(found):
-        other = name.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2")
-        other = other.replace("relative.table", "relative_position_bias_table")
-        if name not in target:  # timm's norm comes before the pooling, unless it takes the mean
-            other = re.sub("^fc_norm", "norm", other)
-        if other in target:
-            found[other] = found.pop(name)
-        if name.endswith("qkv.bias") and name not in target:  # that of keys does nothing
-            q, _, v = found.pop(name).chunk(3)
-            q_name, v_name = (name.replace("qkv.bias", f"{part}_bias") for part in "qv")
-            if {q_name, v_name} <= target.keys() or q.any() or v.any():
-                found |= {q_name: q, v_name: v}
-        gates = [name.replace("mlp.fc1", f"mlp.fc1_{part}") for part in "gx"]
-        if gates[0] != name and gates[0] in target:
-            found |= zip(gates, found.pop(name).chunk(2), strict=True)
-    found |= {name: value for name, value in target.items() if name.endswith("index")}
+    left = {name: found.pop(name) for name in found.keys() - target.keys()}
+    wholes = set()
+    for name in target.keys() - found.keys():
+        for part, (own, i, count) in PARTS.items():
+            if part in name and (whole := name.replace(part, own)) in left:
+                found[name] = left[whole].chunk(count)[i]
+                wholes.add(whole)
+    found |= {name: x for name, x in left.items() if name not in wholes and x.any()}  # refused
     ours, twin = copy.deepcopy(net).eval(), copy.deepcopy(theirs).eval()
     try:
         twin.load_state_dict(found)

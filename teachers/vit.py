@@ -1,26 +1,24 @@
 """What families of public ViTs add to a plain one, each by overriding a method of vit.py.
 
-Rope and relative positions change where a token looks, so a teacher lends them.
+Rope changes where a token looks, so a teacher lends queries and keys that have turned.
 """
 
-import re
-from dataclasses import MISSING, dataclass, fields
+import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
 from torch import Tensor, nn
 
 import vit as plain
-from teachers.positions import compute_relative_index, compute_rope_angles, rotate
 
 
 @dataclass(frozen=True)
 class Config(plain.Config):  # the defaults are those of a plain ViT
     class_token: bool = True
     registers: int = 0  # further tokens that are no patches (Darcet et al. 2024)
-    positions: str = "absolute"  # or relative, rope, absolute+relative, absolute+rope
-    rope_base: float = 100.0  # the longest period of rope (Su et al. 2021, in 2d as DINOv3)
+    positions: str = "absolute"  # or rope
+    rope_base: float = 100.0  # the longest period of rope
     norm_pre: bool = False  # a norm before the blocks (CLIP)
     layer_scale: float = 0.0  # initial factor of each branch (Touvron et al. 2021), 0: none
     activation: str = "gelu"  # or quick_gelu, swiglu
@@ -31,49 +29,38 @@ class Config(plain.Config):  # the defaults are those of a plain ViT
         return self.class_token + self.registers
 
 
+class RopeQKV(plain.QKV):
+    """Keys have no bias, which rope would turn."""
+
+    def forward(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
+        q, k, v = self.bias.chunk(3)
+        return F.linear(x, self.weight[rows], torch.cat([q, torch.zeros_like(k), v])[rows])
+
+
 class RopeAttention(plain.Attention):
-    """Queries and keys turn with their position. Keys have no bias, which rope would turn."""
+    """Queries and keys turn with their position (Su et al. 2021, in 2d as DINOv3).
+
+    Half of the pairs of channels turn with the row, half with the column, both in -1..1, with
+    periods from 1 to nearly `rope_base`.
+    """
 
     def __init__(self, config: Config):
         super().__init__(config)
-        self.num_prefix_tokens = config.num_prefix_tokens
-        angles = compute_rope_angles(config.grid_size, config.dim // config.heads, config.rope_base)
-        self.register_buffer("angles", angles, persistent=False)
-        biased = torch.tensor([1.0, 0.0, 1.0]).repeat_interleave(config.dim)
-        self.register_buffer("biased", biased, persistent=False)
+        self.qkv = RopeQKV(config.dim, 3 * config.dim)
+        self.num_prefix_tokens, width = config.num_prefix_tokens, config.dim // config.heads
+        line = (torch.arange(config.grid_size) + 0.5) / config.grid_size * 2 - 1
+        periods = config.rope_base ** (torch.arange(width // 4) / (width // 4))
+        angles = 2 * math.pi * torch.cartesian_prod(line, line)[:, :, None] / periods
+        self.angles = nn.Buffer(angles.flatten(1), persistent=False)  # (patches, d / 2)
 
-    def project(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
-        y = F.linear(x, self.qkv.weight[rows], (self.qkv.bias * self.biased)[rows])
-        return rearrange(y, "b n (p h d) -> p b h n d", h=self.heads, d=self.dim // self.heads)
+    def queries_keys(self, q: Tensor, k: Tensor) -> plain.QK:
+        return plain.QK(self.rotate(q), self.rotate(k))
 
-    def queries_keys(self, q: Tensor, k: Tensor, visible_ids=None) -> plain.QK:
-        angles = self.angles if visible_ids is None else self.angles[visible_ids][:, None]
-        return plain.QK(*(rotate(part, angles, self.num_prefix_tokens) for part in (q, k)))
-
-
-class RelativeAttention(plain.Attention):
-    """A learned bias of the scores for each step from query to key (BEiT, Bao et al. 2022)."""
-
-    def __init__(self, config: Config):
-        super().__init__(config)
-        if config.num_prefix_tokens != 1:
-            raise ValueError("relative positions take a class token and no registers")
-        index = compute_relative_index(config.grid_size)
-        self.register_buffer("index", index, persistent=False)
-        table = torch.zeros(int(index.max()) + 1, config.heads)
-        self.relative = nn.ParameterDict({"table": nn.Parameter(table)})
-
-    def queries_keys(self, q: Tensor, k: Tensor, visible_ids=None) -> plain.QK:
-        index = self.index[None]
-        if visible_ids is not None:
-            tokens = F.pad(1 + visible_ids, (1, 0))  # the class token is always visible
-            index = self.index[tokens[:, :, None], tokens[:, None, :]]
-        return plain.QK(q, k, rearrange(self.relative["table"][index], "b q k h -> b h q k"))
-
-    def forward(self, x: Tensor, given=None, visible_ids=None) -> tuple[Tensor, plain.QK]:
-        y, qk = super().forward(x, given, visible_ids)
-        unused = given is not None  # but DDP wants a gradient for every parameter, if only zeros
-        return (y + 0 * self.relative["table"].sum() if unused else y), qk
+    def rotate(self, x: Tensor) -> Tensor:  # patches of (B, H, N, d): channel i with i + d / 2
+        first, rest = x[:, :, : self.num_prefix_tokens], x[:, :, self.num_prefix_tokens :]
+        cos, sin = self.angles.cos().to(x.dtype), self.angles.sin().to(x.dtype)
+        a, b = rest.chunk(2, dim=-1)
+        return torch.cat([first, torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)], dim=2)
 
 
 class QuickMlp(plain.Mlp):
@@ -102,13 +89,13 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
-POSITIONS = {"absolute": plain.Attention, "relative": RelativeAttention, "rope": RopeAttention}
+POSITIONS = {"absolute": plain.Attention, "rope": RopeAttention}
 ACTIVATIONS = {"gelu": plain.Mlp, "quick_gelu": QuickMlp, "swiglu": SwiGLU}
 
 
 class Block(plain.Block):
     def attention(self, config: Config) -> plain.Attention:
-        return POSITIONS[config.positions.removeprefix("absolute+")](config)
+        return POSITIONS[config.positions](config)
 
     def feed_forward(self, config: Config) -> nn.Module:
         return ACTIVATIONS[config.activation](config)
@@ -118,8 +105,8 @@ class Block(plain.Block):
         scale = LayerScale if config.layer_scale else nn.Identity
         self.ls1, self.ls2 = scale(config), scale(config)
 
-    def forward(self, x: Tensor, given=None, keep=(1, 1), visible_ids=None):
-        y, qk = self.attn(self.norm1(x), given, visible_ids)
+    def forward(self, x: Tensor, given=None, keep=(1, 1)) -> tuple[Tensor, plain.QK]:
+        y, qk = self.attn(self.norm1(x), given)
         x = x + keep[0] * self.ls1(y)
         return x + keep[1] * self.ls2(self.mlp(self.norm2(x))), qk
 
@@ -131,19 +118,18 @@ class ViT(plain.ViT):
         config, dim = self.config, self.config.dim
         positions = config.class_token + config.grid_size**2
         counts = {"cls_token": int(config.class_token), "reg_token": config.registers}
-        counts["pos_embed"] = positions if "absolute" in config.positions else 0
+        counts["pos_embed"] = positions if config.positions == "absolute" else 0
         for name, count in counts.items():
             token = nn.init.trunc_normal_(torch.empty(1, count, dim), std=0.02)
             self.register_parameter(name, nn.Parameter(token) if count else None)
         self.norm_pre = nn.LayerNorm(dim, eps=config.eps) if config.norm_pre else nn.Identity()
 
     def embed(self, images: Tensor, visible_ids: Tensor | None = None) -> Tensor:
+        assert visible_ids is None, "only a plain ViT is pre-trained by masking"
         x, cls, positions = self.embed_patches(images), self.cls_token, self.pos_embed
         if positions is not None:
             x = x + positions[:, -x.shape[1] :]
             cls = None if cls is None else cls + positions[:, :1]
-        if visible_ids is not None:
-            x = x.gather(1, repeat(visible_ids, "b n -> b n d", d=x.shape[-1]))
         first = [token for token in (cls, self.reg_token) if token is not None]
         return self.norm_pre(torch.cat([*(t.expand(len(x), -1, -1) for t in first), x], dim=1))
 
@@ -153,18 +139,3 @@ class ViT(plain.ViT):
         token = self.config.pool == "token"
         x = x[:, :1] if token else x[:, self.config.num_prefix_tokens :]
         return self.head(self.fc_norm(x).mean(dim=1))
-
-
-COMPONENTS = {f.name: f.default for f in fields(Config) if f.default is not MISSING}
-del COMPONENTS["pool"]  # a new head reads the mean of the patches
-
-
-def parse_components(text: str) -> dict:
-    """Fields of Config from the end of --model: "registers=4+positions=rope"."""
-    found, words = {}, {"positions": POSITIONS, "activation": ACTIVATIONS}
-    for name, _, value in (part.partition("=") for part in re.split(r"\+(?=\w+=)", text)):
-        if name not in COMPONENTS or value.removeprefix("absolute+") not in words.get(name, value):
-            known = ", ".join((*COMPONENTS, *POSITIONS, *ACTIVATIONS))
-            raise ValueError(f"--model ...+{text}: choose from {known}")
-        found[name] = value if name in words else type(COMPONENTS[name])(float(value))
-    return found

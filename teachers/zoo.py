@@ -53,9 +53,7 @@ FAMILIES = (
     large=300m,giant=1b,2b,3b 14 224 webssl_dino{}_full2b_224 {name}.pth""",
         dict(layer_scale=1e-5), resize=Resize(offset=0.1), files=FAIR + "webssl/{}"),
     Family("DINO", "nothing", APACHE, """
-    small,base                   16,8 224 vit_{}_patch{p}_224.dino
-    small=deitsmall,base=vitbase 16,8 224 dino_{}{p}_pretrain {name}/{name}.pth""",
-        resize=Resize(offset=0.1), files=FAIR + "dino/{}"),
+    small,base 16,8 224 vit_{}_patch{p}_224.dino""", resize=Resize(offset=0.1)),
     Family("iBOT", "nothing", APACHE, """
     small=s,base=b,large=l 16 224 ibot_vit{}_16 vit{}_16/checkpoint_teacher.pth""",
         resize=Resize(offset=0.1),
@@ -68,23 +66,19 @@ FAMILIES = (
     Family("DeiT III", "LayerScale", APACHE, """
     small,medium,base,large 16 224 deit3_{}_patch16_224.fb_in1k
     huge                    14 224 deit3_{}_patch14_224.fb_in1k
-    small,base,large        16 224 deit3_{}_patch16_224.fb_in22k_ft_in1k
-    small,base,large        16 224 deit_3_{}_224_1k {name}.pth""",
-        dict(layer_scale=1e-6), files=FAIR + "deit/{}"),
+    small,base,large        16 224 deit3_{}_patch16_224.fb_in22k_ft_in1k""",
+        dict(layer_scale=1e-6)),
     Family("AugReg", "nothing", APACHE, """
     tiny,small,base,large 16 224 vit_{}_patch16_224.augreg_in21k
     tiny,small,base,large 16 224 vit_{}_patch16_224.augreg_in21k_ft_in1k
     small,base            16 224 vit_{}_patch16_224.augreg_in1k""",
-        normalization=HALF, resize=Resize(mode="bilinear", align_corners=True)),
+        normalization=HALF, resize=Resize(mode="bilinear")),
     Family("DINOv2", "LayerScale (SwiGLU in giant)", APACHE, """
-    small,base,large,giant         14 518 vit_{}_patch14_dinov2.lvd142m
-    small=s,base=b,large=l,giant=g 14 518 dinov2_vit{}14_pretrain dinov2_vit{}14/{name}.pth""",
-        dict(layer_scale=1e-5), resize=Resize(offset=0.1), files=FAIR + "dinov2/{}"),
+    small,base,large,giant 14 518 vit_{}_patch14_dinov2.lvd142m""",
+        dict(layer_scale=1e-5), resize=Resize(offset=0.1)),
     Family("DINOv2 with registers", "LayerScale, registers (SwiGLU in giant)", APACHE, """
-    small,base,large,giant         14 518 vit_{}_patch14_reg4_dinov2.lvd142m
-    small=s,base=b,large=l,giant=g 14 518 dinov2_vit{}14_reg4_pretrain dinov2_vit{}14/{name}.pth""",
-        dict(layer_scale=1e-5, registers=4), resize=Resize(antialias=True),
-        files=FAIR + "dinov2/{}"),
+    small,base,large,giant 14 518 vit_{}_patch14_reg4_dinov2.lvd142m""",
+        dict(layer_scale=1e-5, registers=4), resize=Resize(antialias=True)),
     Family("DINOv3", "LayerScale, registers, rope (SwiGLU in plus)",
         "DINOv3 License (the authors' own files are gated)", """
     small,base,large                 16 256 vit_{}_patch16_dinov3.lvd1689m
@@ -104,31 +98,17 @@ FAMILIES = (
     base 32,16 224 vit_{}_patch{p}_clip_224.laion2b
     huge 14    224 vit_{}_patch{p}_clip_224.laion2b""",
         dict(norm_pre=True, eps=1e-5, classes=0), CLIP, Resize(antialias=True)),
-    *(Family(f"BEiT v2, {size}", "LayerScale, relative positions", "MIT", f"""
-    {size} 16 224 beitv2_{{}}_patch16_224.in1k_ft_in22k
-    {size} 16 224 beitv2_{{}}_patch16_224.in1k_ft_in1k
-    {size} 16 224 beitv2_{{}}_patch16_224.in1k_ft_in22k_in1k
-    {size} 16 224 beitv2_{{}}_patch16_224_pt1k {{name}}.pth""",
-        dict(positions="relative", layer_scale=first),
-        files="https://github.com/addf400/files/releases/download/BEiT-v2/{}")
-      for size, first in (("base", 0.1), ("large", 1e-5))),
     Family("SigLIP 2", "no class token", APACHE, """
     base       16 224     vit_{}_patch{p}_siglip_{i}.v2_webli
     base,large 16 256,384 vit_{}_patch{p}_siglip_{i}.v2_webli
     so400m     14 224     vit_{}_patch{p}_siglip_{i}.v2_webli""",
-        dict(class_token=False), HALF, Resize(mode="bilinear", align_corners=True)),
-    Family("torchvision's", "nothing", "BSD 3-Clause (SWAG weights: CC-BY-NC 4.0)", """
-    base  16 224 torchvision:vit_b_16 vit_b_16-c867db91.pth
-    base  32 224 torchvision:vit_b_32 vit_b_32-d86f8d99.pth
-    large 16 224 torchvision:vit_l_16 vit_l_16-852ce7e3.pth
-    large 32 224 torchvision:vit_l_32 vit_l_32-c7638314.pth""",
-        resize=Resize(align_corners=True), files="https://download.pytorch.org/models/{}"),
+        dict(class_token=False), HALF, Resize(mode="bilinear")),
 )  # fmt: skip
 
 
 class PublicViT(NamedTuple):
     name: str
-    family: Family
+    family: Family | None  # None: a plain ViT, of which only a size is told
     dim: int
     depth: int
     heads: int
@@ -154,11 +134,13 @@ MODELS = {model.name: model for family in FAMILIES for model in list_models(fami
 
 
 def locate(source: str) -> tuple[PublicViT, str]:
-    """The model that NAME or NAME=FILE names, and the path or URL of its file.
+    """The model that NAME, NAME=FILE or SIZE=FILE names, and the path or URL of its file.
 
     What follows the dot of NAME may be left out where only one matches.
     """
     name, _, file = source.partition("=")
+    if file and name in ALL_SIZES:
+        return PublicViT(name, None, *ALL_SIZES[name], 0, 0, file), file
     alike = [model for full, model in MODELS.items() if full.split(".")[0] == name]
     if model := MODELS.get(name) or (alike[0] if len(alike) == 1 else None):
         return model, file or model.url

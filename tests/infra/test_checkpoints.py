@@ -81,7 +81,7 @@ def test_a_teacher_is_pre_trained_where_there_is_none(pretrainings, capsys):
     assert (asked.epochs, asked.blr, asked.mask_ratio) == (usual.epochs, usual.blr, 0.6)
     assert len({one.fingerprint for one in found}) == 1 and found[0].method == "pretrain"
     assert capsys.readouterr().out.count("making one first") == 1
-    for other in (["--seed", "4"], ["--patch", "4"], ["--model", "micro+registers=2"]):
+    for other in (["--seed", "4"], ["--patch", "4"], ["--model", "mini"]):
         assert find_for(attention_copy, *argv, *other).source != found[0].source
     assert find_for(finetune, *argv, "--amp", "off").source == found[0].source
     assert len(pretrainings) == 4
@@ -89,20 +89,22 @@ def test_a_teacher_is_pre_trained_where_there_is_none(pretrainings, capsys):
 
 def test_an_unfinished_teacher_is_finished_and_a_run_is_not_written_over(pretrainings):
     settings = attention_copy.parse(["--data", "digits", "--out", "mine", "--device", "cpu"])
-    path = make_teacher(pretrain, settings, model="nano", num_labels=0)
+    images, own = data.load(settings), dict(model="nano", num_labels=0)
+    path = make_teacher(pretrain, settings, images, **own)
     path.unlink()
     Path("mine").mkdir()
     Path("mine/config.json").write_text('{"run": {}}')
     with pytest.raises(ValueError, match="already holds a run"):
-        make_teacher(pretrain, settings, model="nano", num_labels=0)
-    assert make_teacher(pretrain, replace(settings, out=""), model="nano", num_labels=0) == path
+        make_teacher(pretrain, settings, images, **own)
+    assert make_teacher(pretrain, replace(settings, out=""), images, **own) == path
     assert len(pretrainings) == 2 and all(asked.resume for asked in pretrainings)
 
 
 @pytest.mark.slow
 def test_another_process_that_makes_the_teacher_is_waited_for(pretrainings):
     settings = attention_copy.parse(["--data", "digits", "--device", "cpu"])
-    path = make_teacher(pretrain, settings, model="nano", num_labels=0)
+    images, own = data.load(settings), dict(model="nano", num_labels=0)
+    path = make_teacher(pretrain, settings, images, **own)
     path.unlink()
     code = f"""import sys, time, pathlib; sys.path.insert(0, {str(WEIGHTS.parent)!r})
 from common import runs
@@ -110,7 +112,7 @@ with runs.lock(pathlib.Path({str(path.parent)!r})):
     print("locked", flush=True); time.sleep(1); pathlib.Path({str(path)!r}).touch()"""
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"locked\n"
-        assert make_teacher(pretrain, settings, model="nano", num_labels=0) == path
+        assert make_teacher(pretrain, settings, images, **own) == path
     assert len(pretrainings) == 1
 
 

@@ -34,8 +34,6 @@ ROOT = Path(__file__).parents[2]
     (finetune, "--num-labels 9999", "only 997 images"), (finetune, "--no-flag", "--no-flag"),
     (finetune, "--teacher none --model gigantic", "gigantic"),
     (finetune, f"--model tiny --teacher {ROOT}/weights/digits.pt", "does not match --model"),
-    (finetune, f"--model micro+registers=4 --teacher {ROOT}/weights/digits.pt", "does not match"),
-    (copy, f"--model micro+mlp=2 --teacher {ROOT}/weights/digits.pt", "other components"),
     (finetune, "--teacher none --patch 5", "try 10"),
     (finetune, "--data scenes --scene twins --classes 3", "three classes or more"),
     (finetune, "--data scenes --scene twins --dial 0.5", "only --scene pointer"),
@@ -72,10 +70,8 @@ def test_wrong_flags_and_values(script, argv, words, failing):
     ("", dict(channels=3), {}, "3 channels"), ("", dict(depth=2), {}, "0 to 1"),
     ("", {}, dict(dim=64), "size mismatch for cls_token"),
     ("", {}, dict(depth=5), "blocks.4.norm1.weight"),
+    ("", {}, dict(positions="relative"), "relative"),
     ("--layers 0,1 --teacher-layers 3", {}, {}, "cannot take the maps"),
-    ("--model nano+registers=4", {}, {}, "other components"),
-    ("--model nano+register=4", {}, {}, "choose from mlp"),
-    ("--model nano+positions=near", {}, {}, "relative, rope"),
 ])  # fmt: skip
 def test_a_checkpoint_that_does_not_fit(argv, changes, stored, words, failing):
     shape = dict(image_size=12, patch=3, channels=1, classes=0, dim=32, depth=4, heads=4)
