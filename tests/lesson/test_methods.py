@@ -1,7 +1,6 @@
 """The methods and their losses against their definitions, written out in full."""
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +15,6 @@ import train
 import vit
 from attention_distill import attention_loss, compare_maps
 from common import checkpoints
-from gallery import reconstruct
 from teachers.find import find_teacher
 from teachers.load import read_checkpoint
 from vit import QK
@@ -68,23 +66,6 @@ def test_students_begin_alike_and_not_as_their_teacher_began():
             assert not torch.equal(value, teacher[name]), name
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("loss, how, drop_path", [
-    (attention_copy.loss, dict(smoothing=0.1), 0.2), (attention_copy.loss, dict(smoothing=0.1), 0),
-    (attention_distill.loss, dict(settings=SETTINGS), 0.2),
-])  # fmt: skip
-def test_a_step_is_traced_as_one_graph(loss, how, drop_path):
-    student, teacher = make(0, drop_path), make(1).eval().requires_grad_(False)
-    batch, found = draw_batch(), []
-    for step in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
-        torch.manual_seed(5)
-        total, _ = step(student, *batch, teacher=teacher, layers=[0, 2], **how)
-        total.backward()
-        found.append([total, *(p.grad.clone() for p in student.parameters())])
-        student.zero_grad()
-    torch.testing.assert_close(*found)
-
-
 def test_mae_does_not_see_masked_patches_and_is_judged_on_them_alone():
     settings = dict(mask_ratio=0.75, decoder_dim=16, decoder_heads=2, norm_pix_loss=True)
     mae = pretrain.MAE(make(0, classes=0), pretrain.Settings(**settings))
@@ -104,14 +85,6 @@ def test_mae_does_not_see_masked_patches_and_is_judged_on_them_alone():
     errors = reconstructed - (patches - patches.mean(-1, keepdim=True)) / deviation
     expected = torch.stack([errors[b, i] for b, i in mask.nonzero().tolist()]).square().mean()
     torch.testing.assert_close(at_seed(pretrain.loss, mae, images, None)[0], expected)
-
-
-def test_reconstructions_are_drawn_with_the_settings_of_their_run(failing):
-    argv = "--data digits --model nano --mask-ratio 0.95 --out mae".split()
-    pretrain.main(pretrain.parse([*argv, "--epochs", "1"]))
-    reconstruct.main(reconstruct.parse(["mae", "mae.png"]))
-    assert Path("mae.png").exists()
-    failing(reconstruct, ["mae", "mae.txt"], "ends in .png")
 
 
 def test_learning_rate_warms_up_and_falls_as_half_a_cosine():
