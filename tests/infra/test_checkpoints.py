@@ -1,14 +1,15 @@
 """Files of weights are read, downloaded or refused. Teachers are found, or made once."""
 
 import hashlib
-import http.server
 import json
 import subprocess
 import sys
 import threading
 from argparse import Namespace
 from dataclasses import replace
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,10 +27,10 @@ from common import checkpoints
 from recipes import NORMALIZATIONS
 from teachers import find
 from teachers.adapt import adapt
+from teachers.classes import IMAGENET, NUMBERS, match_classes
 from teachers.find import find_teacher, make_teacher
 from teachers.load import build_vit, open_model, read_checkpoint
 
-CLASSES = [str(i) for i in range(10)]
 SHAPE = dict(image_size=12, patch=3, channels=1, classes=10, dim=32, depth=3, heads=4)
 WEIGHTS = Path(__file__).parents[2] / "weights"
 
@@ -59,9 +60,8 @@ def pretrainings(monkeypatch):
     def main(settings):
         made.append(settings)
         task = pretrain.task(settings, data.load(settings))
-        checkpoints.save(
-            task.export(task.net) | {"method": "pretrain"}, Path(settings.out) / "model.pt"
-        )
+        found = task.export(task.net) | {"method": "pretrain"}
+        checkpoints.save(found, Path(settings.out) / "model.pt")
 
     monkeypatch.setattr(pretrain, "main", main)
     return made
@@ -84,7 +84,6 @@ def test_a_teacher_is_pre_trained_where_there_is_none(pretrainings, capsys):
     for other in (["--seed", "4"], ["--patch", "4"], ["--model", "micro+registers=2"]):
         assert find_for(attention_copy, *argv, *other).source != found[0].source
     assert find_for(finetune, *argv, "--amp", "off").source == found[0].source
-    assert len(pretrainings) == 4
 
 
 def test_an_unfinished_teacher_is_finished_and_a_run_is_not_written_over(pretrainings):
@@ -114,9 +113,7 @@ with runs.lock(pathlib.Path({str(path.parent)!r})):
     assert len(pretrainings) == 1
 
 
-def test_none_random_and_students_of_copy(tmp_path):
-    assert find_for(finetune, "--teacher", "none") is None
-    assert find_for(attention_copy, "--teacher", "random") is None
+def test_what_is_no_teacher_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="mae_pretrain_vit_large"):
         find_for(finetune, "--teacher", "mae")
     student = vit.ViT(vit.Config(**SHAPE))
@@ -203,22 +200,14 @@ def test_flipped_bytes_are_found(tmp_path):
             read_checkpoint(path)
 
 
-class Answers(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_response(404 if self.path.startswith("/404") else 200)
-        self.end_headers()
-        self.wfile.write(b"abcd")
-
-    def log_message(self, *_):
-        pass
-
-
 def test_a_download_is_checked_kept_and_leaves_nothing_else_behind(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
+    for name in ("x-0123456789.pth", "y.pth"):
+        Path(name).write_bytes(b"abcd")
+    with ThreadingHTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler) as server:
         threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/"
-        for wrong in ("404/x.pth", "x-0123456789.pth"):
+        for wrong in ("missing.pth", "x-0123456789.pth"):
             with pytest.raises(ValueError, match="cannot download"):
                 checkpoints.download(url + wrong)
         assert not [path for path in (tmp_path / "hub").rglob("*") if path.is_file()]
@@ -234,10 +223,9 @@ def test_a_model_opens_as_what_it_was_exported_from(tmp_path):
     student = vit.ViT(vit.Config(**SHAPE)).eval()
     teacher = vit.ViT(vit.Config(**SHAPE | {"dim": 48, "classes": 0})).eval()
     images, layers = torch.randn(5, 1, 12, 12), [0, 2]
-    torch.save(checkpoints.export(student) | {"classes": CLASSES}, tmp_path / "plain.pt")
+    torch.save(checkpoints.export(student), tmp_path / "plain.pt")
     torch.save(checkpoints.export(student, teacher, layers), tmp_path / "copy.pt")
     plain, copy = (open_model(tmp_path / f"{name}.pt") for name in ("plain", "copy"))
-    assert plain.checkpoint.classes == CLASSES
     torch.testing.assert_close(plain(images), student(images))
     expected = attention_copy.predict(student, images, teacher, layers)
     torch.testing.assert_close(copy(images), expected)
@@ -251,12 +239,33 @@ def test_a_model_opens_as_what_it_was_exported_from(tmp_path):
 
 @pytest.mark.parametrize("name", ["", "half"])
 def test_pixels_that_a_file_does_not_name_are_said_wherever_it_is_opened(name, tmp_path, capsys):
-    net, images = (
-        vit.ViT(vit.Config(32, 8, 3, 5, *recipes.SIZES["tiny"])).eval(),
-        torch.rand(2, 3, 32, 32),
-    )
+    net = vit.ViT(vit.Config(32, 8, 3, 5, *recipes.SIZES["tiny"])).eval()
+    images = torch.rand(2, 3, 32, 32)
     torch.save(net.state_dict(), tmp_path / "plain.pth")
     opened = open_model(f"tiny={tmp_path / 'plain.pth'}", normalization=name)
     mean, std = (torch.tensor(x)[:, None, None] for x in NORMALIZATIONS[name or "imagenet"])
     torch.testing.assert_close(opened(images), net((images - mean) / std))
     assert ("names no mean" in capsys.readouterr().out) == (not name)
+
+
+def test_folders_are_matched_with_outputs_by_name_id_number_or_order(capsys):
+    def match(known, outputs, folders):
+        found = checkpoints.Checkpoint("x.pth", {}, {}, known)
+        net = SimpleNamespace(config=SimpleNamespace(classes=outputs))
+        return match_classes(SimpleNamespace(checkpoint=found, net=net), folders)
+
+    assert match(["b", "a", "c"], 3, ["a", "c"]) == [1, 2]
+    ids, order = [f"n{i:08}" for i in range(1000)], list(range(1000))
+    for known, folders, expected in (
+        (IMAGENET, ["tench", "goldfish"], [0, 1]), (IMAGENET, ids, order), (None, ids, order),
+        (ids[::-1], NUMBERS, order[::-1]), (None, sorted(NUMBERS), list(map(int, sorted(NUMBERS)))),
+    ):  # fmt: skip
+        assert match(known, 1000, folders) == expected
+    assert match(None, 3, ["01", "02", "10"]) == [0, 1, 2]
+    assert "01 to 10" in capsys.readouterr().out
+    for known, outputs, folders in (
+        (None, 3, ["1", "10", "2"]), (None, 4, ["a", "b", "c"]), (["a", "b"], 2, ["a", "c"]),
+        (IMAGENET, 1000, ids[:10]), (IMAGENET, 1000, ["0", "1"]),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="classes"):
+            match(known, outputs, folders)
