@@ -67,8 +67,8 @@ def test_twins_are_one_image_and_other_pairs_only_of_one_class():
     lying = [i for i in range(9) if i != 4]
     assert cells[:, 4].max(dim=1).values.eq(0).all()
     for image, (of_cells, of_kinds) in enumerate(zip(numbers, kinds, strict=True)):
-        present = {of_kinds[i] for i in lying}
-        pairs = {k: [of_cells[i] for i in lying if of_kinds[i] == k] for k in present}
+        pairs = {k: [of_cells[i] for i in lying if of_kinds[i] == k] for k in {*of_kinds}}
+        pairs = {k: pair for k, pair in pairs.items() if pair}
         equal = [k for k, pair in pairs.items() if len(set(pair)) == 1]
         assert sorted(map(len, pairs.values())) == [2] * 4
         assert equal == [of_kinds[asked[image]]] == [5 + int(labels[image])]

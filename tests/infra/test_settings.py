@@ -33,9 +33,7 @@ def test_every_setting_is_read(script, extra, small, teacher):
 
     settings = script.parse([*small, *extra.replace("TEACHER", teacher).split()])
     script.main(Watched(**{f.name: getattr(settings, f.name) for f in fields(settings)}))
-    needless = {
-        *"distractors overwrite scene dial classes recipe".split()
-    }  # other data's; --resume
+    needless = {*"distractors scene dial classes recipe overwrite".split()}  # of other runs
     if extra == "--teacher none":
         needless |= {"normalization"}
     if script is finetune and "TEACHER" in extra:
@@ -52,7 +50,6 @@ def test_a_recipe_changes_defaults_and_the_command_line_beats_both(script, name)
     for key, field in list_flags(script.Settings).items():
         expected = {"data": name, "blr": 9.0}.get(key, recipe.get(key, field.default))
         assert getattr(found, key) == expected
-    assert recipe.keys() <= list_flags(script.Settings).keys()
     assert found.given == {"data", "blr"} and script.parse(to_argv(get_values(found))) == found
 
 
@@ -84,10 +81,9 @@ def test_layers_are_pythons_slices(depth):
 
 @pytest.mark.parametrize("text, depth, expected", [
     ("0,2,4:7", 12, [0, 2, 4, 5, 6]), ("0,-2:", 12, [0, 10, 11]), ("all", 3, [0, 1, 2]),
-    ("100%", 3, [0, 1, 2]), ("75%", 24, range(18)), ("75%", 4, range(3)), ("75%", 2, [0]),
-    ("75%", 1, [0]), *((text, 4, None) for text in ["", "two", "1.5", "4", "-5", "0:5", "99",
-    ":1000000000", "3:1", "2,1", "0,0", "0:2,1", "::-1", "::0", "1:2:3:4", "0-2", "1,", "150%",
-    "-10%x", "%", "nan%"]),
+    ("100%", 3, [0, 1, 2]), ("75%", 24, range(18)), ("75%", 2, [0]), ("75%", 1, [0]),
+    *((text, 4, None) for text in ["", "two", "1.5", "4", "-5", "0:5", ":1000000000", "2,1", "0,0",
+    "0:2,1", "::-1", "::0", "1:2:3:4", "0-2", "1,", "150%", "-10%x", "%", "nan%"]),
 ])  # fmt: skip
 def test_layers_in_lists_and_per_cent(text, depth, expected):
     text = attention_copy.parse(["--layers", text]).layers
