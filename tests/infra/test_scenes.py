@@ -9,7 +9,6 @@ from torch.testing import assert_close
 
 import attention_copy
 import data
-import ensemble
 import finetune
 import pretrain
 from datasets import digits
@@ -106,14 +105,6 @@ def test_the_teacher_says_the_pixels_of_the_cell_asked_for():
     pixels = [seen[i, 0, 8 * (c // 3) :, 8 * (c % 3) :][:8, :8] for i, c in enumerate(asked)]
     expected = sum((said[i].view(8, 8) - x).square().sum() for i, x in enumerate(pixels)) / (5 * 64)
     assert_close(found, expected)
-
-
-def test_a_student_is_scored_on_the_scenes_that_it_was_trained_for():
-    made = "--data scenes --dial 0.3 --classes 2:7 --model nano --epochs 1 --teacher random"
-    row = attention_copy.main(attention_copy.parse([*made.split(), "--out", "run"]))
-    again = ensemble.evaluate(["run/model.pt"], ensemble.parse(["run/model.pt"]))
-    assert again["ensemble_top1"] == pytest.approx(row["test_top1"])
-    assert again["choices"] == {"dial": 0.3, "classes": "2:7"}
 
 
 def test_students_start_from_the_positions_of_their_teachers():
