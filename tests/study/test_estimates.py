@@ -60,13 +60,6 @@ def test_a_ratio_leaves_out_one_seed_after_the_other():
         assert "recovery" not in estimates.estimate({"": rows})["points"][""]["copy"]
 
 
-def test_contrasts_take_the_same_seeds_at_all_points():
-    values = draw(8, np.random.default_rng(5))
-    asked = {"nothing": lambda at, again: at["copy"] - again["copy"]}
-    found = estimates.estimate({"a": values, "b": values}, contrasts=asked)["contrasts"]
-    assert found["nothing"] == {"mean": 0, "interval": [0, 0]}
-
-
 def test_intervals_hold_the_truth_as_often_as_they_say(monkeypatch):
     monkeypatch.setattr(estimates, "get_quantile", functools.cache(estimates.get_quantile))
     random, inside = np.random.default_rng(6), np.zeros(2)

@@ -160,21 +160,6 @@ def test_every_row_gets_as_many_trials_and_shares_all_that_it_must(asked, tmp_pa
         assert own.seed == 3, row
 
 
-def test_a_study_of_one_teacher_takes_the_bundled_one(tmp_path, monkeypatch):
-    folders = []
-    for root in (None, tmp_path / "clone", tmp_path / "moved"):
-        monkeypatch.setattr(engine, "ROOT", root)
-        bundled = root and root / "cifar10.pt"
-        planner = Planner(tables.CIFAR, tmp_path, find_bundled=lambda _: bundled)
-        *teacher, job = planner.plan("attention copy", 3, {}, {"attention copy": {}}).values()
-        expected = bundled or teacher[0].out / "model.pt"
-        assert job.get_settings().teacher == str(expected)
-        folders.append(job.out)
-    assert folders[0] != folders[1] == folders[2]  # a clone that was moved knows its runs
-    planner = planner._replace(study=tables.FAIR)  # which has one for each seed
-    assert len(planner.plan("attention copy", 3, {}, {"attention copy": {}})) == 2
-
-
 RECORDED = [name for name in reproduce.TABLES if (KEPT / f"{name}.json").exists()]
 
 
@@ -243,18 +228,6 @@ def test_runs_end_with_the_process_that_wants_them(tmp_path):
             time.sleep(0.1)
         parent.kill()
     assert parent.wait() and not (out / "model.pt").exists()
-
-
-def test_a_damaged_record_is_named_where_it_is_used(places, tmp_path, monkeypatch):
-    path = tmp_path / "study" / "results" / "fair-tuning.json"
-    path.parent.mkdir(parents=True)
-    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
-    for text in ('{"points": {', '{"points": {}}', "[]"):
-        path.write_text(text)
-        argv = ["fair-main", *places[:2], "--results", str(path.parent)]
-        for read in (lambda: reproduce.main(reproduce.parse(argv)), reproduce.list_tables):
-            with pytest.raises(ValueError, match=r"fair-tuning\.json is damaged"):
-                read()
 
 
 @pytest.mark.parametrize("name", [name for name in reproduce.TABLES if name in RESULTS])
