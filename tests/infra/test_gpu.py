@@ -35,8 +35,7 @@ launch.run(finetune.main, finetune.parse)
 
 
 @pytest.fixture(autouse=True)
-def exact_convolutions(monkeypatch):
-    """Two runs may choose two kernels, which must not differ by TF32's rounding."""
+def exact_convolutions(monkeypatch):  # two kernels must not differ by TF32's rounding
     monkeypatch.setattr("torch.backends.cudnn.allow_tf32", False)
 
 
