@@ -106,10 +106,9 @@ def make_cifar(tmp_path, monkeypatch, images=20):
     rng = np.random.default_rng(0)
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
-    pixels = {}
-    for name in ("data_batch_1", "test_batch"):
-        pixels[name] = rng.integers(0, 256, (images, 3072), dtype=np.uint8)
-        content = {"data": pixels[name], "labels": [i % 10 for i in range(images)]}
+    pixels = rng.integers(0, 256, (images, 3072), dtype=np.uint8)
+    for name, seen in (("data_batch_1", pixels), ("test_batch", pixels[::-1])):
+        content = {"data": seen, "labels": [i % 10 for i in range(images)]}
         (folder / name).write_bytes(pickle.dumps(content))
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
     kind = datasets.CIFAR10
@@ -126,7 +125,7 @@ def test_scenes_of_photographs_show_averaged_training_images(tmp_path, monkeypat
     asked, of_class = (view.train.source for view in views)
     cells = rearrange(asked.images[:200], "b c (h p) (w q) -> b (h w) (c p q)", h=3, w=3)
     shown = cells[torch.arange(200), asked.labels[:200]]
-    photos = torch.from_numpy(pixels["data_batch_1"]).view(-1, 3, 8, 4, 8, 4) / 255
+    photos = torch.from_numpy(pixels).view(-1, 3, 8, 4, 8, 4) / 255
     photos = photos.mean(dim=(3, 5)).flatten(1)
     number = torch.cdist(shown, photos).argmin(dim=1)
     torch.testing.assert_close(shown, photos[number])
@@ -138,7 +137,7 @@ def test_cifar_as_torchvision_stores_it(tmp_path, monkeypatch):
     dataset = data.load(finetune.parse([*argv, "--batch", "10"]))
     assert dataset.classes == list("abcdefghij") and len(dataset.train) == 20
     batch, labels = next(dataset.test.in_order(20))
-    expected = torch.from_numpy(pixels["test_batch"]).view(20, 3, 32, 32)
+    expected = torch.from_numpy(pixels).flip(0).view(20, 3, 32, 32)
     assert torch.equal((batch * 255).round().to(torch.uint8), expected)
     assert labels.tolist() == [i % 10 for i in range(20)]
     assert first(dataset.train)[0].shape == (10, 3, 32, 32)

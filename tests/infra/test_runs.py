@@ -96,17 +96,11 @@ def wait_for_step(run, out, beyond):
     raise AssertionError("the run ended before its time: " + run.communicate()[1])
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    out = tmp_path_factory.mktemp("uninterrupted")
-    run_here(attention_distill, *DIGITS, "--out", out)
-    return out
-
-
 @pytest.mark.slow
-def test_killed_and_resumed_gives_the_same_bits(uninterrupted, tmp_path, failing):
+def test_killed_and_resumed_gives_the_same_bits(tmp_path, failing):
     """And meanwhile no other process may train in the folder."""
-    argv = [*DIGITS, "--out", tmp_path, "--resume"]
+    argv, whole = [*DIGITS, "--out", tmp_path, "--resume"], Path("whole")
+    run_here(attention_distill, *DIGITS, "--out", whole)
     # In the middle of an epoch: it saves at each step.
     for kill, beyond in ((signal.SIGKILL, 3), (signal.SIGUSR1, 14)):
         run = start("attention_distill.py", *argv, "--save-every", 0)
@@ -118,10 +112,10 @@ def test_killed_and_resumed_gives_the_same_bits(uninterrupted, tmp_path, failing
         assert kill == signal.SIGKILL or "continue with --resume" in text
     assert 14 < weights(tmp_path)["step"] < 36
     result = run_here(attention_distill, *argv)
-    assert_same_run(tmp_path, uninterrupted)
+    assert_same_run(tmp_path, whole)
     rows = log_of(tmp_path)
     assert rows[-1]["test_top1"] == result["test_top1"]
-    assert rows == [pytest.approx(row) for row in log_of(uninterrupted)]
+    assert rows == [pytest.approx(row) for row in log_of(whole)]
 
 
 @pytest.mark.slow

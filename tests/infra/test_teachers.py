@@ -110,18 +110,15 @@ def traces_of_timms(net, images):
         block.register_forward_hook(lambda _, given, out: tokens.append(out))
         block.attn.attn_drop.register_forward_hook(lambda _, given, out: maps.append(out))
     net(images)
-    return tokens, maps
+    return list(zip(tokens, maps, strict=True))
 
 
 @torch.no_grad()
 def assert_alike(ours, net, size):
     images = torch.randn(2, 3, size, size)
-    tokens, maps = traces_of_timms(net, ours.normalise(images))
-    traces = list(ours.blockwise(images))
-    assert len(traces) == len(tokens) == len(maps) == SMALL["depth"]
-    for (x, qk), y, p in zip(traces, tokens, maps, strict=True):
-        torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(qk.map(), p, atol=1e-5, rtol=1e-5)
+    theirs = traces_of_timms(net, ours.normalise(images))
+    traces = [(x, qk.map()) for x, qk in ours.blockwise(images)]
+    torch.testing.assert_close(traces, theirs, atol=1e-5, rtol=1e-5)
     if ours.config.classes:
         theirs = net(ours.normalise(images))
         torch.testing.assert_close(ours(images), theirs, atol=1e-4, rtol=1e-4)
@@ -166,11 +163,10 @@ def theirs_of(name: str, state: dict) -> dict:
     for key, value in state.items():
         if family == "DeiT III":
             key = key.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2")
-        if "registers" in family and key == "pos_embed":  # with an entry for the class token
-            value = torch.cat([torch.full_like(value[:, :1], 0.25), value], dim=1)
-        if "registers" in family and key == "cls_token":
-            value = value - 0.25
         if "registers" in family:
+            if key == "pos_embed":  # with an entry for the class token
+                value = torch.cat([torch.full_like(value[:, :1], 0.25), value], dim=1)
+            value = value - 0.25 * (key == "cls_token")
             key = key.replace("reg_token", "register_tokens")
         if "DINOv2" in family and "giant" in name:  # in chunks of blocks
             key = re.sub(r"blocks\.(\d+)\.", r"blocks.\1.\1.", key)
@@ -182,11 +178,12 @@ def theirs_of(name: str, state: dict) -> dict:
             key = key.replace("mlp.fc2", "mlp.w3") if "plus" in name else key
             if key.endswith("q_bias"):
                 v = state[key.replace("q_bias", "v_bias")]
-                noise = torch.randn(v.shape, generator=random)
-                renamed[key.replace("q_bias", "qkv.bias")] = torch.cat([value, noise, v])
-                mask = torch.ones(3, len(v))
-                mask[1] = float("nan")
-                key, value = key.replace("q_bias", "qkv.bias_mask"), mask.flatten()
+                key, noise = (
+                    key.replace("q_bias", "qkv.bias"),
+                    torch.randn(len(v), generator=random),
+                )
+                renamed[key], one = torch.cat([value, noise, v]), torch.ones(len(v))
+                key, value = f"{key}_mask", torch.cat([one, float("nan") * one, one])
             if key.endswith("v_bias"):
                 continue
         renamed[key] = value
@@ -231,13 +228,8 @@ def test_torchvisions(small, tmp_path):
     for size in (224, 96, 288):
         other = VisionTransformer(size, 16, 2, 3, 48, 192, num_classes=7).eval()
         other.load_state_dict(interpolate_embeddings(size, 16, net.state_dict()))
-        images, tokens = torch.randn(2, 3, size, size), []
-        for layer in other.encoder.layers:
-            layer.register_forward_hook(lambda _, given, out, to=tokens: to.append(out))
-        ours = build_vit(found, image_size=size).eval()
+        images, ours = torch.randn(2, 3, size, size), build_vit(found, image_size=size).eval()
         logits = other(ours.normalise(images))
-        for (x, _), y in zip(ours.blockwise(images), tokens, strict=True):
-            torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(ours(images), logits, atol=1e-5, rtol=1e-5)
 
 
@@ -301,8 +293,8 @@ def test_a_student_looks_where_its_teacher_looks_learns_and_goes_to_timm(name, s
         torch.optim.SGD(student.parameters(), lr=0.1).step()
         if script is attention_copy:
             looks = student.blockwise(batch, given=teacher.lend(batch, [0, 1]))
-            for (_, qk), (_, theirs) in zip(looks, teacher.blockwise(batch), strict=True):
-                torch.testing.assert_close(qk.map(), theirs.map())
+            maps = ([qk.map() for _, qk in trace] for trace in (looks, teacher.blockwise(batch)))
+            torch.testing.assert_close(*maps)
 
     for p in student.parameters():  # also what a step hardly moves
         p.data.add_(0.1 * torch.randn_like(p))
@@ -326,10 +318,8 @@ def test_visible_patches_are_encoded_as_if_there_were_no_others(name, small, tmp
     shuffled = net.forward_features(images, visible_ids=ids)
     torch.testing.assert_close(shuffled[:, prefix:], whole[:, prefix:][:, ids[0]])
     torch.testing.assert_close(shuffled[:, :prefix], whole[:, :prefix])
-    other = images.clone()
-    for i in ids[0, 20:].tolist():
-        y, x = 16 * (i // 6), 16 * (i % 6)
-        other[..., y : y + 16, x : x + 16] = 5.0
+    hidden = torch.zeros(36).index_fill(0, ids[0, 20:], 1.0).view(6, 6)
+    other = images + hidden.repeat_interleave(16, 0).repeat_interleave(16, 1)
     some = [net.forward_features(x, visible_ids=ids[:, :20]) for x in (images, other)]
     assert torch.equal(*some)
 
@@ -397,8 +387,7 @@ def test_layers_and_heads_are_those_that_are_named(small, tmp_path):
     for lender in (picked, reopened):
         lent = lend_maps(lender, images, [0, 2])
         assert lent[1] is lent[3] is None
-        for i in (0, 2):
-            torch.testing.assert_close(lent[i], theirs[i])
+        torch.testing.assert_close(lent[::2], theirs[:4:2])
 
 
 def test_a_teacher_of_another_depth_drops_no_paths():
