@@ -16,7 +16,7 @@ from common import launch
 
 torch.set_num_threads(1)
 
-LONGEST = "test_gpu test_tutorial test_runs test_reproduce test_teachers test_related".split()
+LONGEST = "test_gpu test_runs test_related test_reproduce test_tutorial test_teachers".split()
 
 
 def pytest_collection_modifyitems(items):

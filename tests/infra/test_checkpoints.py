@@ -1,14 +1,15 @@
 """Files of weights are read, downloaded or refused. Teachers are found, or made once."""
 
 import hashlib
-import http.server
 import json
 import subprocess
 import sys
 import threading
 from argparse import Namespace
 from dataclasses import replace
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,10 +27,10 @@ from common import checkpoints
 from recipes import NORMALIZATIONS
 from teachers import find
 from teachers.adapt import adapt
+from teachers.classes import IMAGENET, NUMBERS, match_classes
 from teachers.find import find_teacher, make_teacher
 from teachers.load import build_vit, open_model, read_checkpoint
 
-CLASSES = [str(i) for i in range(10)]
 SHAPE = dict(image_size=12, patch=3, channels=1, classes=10, dim=32, depth=3, heads=4)
 WEIGHTS = Path(__file__).parents[2] / "weights"
 
@@ -40,7 +41,7 @@ def test_bundled_files_are_what_is_said_of_them_and_plain_vits(name):
     assert hashlib.sha256(file.read_bytes()).hexdigest() == facts["sha256"]
     found = read_checkpoint(file)
     net, state = build_vit(found), torch.load(file, weights_only=True)["model"]
-    assert type(net) is vit.ViT and found.method == "pretrain"
+    assert type(net) is vit.ViT
     kind = recipes.DATA_SETS[name]  # older files say it beside the architecture
     assert (net.config.mean, net.config.std) == (kind.mean, kind.std)
     for key, value in net.state_dict().items():
@@ -59,9 +60,8 @@ def pretrainings(monkeypatch):
     def main(settings):
         made.append(settings)
         task = pretrain.task(settings, data.load(settings))
-        checkpoints.save(
-            task.export(task.net) | {"method": "pretrain"}, Path(settings.out) / "model.pt"
-        )
+        found = task.export(task.net) | {"method": "pretrain"}
+        checkpoints.save(found, Path(settings.out) / "model.pt")
 
     monkeypatch.setattr(pretrain, "main", main)
     return made
@@ -84,7 +84,6 @@ def test_a_teacher_is_pre_trained_where_there_is_none(pretrainings, capsys):
     for other in (["--seed", "4"], ["--patch", "4"], ["--model", "mini"]):
         assert find_for(attention_copy, *argv, *other).source != found[0].source
     assert find_for(finetune, *argv, "--amp", "off").source == found[0].source
-    assert len(pretrainings) == 4
 
 
 def test_an_unfinished_teacher_is_finished_and_a_run_is_not_written_over(pretrainings):
@@ -104,21 +103,19 @@ def test_an_unfinished_teacher_is_finished_and_a_run_is_not_written_over(pretrai
 def test_another_process_that_makes_the_teacher_is_waited_for(pretrainings):
     settings = attention_copy.parse(["--data", "digits", "--device", "cpu"])
     images, own = data.load(settings), dict(model="nano", num_labels=0)
-    path = make_teacher(pretrain, settings, images, **own)
+    path = make_teacher(pretrain, settings, images, **own).absolute()
     path.unlink()
-    code = f"""import sys, time, pathlib; sys.path.insert(0, {str(WEIGHTS.parent)!r})
-from common import runs
-with runs.lock(pathlib.Path({str(path.parent)!r})):
-    print("locked", flush=True); time.sleep(1); pathlib.Path({str(path)!r}).touch()"""
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as other:
+    code = f"""import time; from common import runs; from pathlib import Path
+with runs.lock(Path({str(path.parent)!r})):
+    print("locked", flush=True); time.sleep(1); Path({str(path)!r}).touch()"""
+    how = dict(stdout=subprocess.PIPE, cwd=WEIGHTS.parent)
+    with subprocess.Popen([sys.executable, "-c", code], **how) as other:
         assert other.stdout.readline() == b"locked\n"
-        assert make_teacher(pretrain, settings, images, **own) == path
+        assert make_teacher(pretrain, settings, images, **own).samefile(path)
     assert len(pretrainings) == 1
 
 
-def test_none_random_and_students_of_copy(tmp_path):
-    assert find_for(finetune, "--teacher", "none") is None
-    assert find_for(attention_copy, "--teacher", "random") is None
+def test_what_is_no_teacher_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="mae_pretrain_vit_large"):
         find_for(finetune, "--teacher", "mae")
     student = vit.ViT(vit.Config(**SHAPE))
@@ -194,33 +191,14 @@ def test_what_a_file_holds_instead_is_said(tmp_path, capsys):
             read_checkpoint(f"micro={path}")
 
 
-def test_flipped_bytes_are_found(tmp_path):
-    path = tmp_path / "model.pt"
-    torch.save(checkpoints.export(vit.ViT(vit.Config(**SHAPE))), path)
-    whole = path.read_bytes()
-    for at in range(len(whole) // 20, len(whole), len(whole) // 10):  # 64: more than what fills up
-        flipped = bytes(byte ^ 0x10 for byte in whole[at : at + 64])
-        path.write_bytes(whole[:at] + flipped + whole[at + 64 :])
-        with pytest.raises(ValueError, match="cannot be read as a checkpoint"):
-            read_checkpoint(path)
-
-
-class Answers(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_response(404 if self.path.startswith("/404") else 200)
-        self.end_headers()
-        self.wfile.write(b"abcd")
-
-    def log_message(self, *_):
-        pass
-
-
 def test_a_download_is_checked_kept_and_leaves_nothing_else_behind(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
+    for name in ("x-0123456789.pth", "y.pth"):
+        Path(name).write_bytes(b"abcd")
+    with ThreadingHTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler) as server:
         threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/"
-        for wrong in ("404/x.pth", "x-0123456789.pth"):
+        for wrong in ("missing.pth", "x-0123456789.pth"):
             with pytest.raises(ValueError, match="cannot download"):
                 checkpoints.download(url + wrong)
         assert not [path for path in (tmp_path / "hub").rglob("*") if path.is_file()]
@@ -236,10 +214,9 @@ def test_a_model_opens_as_what_it_was_exported_from(tmp_path):
     student = vit.ViT(vit.Config(**SHAPE)).eval()
     teacher = vit.ViT(vit.Config(**SHAPE | {"dim": 48, "classes": 0})).eval()
     images, layers = torch.randn(5, 1, 12, 12), [0, 2]
-    torch.save(checkpoints.export(student) | {"classes": CLASSES}, tmp_path / "plain.pt")
+    torch.save(checkpoints.export(student), tmp_path / "plain.pt")
     torch.save(checkpoints.export(student, teacher, layers), tmp_path / "copy.pt")
     plain, copy = (open_model(tmp_path / f"{name}.pt") for name in ("plain", "copy"))
-    assert plain.checkpoint.classes == CLASSES
     torch.testing.assert_close(plain(images), student(images))
     expected = attention_copy.predict(student, images, teacher, layers)
     torch.testing.assert_close(copy(images), expected)
@@ -253,12 +230,34 @@ def test_a_model_opens_as_what_it_was_exported_from(tmp_path):
 
 @pytest.mark.parametrize("name", ["", "half"])
 def test_pixels_that_a_file_does_not_name_are_said_wherever_it_is_opened(name, tmp_path, capsys):
-    net, images = (
-        vit.ViT(vit.Config(32, 8, 3, 5, *recipes.SIZES["tiny"])).eval(),
-        torch.rand(2, 3, 32, 32),
-    )
+    net = vit.ViT(vit.Config(32, 8, 3, 5, *recipes.SIZES["tiny"])).eval()
+    images = torch.rand(2, 3, 32, 32)
     torch.save(net.state_dict(), tmp_path / "plain.pth")
     opened = open_model(f"tiny={tmp_path / 'plain.pth'}", normalization=name)
     mean, std = (torch.tensor(x)[:, None, None] for x in NORMALIZATIONS[name or "imagenet"])
     torch.testing.assert_close(opened(images), net((images - mean) / std))
     assert ("names no mean" in capsys.readouterr().out) == (not name)
+
+
+def test_folders_are_matched_with_outputs_by_name_id_number_or_order(capsys):
+    def match(known, outputs, folders):
+        found = checkpoints.Checkpoint("x.pth", {}, {}, known)
+        net = SimpleNamespace(config=SimpleNamespace(classes=outputs))
+        return match_classes(SimpleNamespace(checkpoint=found, net=net), folders)
+
+    ids, order = [f"n{i:08}" for i in range(1000)], list(range(1000))
+    for known, outputs, folders, expected in (
+        (["b", "a", "c"], 3, ["a", "c"], [1, 2]), (IMAGENET, 1000, ["tench", "goldfish"], [0, 1]),
+        (IMAGENET, 1000, ids, order), (None, 1000, ids, order),
+        (ids[::-1], 1000, NUMBERS, order[::-1]),
+        (None, 1000, sorted(NUMBERS), list(map(int, sorted(NUMBERS)))),
+        (None, 3, ["01", "02", "10"], [0, 1, 2]),
+    ):  # fmt: skip
+        assert match(known, outputs, folders) == expected
+    assert "01 to 10" in capsys.readouterr().out
+    for known, outputs, folders in (
+        (None, 3, ["1", "10", "2"]), (None, 4, ["a", "b", "c"]), (["a", "b"], 2, ["a", "c"]),
+        (IMAGENET, 1000, ids[:10]), (IMAGENET, 1000, ["0", "1"]),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="classes"):
+            match(known, outputs, folders)

@@ -15,13 +15,6 @@ import finetune
 from datasets import digits, images, sources
 
 
-@pytest.fixture(params=["held", "streamed"])
-def storage(request, monkeypatch):
-    """Image files, decoded once or again and again."""
-    if request.param == "streamed":
-        monkeypatch.setattr(images, "HELD", 0)
-
-
 def first(part, epoch=0, start=0):
     return next(part.epoch(epoch, start))
 
@@ -73,21 +66,22 @@ def test_labels_are_drawn_class_by_class(counts):
 
 
 def test_each_distractor_covers_more_of_the_canvas():
-    inked, whole = [], ["--data", "digits", "--num-labels", "0"]
-    for distractors in ("0", "1", "3"):
-        dataset = data.load(finetune.parse([*whole, "--distractors", distractors]))
+    inked, argv = [], "--data digits --num-labels 0 --distractors".split()
+    for distractors in "013":
+        dataset = data.load(finetune.parse([*argv, distractors]))
         batches = first(dataset.train)[0], next(dataset.val.in_order(300))[0]
         inked.append([(batch > 1e-3).float().mean().item() for batch in batches])
-    assert all(none < one < three for none, one, three in zip(*inked, strict=True))
+    assert all(sorted({*of_part}) == list(of_part) for of_part in zip(*inked, strict=True))
 
 
-def test_an_epoch_can_be_entered_at_any_step(small, storage):
+@pytest.mark.parametrize("held", [images.HELD, 0])  # image files, decoded once or each time
+def test_an_epoch_can_be_entered_at_any_step(held, small, monkeypatch):
+    monkeypatch.setattr(images, "HELD", held)
     part = data.load(finetune.parse([*small, "--mixup", "0.8", "--randaugment", "9"])).train
-    whole = [images.clone() for images, _ in part.epoch(3)]
+    whole = [batch.clone() for batch, _ in part.epoch(3)]
     assert len(whole) == 3
     for (batch, labels), expected in zip(part.epoch(3, start=1), whole[1:], strict=True):
         assert torch.equal(batch, expected)
-        assert labels.shape == (8, 3)
         torch.testing.assert_close(labels.sum(1), torch.ones(8))
 
 
@@ -95,12 +89,11 @@ def test_ranks_share_each_batch_and_each_evaluation_without_overlap(small):
     for argv in (["--data", "digits"], [*small, *"--cutmix 0 --mixup 0 --random-erase 0".split()]):
         settings = finetune.parse(argv)
         part = data.load(settings).train
-        images, labels = first(part)
-        shares, test, count = [], data.load(settings).test, 0
+        batch, shares, test, count = first(part), [], data.load(settings).test, 0
         for part.rank in (0, 1):
             part.world = 2
             shares.append(first(part))
-        for whole, halves in zip((images, labels), zip(*shares, strict=True), strict=True):
+        for whole, *halves in zip(batch, *shares, strict=True):
             assert torch.equal(torch.cat(halves), whole)
         for test.rank in range(4):
             test.world = 4
@@ -113,10 +106,9 @@ def make_cifar(tmp_path, monkeypatch, images=20):
     rng = np.random.default_rng(0)
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
-    pixels = {}
-    for name in ("data_batch_1", "test_batch"):
-        pixels[name] = rng.integers(0, 256, (images, 3072), dtype=np.uint8)
-        content = {"data": pixels[name], "labels": [i % 10 for i in range(images)]}
+    pixels = rng.integers(0, 256, (images, 3072), dtype=np.uint8)
+    for name, seen in (("data_batch_1", pixels), ("test_batch", pixels[::-1])):
+        content = {"data": seen, "labels": [i % 10 for i in range(images)]}
         (folder / name).write_bytes(pickle.dumps(content))
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
     kind = datasets.CIFAR10
@@ -129,12 +121,11 @@ def make_cifar(tmp_path, monkeypatch, images=20):
 def test_scenes_of_photographs_show_averaged_training_images(tmp_path, monkeypatch):
     pixels, argv = make_cifar(tmp_path, monkeypatch, 400)
     argv += "--data scenes-cifar10 --classes 2,5 --num-labels 0 --label".split()
-    asked, of_class = (
-        data.load(finetune.parse([*argv, x])).train.source for x in ("cell", "class")
-    )
+    views = (data.load(finetune.parse([*argv, label])) for label in ("cell", "class"))
+    asked, of_class = (view.train.source for view in views)
     cells = rearrange(asked.images[:200], "b c (h p) (w q) -> b (h w) (c p q)", h=3, w=3)
     shown = cells[torch.arange(200), asked.labels[:200]]
-    photos = torch.from_numpy(pixels["data_batch_1"]).view(-1, 3, 8, 4, 8, 4) / 255
+    photos = torch.from_numpy(pixels).view(-1, 3, 8, 4, 8, 4) / 255
     photos = photos.mean(dim=(3, 5)).flatten(1)
     number = torch.cdist(shown, photos).argmin(dim=1)
     torch.testing.assert_close(shown, photos[number])
@@ -146,7 +137,7 @@ def test_cifar_as_torchvision_stores_it(tmp_path, monkeypatch):
     dataset = data.load(finetune.parse([*argv, "--batch", "10"]))
     assert dataset.classes == list("abcdefghij") and len(dataset.train) == 20
     batch, labels = next(dataset.test.in_order(20))
-    expected = torch.from_numpy(pixels["test_batch"]).view(20, 3, 32, 32)
+    expected = torch.from_numpy(pixels).flip(0).view(20, 3, 32, 32)
     assert torch.equal((batch * 255).round().to(torch.uint8), expected)
     assert labels.tolist() == [i % 10 for i in range(20)]
     assert first(dataset.train)[0].shape == (10, 3, 32, 32)

@@ -71,8 +71,6 @@ def test_what_is_held_out_depends_on_the_names_of_images_alone(unsplit, tmp_path
 
 
 def test_a_share_of_the_training_images_is_held_out_beside_val(small, photos):
-    held = sum(sources.is_held_out(f"cat/{i}.jpg", 0.2) for i in range(5000))
-    assert held == pytest.approx(1000, abs=100)
     argv = [*small, "--num-labels", "0", "--holdout", "0.2"]
     dataset = data.load(finetune.parse(argv))
     assert len(dataset.train) + len(dataset.val) == 30 and len(dataset.test) == 15
@@ -84,8 +82,7 @@ def test_a_share_of_the_training_images_is_held_out_beside_val(small, photos):
 def test_a_flat_folder_without_labels_is_enough_to_pretrain_on(tmp_path, failing):
     for i in range(20):
         picture(tmp_path / f"{i}.png", 10 * i)
-    part = data.load(folder(tmp_path, script=pretrain)).train
-    assert next(part.epoch(0))[0].shape == (len(part) // 8, 3, 96, 96)
+    assert len(data.load(folder(tmp_path, script=pretrain)).train) > 10
     argv = f"--teacher none --data folder --data-dir {tmp_path} --out run".split()
     failing(finetune, argv, "one class")
     for i in range(20):  # train/* and val/* are parts, not classes
@@ -99,10 +96,10 @@ HELD_OUT = next(f"{i}.png" for i in range(99) if sources.is_held_out(f"zebra/{i}
 
 @pytest.mark.parametrize("name", ["notes.txt", "unreadable.png", HELD_OUT])
 def test_a_class_without_an_image_to_train_on_is_named(name, unsplit, failing):
-    picture(path := unsplit / "zebra" / name.replace("txt", "png"))
+    picture(path := unsplit / "zebra" / HELD_OUT)
     if name != HELD_OUT:
         path.write_text("none yet")
-        path.rename(path.with_name(name))
+    path.rename(path.with_name(name))
     argv = ["--teacher", "none", "--data", "folder", "--data-dir", unsplit]
     failing(finetune, argv, "1 of 3 classes", "zebra")
 
@@ -125,10 +122,8 @@ def test_repeats_are_counted_whatever_they_are_called(unsplit):
         shutil.copytree(unsplit, unsplit.parent / "split" / part)
     for root in (unsplit, unsplit.parent / "split"):  # their names are those in `unsplit`
         dataset = data.load(folder(root))
-        learned, test = (
-            [(unsplit / name).read_bytes() for name in names_of(part)]
-            for part in (dataset.train, dataset.test)
-        )
+        parts = names_of(dataset.train), names_of(dataset.test)
+        learned, test = ([(unsplit / name).read_bytes() for name in part] for part in parts)
         repeats = sum(one in learned for one in test)
         assert dataset.count_learned(dataset.train.source.contents) == repeats > 0
         assert f"{repeats} of these {len(test)}" in dataset.describe(True)
@@ -149,10 +144,7 @@ def test_sixteen_bits_are_scaled_and_photographs_turned_upright(tmp_path):
     with pytest.raises(ValueError, match="floating-point numbers"):
         images.read_image(str(tmp_path / "floats.tiff"))
     ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
-    Image.fromarray(ramp).save(tmp_path / "deep.png")
-    expected = torch.from_numpy((ramp / 257).astype(np.uint8)).expand(3, 8, 8)
-    assert torch.equal(images.read_image(str(tmp_path / "deep.png")), expected)
-    for bits in (8, 12):  # in 16: they keep their levels
+    for bits in (8, 12, 16):  # in 16: they keep their levels
         some = (ramp >> (16 - bits)).astype(np.uint16)
         Image.fromarray(some).save(tmp_path / "deep.png")
         expected = torch.from_numpy(255.0 * some / (2**bits - 1)).floor().expand(3, 8, 8)
@@ -179,8 +171,7 @@ def test_memory_changes_nothing_that_is_seen_of_photographs(area, tmp_path, monk
     rng = np.random.default_rng(0)
     for i in range(20):
         size = (300, 200) if i % 2 else (30, 50)
-        path = tmp_path / "photos" / str(i % 3) / f"{i}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(path := tmp_path / "photos" / str(i % 3) / f"{i}.jpg")
         Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(path)
     argv = f"--image-size 32 --batch 5 --randaugment 5 --crop-area {area} --workers 2".split()
     seen = []
@@ -198,8 +189,8 @@ def test_memory_changes_nothing_that_is_seen_of_photographs(area, tmp_path, monk
 def test_crops_of_squares_held_as_a_tensor_have_the_distribution_of_streamed_ones(area, tmp_path):
     """Of a ramp, a crop's mean tells where it lies, and its range how wide it is."""
     size, count = 32, 3000
-    ramp = torch.arange(size).float() / size
-    image = torch.stack([x.expand(size, size) for x in (ramp, ramp[:, None], torch.ones(1))])
+    ramp = (torch.arange(size) / size).expand(size, size)
+    image = torch.stack([ramp, ramp.mT, torch.ones_like(ramp)])
     asked = folder(tmp_path, "--crop-area", str(area))
     draws = augment.BatchRandom(augment.seeded("held"), count, slice(None), image.device)
     held = augment.crop_and_flip(image.expand(count, -1, -1, -1) - 0.5, draws, area) + 0.5
@@ -207,15 +198,14 @@ def test_crops_of_squares_held_as_a_tensor_have_the_distribution_of_streamed_one
     torch.manual_seed(0)
     streamed = torch.stack([crop((255 * image).byte()) for _ in range(count)]) / 255
 
-    def facts(crops):
-        inner = crops[:, :, 4:-4, 4:-4]  # without what shifts pad
-        yield from (inner[:, 0].mean((1, 2)), inner[:, 1].mean((1, 2)))
-        width = inner[:, 0, :, -1].mean(1) - inner[:, 0, :, 0].mean(1)  # < 0 if flipped
-        yield from (width.abs(), inner[:, 1, -1].mean(1) - inner[:, 1, 0].mean(1))
-        assert (width < 0).float().mean() == pytest.approx(0.5, abs=0.04)
+    def facts(crops):  # sorted: places, then widths; and how many are flipped
+        inner = crops[:, :2, 4:-4, 4:-4]  # without what shifts pad
+        across = inner[:, 0, :, -1].mean(1) - inner[:, 0, :, 0].mean(1)  # < 0 if flipped
+        down = inner[:, 1, -1].mean(1) - inner[:, 1, 0].mean(1)
+        assert (across < 0).float().mean() == pytest.approx(0.5, abs=0.04)
+        return torch.stack([*inner.mean((2, 3)).T, across.abs(), down]).sort().values
 
-    for ours, theirs in zip(facts(held), facts(streamed), strict=True):
-        assert (ours.sort().values - theirs.sort().values).abs().mean() < 0.01  # earth mover's
+    assert (facts(held) - facts(streamed)).abs().mean(dim=1).max() < 0.01  # earth mover's
 
 
 @pytest.mark.parametrize("repair", [True, False])

@@ -9,13 +9,10 @@ from torch.testing import assert_close
 
 import attention_copy
 import data
-import ensemble
 import finetune
 import pretrain
 from datasets import digits
 from teachers import find
-from teachers.load import new_vit
-from teachers.positions import make_sincos
 
 SPLIT = digits.Split(0, torch.device("cpu"))
 
@@ -67,8 +64,8 @@ def test_twins_are_one_image_and_other_pairs_only_of_one_class():
     lying = [i for i in range(9) if i != 4]
     assert cells[:, 4].max(dim=1).values.eq(0).all()
     for image, (of_cells, of_kinds) in enumerate(zip(numbers, kinds, strict=True)):
-        present = {of_kinds[i] for i in lying}
-        pairs = {k: [of_cells[i] for i in lying if of_kinds[i] == k] for k in present}
+        pairs = {k: [of_cells[i] for i in lying if of_kinds[i] == k] for k in {*of_kinds}}
+        pairs = {k: pair for k, pair in pairs.items() if pair}
         equal = [k for k, pair in pairs.items() if len(set(pair)) == 1]
         assert sorted(map(len, pairs.values())) == [2] * 4
         assert equal == [of_kinds[asked[image]]] == [5 + int(labels[image])]
@@ -101,27 +98,9 @@ def test_the_teacher_says_the_pixels_of_the_cell_asked_for():
     dataset = data.load(replace(settings, label="cell"))
     net = pretrain.task(settings, dataset).net
     images, asked = dataset.train.first(5)
-    (found, _), said = pretrain.loss_cell(net, images, asked), net(images)
-    seen = net.normalise(images)
-    pixels = [seen[i, 0, 8 * (c // 3) :, 8 * (c % 3) :][:8, :8] for i, c in enumerate(asked)]
-    expected = sum((said[i].view(8, 8) - x).square().sum() for i, x in enumerate(pixels)) / (5 * 64)
-    assert_close(found, expected)
-
-
-def test_a_student_is_scored_on_the_scenes_that_it_was_trained_for():
-    made = "--data scenes --dial 0.3 --classes 2:7 --model nano --epochs 1 --teacher random"
-    row = attention_copy.main(attention_copy.parse([*made.split(), "--out", "run"]))
-    again = ensemble.evaluate(["run/model.pt"], ensemble.parse(["run/model.pt"]))
-    assert again["ensemble_top1"] == pytest.approx(row["test_top1"])
-    assert again["choices"] == {"dial": 0.3, "classes": "2:7"}
-
-
-def test_students_start_from_the_positions_of_their_teachers():
-    settings = finetune.parse(["--data", "scenes"])
-    net, waves = new_vit(settings, data.load(settings)), make_sincos(3, 64)
-    assert torch.equal(net.pos_embed, waves) and net.pos_embed.requires_grad
-    encoder = pretrain.build(pretrain.parse(["--data", "digits"]), load()).encoder
-    assert not encoder.pos_embed.requires_grad
+    pixels = cut(net.normalise(images))[torch.arange(5), asked]
+    expected = (net(images) - pixels).square().mean()
+    assert_close(pretrain.loss_cell(net, images, asked)[0], expected)
 
 
 def test_a_teacher_made_for_scenes_sees_other_digits_than_its_student(monkeypatch):

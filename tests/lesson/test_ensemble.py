@@ -3,7 +3,6 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,8 +14,6 @@ import finetune
 import look
 import recipes
 import vit
-from common import checkpoints
-from teachers.classes import IMAGENET, NUMBERS, match_classes
 from teachers.load import open_model
 
 
@@ -97,29 +94,6 @@ def test_nets_of_different_images_are_not_averaged(failing):
     failing(ensemble, ["0/model.pt", "2/model.pt"], "2/model.pt is for --scene twins")
     failing(ensemble, ["4/model.pt", "0/model.pt"], "--data scenes, the first for digits")
     assert len(evaluate("0/model.pt", "2/model.pt", "--scene", "twins")["members"]) == 2
-
-
-def test_folders_are_matched_with_outputs_by_name_id_number_or_order(capsys):
-    def match(known, outputs, folders):
-        found = checkpoints.Checkpoint("x.pth", {}, {}, known)
-        net = SimpleNamespace(config=SimpleNamespace(classes=outputs))
-        return match_classes(SimpleNamespace(checkpoint=found, net=net), folders)
-
-    assert match(["b", "a", "c"], 3, ["a", "c"]) == [1, 2]
-    ids, order = [f"n{i:08}" for i in range(1000)], list(range(1000))
-    for known, folders, expected in (
-        (IMAGENET, ["tench", "goldfish"], [0, 1]), (IMAGENET, ids, order), (None, ids, order),
-        (ids[::-1], NUMBERS, order[::-1]), (None, sorted(NUMBERS), list(map(int, sorted(NUMBERS)))),
-    ):  # fmt: skip
-        assert match(known, 1000, folders) == expected
-    assert match(None, 3, ["01", "02", "10"]) == [0, 1, 2]
-    assert "01 to 10" in capsys.readouterr().out
-    for known, outputs, folders in (
-        (None, 3, ["1", "10", "2"]), (None, 4, ["a", "b", "c"]), (["a", "b"], 2, ["a", "c"]),
-        (IMAGENET, 1000, ids[:10]), (IMAGENET, 1000, ["0", "1"]),
-    ):  # fmt: skip
-        with pytest.raises(ValueError, match="classes"):
-            match(known, outputs, folders)
 
 
 def test_ruined_logits_are_no_accuracy(photos, tmp_path, failing):

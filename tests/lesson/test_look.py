@@ -41,9 +41,9 @@ def test_the_likeliest_classes_are_those_of_the_model(trained, small, photos, ca
     seen, out = run(photo, trained), capsys.readouterr().out
     dataset = data.load(finetune.parse(small))
     paths = [path for path, _ in folders.list_images(photos / "val").samples]
-    images = torch.cat([x for x, _ in dataset.test.in_order(5)])
+    images, _ = next(dataset.test.in_order(15))
     p = open_model(trained)(images)[paths.index(str(photo))].softmax(-1)
-    expected = {name: 100 * p[i].item() for i, name in enumerate(dataset.classes)}
+    expected = dict(zip(dataset.classes, (100 * p).tolist(), strict=True))
     assert seen == pytest.approx(expected, abs=1e-3)
     assert list(seen.values()) == sorted(seen.values(), reverse=True)
     assert Path("runs/look-1.png").stat().st_size > 5000 and "runs/look-1.png" in out
@@ -76,23 +76,10 @@ def test_a_query_shows_where_one_token_looks(query, token, trained, photos, figu
     assert [box.get_bbox().bounds for box in frames] == expected
 
 
-@pytest.mark.parametrize("query", ["4,0", "-1,0", "1", "1,2,3", "centre"])
-def test_a_query_that_is_no_patch_is_refused(query, trained):
-    with pytest.raises(ValueError, match="0,0 to 3,3, or class"):
-        look.find_query(query, open_model(trained).net)
-
-
-def test_a_bright_pixel_shows_the_colour_of_its_weight_and_a_dark_one_a_darker_one():
-    fig, axis = pictures.figure(width=1, height=1)
-    axis.set_position([0, 0, 1, 1])
-    axis.axis("off")
-    drawn = pictures.draw_overlay(axis, torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 0.5]]), 1.0)
-    fig.set_layout_engine("none")
-    fig.canvas.draw()
-    seen = torch.tensor(fig.canvas.buffer_rgba().tolist())[50, [10, 90], :3] / 255
-    light = torch.tensor(drawn.cmap(0.5)[:3], dtype=torch.float32)
-    torch.testing.assert_close(seen[1], light, atol=0.01, rtol=0)
-    torch.testing.assert_close(seen[0], pictures.BLACK * light, atol=0.01, rtol=0)
+def test_a_query_that_is_no_patch_is_refused(trained):
+    for query in ("4,0", "-1,0", "1", "1,2,3", "centre"):
+        with pytest.raises(ValueError, match="0,0 to 3,3, or class"):
+            look.find_query(query, open_model(trained).net)
 
 
 def test_a_teacher_without_a_head_still_shows_where_it_looks(teacher, photos, figures, capsys):

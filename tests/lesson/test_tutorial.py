@@ -52,11 +52,6 @@ def execute(name: str, here: Path) -> str:
     return printed(notebook)
 
 
-@pytest.fixture(scope="module")
-def text(copy):
-    return execute("tutorial.ipynb", copy)
-
-
 def row(text: str, name: str) -> list[float]:
     """The figures of the first line that begins with `name`."""
     (found, *_) = (line for line in text.splitlines() if line.startswith(name))
@@ -64,22 +59,15 @@ def row(text: str, name: str) -> list[float]:
 
 
 @pytest.mark.slow
-def test_lending_queries_and_keys_is_lending_the_map_unless_a_bias_or_a_width_differs(text):
+def test_the_tutorial_shows_what_it_says_and_every_exercise_fails_until_it_is_solved(copy):
+    text = execute("tutorial.ipynb", copy)
     assert float(re.search(r"the output differs by up to (\S+)", text)[1]) < 1e-5
     assert max(row(text, "all q and k rotated") + row(text, "the map itself")) < 1e-3
     assert min(row(text, "q and k, without a bias") + row(text, "q and k in heads")) > 0.01
-
-
-@pytest.mark.slow
-def test_the_loss_and_its_gradient_are_as_said(text):
     pull, squared = row(text, "a student's row, sure and wrong")
     assert pull == pytest.approx(2**0.5, rel=0.01) and squared < 0.01  # P_S - P_T, and its loss
     total, classes, floor, divergence = row(text, "at the end")
     assert total == pytest.approx(classes + 9 * (floor + divergence), abs=0.01)
-
-
-@pytest.mark.slow
-def test_every_exercise_fails_until_it_is_solved(text, copy):
     numbers = find_checks("tutorial.ipynb")
     assert re.findall(r"Exercise (\d+): not solved yet", text) == list(numbers)
     solved = execute("solutions.ipynb", copy)
@@ -91,27 +79,17 @@ def test_the_solutions_have_the_asserts_of_the_exercises():
     assert tutorial == solutions and len(tutorial) >= 6
 
 
-@pytest.mark.parametrize("kind", ["zip", "git"])
-def test_the_first_cell_finds_the_scripts_or_asks_for_them(copy, tmp_path, kind):
+def test_the_first_cell_finds_the_scripts_or_asks_for_them(copy, tmp_path):
     first = next(cell.source for cell in read("tutorial.ipynb").cells if cell.cell_type == "code")
 
-    def run(typed: str = "") -> str:
-        """The folder that the cell ends in."""
-        command = [sys.executable, "-c", f"{first}\nprint('\\n', os.getcwd())"]
-        done = subprocess.run(command, cwd=tmp_path, input=typed, capture_output=True, text=True)
-        return done.stdout.split()[-1] if not done.returncode else ""
+    def run(typed: str = "") -> str:  # the folder that the cell ends in
+        how = dict(cwd=tmp_path, input=typed, capture_output=True, text=True)
+        code = [sys.executable, "-c", f"{first}\nprint('\\n', os.getcwd())"]
+        return subprocess.run(code, **how).stdout.split()[-1:]
 
-    if kind == "zip":
-        shutil.make_archive(str(tmp_path / "course"), "zip", copy.parent, copy.name)
-        source, found = "course.zip", tmp_path / copy.name
-    else:
-        commit = "git -c user.name=a -c user.email=a commit -qm a"
-        subprocess.run(f"git init -q && git add . && {commit}", shell=True, cwd=copy, check=True)
-        source, found = str(copy), tmp_path / "attention-transfer"
-    assert not run("nowhere\n")
-    assert run(f"{source}\n") == run() == str(found)  # fetched once, then found
-    shutil.copy(copy / "vit.py", tmp_path)  # beside the scripts
-    assert run() == str(tmp_path)
+    shutil.make_archive(str(tmp_path / "course"), "zip", copy.parent, copy.name)
+    assert not Path(*run("nowhere\n")).is_dir()
+    assert run("course.zip\n") == run() == [str(tmp_path / copy.name)]  # fetched once, then found
 
 
 @pytest.mark.parametrize("name", BOTH)

@@ -39,17 +39,17 @@ def test_timm_gives_the_same_logits_and_gradients_both_ways():
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def explicit(student, images, maps):
-    """The student's forward pass with (B, H, N, N) maps; `maps[i]` replaces that of block i."""
-    x = student.embed(images)
-    for i, block in enumerate(student.blocks):
+def explicit(net, images, maps, keep=((1, 1),) * 3):
+    """Logits and maps (B, H, N, N) of a plain forward pass; `maps[i]` replaces that of block i."""
+    x, own = net.embed(images), []
+    for i, (block, (attended, thought)) in enumerate(zip(net.blocks, keep, strict=True)):
         qkv = block.attn.qkv(block.norm1(x))
-        q, k, v = rearrange(qkv, "b n (p h d) -> p b h n d", p=3, h=student.config.heads)
-        scores = torch.einsum("bhid,bhjd->bhij", q, k) / math.sqrt(q.shape[-1])
-        y = torch.einsum("bhij,bhjd->bhid", maps.get(i, torch.softmax(scores, dim=-1)), v)
-        x = x + block.attn.proj(rearrange(y, "b h n d -> b n (h d)"))
-        x = x + block.mlp(block.norm2(x))
-    return student.head(student.fc_norm(x[:, 1:].mean(1)))
+        q, k, v = rearrange(qkv, "b n (p h d) -> p b h n d", p=3, h=net.config.heads)
+        own.append((torch.einsum("bhid,bhjd->bhij", q, k) / math.sqrt(q.shape[-1])).softmax(-1))
+        y = torch.einsum("bhij,bhjd->bhid", maps.get(i, own[i]), v)
+        x = x + attended * block.attn.proj(rearrange(y, "b h n d -> b n (h d)"))
+        x = x + thought * block.mlp(block.norm2(x))
+    return net.head(net.fc_norm(x[:, 1:].mean(1))), own
 
 
 def assert_same_gradients(student, logits, expected):
@@ -65,12 +65,14 @@ def assert_same_gradients(student, logits, expected):
 @pytest.mark.parametrize("width", [48, 80])  # a teacher as wide as the student, and a wider one
 @pytest.mark.parametrize("layers", [[0, 1, 2], [0, 2], [1]])
 def test_copy_is_the_teachers_softmax_map_on_the_students_values(width, layers):
+    """Both drop the same branches of an image."""
     images = torch.randn(4, 3, 32, 32).double()
-    teacher, student = make(1, dim=width).double().requires_grad_(False), make(2).double()
-    theirs, scale = list_qk(teacher, images), 1 / math.sqrt(width / 4)
-    maps = {i: torch.softmax(theirs[i].q @ theirs[i].k.mT * scale, dim=-1) for i in layers}
-    logits = student(images, teacher.lend(images, layers))
-    assert_same_gradients(student, logits, explicit(student, images, maps))
+    teacher = make(1, dim=width).double().requires_grad_(False)
+    student = make(2, drop_path=0.5).double()
+    keep = student.draw_drop_path(4)
+    maps = {i: p for i, p in enumerate(explicit(teacher, images, {}, keep)[1]) if i in layers}
+    logits = student(images, teacher.lend(images, layers, keep), keep=keep)
+    assert_same_gradients(student, logits, explicit(student, images, maps, keep)[0])
     for i in range(3):  # queries and keys of a copied layer learn nothing, of another something
         learns = student.blocks[i].attn.qkv.weight.grad[: 2 * 48].any()
         assert bool(learns) == (i not in layers)
@@ -83,7 +85,7 @@ def test_any_map_can_be_lent():
     maps = {0: torch.full_like(own[0], 1 / own[0].shape[-1]), 2: own[2].roll(1, 0)}
     given = [QK.from_map(maps[i]) if i in maps else None for i in range(3)]
     torch.testing.assert_close(given[2].map(), maps[2])
-    assert_same_gradients(student, student(images, given), explicit(student, images, maps))
+    assert_same_gradients(student, student(images, given), explicit(student, images, maps)[0])
 
 
 @pytest.mark.parametrize("lent", [False, True])
@@ -113,20 +115,17 @@ def test_what_is_lent_is_what_the_blocks_attend_with_and_no_more_is_computed(lay
     assert ran == list(range(layers[-1]))  # of the last layer queries and keys alone
 
 
-def test_loans_for_fewer_or_more_blocks_and_spent_ones_are_refused():
+def test_other_loans_and_images_of_another_size_are_refused():
     net, images = make(), torch.randn(2, 3, 32, 32)
     spent = net.lend(images, [0, 1, 2])
     net(images, given=spent)
-    for wrong in (spent, [None] * 2, [None] * 4, []):
+    for wrong in (spent, [None] * 2, [None] * 4):
         with pytest.raises(ValueError, match="zip"):
             net(images, given=wrong)
-
-
-@pytest.mark.parametrize("size", [(40, 40), (32, 40), (16, 64)])  # the last has 16 patches too
-def test_images_of_another_size_are_refused(size):
-    for call in (make().forward, lambda x: next(make().lend(x, [0]))):
-        with pytest.raises(ValueError, match="images of 3 x 32 x 32"):
-            call(torch.randn(2, 3, *size))
+    for size in ((40, 40), (32, 40), (16, 64)):  # the last has 16 patches too
+        for call in (net, lambda x: next(net.lend(x, [0]))):
+            with pytest.raises(ValueError, match="images of 3 x 32 x 32"):
+                call(torch.randn(2, 3, *size))
 
 
 def test_drop_path_drops_whole_branches_of_single_images_and_is_unbiased():
@@ -145,15 +144,11 @@ def test_drop_path_drops_whole_branches_of_single_images_and_is_unbiased():
     torch.testing.assert_close(logits[1], net.eval()(images)[1])
 
 
-class Adapter(torch.nn.Module):
+class Adapter(torch.nn.ModuleList):
     """As LoRA's: beside a layer, which it stands for."""
 
-    def __init__(self, layer):
-        super().__init__()
-        self.layer, self.beside = layer, torch.nn.Linear(layer.in_features, layer.out_features)
-
     def forward(self, x):
-        return self.layer(x) + self.beside(x)
+        return sum(layer(x) for layer in self)
 
 
 def test_hooks_and_adapters_of_qkv_take_part_in_all_that_is_projected():
@@ -161,9 +156,10 @@ def test_hooks_and_adapters_of_qkv_take_part_in_all_that_is_projected():
     merged = [make(0), make(1)]
     for net, whole in zip((student, teacher), merged, strict=True):
         for block, other in zip(net.blocks, whole.blocks, strict=True):
-            adapter = block.attn.qkv = Adapter(block.attn.qkv)
-            other.attn.qkv.weight.data += adapter.beside.weight
-            other.attn.qkv.bias.data += adapter.beside.bias
+            beside, qkv = torch.nn.Linear(48, 3 * 48), other.attn.qkv
+            block.attn.qkv = Adapter([block.attn.qkv, beside])
+            qkv.weight.data += beside.weight
+            qkv.bias.data += beside.bias
     seen = []
     for net in merged:
         net.blocks[1].attn.qkv.register_forward_hook(lambda *call: seen.append(call[2].shape[-1]))

@@ -1,5 +1,6 @@
 """Intervals: against t by hand, loops that leave one seed out, and what they promise."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def test_a_ratio_leaves_out_one_seed_after_the_other():
         return (of["copy"] - of["from scratch"]) / (of["fine-tuning"] - of["from scratch"])
 
     whole = share(range(6))
-    pseudo = [6 * whole - 5 * share([j for j in range(6) if j != i]) for i in range(6)]
+    pseudo = [6 * whole - 5 * share(np.arange(6) != i) for i in range(6)]
     half = estimates.get_quantile(5) * np.std(pseudo, ddof=1) / 6**0.5
     assert found["interval"] == pytest.approx([whole - half, whole + half])
     nothing = draw(6, np.random.default_rng(4), tuned=0.0)
@@ -59,14 +60,8 @@ def test_a_ratio_leaves_out_one_seed_after_the_other():
         assert "recovery" not in estimates.estimate({"": rows})["points"][""]["copy"]
 
 
-def test_contrasts_take_the_same_seeds_at_all_points():
-    values = draw(8, np.random.default_rng(5))
-    asked = {"nothing": lambda at, again: at["copy"] - again["copy"]}
-    found = estimates.estimate({"a": values, "b": values}, contrasts=asked)["contrasts"]
-    assert found["nothing"] == {"mean": 0, "interval": [0, 0]}
-
-
-def test_intervals_hold_the_truth_as_often_as_they_say():
+def test_intervals_hold_the_truth_as_often_as_they_say(monkeypatch):
+    monkeypatch.setattr(estimates, "get_quantile", functools.cache(estimates.get_quantile))
     random, inside = np.random.default_rng(6), np.zeros(2)
     for _ in range(1000):
         cells = estimates.estimate({"": draw(5, random)})["points"][""]["copy"]
@@ -75,15 +70,11 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
     assert (abs(inside / 1000 - 0.95) < 0.03).all()
 
 
-def test_packed_images_are_the_same_images():
-    correct = np.random.default_rng(7).uniform(size=(3, 2001)) < 0.4
-    assert (estimates.unpack(estimates.pack(correct), 2001) == correct).all()
+RECORDS = [path for path in RESULTS.glob("*.json") if path.stem in reproduce.TABLES]
 
 
-@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
 def test_every_interval_follows_from_its_record_alone(path):
-    if path.stem not in reproduce.TABLES:
-        pytest.skip("no table of the study")
     record = jobs.read_record(path)
     again = report.recompute(record, reproduce.TABLES[path.stem])
     for name, cell in list_cells(again):

@@ -86,9 +86,8 @@ def test_settings_are_chosen_by_validation_and_a_table_is_what_its_runs_found(
     with pytest.raises(Failed):  # after five runs
         reproduce_all(places, "tuned")
     ran.remove("fail")
-    (tuned,) = reproduce_all(places, "tuned")
-    assert len(ran) == len(set(ran)) == 1 + 4 * (2 + 1 + 1)  # a teacher, and trials of four rows
-    assert tuned["runs"] == len(ran)
+    (tuned,) = reproduce_all(places, "tuned")  # a teacher, and trials of four rows
+    assert tuned["runs"] == len(ran) == len(set(ran)) == 1 + 4 * (2 + 1 + 1)
     for row, found in tuned["points"]["24 labels"].items():
         scores = [np.mean(trial["validation"]) for trial in found["tried"]]
         assert found["chosen"] == found["tried"][int(np.argmax(scores))]["flags"], row
@@ -121,10 +120,10 @@ def test_settings_are_chosen_by_validation_and_a_table_is_what_its_runs_found(
 def test_a_copy_student_looks_where_its_teacher_looks(places, ran, tmp_path, monkeypatch):
     monkeypatch.setattr(looks, "IMAGES", 100)
     chosen = RESULTS["scenes-tuning"]["points"]["pointer"]
-    record = dict.fromkeys(jobs.ABOUT) | {"points": {"pointer": chosen}}
-    (tmp_path / "results").mkdir()
-    (tmp_path / "results" / "scenes-tuning.json").write_text(json.dumps(record))
-    (found,) = reproduce_all([*places, "--seeds", "2"], "scenes-looks")
+    path = tmp_path / "results" / "scenes-tuning.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(dict.fromkeys(jobs.ABOUT) | {"points": {"pointer": chosen}}))
+    (found,) = reproduce_all([*places, "--seeds", "1"], "scenes-looks")
     seen = found["points"]["pointer"]
     for what in ("of_image", "from_centre"):
         assert_close(seen["attention copy"][what]["mean"], seen["teacher"][what]["mean"])
@@ -159,21 +158,6 @@ def test_every_row_gets_as_many_trials_and_shares_all_that_it_must(asked, tmp_pa
         for key in same.split():
             assert getattr(own, key) == getattr(usual, key), (row, key)
         assert own.seed == 3, row
-
-
-def test_a_study_of_one_teacher_takes_the_bundled_one(tmp_path, monkeypatch):
-    folders = []
-    for root in (None, tmp_path / "clone", tmp_path / "moved"):
-        monkeypatch.setattr(engine, "ROOT", root)
-        bundled = root and root / "cifar10.pt"
-        planner = Planner(tables.CIFAR, tmp_path, find_bundled=lambda _: bundled)
-        *teacher, job = planner.plan("attention copy", 3, {}, {"attention copy": {}}).values()
-        expected = bundled or teacher[0].out / "model.pt"
-        assert job.get_settings().teacher == str(expected)
-        folders.append(job.out)
-    assert folders[0] != folders[1] == folders[2]  # a clone that was moved knows its runs
-    planner = planner._replace(study=tables.FAIR)  # which has one for each seed
-    assert len(planner.plan("attention copy", 3, {}, {"attention copy": {}})) == 2
 
 
 RECORDED = [name for name in reproduce.TABLES if (KEPT / f"{name}.json").exists()]
@@ -222,12 +206,6 @@ def test_a_run_is_known_by_its_teachers_weights_wherever_they_are(tmp_path):
     for source, begun in ((teacher, True), (moved, True), (other, False), ("pretrain", False)):
         job = jobs.Job("finetune", [*argv, "--teacher", str(source)], tmp_path / "run")
         assert job.has_begun() == begun
-    config = tmp_path / "run" / "config.json"  # a published teacher is known by its name
-    published = {"teacher": "deit_tiny_patch16_224.fb_in1k"}
-    config.write_text(json.dumps(json.loads(config.read_text()) | published))
-    for name, begun in ((published["teacher"], True), ("vit_tiny", False), ("random", False)):
-        job = jobs.Job("finetune", [*argv, "--teacher", name], tmp_path / "run")
-        assert job.has_begun() == begun
 
 
 @pytest.mark.slow
@@ -240,31 +218,16 @@ def test_runs_end_with_the_process_that_wants_them(tmp_path):
     )
     out = tmp_path / "run"
     parent = subprocess.Popen([sys.executable, "-c", begin, str(out)], cwd=ROOT)
-    wait_until(lambda: (out / "last.pt").exists())
-    parent.kill()
-    parent.wait()
-    wait_until(lambda: "stopped by a signal" in (out / "output.txt").read_text())
-    assert not (out / "model.pt").exists()
-
-
-def wait_until(true, seconds=60):
-    for _ in range(10 * seconds):
-        if true():
-            return
-        time.sleep(0.1)
-    raise AssertionError("it never came")
-
-
-def test_a_damaged_record_is_named_where_it_is_used(places, tmp_path, monkeypatch):
-    path, argv = tmp_path / "study" / "results" / "fair-tuning.json", ["fair-main", *places[:2]]
-    path.parent.mkdir(parents=True)
-    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
-    for text in ('{"points": {', '{"points": {}}', "[]"):
-        path.write_text(text)
-        with pytest.raises(ValueError, match=r"fair-tuning\.json is damaged"):
-            reproduce.main(reproduce.parse([*argv, "--results", str(path.parent)]))
-        with pytest.raises(ValueError, match="damaged"):
-            reproduce.list_tables()
+    for true in (
+        (out / "last.pt").exists,
+        lambda: "stopped by a" in (out / "output.txt").read_text(),
+    ):
+        stop = time.time() + 60
+        while not true():
+            assert time.time() < stop
+            time.sleep(0.1)
+        parent.kill()
+    assert parent.wait() and not (out / "model.pt").exists()
 
 
 @pytest.mark.parametrize("name", [name for name in reproduce.TABLES if name in RESULTS])

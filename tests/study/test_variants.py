@@ -22,7 +22,6 @@ TEACHER = str(find.BUNDLED / "digits.pt")
 
 @pytest.fixture
 def batch():
-    torch.manual_seed(5)
     return torch.randn(6, 1, 12, 12), torch.randint(10, (6,))
 
 
@@ -30,10 +29,6 @@ def make(script, teacher, *argv):
     settings = script.parse([*FEW, "--teacher", teacher, *argv])
     dataset = data.load(settings)
     return script.task(settings, dataset, find.find_teacher(settings, dataset))
-
-
-def get_lender(task):
-    return task.predict.keywords["teacher"]
 
 
 def compute_gradients(task, batch):
@@ -51,14 +46,12 @@ def test_without_a_change_it_is_the_method(script, batch):
     variant = make(variants, TEACHER, *argv, "--how", script.Settings.method)
     for i in (0, 2):
         assert_close(compute_gradients(method, batch)[i], compute_gradients(variant, batch)[i])
-    net = method.net.eval(), variant.net.eval()
-    assert_close(method.predict(net[0], batch[0]), variant.predict(net[1], batch[0]))
+    assert_close(*(task.predict(task.net.eval(), batch[0]) for task in (method, variant)))
 
 
 def test_the_teachers_weights_with_the_teachers_maps_are_at_first_the_teacher(batch):
-    lent, own = make(variants, TEACHER, "--start", "teacher"), make(finetune, TEACHER)
-    ours, theirs = (task.predict(task.net.eval(), batch[0]) for task in (lent, own))
-    assert_close(ours, theirs)
+    tasks = make(variants, TEACHER, "--start", "teacher"), make(finetune, TEACHER)
+    assert_close(*(task.predict(task.net.eval(), batch[0]) for task in tasks))
 
 
 @pytest.mark.parametrize("part", ["q", "k", "v", "qkv"])
@@ -77,10 +70,11 @@ def test_of_what_is_lent_the_rest_is_the_students(part, batch):
 @torch.no_grad()
 def test_mean_maps_are_the_mean_of_maps_and_other_maps_those_of_other_images(batch):
     layers, net = range(4), open_model(TEACHER).net
-    argv = ["--maps", "other", "--bank", "70"]
-    other = get_lender(make(variants, TEACHER, *argv))
+    other, mean = (
+        make(variants, TEACHER, "--bank", "70", "--maps", maps).predict.keywords["teacher"]
+        for maps in ("other", "mean")
+    )
     maps = [qk.map() for _, qk in net.blockwise(other.bank)]
-    mean = get_lender(make(variants, TEACHER, "--maps", "mean", "--bank", "70"))
     for qk, p in zip(mean.lend(batch[0], layers), maps, strict=True):
         assert_close(qk.map(), p.mean(dim=0).expand(6, -1, -1, -1), rtol=1e-4, atol=1e-6)
     for qk, p in zip(other.lend(batch[0], layers), maps, strict=True):
@@ -145,11 +139,10 @@ def test_what_is_beside_a_student_is_used_for_nothing(batch, tmp_path):
     free = make(variants, TEACHER, *argv, "beside", "--attention-weight", "0")
     held = make(variants, TEACHER, *argv, "copy-beside", "--attention-weight", "0")
     scratch, copy = make(finetune, "none", *argv[2:4]), make(attention_copy, TEACHER, *argv[:-1])
-    for ours, theirs in ((free, scratch), (held, copy)):
-        expected, found = (compute_gradients(task, batch)[2] for task in (theirs, ours))
+    for pair in ((free, scratch), (held, copy)):
+        found, expected = (compute_gradients(task, batch)[2] for task in pair)
         assert_close({name: found[name] for name in expected}, expected)
-        nets = (task.predict(task.net.eval(), batch[0]) for task in (ours, theirs))
-        assert_close(*nets)
+        assert_close(*(task.predict(task.net.eval(), batch[0]) for task in pair))
     taught = make(variants, TEACHER, *argv, "beside", "--class-weight", "0")
     moved = compute_gradients(taught, batch)[2]
     assert moved["blocks.1.mlp.fc1.weight"].abs().max() > 0  # tokens are shaped
@@ -163,12 +156,9 @@ def test_the_cell_of_a_pointer_is_read_off_its_picture():
     argv = ["--data", "scenes", "--device", "cpu", "--teacher", "none", "--how", "pixels"]
     settings = variants.parse(argv)
     asked = data.load(replace(settings, label="cell"), train=False)
-    task, (images, cells) = (
-        variants.task(settings, data.load(settings)),
-        next(asked.test.in_order(64)),
-    )
-    images_seen = task.net.normalise(images)
-    pixels = pretrain.patchify(images_seen, 8)[torch.arange(64), cells]
+    task = variants.task(settings, data.load(settings))
+    images, cells = next(asked.test.in_order(64))
+    pixels = pretrain.patchify(task.net.normalise(images), 8)[torch.arange(64), cells]
     guess, net = torch.randn(64, 64), task.net.eval()
     net.beside.forward = lambda _: guess
     _, shown = task.loss(net, images, torch.zeros(64, dtype=torch.long))
