@@ -40,7 +40,7 @@ def get_folder(settings) -> Path:
 def describe_run(settings, dataset, teacher=None) -> dict[str, Any]:
     """The settings and inputs that must match for --resume."""
     pixels = {"mean": dataset.mean, "std": dataset.std} | (teacher.architecture if teacher else {})
-    return get_values(settings, free=False) | {  # which may have equal names
+    about = {
         "method": settings.method,
         "class_names": dataset.classes,  # there is a setting `classes`, too
         "images": dataset.available,
@@ -51,6 +51,7 @@ def describe_run(settings, dataset, teacher=None) -> dict[str, Any]:
         "teacher_weights": teacher.fingerprint if teacher else None,
         "teacher_family": teacher.method if teacher else None,
     }
+    return about | get_values(settings, free=False) | about  # a setting may have an equal name
 
 
 def load_state(out: Path, settings, run: dict) -> dict | None:

@@ -156,7 +156,7 @@ def task(settings: Settings, dataset: data.Data, checkpoint) -> train.Task:
             block.attn.features.data.copy_(features)
         add_lora(student, settings.rank)
         loss = partial(finetune.loss, smoothing=settings.smoothing)
-    return train.Task(student, dataset, loss=loss, export=export, teacher=checkpoint)
+    return train.Task(student, dataset, loss=loss, export=export, checkpoint=checkpoint)
 
 
 def find_teacher(settings: Settings, dataset: data.Data) -> checkpoints.Checkpoint:
