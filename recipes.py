@@ -47,6 +47,10 @@ DATA_SETS = {
 }
 
 
+OF_PHOTOS = "cifar imagenet folder"  # data sets
+CROP = "RandomResizedCrop: smallest scale (0: random shifts)"
+
+
 @dataclass(frozen=True)
 class Images(Base):
     data: str = setting("scenes", "data set: " + ", ".join(DATA_SETS), tuple(DATA_SETS))
@@ -54,7 +58,7 @@ class Images(Base):
     image_size: int = setting(0, "pixels per side (0: the data set's own)", high=4096)
     holdout: float = setting(-1.0, "validation fraction (-1: 0.2 if no val/)", low=-1, high=0.9)
     distractors: int = setting(1, high=20)  # beside a digit of --data digits
-    scene: str = setting("pointer", "pointer or twins, for --data scenes", ("pointer", "twins"))
+    scene: str = setting("pointer", "pointer or twins", ("pointer", "twins"), only="scenes")
     dial: float = setting(0.0, high=1)  # share of pointers that point to one cell
     classes: str = setting("all")  # which of the ten digits, or what the cells of scenes show
     label: str = setting("class", choices=("class", "cell"))  # of a scene
@@ -71,14 +75,14 @@ class Settings(Images):
     num_labels: int = setting(0, "labelled images, as many of each class (0: all)")
     subset_seed: int = setting(-1, low=-1)  # draws them (-1: seed does)
     seed: int = setting(0, "random seed of everything", high=2**63 - 1)
-    crop_area: float = setting(0.0, "RandomResizedCrop: smallest scale (0: random shifts)", high=1)
-    randaugment: int = setting(0, "RandAugment magnitude (0: off)", high=10)
+    crop_area: float = setting(0.0, CROP, high=1, only=OF_PHOTOS)
+    randaugment: int = setting(0, "RandAugment magnitude (0: off)", high=10, only=OF_PHOTOS)
     random_erase: float = setting(0.0, high=1)  # probability of random erasing
     mixup: float = setting(0.0, "MixUp alpha (0: off)")
     cutmix: float = setting(0.0, "CutMix alpha (0: off)")
     smoothing: float = setting(0.0, "label smoothing", high=0.99)
     batch: int = setting(64, "images per step, over all GPUs (0: 1/8 of the images, at most 64)")
-    recipe: str = setting("", "gpu: larger and longer, for CIFAR (not measured)", ("", "gpu"))
+    recipe: str = setting("", "gpu: larger, longer (not measured)", ("", "gpu"), only="cifar")
     model: str = setting("micro", "size of the ViT: nano to huge")
     patch: int = setting(3, "pixels per side of a patch", low=1)
     positions: str = setting("sincos", choices=("sincos", "random"))  # that training starts from

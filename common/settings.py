@@ -22,12 +22,13 @@ from typing import Any
 Recipes = dict[str, dict[str, Any]]  # recipe: setting: default
 
 
-def setting(default, help="", choices=None, low=0, high=math.inf, free=False):
+def setting(default, help="", choices=None, low=0, high=math.inf, free=False, only=""):
     """A field that is also a flag. Without help it works the same, but --help does not list it.
 
     `low`, `high`: bounds of a number. `free`: may change between a run and its --resume.
+    `only`: the data sets with which --help lists it, as words.
     """
-    about = dict(help=help, choices=choices, low=low, high=high, free=free)
+    about = dict(help=help, choices=choices, low=low, high=high, free=free, only=only)
     return field(default=default, metadata=about)
 
 
@@ -108,6 +109,9 @@ def parse_settings(
     recipe = known.get(name, {})
     if given.pop("help", False):
         for name, f in flags.items():
+            if f.metadata["only"] and not data.startswith(tuple(f.metadata["only"].split())):
+                actions[name].help = argparse.SUPPRESS
+                continue
             default = recipe.get(name, f.default)
             if f.metadata["help"] and default not in ("", -1, 0):
                 actions[name].help += f" [{default}]".replace("%", "%%")
