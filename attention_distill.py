@@ -70,7 +70,7 @@ def compare_maps(student: QK, teacher: QK) -> tuple[Tensor, Tensor]:
 
 
 def loss(student: ViT, images, labels, teacher: Teacher, layers: list[int], settings: Settings):
-    """Student and teacher run side by side, block by block. In `layers` their maps are compared."""
+    """Classification, and in `layers` the student's maps against the teacher's, block by block."""
     keep = student.draw_drop_path(len(images))  # drops the same branches in both, as the authors do
     tokens, ours = zip(*student.blockwise(images, keep=keep), strict=True)
     losses, divergences = [], []
