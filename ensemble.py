@@ -24,6 +24,7 @@ from torch import Tensor
 import data
 import recipes
 from common import checkpoints, launch, runs
+from common.checkpoints import Checkpoint
 from common.precision import autocast
 from common.settings import parse_settings, setting
 from datasets.sources import CHOICES
@@ -53,8 +54,7 @@ def evaluate(paths, settings: Settings) -> dict:
     """Top-1 in per cent of each checkpoint, and of their averaged probabilities."""
     device = launch.get_device(settings.device)
     models = [open_model(path, device, normalization=settings.normalization) for path in paths]
-    check_images(models, settings)
-    settings = choose_images(models[0].checkpoint, settings)
+    settings = choose_images(settings, *(model.checkpoint for model in models))
     found, labels, dataset = compute_probabilities(models, settings)
     members = [
         {
@@ -73,22 +73,20 @@ def evaluate(paths, settings: Settings) -> dict:
     return about | {"members": members, "ensemble_top1": together}
 
 
-def check_images(models: list[Model], settings: Settings) -> None:
-    """ValueError if they were trained for different images, and it is not said which to score."""
-    first, *others = (model.checkpoint for model in models)
+def choose_images(settings: Settings, first: Checkpoint, *others: Checkpoint) -> Settings:
+    """The settings, with the images that the first was trained for where none are named.
+
+    ValueError if others were trained for other images, and it is not said which to score.
+    """
+    own = first.settings
     for other, name in itertools.product(others, ("data", *CHOICES)):
-        asked, own = (one.settings.get(name) for one in (first, other))
-        if None not in (asked, own) and asked != own and name not in settings.given:
-            said = f"--{name} {own}, the first for {asked}"
+        asked, theirs = own.get(name), other.settings.get(name)
+        if None not in (asked, theirs) and asked != theirs and name not in settings.given:
+            said = f"--{name} {theirs}, the first for {asked}"
             raise ValueError(f"{other.source} is for {said}: name the one to score")
-
-
-def choose_images(checkpoint: checkpoints.Checkpoint, settings):
-    """The settings, with the images that a checkpoint was trained for where none are named."""
-    own, name = checkpoint.settings, settings.data or checkpoint.settings.get("data")
-    if not name:
-        raise ValueError(f"{checkpoint.source} does not say which images it is for: name --data")
-    changes = {"data": name, "image_size": checkpoint.architecture["image_size"]}
+    if not (name := settings.data or own.get("data")):
+        raise ValueError(f"{first.source} does not say which images it is for: name --data")
+    changes = {"data": name, "image_size": first.architecture["image_size"]}
     for choice in CHOICES.keys() - settings.given:
         changes[choice] = own.get(choice, getattr(settings, choice))
     if settings.holdout < 0:  # the same split, wherever the folder lies now

@@ -161,15 +161,12 @@ def task(settings: Settings, dataset: data.Data) -> train.Task:
 
 
 def main(settings: Settings) -> dict:
-    unused = sorted(settings.given & UNUSED[settings.target])
-    wrong = [
-        f"{format_flag(name)} has no effect with --target {settings.target}" for name in unused
-    ]
-    if settings.target == "cell" and recipes.DATA_SETS[settings.data].module != "scenes":
-        wrong = ["--target cell: only for --data scenes"]
-    if wrong:
-        raise ValueError(wrong[0])
-    label = "cell" if settings.target == "cell" else settings.label
+    target, unused = settings.target, sorted(settings.given & UNUSED[settings.target])
+    if target == "cell" and recipes.DATA_SETS[settings.data].module != "scenes":
+        raise ValueError("--target cell: only for --data scenes")
+    if unused:
+        raise ValueError(f"{format_flag(unused[0])} has no effect with --target {target}")
+    label = "cell" if target == "cell" else settings.label
     dataset = data.load(replace(settings, label=label))
     return train.fit(task(settings, dataset), settings)
 

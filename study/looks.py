@@ -173,7 +173,7 @@ def open_run(job: Job) -> Model:
 def main(settings: Settings) -> list[dict[str, float]]:
     launch.require_one_process()
     models = [open_model(path, get_device(settings.device)) for path in settings.checkpoints]
-    settings = ensemble.choose_images(models[0].checkpoint, settings)
+    settings = ensemble.choose_images(settings, models[0].checkpoint)
     for what in ("image_size", "patch", "channels", "heads"):
         ours, theirs = (getattr(model.net.config, what) for model in models)
         if ours != theirs:
