@@ -79,10 +79,10 @@ def choose_images(settings: Settings, first: Checkpoint, *others: Checkpoint) ->
     ValueError if others were trained for other images, and it is not said which to score.
     """
     own = first.settings
-    for other, name in itertools.product(others, ("data", *CHOICES)):
-        asked, theirs = own.get(name), other.settings.get(name)
-        if None not in (asked, theirs) and asked != theirs and name not in settings.given:
-            said = f"--{name} {theirs}, the first for {asked}"
+    for other, choice in itertools.product(others, ("data", *CHOICES)):
+        asked, theirs = own.get(choice), other.settings.get(choice)
+        if None not in (asked, theirs) and asked != theirs and choice not in settings.given:
+            said = f"--{choice} {theirs}, the first for {asked}"
             raise ValueError(f"{other.source} is for {said}: name the one to score")
     if not (name := settings.data or own.get("data")):
         raise ValueError(f"{first.source} does not say which images it is for: name --data")
