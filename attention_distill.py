@@ -51,22 +51,22 @@ RECIPES = merge_recipes(
 parse = partial(parse_settings, __doc__, Settings, RECIPES)
 
 
-def attention_loss(student: QK, teacher: QK) -> Tensor:
+def attention_loss(ours: QK, theirs: QK) -> Tensor:
     """Cross-entropy of the student's maps relative to the teacher's, in nats. The definition.
 
     Its minimum is the entropy of the teacher's maps, not 0. Its gradients are those of the KL
     divergence.
     """
-    p_t, log_p_s = teacher.map(), student.scores().log_softmax(dim=-1)
+    p_t, log_p_s = theirs.map(), ours.scores().log_softmax(dim=-1)
     return -(p_t * log_p_s).sum(dim=-1).mean()
 
 
-def compare_maps(student: QK, teacher: QK) -> tuple[Tensor, Tensor]:
+def compare_maps(ours: QK, theirs: QK) -> tuple[Tensor, Tensor]:
     """attention_loss, and the teacher's entropy. Without biases no map is kept in memory."""
-    if student.bias is None and teacher.bias is None:
-        return fused_attention_loss(student.q, student.k, teacher.q, teacher.k)
-    entropy = torch.special.entr(teacher.map()).sum(dim=-1).mean()
-    return attention_loss(student, teacher), entropy.detach()
+    if ours.bias is None and theirs.bias is None:
+        return fused_attention_loss(ours.q, ours.k, theirs.q, theirs.k)
+    entropy = torch.special.entr(theirs.map()).sum(dim=-1).mean()
+    return attention_loss(ours, theirs), entropy.detach()
 
 
 def loss(student: ViT, images, labels, teacher: Teacher, layers: list[int], settings: Settings):

@@ -38,7 +38,7 @@ class DataSet(NamedTuple):
 
 DATA_SETS = {
     "scenes": DataSet("scenes", 24, (0.25,), (0.35,)),
-    "scenes-cifar10": DataSet("scenes", 24, (0.47,) * 3, (2.0,) * 3),  # low contrast
+    "scenes-cifar10": DataSet("scenes", 24, (0.47,) * 3, (2.0,) * 3),  # an eighth of the contrast
     "digits": DataSet("digits", 12, (0.25,), (0.35,)),
     "cifar10": DataSet("cifar", 32, *NORMALIZATIONS["cifar10"]),
     "cifar100": DataSet("cifar", 32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),

@@ -13,6 +13,6 @@ from teachers.find import find_teacher
 def main(task: Callable[..., train.Task], settings: Settings) -> dict:
     """The last row of the run's log. `task(settings, dataset, checkpoint)` is the method."""
     dataset = data.load(settings)
-    pretrain = partial(import_module, "pretrain")  # which makes a teacher where there is none
+    pretrain = partial(import_module, "pretrain")  # makes a teacher, where there is none
     checkpoint = find_teacher(settings, dataset, pretrain)
     return train.fit(task(settings, dataset, checkpoint), settings)

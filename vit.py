@@ -29,8 +29,8 @@ class Config:
     heads: int
     mlp: float = 4.0  # hidden width of an MLP, as a multiple of dim
     eps: float = 1e-6  # of the layer norms
-    mean: tuple[float, ...] = (0.0,)  # of the pixels it was trained on: one for each channel, or
-    std: tuple[float, ...] = (1.0,)  # one for all; so a ViT normalises its images itself
+    mean: tuple[float, ...] = (0.0,)  # of the pixels it was trained on, for each channel:
+    std: tuple[float, ...] = (1.0,)  # a ViT normalises its images itself
     num_prefix_tokens = 1  # tokens before the patches: the class token
 
     @property
@@ -78,8 +78,8 @@ class Attention(nn.Module):  # tokens (B, N, D) to tokens, and the QK they atten
         self.proj = nn.Linear(config.dim, config.dim)
 
     def project(self, x: Tensor, rows: slice = slice(None)) -> Tensor:  # q, k, v: each (B, H, N, d)
-        partial = isinstance(self.qkv, QKV)  # an adapter in its place computes all
-        y = self.qkv(x, rows) if partial else self.qkv(x)[..., rows]
+        own = isinstance(self.qkv, QKV)  # an adapter in its place computes all
+        y = self.qkv(x, rows) if own else self.qkv(x)[..., rows]
         return rearrange(y, "b n (p h d) -> p b h n d", h=self.heads, d=self.dim // self.heads)
 
     def project_values(self, x: Tensor) -> Tensor:

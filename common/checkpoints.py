@@ -43,6 +43,10 @@ class Checkpoint:
         for name, value in self.weights.items():
             if not value.isfinite().all():
                 raise ValueError(f"{self.source}: {name} is not finite, its training diverged")
+            if value.dtype in (torch.int8, torch.uint8):
+                raise ValueError(
+                    f"{self.source}: {name} is quantised, take the floating-point file"
+                )
 
     @cached_property
     def fingerprint(self) -> str:

@@ -73,7 +73,10 @@ def read_left_out(settings) -> set[str]:
     resume = getattr(settings, "resume", False)
     if not (resume and (file := get_folder(settings) / "config.json").exists()):
         return set()
-    return set(json.loads(file.read_text()).get("run", {}).get("left_out", ()))
+    try:
+        return set(json.loads(file.read_text()).get("run", {}).get("left_out", ()))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}): start over with --overwrite") from error
 
 
 def check_folder(settings) -> None:

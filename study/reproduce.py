@@ -3,12 +3,13 @@
     python -m study.reproduce TABLE [TABLE ...] [--seeds 10]
     python -m study.reproduce related        all whose names begin with it
 
-Writes study/results/TABLE.json and a picture of it. Killed at any moment, the same
+Writes study/results/TABLE.json and a picture. Killed at any moment, the same
 command resumes. Runs that several tables share are made once. What was expected
 of each table before it was run, and what was found: study/LOG.md.
 """
 
 import json
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,15 +40,16 @@ def parse(argv: Sequence[str]) -> Settings:
 
 
 def list_tables() -> str:
-    return "".join(f"\n\n  {name}: {t.about}\n    {get_cost(name)}" for name, t in TABLES.items())
+    known, planned = "", []
+    for name, table in TABLES.items():
+        if (path := ROOT / "study" / "results" / f"{name}.json").exists():
+            known += f"\n\n  {name}\n    {table.about}\n    {describe_cost(read_record(path))}"
+        else:
+            planned.append(name)
+    return f"{known}\n\n" + textwrap.fill(f"Not recorded yet: {', '.join(planned)}", 78)
 
 
-def get_cost(name: str) -> str:
-    """What a table took when it was recorded."""
-    path = ROOT / "study" / "results" / f"{name}.json"
-    if not path.exists():
-        return "not recorded yet"
-    record = read_record(path)
+def describe_cost(record: dict) -> str:
     runs, minutes = record["runs"], record["training_minutes"]
     return f"seeds: {len(record['seeds'])}; runs: {runs}, {minutes:.0f} min on {record['device']}"
 
