@@ -54,7 +54,8 @@ class Data(NamedTuple):
             parts += f", {len(self.test):,} to test on{repeats}"
         absent = len(self.classes) - len(self.test.source.labels.unique())
         few = f", {absent} of them without a test image" if absent else ""
-        return f"{text}, {parts}; {len(self.classes)} classes{few}"
+        names = f" ({', '.join(self.classes)})" if len(self.classes) <= 10 else ""
+        return f"{text}, {parts}; {len(self.classes)} classes{names}{few}"
 
     def warn_of_repeats(self, part: str = "test") -> str:
         """Words if images of a part are also trained on, under whatever name."""

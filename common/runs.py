@@ -57,6 +57,8 @@ def describe_run(settings, dataset, teacher=None) -> dict[str, Any]:
 def load_state(out: Path, settings, run: dict) -> dict | None:
     """The state to resume from, or None to begin. ValueError if it is that of another run."""
     if not (settings.resume and (out / "last.pt").exists()):
+        if settings.resume and (out / "log.jsonl").exists():
+            print0(f"note: {out} has a log, and no last.pt to go on from: starting over")
         return None
     state = checkpoints.read_file(out / "last.pt")
     before = {"class_names": run["class_names"]} | state["run"]  # older runs do not say them

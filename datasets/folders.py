@@ -75,6 +75,10 @@ def walk(root: Path, without: Collection[str] = ()) -> Iterator[str]:
     """Paths of all files in a folder and deeper, in order, without hidden ones and metadata."""
     for place, folders, files in os.walk(root, followlinks=True):
         skip = without if place == str(root) else ()
+        inner = {x: os.path.realpath(os.path.join(place, x)) + os.sep for x in folders}
+        real = os.path.realpath(place) + os.sep
+        above = {x for x, target in inner.items() if real.startswith(target)}  # by a link
+        skip = above.union(skip)
         folders[:] = sorted(x for x in folders if not METADATA.match(x) and x not in skip)
         yield from (os.path.join(place, x) for x in sorted(files) if not x.startswith("."))
 
@@ -84,6 +88,7 @@ def list_images(folder: Path, classes: Collection[str] = ()) -> Listing:
     known = sorted(classes or {to_nfc(name) for name in list_subfolders(folder)})
     numbers = {name: number for number, name in enumerate(known)}
     samples, names, others, inside = [], [], [], set()
+    within: dict[str, set[str]] = {name: set() for name in known}  # subfolders, "" for none
     for path in walk(folder):
         if not is_image_file(path):
             others.append(path)
@@ -94,12 +99,21 @@ def list_images(folder: Path, classes: Collection[str] = ()) -> Listing:
             raise ValueError(f"{path} lies in no folder of a class: {remedy}")
         samples.append((path, numbers[places[0]] if places else 0))
         names.append("/".join([*places, file]))
+        if places:
+            within[places[0]].add("".join(places[1:2]))
         inner = ((Path(folder, *places[:i]), name) for i, name in enumerate(places) if i)
         inside |= {(place, PART_OF[x.lower()]) for place, x in inner if x.lower() in PART_OF}
     if len(inside) > len({place for place, _ in inside}):
         raise ValueError(f"{min(inside)[0]} has parts (train, val): point --data-dir at it")
     if not samples:
-        raise FileNotFoundError(f"{folder} holds no images: fill or remove it")
+        kinds = f" of a known kind (but {others[0]})" if others else ""
+        raise FileNotFoundError(f"{folder} holds no images{kinds}: fill or remove it")
+    first, *rest = within.values() or [set()]
+    if rest and len(first) > 1 and "" not in first and all(first == other for other in rest):
+        same, shown = ", ".join(sorted(first)[:3]), " and ".join(known[:2])
+        raise ValueError(f"{folder}: {shown} hold the same folders ({same}): name one of them")
+    if len({name.casefold() for name in known}) < len(known):
+        print0(f"note: {folder}: some classes differ in upper and lower case only")
     if others:
         print0(f"note: {len(others)} files are not images of a known kind, such as {others[0]}")
     if skipped := [x.name for x in folder.glob("[!.]*/") if METADATA.match(x.name)]:

@@ -61,11 +61,12 @@ def decode(path: str) -> Tensor:
 
 
 def scale(pixels: np.ndarray) -> np.ndarray:
-    """8 bits of more. Cameras save 12 in a file of 16, which would leave 16 levels."""
+    """8 of 16 bits. Cameras save 12 in such a file: whether a dark one has 12, no file can say."""
     if pixels.min() < 0 or pixels.max() > 65535:
         raise ValueError("its pixels have neither 8 nor 16 bits: save it with one of these")
-    top = next(top for top in (255, 4095, 65535) if pixels.max() <= top)
-    return (pixels.astype(np.int64) * 255 // top).astype(np.uint8)
+    if 0 < pixels.max() < 4096:
+        raise ValueError(f"its 16-bit pixels end at {pixels.max()}: scale all images to 0..65535")
+    return (pixels // 257).astype(np.uint8)
 
 
 def centre_crop(size: int, crop_pct: float) -> v2.Transform:
@@ -234,8 +235,9 @@ def examine(decode_all: bool, path: str) -> int:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 256))
         end = file.read()
-        file.seek(size // 2)
-        parts = size, end, file.read(1024)  # images may have equal names and sizes
+        large = size > 2**16 and path.lower().endswith((".jpg", ".jpeg", ".png", ".webp"))
+        file.seek(size // 2 if large else 0)
+        parts = size, end, file.read(1024 if large else -1)  # they may have equal names and sizes
         with Image.open(file) as image:
             image.verify()
             kind = image.format

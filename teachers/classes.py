@@ -36,7 +36,9 @@ def match_classes(model, classes: list[str]) -> list[int]:
         raise ValueError(f"{found.source} names no classes, are they {orders}? {remedy}")
     if not found.classes:
         print0(f"note: {found.source} names no classes: {known[0]} to {known[-1]}, in this order?")
-    for ours, theirs in (known, classes), (number_imagenet(known), number_imagenet(classes)):
+    words = ([name.replace("_", " ") for name in names] for names in (known, classes))
+    numbers = number_imagenet(known), number_imagenet(classes)
+    for ours, theirs in (known, classes), tuple(words), numbers:
         if theirs and set(theirs) <= set(ours) and len(ours) == outputs:
             return [ours.index(name) for name in theirs]
     strange = sorted({*classes} - {*known})[:3] or [f"it has {outputs} outputs"]

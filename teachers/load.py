@@ -40,7 +40,9 @@ def read_checkpoint(source: str | Path, normalization: str = "") -> Checkpoint:
 
         checkpoint = parse_foreign(found, source, place, model)
     architecture = checkpoint.architecture
-    if "mean" in architecture and not normalization:
+    if "mean" in architecture:
+        if normalization:
+            print0(f"note: {source} names its own mean and std, --normalization is for others")
         return checkpoint
     assumed = "imagenet" if architecture["channels"] == 3 else "none"
     if not normalization:

@@ -13,7 +13,7 @@ import data
 import finetune
 import pretrain
 from common import augment
-from datasets import images, sources
+from datasets import folders, images, sources
 
 CAFE = "caf\u00e9"  # of four characters, not five
 
@@ -144,11 +144,13 @@ def test_sixteen_bits_are_scaled_and_photographs_turned_upright(tmp_path):
     with pytest.raises(ValueError, match="floating-point numbers"):
         images.read_image(str(tmp_path / "floats.tiff"))
     ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
-    for bits in (8, 12, 16):  # in 16: they keep their levels
-        some = (ramp >> (16 - bits)).astype(np.uint16)
-        Image.fromarray(some).save(tmp_path / "deep.png")
-        expected = torch.from_numpy(255.0 * some / (2**bits - 1)).floor().expand(3, 8, 8)
+    for top in (65535, 4200):  # of one data set, which share a scale
+        Image.fromarray(ramp.clip(0, top)).save(tmp_path / "deep.png")
+        expected = torch.from_numpy(ramp.clip(0, top) / 257.0).floor().expand(3, 8, 8)
         assert torch.equal(images.read_image(str(tmp_path / "deep.png")), expected.byte())
+    Image.fromarray(ramp // 16).save(tmp_path / "deep.png")  # 12 bits
+    with pytest.raises(ValueError, match="end at 4095"):
+        images.read_image(str(tmp_path / "deep.png"))
     for value in (0, 255):  # a shape of one colour, on transparent ground
         shape = np.full((8, 8, 4), value, np.uint8)
         shape[..., 3] = 255 * (np.arange(8) > 3)[:, None]
@@ -253,3 +255,13 @@ def test_parts_have_several_names_and_may_lack_classes(unsplit, capsys):
     shutil.rmtree(root / "test")
     dataset = data.load(folder(root))
     assert dataset.val is dataset.test and "1 of them without a test" in dataset.describe(True)
+
+
+def test_folders_above_the_classes_are_no_classes_and_links_end(photos, tmp_path):
+    for fold in ("fold1", "fold2"):
+        shutil.copytree(photos / "train", tmp_path / "folds" / fold)
+    with pytest.raises(ValueError, match="fold1 and fold2 hold the same folders"):
+        folders.list_images(tmp_path / "folds")
+    plain = folders.list_images(tmp_path / "folds/fold1").names
+    (tmp_path / "folds/fold1" / plain[0].split("/")[0] / "loop").symlink_to("..")
+    assert folders.list_images(tmp_path / "folds/fold1").names == plain
