@@ -112,6 +112,9 @@ def list_images(folder: Path, classes: Collection[str] = ()) -> Listing:
     if rest and len(first) > 1 and "" not in first and all(first == other for other in rest):
         same, shown = ", ".join(sorted(first)[:3]), " and ".join(known[:2])
         raise ValueError(f"{folder}: {shown} hold the same folders ({same}): name one of them")
+    mixed = [f"{name}/{x}" for name, some in within.items() if "" in some for x in some if x]
+    if mixed:
+        print0(f"note: {folder}: images in {min(mixed)} count for its class, as those beside it")
     if len({name.casefold() for name in known}) < len(known):
         print0(f"note: {folder}: some classes differ in upper and lower case only")
     if others:
