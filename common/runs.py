@@ -33,7 +33,7 @@ def get_folder(settings) -> Path:
     model, teacher = settings.model, settings.teacher.partition("=")[0]
     is_file = re.search(r"[/\\]|\.(pt|pth|tar|bin|safetensors)$", teacher)
     if not is_file and teacher not in ("", "auto", "pretrain", "none", "random", "mae"):
-        model = teacher.replace(":", "-")
+        model = teacher
     return Path(settings.out or f"runs/{settings.method}-{settings.data}-{model}-s{settings.seed}")
 
 

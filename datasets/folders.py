@@ -74,13 +74,19 @@ def list_subfolders(folder: Path) -> list[str]:
 def walk(root: Path, without: Collection[str] = ()) -> Iterator[str]:
     """Paths of all files in a folder and deeper, in order, without hidden ones and metadata."""
     for place, folders, files in os.walk(root, followlinks=True):
-        skip = without if place == str(root) else ()
-        inner = {x: os.path.realpath(os.path.join(place, x)) + os.sep for x in folders}
-        real = os.path.realpath(place) + os.sep
-        above = {x for x, target in inner.items() if real.startswith(target)}  # by a link
-        skip = above.union(skip)
-        folders[:] = sorted(x for x in folders if not METADATA.match(x) and x not in skip)
+        skip = [*filter(METADATA.match, folders), *(without if place == str(root) else ())]
+        skip += [x for x in folders if leads_above(place, x)]
+        folders[:] = sorted({*folders}.difference(skip))
         yield from (os.path.join(place, x) for x in sorted(files) if not x.startswith("."))
+
+
+def leads_above(place: str, name: str) -> bool:
+    """Whether a folder is a link to one of those that it lies in: a walk would never end."""
+    path = os.path.join(place, name)
+    if not os.path.islink(path):
+        return False
+    target, here = Path(path).resolve(), Path(place).resolve()
+    return here.is_relative_to(target)
 
 
 def list_images(folder: Path, classes: Collection[str] = ()) -> Listing:

@@ -17,7 +17,7 @@ from recipes import DATA_SETS, Images, Settings, TransferSettings
 from teachers.adapt import Teacher, adapt
 from teachers.load import build, build_vit, make_config, read_checkpoint
 
-BUNDLED = Path(__file__).parent.parent / "weights"  # made by study/ship.py
+BUNDLED = Path(__file__).parent.parent / "weights"
 SIZE = {"dim": "model", "depth": "model", "heads": "model", "patch": "patch"}  # field: flag
 
 
