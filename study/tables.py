@@ -53,7 +53,8 @@ STEPS = SCENES._replace(  # tuned at both ends of an axis of training
     rates=(5e-4, *RATES, 6.4e-2),
     mixes=({"mixup": 0.8}, {"smoothing": 0.1}, {"mixup": 0.8, "smoothing": 0.1}),
     own={row: (name, values[:2]) for row, (name, values) in (OWN | VARIED).items()}
-    | WEIGHED | dict.fromkeys(rows.PIXELS, ("attention_weight", (1.0, 0.3, 3.0, 10.0))),
+    | WEIGHED | dict.fromkeys(rows.FEATURES, WEIGHTS)
+    | dict.fromkeys(rows.PIXELS, ("attention_weight", (1.0, 0.3, 3.0, 10.0))),
 )  # fmt: skip
 PHOTO_SCENES = SCENES._replace(
     base={"data": "scenes-cifar10", "num_labels": 2000, "epochs": 20},
@@ -154,6 +155,13 @@ TABLES = {
         study=STEPS, tunes=True, rows=ENDS, points=choose_ends(AT_300)),
     "scenes-steps-300": scenes("pointer: 300 labelled scenes, 300 to 9,000 steps", study=STEPS,
         rows=ENDS, points=AT_300, tuned_at=list(AT_300)[2], fewer=thin_out(AT_300, 5), seeds=5),
+    "scenes-controls-tuning": scenes("settings of feature distillation, 100 scenes", study=STEPS,
+        points=FIRST_100, tunes=True, rows=tuple(rows.FEATURES)),
+    "scenes-controls": scenes("100 scenes: what else could help", study=STEPS, points=FIRST_100,
+        rows=(*MAIN, *rows.PROBE, *rows.FEATURES, *rows.PARTS, MEAN, "copy, other maps",
+        "copy, uniform maps", "copy, impulse maps", "copy, random teacher",
+        "distillation, mean maps", "distillation, random teacher"), contrasts=OF_GAIN
+        | subtract((COPY, TUNED), ("distillation, mean maps", SCRATCH))),
     "scenes-looks": scenes("where nets look at a pointer", **looked),
     "scenes-looks-twins": scenes("where nets look at twins", points=TWINS, **looked),
     "scenes-looks-photos": scenes("where nets look among photographs", study=PHOTO_SCENES,
