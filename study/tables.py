@@ -50,7 +50,7 @@ SCENES = Study(
     own=OWN | dict.fromkeys(rows.PROBE, PROBING) | dict.fromkeys(rows.FEATURES, WEIGHTS),
 )  # fmt: skip
 STEPS = SCENES._replace(  # tuned at both ends of an axis of training
-    rates=(5e-4, *RATES, 6.4e-2),
+    rates=(2.5e-4, 5e-4, *RATES, 6.4e-2),
     mixes=({"mixup": 0.8}, {"smoothing": 0.1}, {"mixup": 0.8, "smoothing": 0.1}),
     own={row: (name, values[:2]) for row, (name, values) in (OWN | VARIED).items()}
     | WEIGHED | dict.fromkeys(rows.FEATURES, WEIGHTS)
