@@ -79,7 +79,10 @@ def test_a_teacher_is_pre_trained_where_there_is_none(pretrainings, capsys):
     (asked,), usual = pretrainings, pretrain.parse(["--data", "digits"])
     assert (asked.distractors, asked.seed, asked.num_labels) == (2, 3, usual.num_labels)
     assert (asked.epochs, asked.blr, asked.mask_ratio) == (usual.epochs, usual.blr, 0.6)
-    assert len({one.fingerprint for one in found}) == 1 and found[0].method == "pretrain"
+    assert (
+        len({checkpoints.fingerprint(one.weights) for one in found}) == 1
+        and found[0].method == "pretrain"
+    )
     assert capsys.readouterr().out.count("making one first") == 1
     for other in (["--seed", "4"], ["--patch", "4"], ["--model", "mini"]):
         assert find_for(attention_copy, *argv, *other).source != found[0].source
@@ -183,7 +186,7 @@ def test_what_a_file_holds_instead_is_said(tmp_path, capsys):
     assert "model and model_ema: model is taken" in capsys.readouterr().out
     for contents, words in (
         ({"vit.embeddings.cls_token": torch.ones(1)}, "embeddings.cls_token: Hugging Face"),
-        ({"model": state, "run": Path("/")}, "pathlib"),
+        ({"model": state, "run": Path("/")}, "save its weights alone"),
         (state | {"head.bias": torch.full((1000,), float("nan"))}, "head.bias"),
     ):
         torch.save(contents, path)
