@@ -185,7 +185,7 @@ def test_what_a_file_holds_instead_is_said(tmp_path, capsys):
     assert torch.equal(weights["cls_token"], state["cls_token"])
     assert "model and model_ema: model is taken" in capsys.readouterr().out
     for contents, words in (
-        ({"vit.embeddings.cls_token": torch.ones(1)}, "embeddings.cls_token: Hugging Face"),
+        ({"vit.embeddings.cls_token": torch.ones(1)}, "embeddings.cls_token"),
         ({"model": state, "run": Path("/")}, "save its weights alone"),
         (state | {"head.bias": torch.full((1000,), float("nan"))}, "head.bias"),
     ):
