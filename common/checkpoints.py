@@ -103,9 +103,9 @@ def save(contents: dict | str | Callable, path: Path) -> None:
                 torch.save(contents, file)
         os.replace(part, path)
     except (OSError, RuntimeError) as error:
-        reason = error.__context__ or error  # torch.save says less than what it met
+        met = error if isinstance(error, OSError) else error.__context__  # by torch.save
         kept = ": the old file is intact" if path.is_file() else ""
-        raise Failed(f"could not write {path} ({reason}){kept}") from error
+        raise Failed(f"could not write {path} ({met or error}){kept}") from error
     finally:
         part.unlink(missing_ok=True)
 

@@ -1,7 +1,5 @@
 """Runs of the scripts: killed and resumed, on one process and on two, failing without harm."""
 
-import contextlib
-import io
 import json
 import os
 import shutil
@@ -19,7 +17,7 @@ import attention_distill
 import data
 import finetune
 import train
-from common import launch, pictures, runs
+from common import runs
 
 ROOT = Path(__file__).parents[2]
 SHORT = "--teacher random --epochs 6 --num-labels 300 --batch 50 --eval-every 3 --ema 0.9".split()
@@ -267,25 +265,6 @@ def test_a_teacher_is_known_by_its_weights_wherever_it_lies(tmp_path, teacher, s
     failing(attention_copy, [*argv, mine, "--resume"], *words)
     failing(attention_copy, [*argv, mine, "--overwrite", "--out", tmp_path], "lies in --out")
     assert mine.exists()
-
-
-def test_a_picture_that_fails_ends_no_run_nor_does_a_notebook(tmp_path, monkeypatch):
-    monkeypatch.setattr(pictures, "draw_curves", lambda rows: 1 / 0)
-    monkeypatch.setattr(sys, "argv", ["x", *QUICK, "--out", str(tmp_path)])
-    with contextlib.redirect_stdout(io.StringIO()):  # as a notebook's, it has no `reconfigure`
-        launch.run(finetune.main, finetune.parse)
-    assert (tmp_path / "model.pt").exists() and not (tmp_path / "curves.png").exists()
-
-
-@pytest.mark.parametrize("words, code", [
-    ("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)", 1),
-    ("DataLoader worker (pid 1) is killed by signal: Bus error. insufficient shared memory", 1),
-    ("InvalidCxxCompiler: No working C++ compiler found in config.cpp.cxx: (None, 'g++')", 2),
-    ("Failed to find C compiler. Please specify via CC environment variable.", 2), ("a bug", 0),
-])  # fmt: skip
-def test_what_the_machine_lacks_is_one_line(words, code):
-    text, found = launch.describe_error(RuntimeError(words))
-    assert found == code and (text == words) == (not code)
 
 
 def test_starting_over_leaves_nothing_of_the_run_before(tmp_path, monkeypatch):
