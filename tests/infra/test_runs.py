@@ -117,14 +117,9 @@ def test_killed_and_resumed_gives_the_same_bits(tmp_path, failing):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("accident, code, line", [
-    ("group killed", 143, ""), ("worker killed", 1, "error: a worker"),
-    ("image broken", 2, "error: cannot"),
-])  # fmt: skip
-def test_a_run_ends_with_the_processes_that_decode_its_images(
-    accident, code, line, small, photos, tmp_path
-):
-    """A signal to the whole group, as torchrun sends it, lets it save."""
+@pytest.mark.parametrize("killed", [True, False])
+def test_a_run_ends_with_the_processes_that_decode_its_images(killed, small, photos, tmp_path):
+    """A signal to the whole group, as torchrun sends it, lets it save. A broken image ends it."""
     root = shutil.copytree(photos, tmp_path / "photos")
     for i in range(30):  # an epoch should outlast the start of its workers
         for path in root.glob("train/*/?.jpg"):
@@ -135,18 +130,16 @@ def test_a_run_ends_with_the_processes_that_decode_its_images(
     run = start(tmp_path / "driver.py", *argv, start_new_session=True)
     while run.poll() is None and not (tmp_path / "run" / "log.jsonl").exists():
         time.sleep(0.1)
-    while run.poll() is None and len(workers := list_children(run)) < 2:
+    while run.poll() is None and len(list_children(run)) < 2:
         pass
     time.sleep(0.3)  # until they have left the group
-    if accident == "group killed":
+    if killed:
         os.killpg(run.pid, signal.SIGTERM)
-    elif accident == "worker killed":
-        os.kill(workers[0], signal.SIGKILL)
     else:
         (root / "train" / "red" / "5.jpg").write_text("broken")
     text, errors = run.communicate(timeout=60)
-    assert run.returncode == code and line in errors and (line or not errors), errors
-    assert ("continue with --resume" in text) == (code == 143)
+    assert run.returncode == (143 if killed else 2) and bool(errors) == (not killed), errors
+    assert ("continue with --resume" in text) == killed
 
 
 @pytest.fixture(scope="module")
