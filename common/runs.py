@@ -48,7 +48,7 @@ def describe_run(settings, dataset, teacher=None) -> dict[str, Any]:
         "images_fingerprint": dataset.fingerprint,
         "images_per_step": dataset.train.batch,  # with --batch 0 it depends on the folder
         "normalization": (list(pixels["mean"]), list(pixels["std"])),
-        "teacher_weights": teacher.fingerprint if teacher else None,
+        "teacher_weights": checkpoints.fingerprint(teacher.weights) if teacher else None,
         "teacher_family": teacher.method if teacher else None,
     }
     return about | get_values(settings, free=False) | about  # a setting may have an equal name
