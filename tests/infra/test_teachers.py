@@ -23,11 +23,12 @@ import finetune
 import vit
 from common import checkpoints
 from datasets.images import centre_crop
-from teachers import positions, zoo
+from teachers import load, positions, zoo
 from teachers.__main__ import main as list_teachers
 from teachers.adapt import TeacherAdapter, adapt
 from teachers.classes import match_classes
 from teachers.load import build, build_vit, open_model, read_checkpoint
+from teachers.to_timm import to_timm
 from teachers.vit import Config
 
 SMALL = dict(dim=48, depth=2, heads=3)
@@ -230,8 +231,8 @@ def components_of(net) -> dict:
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
-def test_a_student_looks_where_its_teacher_looks_and_learns(name, small, tmp_path):
-    """One step of each method, with a student of the same components, which loads anywhere."""
+def test_a_student_looks_where_its_teacher_looks_learns_and_goes_to_timm(name, small, tmp_path):
+    """One step of each method. Then the student is the same net in timm."""
     size = 6 * zoo.MODELS[name].patch
     batch, labels = torch.randn(2, 3, size, size), torch.tensor([1, 3])
     task = prepare(finetune, name, tmp_path, size)
@@ -254,13 +255,45 @@ def test_a_student_looks_where_its_teacher_looks_and_learns(name, small, tmp_pat
             maps = ([qk.map() for _, qk in trace] for trace in (looks, teacher.blockwise(batch)))
             torch.testing.assert_close(*maps)
 
+    for p in student.parameters():  # also what a step hardly moves
+        p.data.add_(0.1 * torch.randn_like(p))
+    target = name.replace("dinov3.", "dinov3_qkvb.")
+    if "plus" in target:  # timm has one with the biases that a student learns
+        target = "vit_small_plus_patch16_dinov3_qkvb.lvd1689m"
+    pooled = {"use_fc_norm": True} if "dinov3" in target else {}
+    net = timms(target, img_size=size, num_classes=5, global_pool="avg", **pooled)
     torch.save(task.export(student), tmp_path / "student.pt")
-    logits = open_model(tmp_path / "student.pt")(batch)
-    torch.testing.assert_close(logits, student.eval()(batch))
-    if not re.search("deit3|reg4|dinov3|clip", name):  # timm's have other tensors
-        net = timms(name, img_size=size, num_classes=5, global_pool="avg")
-        net.load_state_dict(student.state_dict())
-        torch.testing.assert_close(net(student.normalise(batch)), logits, atol=1e-5, rtol=1e-5)
+    net.load_state_dict(to_timm(open_model(tmp_path / "student.pt"), net))
+    theirs = net(student.normalise(batch))
+    torch.testing.assert_close(theirs, student.eval()(batch), atol=1e-5, rtol=1e-5)
+
+
+def test_timms_of_another_function_is_refused():
+    net = randomise(vit.ViT(plain("mini", 64, 16)))
+    clip, mean = "vit_base_patch32_clip_quickgelu_224.openai", dict(global_pool="avg")
+    same = functools.partial(timms, img_size=64, embed_dim=128, depth=6, num_heads=4, num_classes=5)
+    to_timm(load.Model(net), same(MAE, **mean))
+    for other in (
+        same(MAE, **mean, num_heads=8), same(MAE, **mean, img_size=80), same(MAE, **mean, depth=5),
+        same(MAE, global_pool="max"), same(MAE, global_pool="token"),
+        same(clip, **mean, patch_size=16),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="timm's"):
+            to_timm(load.Model(net), other)
+    with torch.no_grad():  # 5 of 6 blocks, though the last does nearly nothing
+        for p in net.blocks[5].parameters():
+            p.mul_(1e-6)
+    with pytest.raises(ValueError, match=r"blocks\.5"):
+        to_timm(load.Model(net), same(MAE, **mean, depth=5))
+    with pytest.raises(ValueError, match="its teacher's maps"):
+        to_timm(load.Model(net, teacher=net, layers=(0,)), same(MAE, **mean))
+    rope = Config(64, 16, 3, 5, 128, 6, 4, positions="rope", layer_scale=1.0, registers=4, eps=1e-5)
+    dinov3 = "vit_small_patch16_dinov3{}.lvd1689m"
+    for more, base, words in (("", 100.0, "qkv.bias"), ("_qkvb", 10.0, "outputs on noise")):
+        net = randomise(build(replace(rope, rope_base=base)))
+        other = same(dinov3.format(more), **mean, use_fc_norm=True)
+        with pytest.raises(ValueError, match=words):
+            to_timm(load.Model(net), other)
 
 
 def plain(model: str, image_size: int = 32, patch: int = 8) -> vit.Config:
@@ -378,7 +411,7 @@ def test_a_name_that_does_not_fit_its_file_is_refused(tmp_path, request, monkeyp
 @pytest.mark.skipif(not PUBLISHED.is_dir(), reason="needs published files in ../shared")
 @pytest.mark.parametrize("name", [DEIT, "vit_tiny_patch16_224.augreg_in21k_ft_in1k"])
 def test_published_files_say_of_photographs_what_timm_says(name):
-    """Of 50 photographs."""
+    """Of 50 photographs. And they go to timm as they are, at any size."""
     path = PUBLISHED / "teachers" / f"{name}.safetensors"
     model, net = open_model(path), timm.create_model(name, pretrained=False).eval()
     net.load_state_dict(load_file(path))
@@ -394,3 +427,7 @@ def test_published_files_say_of_photographs_what_timm_says(name):
     columns = match_classes(model, sorted(ids))
     labels = torch.tensor([columns[sorted(ids).index(one)] for one in ids[::20]])
     assert (ours == labels).float().mean() > 0.5
+    for size in (224, 96):
+        model = open_model(path, image_size=size)
+        twin = timm.create_model(name, pretrained=False, img_size=size)
+        twin.load_state_dict(to_timm(model, twin))
