@@ -257,11 +257,12 @@ def test_parts_have_several_names_and_may_lack_classes(unsplit, capsys):
     assert dataset.val is dataset.test and "1 of them without a test" in dataset.describe(True)
 
 
-def test_folders_above_the_classes_are_no_classes_and_links_end(photos, tmp_path):
-    for fold in ("fold1", "fold2"):
-        shutil.copytree(photos / "train", tmp_path / "folds" / fold)
-    with pytest.raises(ValueError, match="fold1 and fold2 hold the same folders"):
-        folders.list_images(tmp_path / "folds")
-    plain = folders.list_images(tmp_path / "folds/fold1").names
-    (tmp_path / "folds/fold1" / plain[0].split("/")[0] / "loop").symlink_to("..")
-    assert folders.list_images(tmp_path / "folds/fold1").names == plain
+def test_folders_within_a_class_count_for_it(unsplit):
+    plain = folders.list_images(unsplit)
+    for path in list(unsplit.rglob("*.png")):
+        inner = path.parent / ("day" if path.stem < "05" else "night")
+        inner.mkdir(exist_ok=True)
+        path.rename(inner / path.name)
+    deep = folders.list_images(unsplit)
+    assert deep.names[0] == f"{CAFE}/day/00.png" and deep.classes == plain.classes
+    assert [label for _, label in deep.samples] == [label for _, label in plain.samples]
