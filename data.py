@@ -39,7 +39,6 @@ class Data(NamedTuple):
     holdout: float = 0.0  # share of the training images that was held out
     available: int = 0  # images to train on, before --num-labels takes some
     fingerprint: str = ""  # of all image files; a bundled set has none
-    left_out: tuple[str, ...] = ()  # images that cannot be read
 
     def describe(self, labels: bool) -> str:
         """How many images there are, and of how many classes if `labels` matter."""
@@ -105,15 +104,14 @@ def load(settings: Images, train: bool = True) -> Data:
     assert isinstance(settings, Settings)
     if test is source:
         print0("note: nothing is held out: accuracies will be those of training images")
-    drawn = draw_labels(source, settings).hold()  # and what cannot be read is known
+    drawn = draw_labels(source, settings).hold()
     files = [x for x in (source, val, test) if getattr(x, "contents", None) is not None]
     known = [(x.names, x.contents.tolist()) for x in files]
     fingerprint = f"{hash_seed(*known):014x}" if files else ""
     in_files = not isinstance(drawn, Tensors)
     augment = parts.augment or Augment(settings, kind, device, cropped=in_files)
     view = Train(drawn, augment, settings, len(parts.classes), device)
-    left_out = tuple(sorted(getattr(source, "left_out", ())))
-    found = found._replace(available=len(source), fingerprint=fingerprint, left_out=left_out)
+    found = found._replace(available=len(source), fingerprint=fingerprint)
     return found._replace(train=view)
 
 

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 from torchvision.datasets.folder import is_image_file
 
-from common import runs
 from common.launch import print0
 from datasets.sources import Parts
 
@@ -29,15 +28,13 @@ class Listing(NamedTuple):
 
 
 def load(settings, kind, size: int, device) -> Parts:
-    """The images of --data-dir. What cannot be read is left out, also when the run is resumed."""
-    from datasets import images
+    """The images of --data-dir, without those that cannot be read."""
+    from datasets import images  # slow to import
 
     folder, sources = Path(settings.data_dir or f"data/{settings.data}"), {}
-    left_out = runs.read_left_out(settings)  # one set for all parts
     for part, (classes, samples, names) in list_parts(folder).items():
-        how = (size, kind, settings, device, part, left_out)
-        sources[part] = images.Files(samples, names, *how)
-        sources[part].look_through()
+        files = images.Files(samples, names, size, kind, settings, device)
+        sources[part] = files.look_through()
     train, val, test = map(sources.get, PARTS)
     return Parts(classes, train, val if test else None, test or val)
 
