@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torchvision.datasets.folder import is_image_file
 
 from common.launch import print0
@@ -23,7 +24,8 @@ METADATA = re.compile(  # folders of NAS, desktops and archives for thumbnails, 
 
 class Listing(NamedTuple):
     classes: list[str]  # names of the subfolders; [""] for a flat folder without labels
-    samples: list[tuple[str, int]]  # path, number of the class
+    paths: list[str]
+    labels: list[int]  # numbers of classes
     names: list[str]  # CLASS/.../FILE, the same wherever the folder lies and whatever its disk
 
 
@@ -32,8 +34,8 @@ def load(settings, kind, size: int, device) -> Parts:
     from datasets import images  # slow to import
 
     folder, sources = Path(settings.data_dir or f"data/{settings.data}"), {}
-    for part, (classes, samples, names) in list_parts(folder).items():
-        files = images.Files(samples, names, size, kind, settings, device)
+    for part, (classes, paths, labels, names) in list_parts(folder).items():
+        files = images.Files(paths, names, torch.tensor(labels), size, kind, settings, device)
         sources[part] = files.look_through()
     train, val, test = map(sources.get, PARTS)
     return Parts(classes, train, val if test else None, test or val)
@@ -93,7 +95,7 @@ def list_images(folder: Path, classes: Collection[str] = ()) -> Listing:
         print0(f"note: {folder}: ignoring {', '.join(skipped)}, as thumbnails, bins or the like")
     numbers = {name: number for number, name in enumerate(known)}
     labels = [numbers[name.partition("/")[0]] if known else 0 for name in names]
-    return Listing(known or [""], [*zip(paths, labels, strict=True)], names)
+    return Listing(known or [""], paths, labels, names)
 
 
 def check_layout(folder: Path, names: list[str]) -> None:

@@ -76,8 +76,9 @@ def random_crop(size: int, settings, mean: Sequence[float]) -> v2.Transform:
 class Files(Dataset):
     """Images in files, cropped when a batch asks: at random to train, else in the centre."""
 
-    samples: list[tuple[str, int]]  # path, label
+    paths: list[str]
     names: list[str]  # the same wherever their folder lies
+    labels: Tensor
     size: int
     kind: Any  # a recipes.DataSet: its mean is the colour of gaps
     settings: Any
@@ -89,19 +90,16 @@ class Files(Dataset):
         self.centre_crop = centre_crop(self.size, self.kind.crop_pct)
 
     def __len__(self) -> int:
-        return len(self.samples)
-
-    @property
-    def labels(self) -> Tensor:
-        return torch.tensor([label for _, label in self.samples])
+        return len(self.paths)
 
     def subset(self, indices: Sequence[int]) -> "Files":
-        samples, names = [self.samples[i] for i in indices], [self.names[i] for i in indices]
-        return replace(self, samples=samples, names=names, contents=self.contents[indices])
+        paths, names = [self.paths[i] for i in indices], [self.names[i] for i in indices]
+        labels, contents = self.labels[indices], self.contents[indices]
+        return replace(self, paths=paths, names=names, labels=labels, contents=contents)
 
     def look_through(self) -> "Files":
         """Those that can be read, with hashes of their contents. A note names one of the others."""
-        mine = [path for path, _ in self.samples[rank() :: world()]]
+        mine = self.paths[rank() :: world()]
         with ThreadPoolExecutor(32) as pool:
             shares = collect([*count(pool.map(examine, mine), len(mine), "images looked through")])
         found: list[Any] = [None] * len(self)
@@ -137,11 +135,11 @@ class Files(Dataset):
         return Tensors(stacked, labels, self.names, self.contents)
 
     def crop_centre(self, index: int) -> Tensor:
-        return self.centre_crop(read_image(self.samples[index][0]))
+        return self.centre_crop(read_image(self.paths[index]))
 
     def shrink(self, index: int) -> Tensor:
         """What training crops are cut from: as large as the smallest of them needs, no larger."""
-        area, image = self.settings.crop_area, read_image(self.samples[index][0])
+        area, image = self.settings.crop_area, read_image(self.paths[index])
         side = math.ceil(self.size / math.sqrt(area) if area else self.size)
         if min(image.shape[-2:]) <= side:
             return image
@@ -171,7 +169,7 @@ class Files(Dataset):
 
     def __getitem__(self, key: tuple) -> tuple[Tensor, int]:
         *seed, index = key
-        label = self.samples[index][1]
+        label = int(self.labels[index])
         if not seed:
             return self.crop_centre(index), label
         image = self.held[index] if self.held else self.shrink(index)

@@ -43,11 +43,10 @@ def load(settings, kind, size: int, device) -> Parts:
         names, pools = found.classes, [(F.avg_pool2d(x.images / 255, 4), x.labels) for x in held]
     kinds = parse_layers(settings.classes, len(names), "classes")
     twins = settings.scene == "twins"
-    if len(kinds) < 2 + twins:
-        least = "three" if twins else "two"
-        raise ValueError(f"--classes {settings.classes}: such scenes show {least} classes or more")
-    if twins and settings.dial:
-        raise ValueError(f"--dial {settings.dial}: only --scene pointer has a pointer")
+    if twins and (settings.dial or len(kinds) < 3):
+        raise ValueError(
+            "--scene twins: no --dial (it has no pointer), and three --classes or more"
+        )
     grid, rest = divmod(size, cell := pools[0][0].shape[-1])
     if rest or grid < 3 or not grid % 2:
         sizes = f"{3 * cell}, {5 * cell}, {7 * cell}"

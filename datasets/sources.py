@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from common.augment import hash_seed
+from common.augment import hash_seed, seeded
 
 CHOICES = {  # settings that only these files here have a use for
     "distractors": {"digits"}, "scene": {"scenes"}, "dial": {"scenes"}, "label": {"scenes"},
@@ -17,8 +17,7 @@ CHOICES = {  # settings that only these files here have a use for
 
 def check_choices(settings, module: str) -> None:
     """ValueError for a setting that would silently have no effect."""
-    changed = settings.given | ({"label"} if settings.label != "class" else set())
-    for name in sorted(changed & CHOICES.keys()):
+    for name in sorted(settings.given & CHOICES.keys()):
         if module not in CHOICES[name]:
             raise ValueError(f"--{name}: only for --data {' and '.join(sorted(CHOICES[name]))}")
     if "data_dir" in settings.given and settings.data in ("digits", "scenes"):
@@ -53,6 +52,27 @@ def hold_out(parts: Parts, share: float) -> tuple:
 def is_held_out(name, share: float) -> bool:
     """A function of the image's name alone: it stays what it is when others come or go."""
     return hash_seed("holdout", name) / 2**56 < share
+
+
+def draw_labels(source, count: int, seed: int):
+    """`count` images (0: all), as many of each class: drawn in rounds."""
+    if not count:
+        return source
+    if count > len(source):
+        raise ValueError(f"--num-labels {count}: there are only {len(source)} images")
+    labels = source.labels.cpu()
+    order = torch.randperm(len(labels), generator=seeded("labels", seed))
+    rounds = torch.empty_like(order)
+    for label in labels.unique():
+        of_class = labels[order] == label
+        rounds[of_class] = torch.arange(of_class.sum())
+    return source.subset(order[rounds.argsort(stable=True)][:count].tolist())
+
+
+def hash_files(*sources) -> str:
+    """A fingerprint of the names and contents of all image files. A bundled set has none."""
+    known = [(x.names, x.contents.tolist()) for x in sources if x and x.contents is not None]
+    return f"{hash_seed(*known):014x}" if known else ""
 
 
 @dataclass(eq=False)
