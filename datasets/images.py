@@ -2,11 +2,11 @@
 
 import contextlib
 import hashlib
+import itertools
 import math
 import os
 import re
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -63,8 +63,8 @@ def random_crop(size: int, settings, mean: Sequence[float]) -> v2.Transform:
     if settings.crop_area:
         steps = [v2.RandomResizedCrop(size, (settings.crop_area, 1.0), interpolation=BICUBIC)]
     else:
-        shift = v2.RandomCrop(size, padding=size // 8, fill=[round(255 * x) for x in mean])
-        steps = [v2.Resize(size, interpolation=BICUBIC), v2.CenterCrop(size), shift]
+        fill = [round(255 * x) for x in mean]
+        steps = [centre_crop(size, 1.0), v2.RandomCrop(size, padding=size // 8, fill=fill)]
     steps.append(v2.RandomHorizontalFlip())
     if settings.randaugment:  # faster on PIL images than on tensors
         augment = rand_augment(settings.randaugment, mean, "bicubic")
@@ -101,17 +101,17 @@ class Files(Dataset):
         """Those that can be read, with hashes of their contents. A note names one of the others."""
         mine = self.paths[rank() :: world()]
         with ThreadPoolExecutor(32) as pool:
-            shares = collect([*count(pool.map(examine, mine), len(mine), "images looked through")])
-        found: list[Any] = [None] * len(self)
-        for i, share in enumerate(shares):
-            found[i :: world()] = share
+            looked = [*count(pool.map(examine, mine), len(mine), "images looked through")]
+        rows = itertools.zip_longest(*collect(looked))  # of one image for each process
+        found = [x for row in rows for x in row if x is not None]
+        good = [i for i, x in enumerate(found) if isinstance(x, int)]
         bad = [x for x in found if isinstance(x, str)]
-        if len(bad) == len(found):
+        if not good:
             raise ValueError(bad[0])
         if bad:
             print0(f"note: {len(bad)} unreadable image(s) left out: {bad[0]}")
-        self.contents = torch.tensor([0 if isinstance(x, str) else x for x in found])
-        return self.subset([i for i, x in enumerate(found) if not isinstance(x, str)])
+        self.contents = torch.tensor([x if isinstance(x, int) else 0 for x in found])
+        return self.subset(good)
 
     def hold(self, centred: bool = False) -> "Files | Tensors":
         """Decodes all images now, if they fit in memory: to Tensors if all have the final size.
@@ -163,9 +163,8 @@ class Files(Dataset):
         )
         try:
             yield from loader
-        except (ConnectionError, EOFError):  # a worker was killed, in the middle of a batch
-            time.sleep(5)  # torch's own error, which says so, arrives by a signal
-            raise
+        except (ConnectionError, EOFError) as error:  # in the middle of a batch
+            raise RuntimeError("a DataLoader worker was killed") from error
 
     def __getitem__(self, key: tuple) -> tuple[Tensor, int]:
         *seed, index = key

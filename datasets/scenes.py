@@ -14,7 +14,6 @@ Scenes are made so that looking matters. They are a microscope, not a benchmark.
 
 import math
 from dataclasses import replace
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -44,16 +43,14 @@ def load(settings, kind, size: int, device) -> Parts:
     kinds = parse_layers(settings.classes, len(names), "classes")
     twins = settings.scene == "twins"
     if twins and (settings.dial or len(kinds) < 3):
-        raise ValueError(
-            "--scene twins: no --dial (it has no pointer), and three --classes or more"
-        )
+        raise ValueError("--scene twins: it takes three --classes or more, and no --dial")
     grid, rest = divmod(size, cell := pools[0][0].shape[-1])
     if rest or grid < 3 or not grid % 2:
-        sizes = f"{3 * cell}, {5 * cell}, {7 * cell}"
-        raise ValueError(f"--image-size: scenes are {sizes} ... pixels wide, not {size}")
-    parts, draws = [], [*map(partial(seeded, "scenes", settings.scene), COUNT)]
-    for part, pool, draw in zip(COUNT, pools, draws, strict=True):
-        parts.append(Tensors(*draw_scenes(part, *pool, kinds, settings, grid, draw)))
+        raise ValueError(f"--image-size {size}: choose {3 * cell}, {5 * cell}, {7 * cell} ...")
+    parts = []
+    for part, pool in zip(COUNT, pools, strict=True):
+        draws = seeded("scenes", settings.scene, part)
+        parts.append(Tensors(*draw_scenes(part, *pool, kinds, settings, grid, draws)))
     cells = [f"cell {i}" for i in range(grid**2)]
     labels = cells if settings.label == "cell" else [names[kind] for kind in kinds]
     train, val, test = parts

@@ -38,20 +38,18 @@ class Parts(NamedTuple):
 
 
 def hold_out(parts: Parts, share: float) -> tuple:
-    """Train, val and test: a share of the training images becomes val, each by its own name."""
+    """Train, val and test: a share of the training images becomes val.
+
+    The name of an image alone decides, so it stays where it is when others come or go.
+    """
     if not share or not parts.train:
         return parts.train, parts.val, parts.test
     names = parts.train.names or range(len(parts.train))
-    held = torch.tensor([is_held_out(name, share) for name in names])
+    held = torch.tensor([hash_seed("holdout", name) / 2**56 < share for name in names])
     ours, theirs = ((held == which).nonzero()[:, 0] for which in (False, True))
     if parts.val or not len(ours) or not len(theirs):
         raise ValueError(f"--holdout {share}: {len(held)} images are too few, or some are held out")
     return parts.train.subset(ours.tolist()), parts.train.subset(theirs.tolist()), parts.test
-
-
-def is_held_out(name, share: float) -> bool:
-    """A function of the image's name alone: it stays what it is when others come or go."""
-    return hash_seed("holdout", name) / 2**56 < share
 
 
 def draw_labels(source, count: int, seed: int):
