@@ -68,8 +68,10 @@ class Data(NamedTuple):
         text = f"{self.image_size} x {self.image_size}: {len(self.train):,} to train on"
         if not labels:
             return text
-        both = {"test": "validate and test"} if self.val is self.test else {}
-        for part, purpose in (both or {"val": "validate", "test": "test"}).items():
+        purposes = {"val": "validate", "test": "test"}
+        if self.val is self.test:
+            purposes = {"test": "validate and test"}
+        for part, purpose in purposes.items():
             text += f", {len(getattr(self, part)):,} to {purpose} on{self.warn_of_repeats(part)}"
         absent = len(self.classes) - len(self.test.source.labels.unique())
         few = f", {absent} of them without a test image" if absent else ""
@@ -84,6 +86,8 @@ def load(settings: Images, train: bool = True) -> Data:
     check_choices(settings, kind.module)
     module = importlib.import_module(f"datasets.{kind.module}")
     parts = module.load(settings, kind, size, device)
+    if train and not parts.train:
+        raise ValueError(f"{settings.data_dir or settings.data} has no train/")
     share = settings.holdout
     if share < 0:
         share = 0.0 if parts.test else 0.2
@@ -96,8 +100,6 @@ def load(settings: Images, train: bool = True) -> Data:
     if not train:
         return found
     assert isinstance(settings, Settings)
-    if not source:
-        raise ValueError(f"{settings.data_dir or settings.data} has no train/")
     if test is source:
         print0("note: nothing is held out: accuracies will be those of training images")
     seed = settings.seed if settings.subset_seed < 0 else settings.subset_seed

@@ -17,7 +17,8 @@ CHOICES = {  # settings that only these files here have a use for
 
 def check_choices(settings, module: str) -> None:
     """ValueError for a setting that would silently have no effect."""
-    for name in sorted(settings.given & CHOICES.keys()):
+    changed = settings.given | ({"label"} if settings.label != "class" else set())
+    for name in sorted(changed & CHOICES.keys()):
         if module not in CHOICES[name]:
             raise ValueError(f"--{name}: only for --data {' and '.join(sorted(CHOICES[name]))}")
     if "data_dir" in settings.given and settings.data in ("digits", "scenes"):
