@@ -122,7 +122,8 @@ class Train:
         if self.batch % self.world or self.batch > len(source):
             most = f"at most the {len(source)} training images"
             raise ValueError(f"--batch {self.batch}: {most}, in multiples of {self.world}")
-        self.mix = build_mix(settings.mixup, settings.cutmix, classes)
+        mixes = settings.mixup, settings.cutmix
+        self.mix = build_mix(*mixes, classes) if any(mixes) else None
 
     def __len__(self) -> int:
         return len(self.source)

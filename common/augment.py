@@ -79,10 +79,8 @@ def rand_augment(magnitude: int, mean: Sequence[float], interpolation: str) -> C
     return v2.Compose([half, half])
 
 
-def build_mix(mixup: float, cutmix: float, classes: int) -> Callable | None:
-    """MixUp, CutMix, or for each batch one of the two. None without either."""
-    if not (mixup or cutmix):
-        return None
+def build_mix(mixup: float, cutmix: float, classes: int) -> Callable:
+    """MixUp, CutMix, or for each batch one of the two."""
     from torchvision.transforms import v2  # slow to import
 
     mixes = [v2.MixUp(alpha=mixup, num_classes=classes)] if mixup else []

@@ -114,15 +114,12 @@ def test_images_that_would_be_ignored_or_learned_by_mistake_are_refused(names, t
 def test_repeats_are_counted_whatever_they_are_called(unsplit):
     for path in list(unsplit.rglob("*.png")):
         shutil.copy(path, path.with_stem(f"{path.stem} (1)"))
-    for part in ("train", "val"):
-        shutil.copytree(unsplit, unsplit.parent / "split" / part)
-    for root in (unsplit, unsplit.parent / "split"):  # their names are those in `unsplit`
-        dataset = data.load(folder(root))
-        parts = names_of(dataset.train), names_of(dataset.test)
-        learned, test = ([(unsplit / name).read_bytes() for name in part] for part in parts)
-        repeats = sum(one in learned for one in test)
-        assert dataset.count_learned(dataset.train.source.contents) == repeats > 0
-        assert f"{repeats} of these {len(test)}" in dataset.describe(True)
+    dataset = data.load(folder(unsplit))
+    parts = names_of(dataset.train), names_of(dataset.test)
+    learned, test = ([(unsplit / name).read_bytes() for name in part] for part in parts)
+    repeats = sum(one in learned for one in test)
+    assert dataset.count_learned(dataset.train.source.contents) == repeats > 0
+    assert f"{repeats} of these {len(test)}" in dataset.describe(True)
 
 
 def test_files_decode_to_pils_pixels_whatever_they_are_called(photos, tmp_path):
