@@ -86,9 +86,6 @@ class Files(Dataset):
     contents: Any = None  # hashes of what is in the files (images,)
     held: list[Tensor] | None = None  # the decoded images, if they fit in memory
 
-    def __post_init__(self):
-        self.centre_crop = centre_crop(self.size, self.kind.crop_pct)
-
     def __len__(self) -> int:
         return len(self.paths)
 
@@ -135,7 +132,7 @@ class Files(Dataset):
         return Tensors(stacked, labels, self.names, self.contents)
 
     def crop_centre(self, index: int) -> Tensor:
-        return self.centre_crop(read_image(self.paths[index]))
+        return centre_crop(self.size, self.kind.crop_pct)(read_image(self.paths[index]))
 
     def shrink(self, index: int) -> Tensor:
         """What training crops are cut from: as large as the smallest of them needs, no larger."""
