@@ -181,7 +181,7 @@ def main(settings: Settings) -> list[dict[str, float]]:
     test = data.load(settings, train=False).test
     count = min(settings.images, len(test))
     some = test.source.subset([i * len(test) // count for i in range(count)])  # of all classes
-    view = data.Eval(some, test.device)
+    view = replace(test, source=some)
     layers = compare(*models, (images for images, _ in view.in_order(AT_A_TIME)))
     print("layer  divergence, nats  CKA of features")
     for i, layer in enumerate(layers):
