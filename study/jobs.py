@@ -25,7 +25,6 @@ RELATED = "activations attndistill dino integrated_gradients linear_attention re
 SCRIPTS = {name: f"related.{name}" for name in RELATED}  # imported when they are needed
 SCRIPTS |= {"pretrain": "pretrain", "finetune": "finetune", "variants": "study.variants"}
 SCRIPTS |= {"copy": "attention_copy", "distill": "attention_distill"}
-ABOUT = {"points", "seeds", "runs", "training_minutes", "device", "commits"}  # of every record
 ROOT = Path(__file__).parent.parent
 # Imports take as long as a tenth of a run on the digits, so they are done once for all processes.
 FORKED = multiprocessing.get_context("forkserver")
@@ -164,14 +163,3 @@ class Runner:  # runs jobs, `workers` at a time
         about |= {"device": device, "torch": torch.__version__, "runs": len(self.seconds)}
         about |= {"runs_at_a_time": self.workers, "threads": os.environ["OMP_NUM_THREADS"]}
         return about | {"training_minutes": round(sum(self.seconds.values()) / 60, 1)} | found
-
-
-def read_record(path: Path) -> dict:
-    """A record. ValueError names it if it is damaged."""
-    try:
-        record = json.loads(path.read_text())
-        if missing := ABOUT - dict(record).keys():
-            raise ValueError(f"it has no {min(missing)}")
-        return record | {"points": dict(record["points"])}
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): restore it (git checkout)") from error

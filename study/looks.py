@@ -12,7 +12,7 @@ from common.augment import hash_seed
 from common.launch import get_device
 from pretrain import patchify
 from study.engine import Runs, Table, estimate_accuracies
-from study.estimates import estimate_over_seeds
+from study.estimates import estimate_layers, estimate_over_seeds
 from study.jobs import Job
 from study.rows import COPY
 from teachers.load import Model, build, open_model
@@ -79,17 +79,14 @@ def find_looks(_: Table, runs: Runs) -> dict:
             what = "from_centre" if settings.scene == "pointer" else "from_twin"
             found.setdefault(name, []).append({"of_image": measure_change(p), what: paid.tolist()})
     rows = {
-        name: {what: average([seed[what] for seed in seeds]) for what in seeds[0]}
+        name: {
+            what: estimate_layers(zip(*(seed[what] for seed in seeds), strict=True))
+            for what in seeds[0]
+        }
         for name, seeds in found.items()
     }
     measure = "of each layer: shares of what a map says, and of attention"
     return {"points": {point: rows}, "measure": measure}
-
-
-def average(seeds: list[list[float]]) -> dict[str, list]:
-    """Means over seeds, and intervals, of lists over layers."""
-    cells = [estimate_over_seeds(np.array(of_layer)) for of_layer in zip(*seeds, strict=True)]
-    return {what: [cell[what] for cell in cells] for what in ("mean", "interval", "values")}
 
 
 def load_scenes(settings) -> tuple[Tensor, tuple[Tensor, Tensor]]:

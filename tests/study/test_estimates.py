@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from study import estimates, jobs, report, reproduce
+from study import estimates, report, reproduce
 
 RESULTS = Path(__file__).parents[2] / "study" / "results"
 
@@ -75,7 +75,7 @@ RECORDS = [path for path in RESULTS.glob("*.json") if path.stem in reproduce.TAB
 
 @pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
 def test_every_interval_follows_from_its_record_alone(path):
-    record = jobs.read_record(path)
+    record = json.loads(path.read_text())
     again = report.recompute(record, reproduce.TABLES[path.stem])
     for name, cell in list_cells(again):
         assert cell["interval"] == pytest.approx(dict(list_cells(record))[name]["interval"]), name
