@@ -37,7 +37,7 @@ def load(script: str) -> Any:
 
 def work(script: str, argv: list[str], output: Path) -> None:
     """Runs a script with these arguments, in a process of its own."""
-    threading.Thread(target=leave_with_parent, daemon=True).start()
+    leave_with_parent()
     with open(output, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -46,9 +46,13 @@ def work(script: str, argv: list[str], output: Path) -> None:
 
 
 def leave_with_parent() -> None:
-    """Saves and leaves when the process that wants the result has ended, killed or not."""
-    multiprocessing.parent_process().join()
-    os.kill(os.getpid(), signal.SIGTERM)
+    """From now on: saves and leaves when the process that started it has ended, killed or not."""
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 @dataclass
