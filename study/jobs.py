@@ -101,7 +101,6 @@ class Runner:  # runs jobs, `workers` at a time
         on_gpu = torch.accelerator.is_available()
         self.workers = workers or (1 if on_gpu else os.cpu_count() or 1)
         self.score = score  # what to print of each result
-        self.processes: set[Any] = set()
         threads = max(1, (os.cpu_count() or 1) // self.workers)
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # which the processes inherit
         self.commits: set[str] = set()  # of the code that trained
@@ -123,7 +122,7 @@ class Runner:  # runs jobs, `workers` at a time
                 return {name: future.result() for name, future in futures.items()}
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
-                for process in list(self.processes):
+                for process in multiprocessing.active_children():
                     process.terminate()  # it saves and leaves
                 raise
 
@@ -150,9 +149,7 @@ class Runner:  # runs jobs, `workers` at a time
         output = job.out / "output.txt"
         process = FORKED.Process(target=work, args=(job.script, [*job.argv, again], output))
         process.start()
-        self.processes.add(process)
         process.join()
-        self.processes.discard(process)
         if process.exitcode:
             last = output.read_text().strip().splitlines()[-1:] if output.exists() else []
             raise Failed(f"{name} failed: {' '.join(last)} (see {output})")
