@@ -5,14 +5,13 @@
     python -m speed.benchmark --method loader --data-dir /imagenet
 
 speed/README.md says what is measured. --record writes
-speed/benchmark-DEVICE.json after each batch size.
+speed/benchmark-DEVICE.json.
 """
 
 import itertools
 import math
 import multiprocessing
 import statistics
-import threading
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -34,7 +33,7 @@ from common import launch
 from common.augment import Augment
 from common.launch import print0
 from common.precision import choose_compilation, has_bf16
-from common.settings import parse_settings, setting, to_argv
+from common.settings import Base, parse_settings, setting, to_argv
 from datasets import folders, sources
 from datasets.images import count_cores
 from speed import measure
@@ -46,7 +45,9 @@ SCRIPTS = dict(finetune=finetune, copy=attention_copy, distill=attention_distill
 
 
 @dataclass(frozen=True)
-class Settings(measure.Settings):
+class Settings(Base):
+    device: str = setting("auto", "cpu, cuda, mps, or auto")
+    record: bool = setting(False, "keep the figures in speed/benchmark-DEVICE.json")
     data: str = setting("imagenet", "whose recipe, on made-up images", ("cifar10", "imagenet"))
     image_size: int = setting(0, "pixels per side (0: the data set's own)", high=4096)
     method: str = setting("all", "finetune, copy, distill, pretrain (with commas), all; or loader")
@@ -114,15 +115,10 @@ def take_turn(method: str, variant: str, recipe) -> tuple[float, list[float]]:
     return memory, times
 
 
-def watch_parent() -> None:
-    """A benchmark that is killed takes its processes with it."""
-    threading.Thread(target=leave_with_parent, daemon=True).start()
-
-
 def time_variants(method: str, variants: list[str], recipe, steps: int) -> dict[str, dict]:
     """A row for each variant whose batch fits in memory: one process each, timed in turns."""
     spawn, times, memory = multiprocessing.get_context("spawn"), defaultdict(list), {}
-    start = partial(ProcessPoolExecutor, 1, spawn, initializer=watch_parent)
+    start = partial(ProcessPoolExecutor, 1, spawn, initializer=leave_with_parent)
     pools, rows = {variant: start() for variant in variants}, {}
     for variant in math.ceil(steps / STEPS_PER_TURN) * variants:
         try:
@@ -164,10 +160,8 @@ def compare(best: dict[str, dict], method: str, recipe, matrix: float) -> None:
 
 def time_loader(settings: Settings, device: torch.device) -> dict:
     """images/s of files, streamed as in training: read, decoded, cropped and augmented."""
-    recipe, kind = (
-        get_recipe("finetune", settings, int(settings.batch)),
-        recipes.DATA_SETS["imagenet"],
-    )
+    kind = recipes.DATA_SETS["imagenet"]
+    recipe = get_recipe("finetune", settings, int(settings.batch))
     parts = folders.load(recipe, kind, recipe.image_size, device)
     augment = Augment(recipe, kind, device, cropped=True)
     view = data.Train(parts.train, augment, recipe, len(parts.classes), device)
@@ -186,7 +180,7 @@ def main(settings: Settings) -> dict:
     device = launch.get_device(settings.device)
     if settings.method == "loader":
         found = time_loader(settings, device)
-        return measure.add_record(settings, device, "speed.benchmark", found)
+        return measure.add_record(settings, device, found)
     methods = list(SCRIPTS) if settings.method == "all" else settings.method.split(",")
     if not set(methods) <= SCRIPTS.keys():
         raise ValueError(f"--method {settings.method}: choose {', '.join(SCRIPTS)}, all or loader")
@@ -204,12 +198,10 @@ def main(settings: Settings) -> dict:
                 if row["images_per_s"] >= best.setdefault(variant, row)["images_per_s"]:
                     best[variant] = row
             compare(best, method, recipe, matrix)
-            about = {name: getattr(recipe, name) for name in ("data", "model", "patch", "compile")}
-            about |= {"image_size": recipe.image_size, "steps": settings.steps}
-            about |= {"matrix_tflops": round(matrix / 1e12, 3), "rows": rows}
-            whole = (method, batch) == (methods[-1], batches[-1])
-            record = measure.add_record(settings, device, "speed.benchmark", about, whole)
-    return record
+    names = "data", "model", "patch", "compile", "image_size"
+    about = {name: getattr(recipe, name) for name in names} | {"steps": settings.steps}
+    about |= {"matrix_tflops": round(matrix / 1e12, 3), "rows": rows}
+    return measure.add_record(settings, device, about)
 
 
 if __name__ == "__main__":
