@@ -33,7 +33,7 @@ from common import launch
 from common.augment import Augment
 from common.launch import print0
 from common.precision import choose_compilation, has_bf16
-from common.settings import Base, parse_settings, setting, to_argv
+from common.settings import parse_settings, setting, to_argv
 from datasets import folders, sources
 from datasets.images import count_cores
 from speed import measure
@@ -45,9 +45,7 @@ SCRIPTS = dict(finetune=finetune, copy=attention_copy, distill=attention_distill
 
 
 @dataclass(frozen=True)
-class Settings(Base):
-    device: str = setting("auto", "cpu, cuda, mps, or auto")
-    record: bool = setting(False, "keep the figures in speed/benchmark-DEVICE.json")
+class Settings(measure.Settings):
     data: str = setting("imagenet", "whose recipe, on made-up images", ("cifar10", "imagenet"))
     image_size: int = setting(0, "pixels per side (0: the data set's own)", high=4096)
     method: str = setting("all", "finetune, copy, distill, pretrain (with commas), all; or loader")
@@ -180,7 +178,7 @@ def main(settings: Settings) -> dict:
     device = launch.get_device(settings.device)
     if settings.method == "loader":
         found = time_loader(settings, device)
-        return measure.add_record(settings, device, found)
+        return measure.add_record(settings, device, "speed.benchmark", found)
     methods = list(SCRIPTS) if settings.method == "all" else settings.method.split(",")
     if not set(methods) <= SCRIPTS.keys():
         raise ValueError(f"--method {settings.method}: choose {', '.join(SCRIPTS)}, all or loader")
@@ -201,7 +199,7 @@ def main(settings: Settings) -> dict:
     names = "data", "model", "patch", "compile", "image_size"
     about = {name: getattr(recipe, name) for name in names} | {"steps": settings.steps}
     about |= {"matrix_tflops": round(matrix / 1e12, 3), "rows": rows}
-    return measure.add_record(settings, device, about)
+    return measure.add_record(settings, device, "speed.benchmark", about)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -17,9 +18,15 @@ import recipes
 from common import checkpoints, runs
 from common.launch import device_name, print0
 from common.precision import has_bf16
-from common.settings import parse_layers
+from common.settings import Base, parse_layers, setting
 
 CLASSES = {"cifar10": 10, "imagenet": 1000}
+
+
+@dataclass(frozen=True)
+class Settings(Base):
+    device: str = setting("auto", "cpu, cuda, mps, or auto")
+    record: bool = setting(False, "keep the figures in speed/benchmark-DEVICE.json")
 
 
 def count_operations(method: str, recipe) -> float:
@@ -56,13 +63,16 @@ def count_operations(method: str, recipe) -> float:
     return teacher + student + one_map  # the teacher's last map
 
 
-def measure_seconds(work: Callable, device: torch.device) -> float:
-    """Until the device is done."""
-    began = time.perf_counter()
-    work()
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
-    return time.perf_counter() - began
+def measure_seconds(work: Callable, device: torch.device, times: int = 1) -> float:
+    """Until the device is done. Of several `times` the median."""
+    found = []
+    for _ in range(times):
+        began = time.perf_counter()
+        work()
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
+        found.append(time.perf_counter() - began)
+    return statistics.median(found)
 
 
 def measure_matrix_rate(device: torch.device) -> float:
@@ -72,8 +82,7 @@ def measure_matrix_rate(device: torch.device) -> float:
     rates = []
     for n, dtype in itertools.product(sizes, dtypes):
         multiply = partial(torch.matmul, *torch.randn(2, n, n, device=device).to(dtype))
-        seconds = statistics.median(measure_seconds(multiply, device) for _ in range(12))
-        rates.append(2 * n**3 / seconds)
+        rates.append(2 * n**3 / measure_seconds(multiply, device, 12))
     torch.cuda.empty_cache()
     return max(rates)
 
@@ -86,10 +95,10 @@ def read_peak(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-def add_record(settings, device: torch.device, found: dict) -> dict:
+def add_record(settings, device: torch.device, module: str, found: dict) -> dict:
     """With --record, speed/benchmark-DEVICE.json keeps the newest record of each command."""
     name = device_name(device)
-    record = {"command": " ".join(["python -m speed.benchmark", *sys.argv[1:]])}
+    record = {"command": " ".join(["python -m", module, *sys.argv[1:]])}
     record |= {"commit": runs.read_commit(), "device": name, "torch": torch.__version__}
     record |= {"python": platform.python_version()} | found
     if settings.record:

@@ -4,6 +4,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import attention_distill
 import recipes
 import vit
-from speed import benchmark, measure
+from speed import benchmark, loss_forms, measure
+from vit import QK
 
 ROOT = Path(vit.__file__).parent
 TINY = "--data cifar10 --model micro --device cpu --amp off".split()
@@ -72,12 +74,23 @@ def test_operations_are_counted_as_pytorch_counts_them(method, monkeypatch):
     assert counter.get_total_flops() == pytest.approx(len(images) * expected, rel=1e-9)
 
 
+def test_all_forms_of_the_loss_have_its_gradient():
+    q, k, q_t, k_t = torch.randn(4, 2, 3, 20, 8, dtype=torch.float64).unbind()
+    student = QK(q.requires_grad_(), k.requires_grad_())
+    losses = [form(student, QK(q_t, k_t)) for form in loss_forms.FORMS.values()]
+    expected, *found = (torch.autograd.grad(loss, (q, k)) for loss in losses)
+    for other in found:
+        torch.testing.assert_close(other, expected, rtol=1e-5, atol=1e-8)
+
+
 @pytest.mark.slow
 def test_a_run_leaves_a_record_that_its_command_replaces(photos, monkeypatch):
     argv = "--method distill --batch 4,8 --steps 4 --record".split() + TINY
     monkeypatch.setattr(sys, "argv", ["benchmark", *argv])
     monkeypatch.setattr(benchmark, "has_bf16", lambda where: False)
     monkeypatch.setattr(measure, "measure_matrix_rate", lambda device: 1e11)
+    monkeypatch.setattr(loss_forms, "TOKENS", (5,))
+    monkeypatch.setitem(loss_forms.FORMS, "left out", Mock(side_effect=RuntimeError))
     command, path = "python -m speed.benchmark " + " ".join(argv), Path("speed/benchmark-cpu.json")
     path.parent.mkdir()
     path.write_text(json.dumps([{"command": command, "rows": "old"}, {"command": "another"}]))
@@ -91,6 +104,9 @@ def test_a_run_leaves_a_record_that_its_command_replaces(photos, monkeypatch):
     images = f"--method loader --data-dir {photos} --batch 8".split()
     found = benchmark.main(benchmark.parse(images))
     assert found["loader_images_per_s"] > 0 and len(json.loads(path.read_text())) == 2  # as before
+    loss_forms.main(loss_forms.parse(["--record", "--device", "cpu"]))
+    *_, forms = json.loads(path.read_text())
+    assert forms["ms_per_image_and_layer"].keys() == loss_forms.FORMS.keys() - {"left out"}
 
 
 def test_the_figures_of_the_readme_are_those_of_the_record_and_of_the_count():
