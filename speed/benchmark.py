@@ -5,7 +5,7 @@
     python -m speed.benchmark --method loader --data-dir /imagenet
 
 speed/README.md says what is measured. --record writes
-speed/benchmark-DEVICE.json.
+speed/benchmark-DEVICE.json after each batch size.
 """
 
 import itertools
@@ -196,10 +196,11 @@ def main(settings: Settings) -> dict:
                 if row["images_per_s"] >= best.setdefault(variant, row)["images_per_s"]:
                     best[variant] = row
             compare(best, method, recipe, matrix)
-    names = "data", "model", "patch", "compile", "image_size"
-    about = {name: getattr(recipe, name) for name in names} | {"steps": settings.steps}
-    about |= {"matrix_tflops": round(matrix / 1e12, 3), "rows": rows}
-    return measure.add_record(settings, device, "speed.benchmark", about)
+            names = "data", "model", "patch", "compile", "image_size"
+            about = {name: getattr(recipe, name) for name in names} | {"steps": settings.steps}
+            about |= {"matrix_tflops": round(matrix / 1e12, 3), "rows": rows}
+            record = measure.add_record(settings, device, "speed.benchmark", about)
+    return record
 
 
 if __name__ == "__main__":

@@ -129,29 +129,3 @@ def average_patches(model: Model, images: Tensor) -> list[Tensor]:
 
 def open_run(job: Job) -> Model:
     return open_model(job.out / "model.pt", get_device(job.get_settings().device))
-<<<<<<< HEAD
-
-
-def main(settings: Settings) -> list[dict[str, float]]:
-    launch.require_one_process()
-    models = [open_model(path, get_device(settings.device)) for path in settings.checkpoints]
-    settings = ensemble.choose_images(settings, models[0].checkpoint)
-    for what in ("image_size", "patch", "channels", "heads"):
-        ours, theirs = (getattr(model.net.config, what) for model in models)
-        if ours != theirs:
-            raise ValueError(f"their maps cannot be compared: {what} differ ({ours}, {theirs})")
-    test = data.load(settings, train=False).test
-    count = min(settings.images, len(test))
-    some = test.source.subset([i * len(test) // count for i in range(count)])  # of all classes
-    view = replace(test, source=some)
-    layers = compare(*models, (images for images, _ in view.in_order(AT_A_TIME)))
-    print("layer  divergence, nats  CKA of features")
-    for i, layer in enumerate(layers):
-        print(f"{i:5}  {layer['divergence']:16.3f}  {layer['cka']:15.2f}")
-    return layers
-
-
-if __name__ == "__main__":
-    launch.run(main, parse)
-=======
->>>>>>> b90dff3b76e4c5634ead432a8a4f4fa30439541a
