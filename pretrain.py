@@ -103,13 +103,15 @@ class MAE(nn.Module):
         noise = torch.rand(len(images), self.patches, device=images.device)
         ids_shuffle = noise.argsort(dim=1)  # another order for each image
         ids_restore, visible_ids = ids_shuffle.argsort(dim=1), ids_shuffle[:, : self.visible]
-        x = self.encoder.forward_features(images, visible_ids=visible_ids)
+        x = choose_patches(self.encoder.embed(images), visible_ids)
+        for block, keep in zip(
+            self.encoder.blocks, self.encoder.draw_drop_path(len(x)), strict=True
+        ):
+            x, _ = block(x, None, keep)
         x = self.decoder_embed(self.encoder.fc_norm(x))  # (B, 1 + visible, decoder's dim)
 
         masked = self.mask_token.to(x.dtype).expand(len(x), self.patches - self.visible, -1)
-        ids = repeat(ids_restore, "b n -> b n d", d=x.shape[-1])
-        patches = torch.cat([x[:, 1:], masked], dim=1).gather(1, ids)
-        x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_pos_embed
+        x = choose_patches(torch.cat([x, masked], dim=1), ids_restore) + self.decoder_pos_embed
         for block in self.decoder_blocks:
             x, _ = block(x)
         reconstructed = self.decoder_pred(self.decoder_norm(x))[:, 1:]
@@ -122,6 +124,12 @@ class MAE(nn.Module):
             return pixels
         mean, deviation = get_statistics(pixels)
         return (pixels - mean) / deviation
+
+
+def choose_patches(tokens: Tensor, ids: Tensor) -> Tensor:
+    """The class token, and the patches that `ids` (B, n) name, in their order: (B, 1 + n, D)."""
+    patches = tokens[:, 1:].gather(1, repeat(ids, "b n -> b n d", d=tokens.shape[-1]))
+    return torch.cat([tokens[:, :1], patches], dim=1)
 
 
 def loss(mae: MAE, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -124,8 +124,7 @@ class ViT(plain.ViT):
             self.register_parameter(name, nn.Parameter(token) if count else None)
         self.norm_pre = nn.LayerNorm(dim, eps=config.eps) if config.norm_pre else nn.Identity()
 
-    def embed(self, images: Tensor, visible_ids: Tensor | None = None) -> Tensor:
-        assert visible_ids is None, "only a plain ViT is pre-trained by masking"
+    def embed(self, images: Tensor) -> Tensor:
         x, cls, positions = self.embed_patches(images), self.cls_token, self.pos_embed
         if positions is not None:
             x = x + positions[:, -x.shape[1] :]

@@ -279,20 +279,6 @@ def test_a_student_looks_where_its_teacher_looks_learns_and_goes_to_timm(name, s
     torch.testing.assert_close(theirs, student.eval()(batch), atol=1e-5, rtol=1e-5)
 
 
-def test_visible_patches_are_encoded_as_if_there_were_no_others(small, tmp_path):
-    """Of two images that differ in hidden patches alone. And all visible: as without a mask."""
-    net = build_vit(read_checkpoint(f"{MAE}={write(timms(MAE), tmp_path)}"), image_size=96)
-    images, ids = torch.randn(1, 3, 96, 96), torch.randperm(36)[None]
-    whole, prefix = net.forward_features(images), net.config.num_prefix_tokens
-    shuffled = net.forward_features(images, visible_ids=ids)
-    torch.testing.assert_close(shuffled[:, prefix:], whole[:, prefix:][:, ids[0]])
-    torch.testing.assert_close(shuffled[:, :prefix], whole[:, :prefix])
-    hidden = torch.zeros(36).index_fill(0, ids[0, 20:], 1.0).view(6, 6)
-    other = images + hidden.repeat_interleave(16, 0).repeat_interleave(16, 1)
-    some = [net.forward_features(x, visible_ids=ids[:, :20]) for x in (images, other)]
-    assert torch.equal(*some)
-
-
 def test_timms_of_another_function_is_refused():
     net = randomise(vit.ViT(plain("mini", 64, 16)))
     clip, mean = "vit_base_patch32_clip_quickgelu_224.openai", dict(global_pool="avg")
