@@ -22,11 +22,10 @@ from torch import Tensor
 
 import data
 import recipes
-import students
 import train
 from common import checkpoints, launch
 from common.settings import merge_recipes, parse_settings
-from teachers.find import Teacher, make_pair
+from teachers.find import Teacher, find_teacher, make_pair
 from vit import ViT
 
 
@@ -73,7 +72,11 @@ def task(settings: Settings, dataset: data.Data, checkpoint=None) -> train.Task:
     )
 
 
-main = partial(students.main, task)
+def main(settings: Settings) -> dict:
+    dataset = data.load(settings)
+    teacher = find_teacher(settings, dataset)
+    return train.fit(task(settings, dataset, teacher), settings)
+
 
 if __name__ == "__main__":
     launch.run(main, parse)
