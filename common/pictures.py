@@ -1,4 +1,4 @@
-"""Pictures: figures that are saved, attention as light on images, and the curves of a run."""
+"""Pictures: figures that are saved, and attention as light on images."""
 
 import textwrap
 from functools import partial
@@ -12,7 +12,6 @@ from einops import rearrange
 from torch import Tensor
 
 from common import checkpoints
-from common.progress import NOT_SHOWN
 
 LIGHT = "#3f5290", "#8a3080", "#ef5a3c", "#ffc53d"  # from what is not looked at to what is most
 FRAME = "#4de8ff"
@@ -115,23 +114,3 @@ def frame(axis, patch: int, side: int, pixels: int) -> None:
     box = Rectangle((x * size, y * size), size, size, fill=False, clip_on=False, zorder=3)
     box.set(edgecolor=FRAME, linewidth=1.8)
     axis.add_patch(box)
-
-
-def draw_curves(rows: list[dict]):
-    """The log of a run: the terms of its loss, what else is watched, and validation accuracy."""
-    scores = [name for name in rows[-1] if name.startswith("val_")]
-    panels = {"loss": rows[0].keys() - NOT_SHOWN, "validation top-1 (%)": scores}
-    panels = {label: names for label, names in panels.items() if names}
-    fig, axes = figure(1, len(panels), width=4.5 * len(panels), squeeze=False)
-    for axis, (label, names) in zip(axes[0], panels.items(), strict=True):
-        for name in sorted(names):
-            known = [(row["epoch"], row[name]) for row in rows if name in row]
-            marker = "o" if len(known) == 1 else None  # one epoch is no line
-            axis.plot(*zip(*known, strict=True), label=name.replace("_", " "), marker=marker)
-        axis.set(xlabel="epoch", ylabel=label)
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        if label == "loss" and len(names) > 1:  # of different sizes
-            axis.set_yscale("log")
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, fontsize=8)
-    return fig
