@@ -132,12 +132,12 @@ class Learner:
             betas=(0.9, settings.beta2),
             fused=self.device.type in ("cuda", "cpu"),
         )
+        self.loss_module: Any = LossModule(net, task.loss)
         self.average = deepcopy(net).requires_grad_(False) if settings.ema else None
         self.precision = choose_precision(settings.amp, net)
         fp16 = self.precision is torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
         self.autocast = autocast(settings.amp, net)
-        self.loss_module: Any = LossModule(net, task.loss)
         self.micro_batch = task.data.train.batch // task.data.train.world  # images at a time
 
     def wrap_loss(self, compilation: str) -> None:

@@ -15,10 +15,10 @@ from common.launch import Failed, is_out_of_memory
 def choose_precision(amp: str, net: nn.Module) -> torch.dtype:
     """The dtype of matrix products. auto: bf16 in hardware, else fp16 on a GPU, else float32."""
     where = next(net.parameters()).device.type
-    small = sum(map(torch.numel, net.parameters())) < 1e6  # its time goes into calls, not products
-    if amp == "auto":
-        fast = "bf16" if has_bf16(where) else "fp16" if where == "cuda" else "off"
-        amp = "off" if small else fast
+    if amp == "auto" and sum(map(torch.numel, net.parameters())) < 1e6:
+        amp = "off"  # its time goes into calls, not products
+    elif amp == "auto":
+        amp = "bf16" if has_bf16(where) else "fp16" if where == "cuda" else "off"
     return {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
 
 
