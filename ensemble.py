@@ -33,7 +33,7 @@ from train import compute_top1
 
 @dataclass(frozen=True)
 class Settings(recipes.Images):
-    checkpoints: tuple[str, ...] = ()
+    checkpoints: tuple[str, ...] = setting((), "one or more model.pt", low=1)
     data: str = setting("", "data set [the checkpoint's]", ("", *recipes.DATA_SETS))
     image_size: int = setting(0, "pixels per side [the checkpoint's]", high=4096)
     normalization: str = setting("", recipes.NORMALIZATION, ("", *recipes.NORMALIZATIONS))
@@ -43,9 +43,7 @@ class Settings(recipes.Images):
     batch: int = setting(256, "images at a time", low=1)
 
 
-parse = partial(
-    parse_settings, __doc__, Settings, {}, positional=("checkpoints", "one or more model.pt", 0)
-)
+parse = partial(parse_settings, __doc__, Settings, {})
 
 
 def evaluate(paths, settings: Settings) -> dict:

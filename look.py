@@ -30,7 +30,7 @@ from vit import ViT
 
 @dataclass(frozen=True)
 class Settings(Base):
-    photo: tuple[str, ...] = ()
+    photo: tuple[str, ...] = setting((), "a photograph and a ViT", low=2, high=2)
     layers: str = setting("", "layers to draw: 0,6,11, -4: or all [four of them]")
     heads: str = setting("", "heads to draw, such as 0:3 or all [their mean only]")
     query: str = setting("", "who looks: the patch ROW,COLUMN, from 0,0, or class [all patches]")
@@ -40,8 +40,7 @@ class Settings(Base):
     device: str = setting("auto", "cpu, cuda, mps, or auto")
 
 
-WORDS = "photo", "a photograph and a ViT: photo.jpg model.pt", 2
-parse = partial(parse_settings, __doc__, Settings, {}, positional=WORDS)
+parse = partial(parse_settings, __doc__, Settings, {})
 
 
 @torch.no_grad()

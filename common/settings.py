@@ -22,9 +22,10 @@ Recipes = dict[str, dict[str, Any]]  # recipe: setting: default
 
 
 def setting(default, help="", choices=None, low=0, high=math.inf, free=False, only=""):
-    """A field that is also a flag. Without help it works the same, but --help does not list it.
+    """A field that is also a flag, or words without one if `default` is a tuple.
 
-    `low`, `high`: bounds of a number. `free`: may change between a run and its --resume.
+    Without help it works the same, but --help does not list it. `low`, `high`: bounds of a number,
+    or of the number of words. `free`: may change between a run and its --resume.
     `only`: the data sets with which --help lists it, as words.
     """
     about = dict(help=help, choices=choices, low=low, high=high, free=free, only=only)
@@ -68,19 +69,18 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message} (--help lists the settings)")
 
 
-def parse_settings(
-    doc: str, cls: type, recipes: Recipes | Callable, argv: Sequence[str], positional=()
-) -> Any:
+def parse_settings(doc: str, cls: type, recipes: Recipes | Callable, argv: Sequence[str]) -> Any:
     """The settings of a command line. ValueError names a flag that is unknown or out of bounds.
 
-    `recipes`: may be a function of what is given. `positional`: name, help and number (0: any) of
-    the words without a flag, if there are some.
+    `recipes`: may be a function of what is given.
     """
     flags, actions = list_flags(cls), dict[str, Any]()
-    words = f" {positional[0].upper()} ..." if positional else ""
+    words = [name for name, f in flags.items() if isinstance(f.default, tuple)]
     parser = Parser(
         description=doc,
-        usage=f"%(prog)s{words} [--NAME VALUE ...]",
+        usage=" ".join(
+            ["%(prog)s", *(f"{name.upper()} ..." for name in words), "[--NAME VALUE ...]"]
+        ),
         formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=23),
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
@@ -88,14 +88,14 @@ def parse_settings(
     )
     parser._negative_number_matcher = re.compile(r"-\d")  # as in --layers -6:
     parser.add_argument("--help", "-h", action="store_true", help=argparse.SUPPRESS)
-    if positional:
-        parser.add_argument(positional[0], nargs="*", help=positional[1])
     for name, f in flags.items():
         how: dict[str, Any] = dict(type=type(f.default), metavar="X", choices=f.metadata["choices"])
         if isinstance(f.default, bool):
             how = dict(action=argparse.BooleanOptionalAction)
+        elif name in words:
+            how = dict(nargs="*")
         how["help"] = f.metadata["help"].replace("%", "%%") or argparse.SUPPRESS
-        actions[name] = parser.add_argument(format_flag(name), **how)
+        actions[name] = parser.add_argument(name if name in words else format_flag(name), **how)
     given = vars(parser.parse_intermixed_args(list(argv)))
     data = given.get("data", flags["data"].default if "data" in flags else "")
     known = recipes(given) if callable(recipes) else recipes
@@ -111,24 +111,23 @@ def parse_settings(
                 actions[name].help = argparse.SUPPRESS
                 continue
             default = recipe.get(name, f.default)
-            if f.metadata["help"] and default not in ("", -1, 0):
+            if f.metadata["help"] and default not in ("", (), -1, 0):
                 actions[name].help += f" [{default}]".replace("%", "%%")
         if recipe:
             parser.epilog = f"Defaults in [brackets] are those of --data {data}. "
             parser.epilog += "Others: --data NAME --help."
         print(parser.format_help(), end="")
         sys.exit(0)
-    values = recipe | given
-    if positional:
-        name, about, number = positional
-        if not (found := given.pop(name, [])) or number not in (0, len(found)):
-            raise ValueError(f"name {about} (--help shows how)")
+    for name in words:
+        about = flags[name].metadata
+        if not about["low"] <= len(given.get(name, ())) <= about["high"]:
+            raise ValueError(f"name {about['help']} (--help shows how)")
     for name, value in given.items():
         low, high = flags[name].metadata["low"], flags[name].metadata["high"]
         if isinstance(value, int | float) and not low <= value <= high:
             bounds = f"at least {low}" if high == math.inf else f"between {low} and {high}"
             raise ValueError(f"{format_flag(name)} {value}: must be {bounds}")
-    return cls(**values, given=frozenset(given))
+    return cls(**recipe | given, given=frozenset(given))
 
 
 def parse_layers(text: str, depth: int, name: str = "layers") -> list[int]:

@@ -15,16 +15,15 @@ from torch import Tensor
 import data
 import pretrain
 from common import checkpoints, launch, pictures
-from common.settings import Base, get_values, parse_settings
+from common.settings import Base, get_values, parse_settings, setting
 
 
 @dataclass(frozen=True)
 class Settings(Base):
-    paths: tuple[str, ...] = ()
+    paths: tuple[str, ...] = setting((), "the run of an MAE, and a picture", low=2, high=2)
 
 
-WORDS = "paths", "the run of an MAE and a picture: runs/pretrain-digits-micro-s0 out.png", 2
-parse = partial(parse_settings, __doc__, Settings, {}, positional=WORDS)
+parse = partial(parse_settings, __doc__, Settings, {})
 
 
 @torch.no_grad()

@@ -32,11 +32,11 @@ from teachers.load import Model, build, open_model
 
 @dataclass(frozen=True)
 class Settings(ensemble.Settings):
+    checkpoints: tuple[str, ...] = setting((), "A and B: two checkpoints", low=2, high=2)
     images: int = setting(200, "how many test images, evenly spaced", low=4)
 
 
-WORDS = ("checkpoints", "A and B: two checkpoints", 2)
-parse = partial(parse_settings, __doc__, Settings, {}, positional=WORDS)
+parse = partial(parse_settings, __doc__, Settings, {})
 IMAGES, AT_A_TIME = 500, 50  # test images of the study
 
 

@@ -25,7 +25,7 @@ from teachers.find import find_bundled
 
 @dataclass(frozen=True)
 class Settings(Base):
-    tables: tuple[str, ...] = ()
+    tables: tuple[str, ...] = setting((), "one table or several", low=1)
     jobs: int = setting(0, "runs at a time [one per CPU core, or one on a GPU]")
     data_dir: str = setting("", "where images that do not come along are")
     runs: str = setting("runs/reproduce", "folder of the runs")
@@ -36,7 +36,7 @@ class Settings(Base):
 
 def parse(argv: Sequence[str]) -> Settings:
     doc = __doc__ + list_tables() if {"--help", "-h"} & set(argv) else __doc__
-    return parse_settings(doc, Settings, {}, argv, ("tables", "one table or several", 0))
+    return parse_settings(doc, Settings, {}, argv)
 
 
 def list_tables() -> str:
