@@ -80,10 +80,8 @@ def draw(model: Model, x: Tensor, maps: list[Tensor], layers, heads, query: int 
         for i in layers
     }
     names = ["mean of heads", *(f"head {head}" for head in heads)]
-    images = x.expand(len(rows), -1, -1, -1)
-    place = -1 if query is None else query - prefix  # that of a class token is below 0
-    marked = dict.fromkeys(("image", *looks), place) if place >= 0 else {}
-    return pictures.draw_overlays(images, looks, prefix, names, title, marked)
+    images, place = x.expand(len(rows), -1, -1, -1), -1 if query is None else query - prefix
+    return pictures.draw_overlays(images, looks, prefix, names, title, marked=place)
 
 
 def name_likeliest(logits: Tensor, classes: list[str] | None) -> dict[str, float]:

@@ -4,7 +4,6 @@ import textwrap
 from functools import partial
 from math import isqrt
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -48,14 +47,12 @@ def mean_look(p: Tensor, prefix: int, head: int | None = None, query: int | None
     return (p[:, :, prefix:] if query is None else p[:, :, query : query + 1]).mean(dim=(1, 2))
 
 
-def draw_overlays(
-    images: Tensor, looks: dict[str, Tensor], prefix=1, rows=(), title="", marked: Any = None
-):
+def draw_overlays(images: Tensor, looks: dict[str, Tensor], prefix=1, rows=(), title="", marked=-1):
     """A row for each image, a column for each of `looks`: weights (B, N) as light on it.
 
     All share one scale: multiples of the share that each token would get of uniform attention, up
     to the largest, but for outliers. The `prefix` tokens before the patches are left out.
-    `rows`: their names. `marked`: for columns by name, the number of a patch to frame.
+    `rows`: their names. `marked`: the number of a patch to frame (below 0: none).
     """
     pixels = rearrange(images, "b c h w -> b h w c").cpu()
     shares = {name: p[:, prefix:].detach().cpu() * p.shape[1] for name, p in looks.items()}
@@ -68,10 +65,10 @@ def draw_overlays(
         line[0].imshow(image.expand(-1, -1, 3), extent=(0, image.shape[1], image.shape[0], 0))
         for axis, p in zip(line[1:], weights, strict=True):
             drawn = draw_overlay(axis, image.mean(-1), p.view(side, side), most)
-        for axis, name in zip(line, names, strict=True):
+        for axis in line:
             axis.set(xticks=[], yticks=[])
-            if name in (marked or {}):
-                frame(axis, marked[name], side, image.shape[1])
+            if marked >= 0:
+                frame(axis, marked, side, image.shape[1])
     for axis, name in zip(axes[0], names, strict=True):
         axis.set_title(textwrap.fill(name, 11, break_long_words=False), fontsize=9)
     for axis, name in zip(axes[:, 0], rows, strict=False):

@@ -59,12 +59,11 @@ def introduce(task, settings, out: Path, micro_batch: int, rate: float) -> None:
     steps = f"{settings.epochs} epochs of {len(task.data.train) // batch} batches of {batch}"
     if micro_batch < batch // world():
         steps += f", {micro_batch} images at a time"
-    shape = f"{sum(p.numel() for p in net.parameters() if p.requires_grad):,} parameters"
-    if config := getattr(net, "config", None):
-        patches = f"patches of {config.patch} x {config.patch}"
-        shape = f"{config.dim} wide, {config.depth} deep, {config.heads} heads, {patches}; {shape}"
+    learned = sum(p.numel() for p in net.parameters() if p.requires_grad)
     print0(f"{settings.method} -> {out}")
-    print0(f"  net      {shape}")
+    print0(
+        f"  net      {learned:,} parameters to learn, {getattr(net, 'config', type(net).__name__)}"
+    )
     if teacher:
         print0(f"  teacher  {teacher}")
     print0(f"  images   {settings.data}, {task.data.describe(labels=bool(task.predict))}")

@@ -126,12 +126,12 @@ def begin(out: Path, run: dict, settings, learner, rows: list[dict]) -> None:
         return
     for name in () if learner.done else FILES:
         (out / name).unlink(missing_ok=True)
-    about: dict[str, Any] = {"torch": torch.__version__, "on": str(learner.device)}
+    about = get_values(settings) | {"torch": torch.__version__, "on": str(learner.device)}
     about |= {"precision": str(learner.precision), "threads": torch.get_num_threads()}
     if net := getattr(learner.net, "config", None):  # --model does not say it all
         about["architecture"] = asdict(net)
     about |= {"commit": read_commit(), "run": run}
-    checkpoints.save(json.dumps(get_values(settings) | about, indent=1), out / "config.json")
+    checkpoints.save(json.dumps(about, indent=1), out / "config.json")
     write_rows(out, rows)
 
 
