@@ -10,8 +10,6 @@ head. It needs the teacher at test time too.
 
     python attention_copy.py                       scenes (weights/scenes.pt)
     python attention_copy.py --teacher random --out runs/random-copy
-    torchrun --nproc_per_node=8 attention_copy.py --data imagenet \\
-        --data-dir /imagenet
 """
 
 from dataclasses import dataclass

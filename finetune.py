@@ -1,9 +1,7 @@
 """The baselines: fine-tuning starts from a teacher's weights, scratch from random ones.
 
-    python finetune.py                             scenes (weights/scenes.pt)
-    python finetune.py --teacher none              from scratch
-    torchrun --nproc_per_node=8 finetune.py --data imagenet \\
-        --data-dir /imagenet
+python finetune.py                             scenes (weights/scenes.pt)
+python finetune.py --teacher none              from scratch
 """
 
 from dataclasses import dataclass

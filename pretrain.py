@@ -9,8 +9,6 @@ predicts the pixels of the cell asked for.
     python pretrain.py                             scenes, a minute on 2 cores
     python pretrain.py --data digits               masked, minutes on 2 cores
     python pretrain.py --data cifar10 --data-dir cifar10
-    torchrun --nproc_per_node=8 pretrain.py --data imagenet \\
-        --data-dir /imagenet
 """
 
 import math
@@ -166,8 +164,6 @@ def task(settings: Settings, dataset: data.Data) -> train.Task:
 
 def main(settings: Settings) -> dict:
     target, unused = settings.target, sorted(settings.given & UNUSED[settings.target])
-    if target == "cell" and recipes.DATA_SETS[settings.data].module != "scenes":
-        raise ValueError("--target cell: only for --data scenes")
     if unused:
         raise ValueError(f"{format_flag(unused[0])} has no effect with --target {target}")
     label = "cell" if target == "cell" else settings.label

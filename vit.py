@@ -105,14 +105,12 @@ class Mlp(nn.Sequential):  # (B, N, D) to (B, N, D)
 
 
 class Block(nn.Module):
-    attention, feed_forward = Attention, Mlp
-
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, attention=Attention, mlp=Mlp):
         super().__init__()
         self.norm1 = nn.LayerNorm(config.dim, eps=config.eps)
-        self.attn = self.attention(config)
+        self.attn = attention(config)
         self.norm2 = nn.LayerNorm(config.dim, eps=config.eps)
-        self.mlp = self.feed_forward(config)
+        self.mlp = mlp(config)
 
     def forward(self, x: Tensor, given=None, keep=(1, 1)) -> tuple[Tensor, QK]:
         y, qk = self.attn(self.norm1(x), given)

@@ -94,14 +94,8 @@ ACTIVATIONS = {"gelu": plain.Mlp, "quick_gelu": QuickMlp, "swiglu": SwiGLU}
 
 
 class Block(plain.Block):
-    def attention(self, config: Config) -> plain.Attention:
-        return POSITIONS[config.positions](config)
-
-    def feed_forward(self, config: Config) -> nn.Module:
-        return ACTIVATIONS[config.activation](config)
-
     def __init__(self, config: Config):
-        super().__init__(config)
+        super().__init__(config, POSITIONS[config.positions], ACTIVATIONS[config.activation])
         scale = LayerScale if config.layer_scale else nn.Identity
         self.ls1, self.ls2 = scale(config), scale(config)
 
