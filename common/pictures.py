@@ -73,11 +73,8 @@ def draw_overlays(images: Tensor, looks: dict[str, Tensor], prefix=1, rows=(), t
         axis.set_title(textwrap.fill(name, 11, break_long_words=False), fontsize=9)
     for axis, name in zip(axes[:, 0], rows, strict=False):
         axis.set_ylabel(name, fontsize=9)
-    # All colours that overlays show, from black pixels (left) to white ones.
     ends = "max" if top > most else "neither"
     bar = fig.colorbar(drawn, ax=axes, shrink=0.8, aspect=6 * len(axes), extend=ends)
-    ramp, whole = shade(np.linspace(0, 1, 64)[None]), (0, 1, *bar.ax.get_ylim())
-    bar.ax.imshow(ramp, extent=whole, aspect="auto", zorder=5)
     bar.set_label("attention\n(1: uniform)", fontsize=9)
     return fig
 
@@ -92,15 +89,9 @@ def draw_overlay(axis, pixels, weights, most: float):
     whole = (0, pixels.shape[1], pixels.shape[0], 0)
     light = LinearSegmentedColormap.from_list("light", LIGHT)
     drawn = axis.imshow(weights, extent=whole, cmap=light, vmin=0, vmax=most)
-    axis.imshow(shade(pixels), extent=whole)
+    dense = (1 - BLACK) * (1 - np.asarray(pixels))  # black over the light, where the image is dark
+    axis.imshow(np.zeros_like(dense), extent=whole, cmap="gray", vmin=0, vmax=1, alpha=dense)
     return drawn
-
-
-def shade(pixels):
-    """Black (H, W, 4) that lies over the light. It is denser where a gray image (H, W) is dark."""
-    rgba = np.zeros((*pixels.shape, 4))
-    rgba[..., 3] = (1 - BLACK) * (1 - np.asarray(pixels))
-    return rgba
 
 
 def frame(axis, patch: int, side: int, pixels: int) -> None:

@@ -78,9 +78,7 @@ def parse_settings(doc: str, cls: type, recipes: Recipes | Callable, argv: Seque
     words = [name for name, f in flags.items() if isinstance(f.default, tuple)]
     parser = Parser(
         description=doc,
-        usage=" ".join(
-            ["%(prog)s", *(f"{name.upper()} ..." for name in words), "[--NAME VALUE ...]"]
-        ),
+        usage=f"%(prog)s {' ... '.join([*map(str.upper, words), ''])}[--NAME VALUE ...]",
         formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=23),
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
