@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from common.augment import Augment, BatchRandom, hash_seed, reseed, seeded, to_pixels
+from common.augment import Augment, BatchRandom, build_mix, reseed, seeded, to_pixels
 from common.launch import get_device, print0, rank, world
-from datasets.sources import Tensors, check_choices, hold_out
+from datasets.sources import Tensors, check_choices, draw_labels, hash_files, hold_out
 from recipes import DATA_SETS, Images, Settings
 
 
@@ -39,28 +39,6 @@ class Data(NamedTuple):
     holdout: float = 0.0  # share of the training images that was held out
     available: int = 0  # images to train on, before --num-labels takes some
     fingerprint: str = ""  # of all image files; a bundled set has none
-    left_out: tuple[str, ...] = ()  # images that cannot be read
-
-    def describe(self, labels: bool) -> str:
-        """How many images there are, and of how many classes if `labels` matter."""
-        text = f"{self.image_size} x {self.image_size}: {len(self.train):,} to train on"
-        if not labels:
-            return text
-        held = " held out" if self.holdout else ""
-        repeats = self.warn_of_repeats()
-        parts = f"{len(self.test):,}{held} to validate and test on{repeats}"
-        if self.val is not self.test:
-            parts = f"{len(self.val):,} to validate on{self.warn_of_repeats('val')}"
-            parts += f", {len(self.test):,} to test on{repeats}"
-        absent = len(self.classes) - len(self.test.source.labels.unique())
-        few = f", {absent} of them without a test image" if absent else ""
-        names = f" ({', '.join(self.classes)})" if len(self.classes) <= 10 else ""
-        return f"{text}, {parts}; {len(self.classes)} classes{names}{few}"
-
-    def warn_of_repeats(self, part: str = "test") -> str:
-        """Words if images of a part are also trained on, under whatever name."""
-        seen = self.count_learned(self.train.source.contents, part)
-        return f" ({seen:,} of these {len(getattr(self, part)):,} TRAINED ON)" if seen else ""
 
     @property
     def channels(self) -> int:
@@ -80,11 +58,30 @@ class Data(NamedTuple):
             return 0
         return int(torch.isin(own.contents, hashes).sum())
 
+    def warn_of_repeats(self, part: str = "test") -> str:
+        """Words if images of a part are also trained on, under whatever name."""
+        seen = self.count_learned(self.train.source.contents, part)
+        return f" ({seen:,} of these {len(getattr(self, part)):,} TRAINED ON)" if seen else ""
+
+    def describe(self, labels: bool) -> str:
+        """How many images there are, and of how many classes if `labels` matter."""
+        text = f"{self.image_size} x {self.image_size}: {len(self.train):,} to train on"
+        if not labels:
+            return text
+        purposes = {"val": "validate", "test": "test"}
+        if self.val is self.test:
+            purposes = {"test": "validate and test"}
+        for part, purpose in purposes.items():
+            text += f", {len(getattr(self, part)):,} to {purpose} on{self.warn_of_repeats(part)}"
+        absent = len(self.classes) - len(self.test.source.labels.unique())
+        few = f", {absent} of them without a test image" if absent else ""
+        names = f" ({', '.join(self.classes)})" if len(self.classes) <= 10 else ""
+        return f"{text}; {len(self.classes)} classes{names}{few}"
+
 
 def load(settings: Images, train: bool = True) -> Data:
     """The data set of the settings. With train=False its validation and test images only."""
     kind, device = DATA_SETS[settings.data], get_device(settings.device)
-    place = rank(), world()
     size = settings.image_size or kind.image_size
     check_choices(settings, kind.module)
     module = importlib.import_module(f"datasets.{kind.module}")
@@ -95,42 +92,23 @@ def load(settings: Images, train: bool = True) -> Data:
     if share < 0:
         share = 0.0 if parts.test else 0.2
     source, val, test = hold_out(parts, share)
-    test = test or val or source
-    test_view = val_view = Eval(test.hold(centred=True), device, *place)
+    test, place = test or val or source, (device, rank(), world())
+    test_view = val_view = Eval(test.hold(centred=True), *place)
     if val not in (None, test):
-        val_view = Eval(val.hold(centred=True), device, *place)
+        val_view = Eval(val.hold(centred=True), *place)
     found = Data(parts.classes, size, kind.mean, kind.std, None, val_view, test_view, share)
     if not train:
         return found
     assert isinstance(settings, Settings)
     if test is source:
         print0("note: nothing is held out: accuracies will be those of training images")
-    drawn = draw_labels(source, settings).hold()  # and what cannot be read is known
-    files = [x for x in (source, val, test) if getattr(x, "contents", None) is not None]
-    known = [(x.names, x.contents.tolist()) for x in files]
-    fingerprint = f"{hash_seed(*known):014x}" if files else ""
-    in_files = not isinstance(drawn, Tensors)
-    augment = parts.augment or Augment(settings, kind, device, cropped=in_files)
-    view = Train(drawn, augment, settings, len(parts.classes), device)
-    left_out = tuple(sorted(getattr(source, "left_out", ())))
-    found = found._replace(available=len(source), fingerprint=fingerprint, left_out=left_out)
-    return found._replace(train=view)
-
-
-def draw_labels(source, settings: Settings):
-    """The --num-labels images that are trained on, as many of each class: drawn in rounds."""
-    if not settings.num_labels:
-        return source
-    if settings.num_labels > len(source):
-        raise ValueError(f"--num-labels {settings.num_labels}: there are only {len(source)} images")
     seed = settings.seed if settings.subset_seed < 0 else settings.subset_seed
-    labels = source.labels.cpu()
-    order = torch.randperm(len(labels), generator=seeded("labels", seed))
-    rounds = torch.empty_like(order)
-    for label in labels.unique():
-        of_class = labels[order] == label
-        rounds[of_class] = torch.arange(of_class.sum())
-    return source.subset(order[rounds.argsort(stable=True)][: settings.num_labels].tolist())
+    drawn = draw_labels(source, settings.num_labels, seed).hold()
+    cropped = not isinstance(drawn, Tensors)  # one by one
+    augment = parts.augment or Augment(settings, kind, device, cropped)
+    view = Train(drawn, augment, settings, len(parts.classes), device)
+    known = hash_files(source, val, test)
+    return found._replace(train=view, available=len(source), fingerprint=known)
 
 
 class Train:
@@ -144,9 +122,8 @@ class Train:
         if self.batch % self.world or self.batch > len(source):
             most = f"at most the {len(source)} training images"
             raise ValueError(f"--batch {self.batch}: {most}, in multiples of {self.world}")
-        self.mix = None
-        if settings.mixup or settings.cutmix:
-            self.mix = build_mix(settings.mixup, settings.cutmix, classes)
+        mixes = settings.mixup, settings.cutmix
+        self.mix = build_mix(*mixes, classes) if any(mixes) else None
 
     def __len__(self) -> int:
         return len(self.source)
@@ -160,8 +137,7 @@ class Train:
         batches = self.source.batches(order.view(steps, batch)[start:, mine], (seed, epoch))
         for step, pair in enumerate(batches, start):
             images, labels = (x.to(self.device, non_blocking=True) for x in pair)
-            rows = slice(mine.start, mine.start + len(images))
-            draws = BatchRandom(seeded(seed, epoch, step), batch, rows, self.device)
+            draws = BatchRandom(seeded(seed, epoch, step), batch, mine, self.device)
             reseed(self.device, seed, epoch, step)  # for what torchvision draws by itself
             images = self.augment(to_pixels(images), draws)
             reseed(self.device, seed, epoch, step, self.rank)  # from here on each its own
@@ -171,19 +147,10 @@ class Train:
         """The first images that training shows, over all processes, unmixed; and their labels."""
         whole = copy.copy(self)
         whole.rank, whole.world, whole.mix = 0, 1, None
-        batches = (batch for epoch in itertools.count() for batch in whole.epoch(epoch))
+        batches = itertools.chain.from_iterable(map(whole.epoch, itertools.count()))
         found = itertools.islice(batches, math.ceil(count / self.batch))
         images, labels = (torch.cat(parts)[:count] for parts in zip(*found, strict=True))
         return images, labels
-
-
-def build_mix(mixup: float, cutmix: float, classes: int) -> Callable:
-    """MixUp, CutMix, or for each batch one of the two."""
-    from torchvision.transforms import v2  # takes a second and a half to import
-
-    mixes = [v2.MixUp(alpha=mixup, num_classes=classes)] if mixup else []
-    mixes += [v2.CutMix(alpha=cutmix, num_classes=classes)] if cutmix else []
-    return v2.RandomChoice(mixes)
 
 
 @dataclass

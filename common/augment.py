@@ -79,6 +79,15 @@ def rand_augment(magnitude: int, mean: Sequence[float], interpolation: str) -> C
     return v2.Compose([half, half])
 
 
+def build_mix(mixup: float, cutmix: float, classes: int) -> Callable:
+    """MixUp, CutMix, or for each batch one of the two."""
+    from torchvision.transforms import v2  # slow to import
+
+    mixes = [v2.MixUp(alpha=mixup, num_classes=classes)] if mixup else []
+    mixes += [v2.CutMix(alpha=cutmix, num_classes=classes)] if cutmix else []
+    return v2.RandomChoice(mixes)
+
+
 def crop_and_flip(images: Tensor, draws: BatchRandom, area: float) -> Tensor:
     """RandomResizedCrop of at least `area` of each square (0: a shift), and a random flip."""
     size = images.shape[-1]

@@ -6,12 +6,13 @@ A model.pt of ours is a dict: `model` (weights), `architecture` (fields of vit.C
 
 import argparse
 import hashlib
+import json
 import os
 import re
 import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,10 @@ from torch import Tensor
 from common.launch import Failed, is_out_of_memory, run_first
 
 KNOWN = {"classes", "method", "settings", "learned_from", "layers", "adapted"}  # in a model.pt
+DTYPES = {  # of safetensors
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -41,19 +46,11 @@ class Checkpoint:
 
     def __post_init__(self):
         for name, value in self.weights.items():
-            if not value.isfinite().all():
-                raise ValueError(f"{self.source}: {name} is not finite, its training diverged")
-            if value.dtype in (torch.int8, torch.uint8):
-                raise ValueError(
-                    f"{self.source}: {name} is quantised, take the floating-point file"
-                )
-
-    @cached_property
-    def fingerprint(self) -> str:
-        return fingerprint(self.weights)
+            if value.dtype in (torch.int8, torch.uint8) or not value.isfinite().all():
+                raise ValueError(f"{self.source}: {name} is quantised or not finite, take another")
 
     def __str__(self) -> str:
-        return f"{self.source} ({self.method}, weights {self.fingerprint})"
+        return f"{self.source} ({self.method}, weights {fingerprint(self.weights)})"
 
 
 def fingerprint(weights: dict[str, Tensor]) -> str:
@@ -104,8 +101,6 @@ def save(contents: dict | str | Callable, path: Path) -> None:
                 file.write(contents.encode())
             else:
                 torch.save(contents, file)
-            file.flush()
-            os.fsync(file.fileno())
         os.replace(part, path)
     except (OSError, RuntimeError) as error:
         met = error if isinstance(error, OSError) else error.__context__  # by torch.save
@@ -131,12 +126,7 @@ def read_file(source: str | Path) -> Any:
         raise FileNotFoundError(f"no checkpoint at {source}")
     try:
         if path.suffix == ".safetensors":
-            from common import safetensors
-
-            return safetensors.read(path)
-        with open(path, "rb") as file:
-            if file.read(64).lstrip().startswith((b"<", b"version https://git-lfs")):
-                raise ValueError("it is a web page or a Git LFS pointer: get the file itself")
+            return read_safetensors(path)
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 if bad := archive.testzip():  # torch.load does not look
@@ -147,10 +137,21 @@ def read_file(source: str | Path) -> Any:
         if is_out_of_memory(error):  # not the file's fault
             raise
         reason = f"{type(error).__name__}: {str(error).partition('. ')[0][:80]}"
-        if blocked := re.search(r"GLOBAL (\S+)", str(error)):
-            reason = f"it holds a {blocked[1]}, which only running it could read"
         advice = f"replace or remove {path}, or save its weights alone"
         raise ValueError(f"{source} cannot be read as a checkpoint ({reason}): {advice}") from error
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file: the length of a header in JSON, the header, and raw bytes."""
+    whole = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)  # mapped
+    begin = 8 + int.from_bytes(whole[:8].numpy(), "little")
+    header, found = json.loads(whole[8:begin].numpy().tobytes()), {}
+    header.pop("__metadata__", None)
+    for name, about in header.items():
+        first, last = about["data_offsets"]
+        part = whole[begin + first : begin + last].clone()  # aligned, and in memory
+        found[name] = part.view(DTYPES[about["dtype"]]).view(about["shape"])
+    return found
 
 
 def is_url(source: str | Path) -> bool:

@@ -36,11 +36,10 @@ def describe_run(settings, dataset, teacher=None) -> dict[str, Any]:
         "method": settings.method,
         "class_names": dataset.classes,  # there is a setting `classes`, too
         "images": dataset.available,
-        "left_out": dataset.left_out,
         "images_fingerprint": dataset.fingerprint,
         "images_per_step": dataset.train.batch,  # with --batch 0 it depends on the folder
         "normalization": (list(pixels["mean"]), list(pixels["std"])),
-        "teacher_weights": teacher.fingerprint if teacher else None,
+        "teacher_weights": checkpoints.fingerprint(teacher.weights) if teacher else None,
         "teacher_family": teacher.method if teacher else None,
     }
     return about | get_values(settings, free=False) | about  # a setting may have an equal name
@@ -58,17 +57,6 @@ def load_state(out: Path, settings, run: dict) -> dict | None:
         remedy = "choose another --out, or start over with --overwrite"
         raise ValueError(f"{out} holds another run ({'; '.join(words)}): {remedy}")
     return state
-
-
-def read_left_out(settings) -> set[str]:
-    """Unreadable images that the run to resume began without: repaired or not, it ends so."""
-    resume = getattr(settings, "resume", False)
-    if not (resume and (file := get_folder(settings) / "config.json").exists()):
-        return set()
-    try:
-        return set(json.loads(file.read_text()).get("run", {}).get("left_out", ()))
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged ({error}): start over with --overwrite") from error
 
 
 def check_folder(settings) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from einops import rearrange
 
-from common.launch import print0, run_first
+from common.launch import run_first
 from datasets import folders
 from datasets.sources import Parts, Tensors
 
@@ -19,8 +19,6 @@ def load(settings, kind, size: int, device) -> Parts:
         raise ValueError(f"--image-size {size}: --data {name} has {kind.image_size}")
     from torchvision import datasets
 
-    if not list(folder.glob("cifar-*")):
-        print0(f"downloading {name} to {folder}")
     source = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
     try:
         run_first(lambda: source(folder, download=True))

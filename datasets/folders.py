@@ -7,9 +7,9 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torchvision.datasets.folder import is_image_file
 
-from common import runs
 from common.launch import print0
 from datasets.sources import Parts
 
@@ -17,28 +17,26 @@ ADVICE = "point --data-dir at a folder that holds train/CLASS/* and val/CLASS/*,
 PARTS = {"train": "train training", "val": "val valid validation", "test": "test testing"}
 PART_OF = {name: part for part, names in PARTS.items() for name in names.split()}
 METADATA = re.compile(  # folders of NAS, desktops and archives for thumbnails, bins and such
-    r"[.@~]|__|(_?thumb(nail)?s|#recycle|#snapshot|\$recycle\.bin|recycler|lost\+found"
-    r"|system volume information|network trash folder)$",
-    re.IGNORECASE,
+    r"(?i)[.@~]|__|(_?thumb(nail)?s|#recycle|#snapshot|\$recycle\.bin|recycler|lost\+found"
+    r"|system volume information|network trash folder)$"
 )
 
 
 class Listing(NamedTuple):
     classes: list[str]  # names of the subfolders; [""] for a flat folder without labels
-    samples: list[tuple[str, int]]  # path, number of the class
+    paths: list[str]
+    labels: list[int]  # numbers of classes
     names: list[str]  # CLASS/.../FILE, the same wherever the folder lies and whatever its disk
 
 
 def load(settings, kind, size: int, device) -> Parts:
-    """The images of --data-dir. What cannot be read is left out, also when the run is resumed."""
-    from datasets import images
+    """The images of --data-dir, without those that cannot be read."""
+    from datasets import images  # slow to import
 
     folder, sources = Path(settings.data_dir or f"data/{settings.data}"), {}
-    left_out = runs.read_left_out(settings)  # one set for all parts
-    for part, (classes, samples, names) in list_parts(folder).items():
-        how = (size, kind, settings, device, part, left_out)
-        sources[part] = images.Files(samples, names, *how)
-        sources[part].look_through()
+    for part, (classes, paths, labels, names) in list_parts(folder).items():
+        files = images.Files(paths, names, torch.tensor(labels), size, kind, settings, device)
+        sources[part] = files.look_through()
     train, val, test = map(sources.get, PARTS)
     return Parts(classes, train, val if test else None, test or val)
 
@@ -74,57 +72,41 @@ def list_subfolders(folder: Path) -> list[str]:
 def walk(root: Path, without: Collection[str] = ()) -> Iterator[str]:
     """Paths of all files in a folder and deeper, in order, without hidden ones and metadata."""
     for place, folders, files in os.walk(root, followlinks=True):
-        skip = [*filter(METADATA.match, folders), *(without if place == str(root) else ())]
-        skip += [x for x in folders if leads_above(place, x)]
-        folders[:] = sorted({*folders}.difference(skip))
+        skip = {*filter(METADATA.match, folders), *(without if place == str(root) else ())}
+        folders[:] = sorted({*folders} - skip)
         yield from (os.path.join(place, x) for x in sorted(files) if not x.startswith("."))
-
-
-def leads_above(place: str, name: str) -> bool:
-    """Whether a folder is a link to one of those that it lies in: a walk would never end."""
-    path = os.path.join(place, name)
-    if not os.path.islink(path):
-        return False
-    target, here = Path(path).resolve(), Path(place).resolve()
-    return here.is_relative_to(target)
 
 
 def list_images(folder: Path, classes: Collection[str] = ()) -> Listing:
     """Those of some classes [its subfolders]. FileNotFoundError without any."""
-    known = sorted(classes or {to_nfc(name) for name in list_subfolders(folder)})
-    numbers = {name: number for number, name in enumerate(known)}
-    samples, names, others, inside = [], [], [], set()
-    within: dict[str, set[str]] = {name: set() for name in known}  # subfolders, "" for none
-    for path in walk(folder):
-        if not is_image_file(path):
-            others.append(path)
-            continue
-        *places, file = to_nfc(path[len(str(folder)) + 1 :]).split(os.sep)
-        if known and not places:
-            remedy = "sort them (USAGE.md, Prepare ImageNet), or move them away"
-            raise ValueError(f"{path} lies in no folder of a class: {remedy}")
-        samples.append((path, numbers[places[0]] if places else 0))
-        names.append("/".join([*places, file]))
-        if places:
-            within[places[0]].add("".join(places[1:2]))
-        inner = ((Path(folder, *places[:i]), name) for i, name in enumerate(places) if i)
-        inside |= {(place, PART_OF[x.lower()]) for place, x in inner if x.lower() in PART_OF}
-    if len(inside) > len({place for place, _ in inside}):
-        raise ValueError(f"{min(inside)[0]} has parts (train, val): point --data-dir at it")
-    if not samples:
+    files = [*walk(folder)]
+    paths = [*filter(is_image_file, files)]
+    others = sorted({*files}.difference(paths))
+    if not paths:
         kinds = f" of a known kind (but {others[0]})" if others else ""
         raise FileNotFoundError(f"{folder} holds no images{kinds}: fill or remove it")
-    first, *rest = within.values() or [set()]
-    if rest and len(first) > 1 and "" not in first and all(first == other for other in rest):
-        same, shown = ", ".join(sorted(first)[:3]), " and ".join(known[:2])
-        raise ValueError(f"{folder}: {shown} hold the same folders ({same}): name one of them")
-    mixed = [f"{name}/{x}" for name, some in within.items() if "" in some for x in some if x]
-    if mixed:
-        print0(f"note: {folder}: images in {min(mixed)} count for its class, as those beside it")
-    if len({name.casefold() for name in known}) < len(known):
-        print0(f"note: {folder}: some classes differ in upper and lower case only")
+    known = sorted(classes or {to_nfc(name) for name in list_subfolders(folder)})
+    names = [to_nfc(path[len(str(folder)) + 1 :]).replace(os.sep, "/") for path in paths]
+    if known:
+        check_layout(folder, names)
     if others:
         print0(f"note: {len(others)} files are not images of a known kind, such as {others[0]}")
     if skipped := [x.name for x in folder.glob("[!.]*/") if METADATA.match(x.name)]:
         print0(f"note: {folder}: ignoring {', '.join(skipped)}, as thumbnails, bins or the like")
-    return Listing(known or [""], samples, names)
+    numbers = {name: number for number, name in enumerate(known)}
+    labels = [numbers[name.partition("/")[0]] if known else 0 for name in names]
+    return Listing(known or [""], paths, labels, names)
+
+
+def check_layout(folder: Path, names: list[str]) -> None:
+    """ValueError if some of CLASS/.../FILE have no class, or one that mixes train and val."""
+    if odd := next((name for name in names if "/" not in name), None):
+        remedy = "sort them (USAGE.md, Prepare ImageNet), or move them away"
+        raise ValueError(f"{folder / odd} lies in no folder of a class: {remedy}")
+    inner = sorted({tuple(name.split("/")[:2]) for name in names if name.count("/") > 1})
+    parts = {(name, PART_OF[x.lower()]) for name, x in inner if x.lower() in PART_OF}
+    if len(parts) > len({name for name, _ in parts}):
+        raise ValueError(f"{folder / min(parts)[0]} has parts (train, val): point --data-dir at it")
+    if inner:
+        name, x = inner[0]
+        print0(f"note: {folder}: images in {name}/{x} count for {name}, and so in all such folders")

@@ -2,17 +2,16 @@
 
 import contextlib
 import hashlib
+import itertools
 import math
 import os
+import re
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -44,30 +43,13 @@ def decode(path: str) -> Tensor:
             how = dict(mode=io.ImageReadMode.RGB, apply_exif_orientation=True)
             return io.decode_jpeg(io.read_file(path), **how)
     with Image.open(path) as file:
-        deep_png = file.format == "PNG" and ";16" in str(file.tile)
+        if file.mode[0] in "IF" or re.search(";16[BLN]", str(file.tile)):  # PIL would cut them off
+            raise ValueError("its pixels have more than 8 bits: save it with 8")
         image = ImageOps.exif_transpose(file)
-    if image.mode == "F":
-        raise ValueError("its pixels are floating-point numbers: save it with 8 or 16 bits")
-    if deep_png:  # PIL keeps 8 bits of its colours
-        how = dict(mode=io.ImageReadMode.UNCHANGED, apply_exif_orientation=True)
-        deep = io.decode_png(io.read_file(path), **how)  # (1 to 4, H, W): the last may be alpha
-        parts = [scale(x.numpy()) for x in deep.split(3 if len(deep) > 2 else 1)]
-        image = Image.fromarray(np.concatenate(parts).transpose(1, 2, 0).squeeze())
-    elif image.mode.startswith("I"):
-        image = Image.fromarray(scale(np.asarray(image)))
     if image.has_transparency_data:  # on grey neither black shapes vanish nor white ones
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "grey"), image)
     return v2.functional.pil_to_tensor(image.convert("RGB"))
-
-
-def scale(pixels: np.ndarray) -> np.ndarray:
-    """8 of 16 bits. Cameras save 12 in such a file: whether a dark one has 12, no file can say."""
-    if pixels.min() < 0 or pixels.max() > 65535:
-        raise ValueError("its pixels have neither 8 nor 16 bits: save it with one of these")
-    if 0 < pixels.max() < 4096:
-        raise ValueError(f"its 16-bit pixels end at {pixels.max()}: scale all images to 0..65535")
-    return (pixels // 257).astype(np.uint8)
 
 
 def centre_crop(size: int, crop_pct: float) -> v2.Transform:
@@ -81,8 +63,8 @@ def random_crop(size: int, settings, mean: Sequence[float]) -> v2.Transform:
     if settings.crop_area:
         steps = [v2.RandomResizedCrop(size, (settings.crop_area, 1.0), interpolation=BICUBIC)]
     else:
-        shift = v2.RandomCrop(size, padding=size // 8, fill=[round(255 * x) for x in mean])
-        steps = [v2.Resize(size, interpolation=BICUBIC), v2.CenterCrop(size), shift]
+        fill = [round(255 * x) for x in mean]
+        steps = [centre_crop(size, 1.0), v2.RandomCrop(size, padding=size // 8, fill=fill)]
     steps.append(v2.RandomHorizontalFlip())
     if settings.randaugment:  # faster on PIL images than on tensors
         augment = rand_augment(settings.randaugment, mean, "bicubic")
@@ -94,93 +76,67 @@ def random_crop(size: int, settings, mean: Sequence[float]) -> v2.Transform:
 class Files(Dataset):
     """Images in files, cropped when a batch asks: at random to train, else in the centre."""
 
-    samples: list[tuple[str, int]]  # path, label
+    paths: list[str]
     names: list[str]  # the same wherever their folder lies
+    labels: Tensor
     size: int
     kind: Any  # a recipes.DataSet: its mean is the colour of gaps
     settings: Any
     device: torch.device  # where batches go
-    part: str = "train"
-    left_out: set[str] = field(default_factory=set)  # PART/CLASS/.../FILE that cannot be read
     contents: Any = None  # hashes of what is in the files (images,)
     held: list[Tensor] | None = None  # the decoded images, if they fit in memory
 
-    def __post_init__(self):
-        self.centre_crop = centre_crop(self.size, self.kind.crop_pct)
-
     def __len__(self) -> int:
-        return len(self.samples)
-
-    @property
-    def labels(self) -> Tensor:
-        return torch.tensor([label for _, label in self.samples])
+        return len(self.paths)
 
     def subset(self, indices: Sequence[int]) -> "Files":
-        samples, names = [self.samples[i] for i in indices], [self.names[i] for i in indices]
-        return replace(self, samples=samples, names=names, contents=self.contents[indices])
+        paths, names = [self.paths[i] for i in indices], [self.names[i] for i in indices]
+        labels, contents = self.labels[indices], self.contents[indices]
+        return replace(self, paths=paths, names=names, labels=labels, contents=contents)
 
-    def look_through(self) -> None:
-        """Hashes the files. Leaves out those that are damaged, or were when this run began."""
-        decode_all = self.part != "train" and not self.fits()  # else later, or it takes hours
-        mine = [path for path, _ in self.samples[rank() :: world()]]
-        with ThreadPoolExecutor(count_cores() if decode_all else 32) as pool:
-            looked = pool.map(partial(attempt, partial(examine, decode_all)), mine)
-            shares = collect([*count(looked, len(mine), "images looked through")])
-        found: list[Any] = [None] * len(self)
-        for i, share in enumerate(shares):
-            found[i :: world()] = share
-        for i, name in enumerate(self.names):
-            if f"{self.part}/{name}" in self.left_out:
-                found[i] = f"{name} was when this run began"
-        self.contents = torch.tensor([0 if isinstance(x, str) else x for x in found])
-        self.leave_out(found)
-
-    def leave_out(self, found: list) -> list:
-        """Forgets the images of which `found` says in words why they cannot be read."""
-        good = [i for i, x in enumerate(found) if not isinstance(x, str)]
-        bad = {self.names[i]: x for i, x in enumerate(found) if isinstance(x, str)}
+    def look_through(self) -> "Files":
+        """Those that can be read, with hashes of their contents. A note names one of the others."""
+        mine = self.paths[rank() :: world()]
+        with ThreadPoolExecutor(32) as pool:
+            looked = [*count(pool.map(examine, mine), len(mine), "images looked through")]
+        rows = itertools.zip_longest(*collect(looked))  # of one image for each process
+        found = [x for row in rows for x in row if x is not None]
+        good = [i for i, x in enumerate(found) if isinstance(x, int)]
+        bad = [x for x in found if isinstance(x, str)]
+        if not good:
+            raise ValueError(bad[0])
         if bad:
-            text = next(iter(bad.values()))
-            if not good:
-                raise ValueError(text)
-            print0(f"note: {len(bad)} unreadable image(s) left out: {text}")
-            self.left_out |= {f"{self.part}/{name}" for name in bad}
-            vars(self).update(vars(self.subset(good)))
-        return [found[i] for i in good]
-
-    def fits(self) -> bool:
-        """Whether the decoded images may fit in memory."""
-        return len(self) * 3 * self.size**2 <= HELD
+            print0(f"note: {len(bad)} unreadable image(s) left out: {bad[0]}")
+        self.contents = torch.tensor([x if isinstance(x, int) else 0 for x in found])
+        return self.subset(good)
 
     def hold(self, centred: bool = False) -> "Files | Tensors":
         """Decodes all images now, if they fit in memory: to Tensors if all have the final size.
 
-        What cannot be read is left out, and named. `centred`: cropped as evaluation sees them.
+        `centred`: cropped as evaluation sees them.
         """
-        if not self.fits():
+        if len(self) * 3 * self.size**2 > HELD:
             return self
-        found, left, prepare = [], HELD, self.crop_centre if centred else self.shrink
+        images, left = list[Tensor](), HELD
         with ThreadPoolExecutor(count_cores()) as pool:
-            decoded = pool.map(partial(attempt, prepare), range(len(self)))
+            decoded = pool.map(self.crop_centre if centred else self.shrink, range(len(self)))
             for image in count(decoded, len(self), "images decoded"):
-                found.append(image)
-                left -= getattr(image, "nbytes", 0)  # words have none
+                images.append(image)
+                left -= image.nbytes
                 if left < 0:
                     pool.shutdown(cancel_futures=True)
                     return self
-        images = self.leave_out(found)
         if {image.shape[1:] for image in images} != {(self.size, self.size)}:
-            self.held = images
-            return self
+            return replace(self, held=images)
         stacked, labels = torch.stack(images).to(self.device), self.labels.to(self.device)
         return Tensors(stacked, labels, self.names, self.contents)
 
     def crop_centre(self, index: int) -> Tensor:
-        return self.centre_crop(read_image(self.samples[index][0]))
+        return centre_crop(self.size, self.kind.crop_pct)(read_image(self.paths[index]))
 
     def shrink(self, index: int) -> Tensor:
         """What training crops are cut from: as large as the smallest of them needs, no larger."""
-        area, image = self.settings.crop_area, read_image(self.samples[index][0])
+        area, image = self.settings.crop_area, read_image(self.paths[index])
         side = math.ceil(self.size / math.sqrt(area) if area else self.size)
         if min(image.shape[-2:]) <= side:
             return image
@@ -204,13 +160,12 @@ class Files(Dataset):
         )
         try:
             yield from loader
-        except (ConnectionError, EOFError):  # a worker was killed, in the middle of a batch
-            time.sleep(5)  # torch's own error, which says so, arrives by a signal
-            raise
+        except (ConnectionError, EOFError) as error:  # in the middle of a batch
+            raise RuntimeError("a DataLoader worker was killed") from error
 
     def __getitem__(self, key: tuple) -> tuple[Tensor, int]:
         *seed, index = key
-        label = self.samples[index][1]
+        label = int(self.labels[index])
         if not seed:
             return self.crop_centre(index), label
         image = self.held[index] if self.held else self.shrink(index)
@@ -218,20 +173,12 @@ class Files(Dataset):
         return self.random_crop(image), label
 
 
-def attempt(work: Callable, item) -> Any:
-    """The result, or why there is none."""
-    try:
-        return work(item)
-    except ValueError as error:
-        return str(error)
+def examine(path: str) -> int | str:
+    """A hash of what is in a file, or why it cannot be read.
 
-
-def examine(decode_all: bool, path: str) -> int:
-    """A hash of what is in a file. ValueError if it cannot be read.
-
-    Without `decode_all`, headers and ends of JPEGs are looked at, and checksums of PNGs.
+    Of JPEGs the header and the end are looked at, of PNGs the checksums. Others are decoded.
     """
-    kind, end, parts = None, b"", tuple[Any, ...]()
+    whole, parts = False, tuple[Any, ...]()
     with contextlib.suppress(Exception), open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 256))
@@ -242,10 +189,13 @@ def examine(decode_all: bool, path: str) -> int:
         parts = size, end, some  # images may have equal names and sizes
         with Image.open(file) as image:
             image.verify()
-            kind = image.format
-    whole = kind == "PNG" or (kind in ("JPEG", "MPO") and b"\xff\xd9" in end)
-    if decode_all or not whole:
-        read_image(path)
+            ended = image.format in ("JPEG", "MPO") and b"\xff\xd9" in end
+            whole = ended or image.format == "PNG"
+    try:
+        if not whole:
+            read_image(path)
+    except ValueError as error:
+        return str(error)
     return hash_seed(*parts)
 
 

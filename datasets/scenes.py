@@ -14,7 +14,6 @@ Scenes are made so that looking matters. They are a microscope, not a benchmark.
 
 import math
 from dataclasses import replace
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -43,18 +42,15 @@ def load(settings, kind, size: int, device) -> Parts:
         names, pools = found.classes, [(F.avg_pool2d(x.images / 255, 4), x.labels) for x in held]
     kinds = parse_layers(settings.classes, len(names), "classes")
     twins = settings.scene == "twins"
-    if len(kinds) < 2 + twins:
-        least = "three" if twins else "two"
-        raise ValueError(f"--classes {settings.classes}: such scenes show {least} classes or more")
-    if twins and settings.dial:
-        raise ValueError(f"--dial {settings.dial}: only --scene pointer has a pointer")
+    if twins and (settings.dial or len(kinds) < 3):
+        raise ValueError("--scene twins: it takes three --classes or more, and no --dial")
     grid, rest = divmod(size, cell := pools[0][0].shape[-1])
     if rest or grid < 3 or not grid % 2:
-        sizes = f"{3 * cell}, {5 * cell}, {7 * cell}"
-        raise ValueError(f"--image-size: scenes are {sizes} ... pixels wide, not {size}")
-    parts, draws = [], [*map(partial(seeded, "scenes", settings.scene), COUNT)]
-    for part, pool, draw in zip(COUNT, pools, draws, strict=True):
-        parts.append(Tensors(*draw_scenes(part, *pool, kinds, settings, grid, draw)))
+        raise ValueError(f"--image-size {size}: choose {3 * cell}, {5 * cell}, {7 * cell} ...")
+    parts = []
+    for part, pool in zip(COUNT, pools, strict=True):
+        draws = seeded("scenes", settings.scene, part)
+        parts.append(Tensors(*draw_scenes(part, *pool, kinds, settings, grid, draws)))
     cells = [f"cell {i}" for i in range(grid**2)]
     labels = cells if settings.label == "cell" else [names[kind] for kind in kinds]
     train, val, test = parts

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from common.augment import hash_seed
+from common.augment import hash_seed, seeded
 
 CHOICES = {  # settings that only these files here have a use for
     "distractors": {"digits"}, "scene": {"scenes"}, "dial": {"scenes"}, "label": {"scenes"},
@@ -39,20 +39,39 @@ class Parts(NamedTuple):
 
 
 def hold_out(parts: Parts, share: float) -> tuple:
-    """Train, val and test: a share of the training images becomes val, each by its own name."""
+    """Train, val and test: a share of the training images becomes val.
+
+    The name of an image alone decides, so it stays where it is when others come or go.
+    """
     if not share or not parts.train:
         return parts.train, parts.val, parts.test
     names = parts.train.names or range(len(parts.train))
-    held = torch.tensor([is_held_out(name, share) for name in names])
+    held = torch.tensor([hash_seed("holdout", name) / 2**56 < share for name in names])
     ours, theirs = ((held == which).nonzero()[:, 0] for which in (False, True))
     if parts.val or not len(ours) or not len(theirs):
         raise ValueError(f"--holdout {share}: {len(held)} images are too few, or some are held out")
     return parts.train.subset(ours.tolist()), parts.train.subset(theirs.tolist()), parts.test
 
 
-def is_held_out(name, share: float) -> bool:
-    """A function of the image's name alone: it stays what it is when others come or go."""
-    return hash_seed("holdout", name) / 2**56 < share
+def draw_labels(source, count: int, seed: int):
+    """`count` images (0: all), as many of each class: drawn in rounds."""
+    if not count:
+        return source
+    if count > len(source):
+        raise ValueError(f"--num-labels {count}: there are only {len(source)} images")
+    labels = source.labels.cpu()
+    order = torch.randperm(len(labels), generator=seeded("labels", seed))
+    rounds = torch.empty_like(order)
+    for label in labels.unique():
+        of_class = labels[order] == label
+        rounds[of_class] = torch.arange(of_class.sum())
+    return source.subset(order[rounds.argsort(stable=True)][:count].tolist())
+
+
+def hash_files(*sources) -> str:
+    """A fingerprint of the names and contents of all image files. A bundled set has none."""
+    known = [(x.names, x.contents.tolist()) for x in sources if x and x.contents is not None]
+    return f"{hash_seed(*known):014x}" if known else ""
 
 
 @dataclass(eq=False)

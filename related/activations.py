@@ -18,7 +18,6 @@ see only their own GPU's share of a batch.
 """
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -81,15 +80,7 @@ def kd_loss(logits: Tensor, theirs: Tensor, settings: Settings) -> Tensor:
     return F.kl_div(log_p, p_t, reduction="batchmean") * t**2
 
 
-def loss(
-    student: WideResNet,
-    images,
-    labels,
-    teacher: WideResNet | None,
-    settings: Settings,
-    seen: Tensor | None = None,
-    groups: Sequence[int] = (0, 1, 2),
-):
+def loss(student, images, labels, teacher, settings: Settings, seen=None, groups=(0, 1, 2)):
     """Of the labels, of the teacher's softened classes, and of where `groups` are active.
 
     `seen`: what the student sees, if not the images themselves.
@@ -110,20 +101,15 @@ def loss(
     return sum(terms.values()), terms
 
 
-def task(settings: Settings, dataset: data.Data, checkpoint=None) -> train.Task:
-    teacher = None
+def task(settings: Settings, dataset: data.Data) -> train.Task:
+    teacher, checkpoint = None, find_teacher(settings, dataset)
     if checkpoint:
         teacher = WideResNet("teacher", dataset).to(dataset.train.device).eval()
         teacher.requires_grad_(False).load_state_dict(checkpoint.weights)
     torch.manual_seed(settings.seed)
-    student = WideResNet(settings.model, dataset)
-    return train.Task(
-        student.to(dataset.train.device),
-        dataset,
-        loss=partial(loss, teacher=teacher, settings=settings),
-        export=export,
-        checkpoint=checkpoint,
-    )
+    student = WideResNet(settings.model, dataset).to(dataset.train.device)
+    own_loss = partial(loss, teacher=teacher, settings=settings)
+    return train.Task(student, dataset, own_loss, export=export, checkpoint=checkpoint)
 
 
 def find_teacher(settings: Settings, dataset: data.Data) -> checkpoints.Checkpoint | None:
@@ -147,9 +133,7 @@ def export(net: WideResNet) -> dict:
 
 
 def main(settings: Settings, task=task) -> dict:
-    dataset = data.load(settings)
-    teacher = find_teacher(settings, dataset)
-    return train.fit(task(settings, dataset, teacher), settings)
+    return train.fit(task(settings, data.load(settings)), settings)
 
 
 if __name__ == "__main__":

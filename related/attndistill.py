@@ -52,8 +52,9 @@ class Settings(recipes.Settings):
     attention_weight: float = setting(0.1, "weight of the class token's row (0: none)")
 
 
-OWN = dict(digits=dict(model="nano", epochs=40), cifar=dict(model="mini"))
-RECIPES = merge_recipes(dino.RECIPES, **OWN)
+RECIPES = merge_recipes(
+    dino.RECIPES, digits=dict(model="nano", epochs=40), cifar=dict(model="mini")
+)
 parse = partial(parse_settings, __doc__, Settings, RECIPES)
 
 
@@ -72,8 +73,7 @@ class Student(nn.Module):
 
 def look_last(vit: ViT, images: Tensor) -> tuple[Tensor, Tensor]:
     """The class token (B, D) before the last norm, and where it looks (B, H, 1 + patches)."""
-    for x, qk in vit.blockwise(images):
-        pass
+    *_, (x, qk) = vit.blockwise(images)
     bias = None if qk.bias is None else qk.bias[:, :, :1]
     rows = QK(qk.q[:, :, :1], qk.k, bias).map()[:, :, 0].float()
     patches = rows[..., vit.config.num_prefix_tokens :]  # registers are no places
@@ -122,26 +122,21 @@ def label_loss(net: ViT, images: Tensor, labels):
     return F.cross_entropy(net.head(dino.get_class_token(net, images)), labels), {}
 
 
-def task(settings: Settings, dataset: data.Data, checkpoint) -> train.Task:
+def task(settings: Settings, dataset: data.Data) -> train.Task:
+    checkpoint, device = find_teacher(settings, dataset), dataset.train.device
+    how = dict(predict=None, export=dino.export, checkpoint=checkpoint)
     if not checkpoint:
         torch.manual_seed(settings.seed)
-        net = new_vit(settings, dataset).to(dataset.train.device)
-        return train.Task(net, dataset, loss=label_loss, predict=None, export=export)
+        return train.Task(new_vit(settings, dataset).to(device), dataset, label_loss, **how)
     teacher = build_vit(checkpoint, dataset.image_size, classes=0)
     if teacher.cls_token is None:
         raise ValueError(f"--teacher {settings.teacher}: has no class token")
-    teacher.to(dataset.train.device).eval().requires_grad_(False)
+    teacher.to(device).eval().requires_grad_(False)
     torch.manual_seed(settings.seed)
-    net = Student(new_vit(settings, dataset, classes=0), teacher.config.dim)
+    net = Student(new_vit(settings, dataset, classes=0), teacher.config.dim).to(device)
     net.vit.fc_norm.requires_grad_(False)  # as theirs: it is for the neighbours of the test
-    return train.Task(
-        net.to(dataset.train.device),
-        dataset,
-        loss=partial(loss, teacher=teacher, weight=settings.attention_weight),
-        predict=None,
-        export=export,
-        checkpoint=checkpoint,
-    )
+    own_loss = partial(loss, teacher=teacher, weight=settings.attention_weight)
+    return train.Task(net, dataset, own_loss, **how)
 
 
 def find_teacher(settings: Settings, dataset: data.Data) -> checkpoints.Checkpoint | None:
@@ -154,18 +149,7 @@ def find_teacher(settings: Settings, dataset: data.Data) -> checkpoints.Checkpoi
     return find.find_teacher(settings, dataset)
 
 
-def export(net: Student | ViT) -> dict:
-    """Without the head of a teacher: it reads the class token, where others read the patches."""
-    found = checkpoints.export(getattr(net, "vit", net))
-    weights = {k: v for k, v in found["model"].items() if not k.startswith("head.")}
-    return found | {"model": weights, "architecture": found["architecture"] | {"classes": 0}}
-
-
-def main(settings: Settings) -> dict:
-    dataset = data.load(settings)
-    teacher = find_teacher(settings, dataset)
-    test = lambda net: dino.classify_by_neighbours(getattr(net, "vit", net), dataset)  # noqa: E731
-    return train.fit(task(settings, dataset, teacher), settings, test=test)
+main = partial(dino.main, task=task)
 
 
 if __name__ == "__main__":

@@ -132,27 +132,29 @@ def task(settings: Settings, dataset: data.Data) -> train.Task:
     if not isinstance(dataset.train.source, sources.Tensors):
         raise ValueError("DINO needs two views, but images that are streamed are cropped once")
     torch.manual_seed(settings.seed)
-    net = Dino(new_vit(settings, dataset, classes=0), settings)
-    return train.Task(
-        net.to(dataset.train.device),
-        show_two_views(dataset),
-        loss=partial(loss, batch=dataset.train.batch // launch.world()),
-        predict=None,
-        export=export,
-    )
+    net = Dino(new_vit(settings, dataset, classes=0), settings).to(dataset.train.device)
+    own_loss = partial(loss, batch=dataset.train.batch // launch.world())
+    return train.Task(net, show_two_views(dataset), own_loss, predict=None, export=export)
 
 
-def export(net: Dino) -> dict:
-    """The teacher's ViT, which is the better of the two."""
-    return checkpoints.export(net.teacher.vit)
+def export(net: nn.Module) -> dict:
+    """The ViT without a head: others would let it read the patches, not the class token."""
+    found = checkpoints.export(get_vit(net))
+    weights = {k: v for k, v in found["model"].items() if not k.startswith("head.")}
+    return found | {"model": weights, "architecture": found["architecture"] | {"classes": 0}}
 
 
-def classify_by_neighbours(vit: ViT, dataset: data.Data) -> dict[str, Tensor]:
+def get_vit(net: nn.Module) -> ViT:
+    """Of DINO that of the teacher, which is the better of the two."""
+    return net.teacher.vit if isinstance(net, Dino) else getattr(net, "vit", net)
+
+
+def classify_by_neighbours(net: nn.Module, dataset: data.Data) -> dict[str, Tensor]:
     """Classes of the test images by the 20 nearest neighbours of class tokens, and the true ones.
 
     They are among 4,000 training images. Each votes with exp(cosine similarity / 0.07), as DINO's.
     """
-    bank, labels = dataset.train.first(4000)
+    vit, (bank, labels) = get_vit(net), dataset.train.first(4000)
     known = torch.cat([F.normalize(get_class_token(vit, some)) for some in bank.split(256)])
     found, images = [], copy.copy(dataset.test)
     images.rank, images.world = 0, 1  # all of them, also as one of many processes
@@ -164,10 +166,10 @@ def classify_by_neighbours(vit: ViT, dataset: data.Data) -> dict[str, Tensor]:
     return dict(zip(("predicted", "labels"), torch.cat(found, dim=1), strict=True))
 
 
-def main(settings: Settings) -> dict:
+def main(settings: Settings, task=task) -> dict:
     dataset = data.load(settings)
-    test = lambda net: classify_by_neighbours(net.teacher.vit, dataset)  # noqa: E731
-    return train.fit(task(settings, dataset), settings, test=test)
+    test = partial(classify_by_neighbours, dataset=dataset)
+    return train.fit(task(settings, dataset), settings, test)
 
 
 if __name__ == "__main__":

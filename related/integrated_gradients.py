@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import data
 import train
@@ -80,14 +80,14 @@ def make_hint(gradients: Tensor) -> Tensor:
     return strength / strength.amax(dim=(1, 2, 3), keepdim=True).clamp_min(1e-12)
 
 
-def lay_over(images: Tensor, draws: BatchRandom, overlay: float, to_pixels: Callable) -> Tensor:
-    """Turns some images into half image, half map. Their map comes in as the last channel.
+def lay_over(images_maps: Tensor, draws: BatchRandom, overlay: float) -> Tensor:
+    """Turns some images (B, 2 C, H, W) into half image, half map. Maps come in behind the images.
 
-    The images themselves go out in the channels behind.
+    The images themselves go out there.
     """
-    images, maps = images[:, :-1], images[:, -1:]
+    images, maps = images_maps.chunk(2, dim=1)
     drawn = draws.uniform(1)[:, :, None, None] < overlay
-    mixed = torch.where(drawn, 0.5 * images + 0.5 * to_pixels(maps), images)
+    mixed = torch.where(drawn, 0.5 * images + 0.5 * maps, images)
     return torch.cat([mixed, images], dim=1)
 
 
@@ -97,8 +97,8 @@ def loss(student: WideResNet, images, labels, teacher: WideResNet, settings: Set
     return activations.loss(student, images, labels, teacher, settings, seen, groups=(1,))
 
 
-def task(settings: Settings, dataset: data.Data, checkpoint) -> train.Task:
-    plain = activations.task(settings, dataset, checkpoint)
+def task(settings: Settings, dataset: data.Data) -> train.Task:
+    plain = activations.task(settings, dataset)
     teacher = plain.loss.keywords["teacher"]
     own_loss = partial(loss, teacher=teacher, settings=settings)
     return replace(plain, data=add_maps(dataset, teacher, settings), loss=own_loss)
@@ -115,10 +115,10 @@ def add_maps(dataset: data.Data, teacher: WideResNet, settings: Settings) -> dat
     ])  # fmt: skip
     if settings.shuffle:
         maps = maps.roll(1, dims=0)  # the order of images is random already
-    both = sources.Tensors(torch.cat([bank, maps], dim=1), labels)
-    mean, std = teacher.mean, teacher.std  # that undo what the net does to its images
-    to_pixels = (lambda maps: maps * std + mean) if settings.raw else nn.Identity()
-    augment = partial(lay_over, overlay=settings.overlay, to_pixels=to_pixels)
+    if settings.raw:  # undoes what the net does to its images
+        maps = maps * teacher.std + teacher.mean
+    both = sources.Tensors(torch.cat([bank, maps.expand_as(bank)], dim=1), labels)
+    augment = partial(lay_over, overlay=settings.overlay)
     view = data.Train(both, augment, settings, len(dataset.classes), bank.device)
     return dataset._replace(train=view, mean=2 * dataset.mean, std=2 * dataset.std)
 

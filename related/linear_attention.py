@@ -140,8 +140,9 @@ def transfer_loss(student: ViT, images, labels, teacher: ViT):
     return sum(losses) / len(losses), {}
 
 
-def task(settings: Settings, dataset: data.Data, checkpoint) -> train.Task:
-    weights, device = checkpoint.weights, dataset.train.device
+def task(settings: Settings, dataset: data.Data) -> train.Task:
+    checkpoint, device = find_teacher(settings, dataset), dataset.train.device
+    weights = checkpoint.weights
     taught = [value for name, value in weights.items() if name.startswith(FEATURES)]
     plain = {k: v for k, v in weights.items() if not k.startswith(FEATURES)}
     teacher, student = (
@@ -187,9 +188,7 @@ def export(net: ViT) -> dict:
 
 
 def main(settings: Settings) -> dict:
-    dataset = data.load(settings)
-    teacher = find_teacher(settings, dataset)
-    return train.fit(task(settings, dataset, teacher), settings)
+    return train.fit(task(settings, data.load(settings)), settings)
 
 
 if __name__ == "__main__":

@@ -142,8 +142,6 @@ def task(settings: Settings) -> train.Task:
     view = data.Train(source, lambda x, _: x, settings, 9, device)
     names = [f"{row} {column}" for row in scenes.ROWS for column in scenes.COLUMNS]
     dataset = data.Data(names, known.pictures.shape[-1], kind.mean, kind.std, view)
-    if dataset.image_size % (3 * settings.patch):
-        raise ValueError(f"--patch {settings.patch} does not divide a place of {scenes.PLACE}")
     torch.manual_seed(settings.seed)
     net = Robot(new_vit(settings, dataset, classes=0), settings.reminder).to(device)
     own_loss = partial(loss, known=known, weight=settings.attention_weight)
@@ -172,8 +170,6 @@ def test(net: Robot, settings: Settings, dataset: data.Data) -> dict[str, Tensor
     if log_map is not None:
         places = locate_patches(log_map.shape[1]).to(log_map.device)
         found["looked"] = places[log_map.argmax(dim=1)]
-        lands = train.compute_top1(found["looked"], trial.targets)
-        launch.print0(f"attention lands right for {lands:.1f} % of the reminders")
         if launch.rank() == 0:
             pictures.save(draw(trial, log_map), runs.get_folder(settings) / "reminders.png")
     return found

@@ -22,11 +22,8 @@ def make_convolution(kind: str, dim_in: int, dim_out: int, stride: int) -> nn.Mo
     narrow = dim_out // 2
     down, up = nn.Conv2d(dim_in, narrow, 1, bias=False), nn.Conv2d(narrow, dim_out, 1, bias=False)
     middle = nn.Conv2d(narrow, narrow, **how)
-    return nn.Sequential(down, *make_norm(narrow), middle, *make_norm(narrow), up)
-
-
-def make_norm(dim: int) -> tuple[nn.Module, nn.Module]:
-    return nn.BatchNorm2d(dim), nn.ReLU()
+    first, second = (nn.Sequential(nn.BatchNorm2d(narrow), nn.ReLU()) for _ in range(2))
+    return nn.Sequential(down, *first, middle, *second, up)
 
 
 class Block(nn.Module):

@@ -12,7 +12,6 @@ import itertools
 import math
 import multiprocessing
 import statistics
-import threading
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -114,15 +113,10 @@ def take_turn(method: str, variant: str, recipe) -> tuple[float, list[float]]:
     return memory, times
 
 
-def watch_parent() -> None:
-    """A benchmark that is killed takes its processes with it."""
-    threading.Thread(target=leave_with_parent, daemon=True).start()
-
-
 def time_variants(method: str, variants: list[str], recipe, steps: int) -> dict[str, dict]:
     """A row for each variant whose batch fits in memory: one process each, timed in turns."""
     spawn, times, memory = multiprocessing.get_context("spawn"), defaultdict(list), {}
-    start = partial(ProcessPoolExecutor, 1, spawn, initializer=watch_parent)
+    start = partial(ProcessPoolExecutor, 1, spawn, initializer=leave_with_parent)
     pools, rows = {variant: start() for variant in variants}, {}
     for variant in math.ceil(steps / STEPS_PER_TURN) * variants:
         try:
@@ -164,10 +158,8 @@ def compare(best: dict[str, dict], method: str, recipe, matrix: float) -> None:
 
 def time_loader(settings: Settings, device: torch.device) -> dict:
     """images/s of files, streamed as in training: read, decoded, cropped and augmented."""
-    recipe, kind = (
-        get_recipe("finetune", settings, int(settings.batch)),
-        recipes.DATA_SETS["imagenet"],
-    )
+    kind = recipes.DATA_SETS["imagenet"]
+    recipe = get_recipe("finetune", settings, int(settings.batch))
     parts = folders.load(recipe, kind, recipe.image_size, device)
     augment = Augment(recipe, kind, device, cropped=True)
     view = data.Train(parts.train, augment, recipe, len(parts.classes), device)
@@ -204,11 +196,10 @@ def main(settings: Settings) -> dict:
                 if row["images_per_s"] >= best.setdefault(variant, row)["images_per_s"]:
                     best[variant] = row
             compare(best, method, recipe, matrix)
-            about = {name: getattr(recipe, name) for name in ("data", "model", "patch", "compile")}
-            about |= {"image_size": recipe.image_size, "steps": settings.steps}
+            names = "data", "model", "patch", "compile", "image_size"
+            about = {name: getattr(recipe, name) for name in names} | {"steps": settings.steps}
             about |= {"matrix_tflops": round(matrix / 1e12, 3), "rows": rows}
-            whole = (method, batch) == (methods[-1], batches[-1])
-            record = measure.add_record(settings, device, "speed.benchmark", about, whole)
+            record = measure.add_record(settings, device, "speed.benchmark", about)
     return record
 
 

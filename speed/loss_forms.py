@@ -9,6 +9,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
 import recipes
 from attention_distill import attention_loss
@@ -40,8 +41,6 @@ def log_sum_exp(student: QK, teacher: QK) -> Tensor:
 
 def flexible(student: QK, teacher: QK) -> Tensor:
     """The same, with log(sum(exp)) by flex_attention: no map at all. To be compiled."""
-    from torch.nn.attention.flex_attention import AuxRequest, flex_attention
-
     q, k = student.q, student.k
     _, aux = flex_attention(q, k, k, return_aux=AuxRequest(lse=True))
     found = F.scaled_dot_product_attention(teacher.q, teacher.k, k)
@@ -84,7 +83,7 @@ def main(settings: measure.Settings) -> dict:
                 ms = time_form(form, tokens, at_a_time * 197 // tokens, device, dtype)
                 table.setdefault(name, {})[str(tokens)] = ms
                 print0(f"{name:26} {tokens:5} tokens {ms:9.4f} ms per image and layer")
-        except (RuntimeError, ImportError) as error:
+        except RuntimeError as error:
             print0(f"{name:26} left out: {str(error).splitlines()[:1]}")
     found = {"ms_per_image_and_layer": table, "heads": HEADS, "dtype": str(dtype)}
     return measure.add_record(settings, device, "speed.loss_forms", found)

@@ -95,21 +95,17 @@ def read_peak(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-def add_record(settings, device: torch.device, module: str, found: dict, whole=True) -> dict:
-    """With --record, speed/benchmark-DEVICE.json keeps the newest record of each command.
-
-    One that is not yet `whole` replaces none that is.
-    """
-    command = " ".join(["python -m", module, *sys.argv[1:]])
-    unfinished, name = f"{command} (unfinished)", device_name(device)
-    record = {"command": command if whole else unfinished, "commit": runs.read_commit()}
-    record |= {"device": name, "torch": torch.__version__, "python": platform.python_version()}
-    record |= found
+def add_record(settings, device: torch.device, module: str, found: dict) -> dict:
+    """With --record, speed/benchmark-DEVICE.json keeps the newest record of each command."""
+    name = device_name(device)
+    record = {"command": " ".join(["python -m", module, *sys.argv[1:]])}
+    record |= {"commit": runs.read_commit(), "device": name, "torch": torch.__version__}
+    record |= {"python": platform.python_version()} | found
     if settings.record:
         kind = name.replace(" ", "-") if device.type == "cuda" else device.type
         path = Path(f"speed/benchmark-{kind}.json")
         before = json.loads(path.read_text()) if path.exists() else []
-        kept = [row for row in before if row["command"] not in (record["command"], unfinished)]
+        kept = [row for row in before if row["command"] != record["command"]]
         path.parent.mkdir(exist_ok=True)
         checkpoints.save(json.dumps([*kept, record], indent=1) + "\n", path)
         print0(f"\nwrote {path}")

@@ -12,6 +12,7 @@ from common.runs import hash_settings
 from common.settings import get_values, to_argv
 from study.estimates import compute_share, estimate, pack
 from study.jobs import ROOT, Job
+from teachers.find import find_bundled
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 Flags = Mapping[str, Any]  # settings by name
@@ -43,10 +44,12 @@ class Planner(NamedTuple):  # plans the runs of a study
     study: Study
     folder: Path
     extra: tuple[str, ...] = ()
-    find_bundled: Callable = lambda settings: None  # teachers.find.find_bundled
 
     def plan(self, row: str, seed: int, point: Flags, tuned: dict[str, Flags]) -> dict[str, Job]:
-        """Jobs by name: those whose nets a run needs, then the run. `tuned`: settings of rows."""
+        """Jobs by name: those whose nets a run needs, then the run. `tuned`: settings of rows.
+
+        ValueError unless they are known, in a study that tunes any.
+        """
         study, (script, source, flags, tuned_as) = self.study, self.study.rows[row]
         needed, teacher = {}, source
         if source == "pre-trained" and study.published:
@@ -54,13 +57,16 @@ class Planner(NamedTuple):  # plans the runs of a study
         elif source == "pre-trained":
             needed = self.plan_teacher(seed, point)
             (job,) = needed.values()
-            if study.teacher_seed == 0 and (file := self.find_bundled(job.get_settings())):
+            if study.teacher_seed == 0 and (file := find_bundled(job.get_settings())):
                 needed, teacher = {}, file
         elif source in study.rows:
             needed = self.plan(source, seed, point, tuned)
         if needed:
             teacher = list(needed.values())[-1].out / "model.pt"
         tuned_as = row if row in study.own else tuned_as
+        if study.own and tuned_as and tuned_as not in tuned:
+            remedy = "first reproduce the tuning of its table (--help lists them)"
+            raise ValueError(f"'{tuned_as}' has no settings yet: {remedy}")
         own = (tuned[tuned_as] if study.own and tuned_as else {}) | flags
         given = study.base | point | own | {"seed": seed}
         if teacher:

@@ -6,7 +6,7 @@ same for all. Ratios are jackknifed (Tukey 1958), which for sums is the same.
 """
 
 import base64
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 
 import numpy as np
@@ -59,6 +59,12 @@ def estimate_over_seeds(values: np.ndarray) -> dict:
     """The mean of one value for each seed, with its interval."""
     found = summarise(lambda of: of[""], {"": values})
     return found | {"values": [round(float(value), 4) for value in values]}
+
+
+def estimate_layers(layers: Iterable[Sequence[float]]) -> dict[str, list]:
+    """The same of each layer, as lists over layers."""
+    cells = [estimate_over_seeds(np.array(values)) for values in layers]
+    return {what: [cell[what] for cell in cells] for what in ("mean", "interval", "values")}
 
 
 def summarise(compute: Callable[..., float], *points: Values) -> dict:

@@ -25,7 +25,6 @@ RELATED = "activations attndistill dino integrated_gradients linear_attention re
 SCRIPTS = {name: f"related.{name}" for name in RELATED}  # imported when they are needed
 SCRIPTS |= {"pretrain": "pretrain", "finetune": "finetune", "variants": "study.variants"}
 SCRIPTS |= {"copy": "attention_copy", "distill": "attention_distill"}
-ABOUT = {"points", "seeds", "runs", "training_minutes", "device", "commits"}  # of every record
 ROOT = Path(__file__).parent.parent
 # Imports take as long as a tenth of a run on the digits, so they are done once for all processes.
 FORKED = multiprocessing.get_context("forkserver")
@@ -38,7 +37,7 @@ def load(script: str) -> Any:
 
 def work(script: str, argv: list[str], output: Path) -> None:
     """Runs a script with these arguments, in a process of its own."""
-    threading.Thread(target=leave_with_parent, daemon=True).start()
+    leave_with_parent()
     with open(output, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -47,9 +46,13 @@ def work(script: str, argv: list[str], output: Path) -> None:
 
 
 def leave_with_parent() -> None:
-    """Saves and leaves when the process that wants the result has ended, killed or not."""
-    multiprocessing.parent_process().join()
-    os.kill(os.getpid(), signal.SIGTERM)
+    """From now on: saves and leaves when the process that started it has ended, killed or not."""
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 @dataclass
@@ -98,7 +101,6 @@ class Runner:  # runs jobs, `workers` at a time
         on_gpu = torch.accelerator.is_available()
         self.workers = workers or (1 if on_gpu else os.cpu_count() or 1)
         self.score = score  # what to print of each result
-        self.processes: set[Any] = set()
         threads = max(1, (os.cpu_count() or 1) // self.workers)
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # which the processes inherit
         self.commits: set[str] = set()  # of the code that trained
@@ -120,7 +122,7 @@ class Runner:  # runs jobs, `workers` at a time
                 return {name: future.result() for name, future in futures.items()}
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
-                for process in list(self.processes):
+                for process in multiprocessing.active_children():
                     process.terminate()  # it saves and leaves
                 raise
 
@@ -147,9 +149,7 @@ class Runner:  # runs jobs, `workers` at a time
         output = job.out / "output.txt"
         process = FORKED.Process(target=work, args=(job.script, [*job.argv, again], output))
         process.start()
-        self.processes.add(process)
         process.join()
-        self.processes.discard(process)
         if process.exitcode:
             last = output.read_text().strip().splitlines()[-1:] if output.exists() else []
             raise Failed(f"{name} failed: {' '.join(last)} (see {output})")
@@ -164,14 +164,3 @@ class Runner:  # runs jobs, `workers` at a time
         about |= {"device": device, "torch": torch.__version__, "runs": len(self.seconds)}
         about |= {"runs_at_a_time": self.workers, "threads": os.environ["OMP_NUM_THREADS"]}
         return about | {"training_minutes": round(sum(self.seconds.values()) / 60, 1)} | found
-
-
-def read_record(path: Path) -> dict:
-    """A record. ValueError names it if it is damaged."""
-    try:
-        record = json.loads(path.read_text())
-        if missing := ABOUT - dict(record).keys():
-            raise ValueError(f"it has no {min(missing)}")
-        return record | {"points": dict(record["points"])}
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): restore it (git checkout)") from error

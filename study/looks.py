@@ -1,43 +1,23 @@
-"""Where trained ViTs look, and how like each other they are.
-
-    python -m study.looks A/model.pt B/model.pt
-    python -m study.looks A.pt B.pt --data imagenet --data-dir /imagenet --images 500
-
-Prints for each layer how far the maps of both are apart, head by head, and how
-similar their features are (CKA). The images are A's, unless --data names others.
-"""
+"""Where trained ViTs look, and how like each other their features are."""
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import data
-import ensemble
-from common import launch
 from common.augment import hash_seed
 from common.launch import get_device
-from common.settings import parse_settings, setting
 from pretrain import patchify
 from study.engine import Runs, Table, estimate_accuracies
-from study.estimates import estimate_over_seeds
+from study.estimates import estimate_layers, estimate_over_seeds
 from study.jobs import Job
 from study.rows import COPY
 from teachers.load import Model, build, open_model
 
-
-@dataclass(frozen=True)
-class Settings(ensemble.Settings):
-    checkpoints: tuple[str, ...] = setting((), "A and B: two checkpoints", low=2, high=2)
-    images: int = setting(200, "how many test images, evenly spaced", low=4)
-
-
-parse = partial(parse_settings, __doc__, Settings, {})
-IMAGES, AT_A_TIME = 500, 50  # test images of the study
+IMAGES = 500  # of the test
 
 
 def entropy(p: Tensor) -> Tensor:
@@ -76,31 +56,6 @@ def measure_change(p: Tensor) -> list[float]:
 
 
 @torch.no_grad()
-def compare(a: Model, b: Model, batches: Iterable[Tensor]) -> list[dict[str, float]]:
-    """Of each layer: `divergence` of the maps, a mean in nats, and `cka` of features.
-
-    Where one of the two has other tokens besides, maps are compared over the patches.
-    """
-    patches, rows = a.net.config.grid_size**2, []
-    differ = a.net.config.num_prefix_tokens != b.net.config.num_prefix_tokens
-    for images in batches:
-        of_batch = []
-        for pair in zip(a.blockwise(images), b.blockwise(images), strict=False):
-            maps = [qk.map() for _, qk in pair]
-            if differ:
-                maps = [p[..., -patches:, -patches:] for p in maps]
-                maps = [p / p.sum(dim=-1, keepdim=True) for p in maps]
-            of_images = jensen_shannon(*maps).mean(dim=(1, 2))
-            of_batch.append((of_images, *(x[:, -patches:].mean(dim=1) for x, _ in pair)))
-        rows.append(of_batch)
-    layers = []
-    for of_layer in zip(*rows, strict=True):
-        divergence, x, y = (torch.cat(parts) for parts in zip(*of_layer, strict=True))
-        layers.append({"divergence": divergence.mean().item(), "cka": cka(x, y)})
-    return layers
-
-
-@torch.no_grad()
 def find_looks(_: Table, runs: Runs) -> dict:
     """For each row and for its teachers, lists over layers: means over seeds, and intervals.
 
@@ -124,17 +79,14 @@ def find_looks(_: Table, runs: Runs) -> dict:
             what = "from_centre" if settings.scene == "pointer" else "from_twin"
             found.setdefault(name, []).append({"of_image": measure_change(p), what: paid.tolist()})
     rows = {
-        name: {what: average([seed[what] for seed in seeds]) for what in seeds[0]}
+        name: {
+            what: estimate_layers(zip(*(seed[what] for seed in seeds), strict=True))
+            for what in seeds[0]
+        }
         for name, seeds in found.items()
     }
     measure = "of each layer: shares of what a map says, and of attention"
     return {"points": {point: rows}, "measure": measure}
-
-
-def average(seeds: list[list[float]]) -> dict[str, list]:
-    """Means over seeds, and intervals, of lists over layers."""
-    cells = [estimate_over_seeds(np.array(of_layer)) for of_layer in zip(*seeds, strict=True)]
-    return {what: [cell[what] for cell in cells] for what in ("mean", "interval", "values")}
 
 
 def load_scenes(settings) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -149,6 +101,7 @@ def load_scenes(settings) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     return images, (apart.argmin(dim=-1).gather(1, asked[:, None])[:, 0], asked)
 
 
+@torch.no_grad()
 def find_likeness(table: Table, runs: Runs) -> dict:
     """Accuracies, and how like the teacher's the features are: CKA, a mean over layers."""
     found = estimate_accuracies(table, runs)
@@ -160,34 +113,19 @@ def find_likeness(table: Table, runs: Runs) -> dict:
                 dataset = data.load(settings, train=False)
                 images, _ = next(dataset.test.in_order(IMAGES))
                 teacher = open_model(settings.teacher, images.device, dataset.image_size)
-                layers = compare(teacher, net, images.split(AT_A_TIME))
-                values.append(np.mean([layer["cka"] for layer in layers]))
+                features = [average_patches(model, images) for model in (teacher, net)]
+                values.append(np.mean([cka(x, y) for x, y in zip(*features, strict=True)]))
             found["points"][point][row]["CKA"] = estimate_over_seeds(np.array(values))
     return found
 
 
+def average_patches(model: Model, images: Tensor) -> list[Tensor]:
+    """The features of each layer (images, D): means over the patches."""
+    patches, found = model.net.config.grid_size**2, []
+    for some in images.split(50):
+        found.append([x[:, -patches:].mean(dim=1) for x, _ in model.blockwise(some)])
+    return [torch.cat(of_layer) for of_layer in zip(*found, strict=True)]
+
+
 def open_run(job: Job) -> Model:
     return open_model(job.out / "model.pt", get_device(job.get_settings().device))
-
-
-def main(settings: Settings) -> list[dict[str, float]]:
-    launch.require_one_process()
-    models = [open_model(path, get_device(settings.device)) for path in settings.checkpoints]
-    settings = ensemble.choose_images(settings, models[0].checkpoint)
-    for what in ("image_size", "patch", "channels", "heads"):
-        ours, theirs = (getattr(model.net.config, what) for model in models)
-        if ours != theirs:
-            raise ValueError(f"their maps cannot be compared: {what} differ ({ours}, {theirs})")
-    test = data.load(settings, train=False).test
-    count = min(settings.images, len(test))
-    some = test.source.subset([i * len(test) // count for i in range(count)])  # of all classes
-    view = data.Eval(some, test.device)
-    layers = compare(*models, (images for images, _ in view.in_order(AT_A_TIME)))
-    print("layer  divergence, nats  CKA of features")
-    for i, layer in enumerate(layers):
-        print(f"{i:5}  {layer['divergence']:16.3f}  {layer['cka']:15.2f}")
-    return layers
-
-
-if __name__ == "__main__":
-    launch.run(main, parse)

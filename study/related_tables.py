@@ -74,9 +74,8 @@ STUDY = Study(ACTIVATIONS | GRADIENTS | LINEAR | ATTNDISTILL | REMINDED, {"data"
 
 def rebuild(job: Job):
     """The task of a finished run, untrained."""
-    settings, script = job.get_settings(), load(job.script)
-    dataset = data.load(settings)
-    return script.task(settings, dataset, script.find_teacher(settings, dataset))
+    settings = job.get_settings()
+    return load(job.script).task(settings, data.load(settings))
 
 
 def find_sizes(table: Table, runs: Runs) -> dict:

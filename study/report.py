@@ -18,8 +18,9 @@ import numpy as np
 from common import checkpoints, launch
 from common.settings import Base, parse_settings
 from study import estimates, figures, related_tables, tables
-from study.estimates import BASELINE, CEILING, estimate, format_cell
-from study.jobs import ROOT, read_record
+from study.engine import Table, estimate_correct
+from study.estimates import BASELINE, CEILING, format_cell
+from study.jobs import ROOT
 from study.rows import PAPER
 
 TABLES = tables.TABLES | related_tables.TABLES
@@ -37,37 +38,33 @@ TASK_ROWS = (
 MARKED = re.compile(r"<!-- ([\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
-def recompute(record: dict, table) -> dict:
-    """The record with its intervals computed anew. `table`: the engine.Table that it is of."""
+def recompute(record: dict, table: Table) -> dict:
+    """The record with its intervals computed anew."""
     record = recompute_cells(record)
-    points, correct = record["points"], record.get("correct", {})
-    values = {
-        point: {row: np.array(cells["values"]) for row, cells in of_rows.items()}
-        for point, of_rows in points.items() if all("values" in c for c in of_rows.values())
-    }  # fmt: skip
-    for point, of_rows in correct.items():
-        for row, bits in of_rows.items():
-            values[point][row] = 100 * estimates.unpack(bits, record["images"]).mean(axis=1)
-    if not values:
+    if "correct" not in record:  # of tuning, or of maps
         return record
-    found = estimate(values, table.against, table.contrasts)
+    correct = {
+        point: {row: estimates.unpack(bits, record["images"]) for row, bits in of_rows.items()}
+        for point, of_rows in record["correct"].items()
+    }
+    found = estimate_correct(correct, table.against, table.contrasts)
     for point, of_rows in found["points"].items():
         for row, cells in of_rows.items():
-            points[point][row].pop("recovery", None)
-            points[point][row] |= cells
-    contrasts = record.get("contrasts", {}) | found["contrasts"]
-    return record | ({"contrasts": contrasts} if contrasts else {})
+            record["points"][point][row].pop("recovery", None)
+            record["points"][point][row] |= cells
+    return record | {"contrasts": record["contrasts"] | found["contrasts"]}
 
 
 def recompute_cells(cell):
     """The same for every figure of which the values of all seeds are known."""
     if not isinstance(cell, dict):
         return cell
-    found, values = {name: recompute_cells(part) for name, part in cell.items()}, cell.get("values")
-    if values and isinstance(values[0], list):  # of each layer
-        cells = [estimates.estimate_over_seeds(np.array(of_layer)) for of_layer in values]
-        return found | {what: [one[what] for one in cells] for what in ("mean", "interval")}
-    return found | (estimates.estimate_over_seeds(np.array(values)) if values else {})
+    found = {name: recompute_cells(part) for name, part in cell.items()}
+    if not (values := cell.get("values")):
+        return found
+    if isinstance(values[0], list):
+        return found | estimates.estimate_layers(values)
+    return found | estimates.estimate_over_seeds(np.array(values))
 
 
 def fill_tables(text: str, results: Path) -> str:
@@ -76,7 +73,7 @@ def fill_tables(text: str, results: Path) -> str:
     def replace_table(match: re.Match) -> str:
         if match[1] == "tasks":
             return f"<!-- tasks -->\n{format_tasks(results)}<!-- end -->"
-        record = read_record(results / f"{match[1]}.json")
+        record = json.loads((results / f"{match[1]}.json").read_text())
         return f"<!-- {match[1]} -->\n{format_record(record)}<!-- end -->"
 
     return MARKED.sub(replace_table, text)
@@ -89,7 +86,7 @@ def format_tasks(results: Path) -> str:
         known = f"{estimates.compute_share(PAPER, row, CEILING):.2f}" if row in PAPER else ""
         lines.append([f"recovery: {row}", known])
     for name in TASKS.values():
-        (cells,) = read_record(results / f"{name}.json")["points"].values()
+        (cells,) = json.loads((results / f"{name}.json").read_text())["points"].values()
         for line in lines[:2]:
             line.append(f"{cells[line[0]]['mean']:.1f} %")
         for row, line in zip(TASK_ROWS, lines[2:], strict=True):
@@ -108,8 +105,8 @@ def format_record(record: dict) -> str:
 
 
 def format_contrasts(asked: dict[str, dict], seeds: int) -> str:
-    few = "one seed" if seeds == 1 else f"mean of {seeds} seeds"
-    sure = "95 % interval" if all(cell.get("interval") for cell in asked.values()) else few
+    known = all(cell["interval"] for cell in asked.values())
+    sure = "95 % interval" if known else f"mean of {seeds} seeds"
     lines = [[name, format_cell(cell, "+.2f")] for name, cell in asked.items()]
     return format_table(["difference", sure], lines)
 
@@ -166,12 +163,17 @@ def format_table(head: list[str], lines: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in (head, ["---"] * len(head), *lines))
 
 
+def write_record(record: dict, table: Table, path: Path) -> None:
+    """And its picture beside it."""
+    checkpoints.save(json.dumps(record, indent=1) + "\n", path)
+    figures.draw_record(table, record, path)
+
+
 def main(settings: Base) -> None:
     for path in sorted(RESULTS.glob("*.json")):
         if path.stem in TABLES:
-            record = recompute(read_record(path), TABLES[path.stem])
-            checkpoints.save(json.dumps(record, indent=1) + "\n", path)
-            figures.draw_record(TABLES[path.stem], record, path)
+            table = TABLES[path.stem]
+            write_record(recompute(json.loads(path.read_text()), table), table, path)
     for page in map(ROOT.joinpath, PAGES):
         checkpoints.save(fill_tables(page.read_text(), RESULTS), page)
         print(f"wrote {page}")

@@ -9,18 +9,16 @@ of each table before it was run, and what was found: study/LOG.md.
 """
 
 import json
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import checkpoints, launch
+from common import launch
 from common.settings import Base, parse_settings, setting
-from study import figures, tune
+from study import tune
 from study.engine import Planner, Runs, Table, estimate_accuracies
-from study.jobs import ROOT, Runner, read_record
-from study.report import TABLES, format_record
-from teachers.find import find_bundled
+from study.jobs import Runner
+from study.report import RESULTS, TABLES, format_record, write_record
 
 
 @dataclass(frozen=True)
@@ -35,23 +33,19 @@ class Settings(Base):
 
 
 def parse(argv: Sequence[str]) -> Settings:
-    doc = __doc__ + list_tables() if {"--help", "-h"} & set(argv) else __doc__
-    return parse_settings(doc, Settings, {}, argv)
+    return parse_settings(__doc__ + list_tables(), Settings, {}, argv)
 
 
 def list_tables() -> str:
-    known, planned = "", []
+    text = ""
     for name, table in TABLES.items():
-        if (path := ROOT / "study" / "results" / f"{name}.json").exists():
-            known += f"\n\n  {name}\n    {table.about}\n    {describe_cost(read_record(path))}"
-        else:
-            planned.append(name)
-    return f"{known}\n\n" + textwrap.fill(f"Not recorded yet: {', '.join(planned)}", 78)
-
-
-def describe_cost(record: dict) -> str:
-    runs, minutes = record["runs"], record["training_minutes"]
-    return f"seeds: {len(record['seeds'])}; runs: {runs}, {minutes:.0f} min on {record['device']}"
+        path, cost = RESULTS / f"{name}.json", "not recorded yet"
+        if path.exists():
+            record = json.loads(path.read_text())
+            runs, minutes = record["runs"], record["training_minutes"]
+            cost = f"{runs} runs, {minutes:.0f} min on {record['device']}"
+        text += f"\n  {name}\n    {table.about}\n    {cost}"
+    return text
 
 
 def train(table: Table, planner: Planner, tuned: tune.Tuned, runner: Runner, seeds) -> Runs:
@@ -60,10 +54,8 @@ def train(table: Table, planner: Planner, tuned: tune.Tuned, runner: Runner, see
     for point, flags in table.points.items():
         rows, count = table.fewer.get(point, (table.rows, len(seeds)))
         found[point] = {row: [] for row in rows}
-        own = tune.get_chosen(tuned.get(table.tuned_at, {}) | tuned.get(point, {}))
-        needed = [*found[point], *tune.list_teachers(found[point], table.study)]
-        tune.check_tuned(own, table.study, needed, TABLES, {point, table.tuned_at})
-        for row in found[point]:
+        own = tuned.get(table.tuned_at, {}) | tuned.get(point, {})
+        for row in rows:
             for seed in seeds[:count]:
                 planned = planner.plan(row, seed, flags, own)
                 found[point][row].append(list(planned.values())[-1])
@@ -85,10 +77,10 @@ def main(settings: Settings) -> None:
         images, extra = table.study.base["data"], tuple(settings.extra.split())
         if settings.data_dir and images not in ("digits", "scenes"):  # which come along
             extra += ("--data-dir", settings.data_dir)
-        planner = Planner(table.study, Path(settings.runs) / images, extra, find_bundled)
+        planner = Planner(table.study, Path(settings.runs) / images, extra)
         tuned = tune.read_tuning(table.study, TABLES, results)
         if table.tunes:
-            found = {"points": tune.tune(table, planner, tuned, runner, TABLES)}
+            found = {"points": tune.tune(table, planner, tuned, runner)}
             seeds, measure = list(table.study.seeds), "validation top-1, %"
         else:
             count, measure = settings.seeds or table.seeds, "test top-1, %"
@@ -99,12 +91,9 @@ def main(settings: Settings) -> None:
             found = (table.find or estimate_accuracies)(table, trained)
         found = {"seeds": seeds, "measure": measure} | found
         path = results / f"{name}.json"
-        record = runner.record(name, settings.extra, found)
-        checkpoints.save(json.dumps(record, indent=1) + "\n", path)
-        if table.tunes:
-            chosen = {point: tune.get_chosen(rows) for point, rows in found["points"].items()}
-        print(chosen if table.tunes else format_record(found))
-        figures.draw_record(table, found, path)
+        write_record(runner.record(name, settings.extra, found), table, path)
+        if not table.tunes:
+            print(format_record(found))
         print(f"\nwrote {path}")
 
 

@@ -50,10 +50,11 @@ SCENES = Study(
     own=OWN | dict.fromkeys(rows.PROBE, PROBING) | dict.fromkeys(rows.FEATURES, WEIGHTS),
 )  # fmt: skip
 STEPS = SCENES._replace(  # tuned at both ends of an axis of training
-    rates=(5e-4, *RATES, 6.4e-2),
+    rates=(2.5e-4, 5e-4, *RATES, 6.4e-2),
     mixes=({"mixup": 0.8}, {"smoothing": 0.1}, {"mixup": 0.8, "smoothing": 0.1}),
     own={row: (name, values[:2]) for row, (name, values) in (OWN | VARIED).items()}
-    | WEIGHED | dict.fromkeys(rows.PIXELS, ("attention_weight", (1.0, 0.3, 3.0, 10.0))),
+    | WEIGHED | dict.fromkeys(rows.FEATURES, WEIGHTS)
+    | dict.fromkeys(rows.PIXELS, ("attention_weight", (1.0, 0.3, 3.0, 10.0))),
 )  # fmt: skip
 PHOTO_SCENES = SCENES._replace(
     base={"data": "scenes-cifar10", "num_labels": 2000, "epochs": 20},
@@ -113,13 +114,16 @@ PHOTO_LABELS |= {"9,469 photographs": {"num_labels": 0, "epochs": 7}}  # at abou
 
 # The tables
 scenes = partial(Table, study=SCENES, points=POINTER, rows=tuple(MAIN))
+steps = partial(scenes, study=STEPS)
 fair = partial(Table, study=FAIR, points=AT_BASE)
+digits = partial(fair, study=DIGITS)
 photos = partial(Table, study=CIFAR, points=AT_PHOTOS, rows=ENDS, seeds=3)
 looked = {"seeds": 5, "find": find_looks}
 SAME, ITS_MEAN, OTHER, MEAN_OTHER = rows.FINE_TUNED
 OF_GAIN = share_of_gain(MEAN, COPY)
 BESIDE = subtract(("beside", DISTILLATION), ("beside", "beside, random teacher"))
 HELD = subtract(("maps, then labels", "maps, then labels, maps held"))
+UNUSED = "settings of maps that are not looked with"
 why = {"find": find_likeness, "rows": (*MAIN, *rows.WHY), "contrasts": BESIDE | HELD}
 usual, *_ = rows.LOSSES
 losses = {"rows": tuple(rows.LOSSES), "against": dict.fromkeys(rows.LOSSES, usual)}
@@ -146,14 +150,21 @@ TABLES = {
         DISTILLATION))),
     "scenes-teachers": scenes("pointer: who taught without labels, with labels, or as an MAE",
         rows=(*ENDS, *rows.WHOSE), seeds=5),
-    "scenes-steps-tuning": scenes("settings for 100 scenes, at 300 steps and at 3,000", study=STEPS,
+    "scenes-steps-tuning": steps("settings for 100 scenes, at 300 steps and at 3,000",
         tunes=True, rows=ENDS, points=choose_ends(AT_100)),
-    "scenes-steps": scenes("pointer: 100 labelled scenes, 300 to 9,000 steps", study=STEPS,
-        rows=ENDS, points=AT_100, tuned_at=list(AT_100)[2], fewer=thin_out(AT_100, 10)),
-    "scenes-steps-300-tuning": scenes("settings for 300 scenes, at 300 steps and at 3,000",
-        study=STEPS, tunes=True, rows=ENDS, points=choose_ends(AT_300)),
-    "scenes-steps-300": scenes("pointer: 300 labelled scenes, 300 to 9,000 steps", study=STEPS,
-        rows=ENDS, points=AT_300, tuned_at=list(AT_300)[2], fewer=thin_out(AT_300, 5), seeds=5),
+    "scenes-steps": steps("pointer: 100 labelled scenes, 300 to 9,000 steps", rows=ENDS,
+        points=AT_100, tuned_at=list(AT_100)[2], fewer=thin_out(AT_100, 10)),
+    "scenes-steps-300-tuning": steps("settings for 300 scenes, at 300 steps and at 3,000",
+        tunes=True, rows=ENDS, points=choose_ends(AT_300)),
+    "scenes-steps-300": steps("pointer: 300 labelled scenes, 300 to 9,000 steps", rows=ENDS,
+        points=AT_300, tuned_at=list(AT_300)[2], fewer=thin_out(AT_300, 5), seeds=5),
+    "scenes-controls-tuning": steps("settings of feature distillation, 100 scenes", tunes=True,
+        points=FIRST_100, rows=tuple(rows.FEATURES)),
+    "scenes-controls": steps("100 scenes: what else could help", points=FIRST_100,
+        rows=(*MAIN, *rows.PROBE, *rows.FEATURES, *rows.PARTS, MEAN, "copy, other maps",
+        "copy, uniform maps", "copy, impulse maps", "copy, random teacher",
+        "distillation, mean maps", "distillation, random teacher"), contrasts=OF_GAIN
+        | subtract((COPY, TUNED), ("distillation, mean maps", SCRATCH))),
     "scenes-looks": scenes("where nets look at a pointer", **looked),
     "scenes-looks-twins": scenes("where nets look at twins", points=TWINS, **looked),
     "scenes-looks-photos": scenes("where nets look among photographs", study=PHOTO_SCENES,
@@ -181,44 +192,36 @@ TABLES = {
         tuned_at="5,000 labels", rows=(SCRATCH, COPY, TUNED, MEAN)),
     "cifar10-recipe": photos("the main rows as --recipe gpu has them (takes a GPU)", study=RECIPE,
         points={"50,000 labels": {"model": "tiny"}}, rows=tuple(MAIN)),
-    "why-digits-tuning": fair("settings of the digits over more rates", study=DIGITS, tunes=True,
+    "why-digits-tuning": digits("settings of the digits over more rates", tunes=True,
         rows=tuple(MAIN)),
-    "why-digits-tuning-more": fair("settings of maps that are not looked with", study=DIGITS,
-        tunes=True, rows=tuple(VARIED)),
-    "why-digits": fair("do maps have to be looked with? Digits", study=DIGITS, **why),
-    "why-pointer-tuning": scenes("settings of maps that are not looked with", study=STEPS,
-        points=FIRST_100, tunes=True, rows=tuple(VARIED)),
-    "why-pointer": scenes("do maps have to be looked with? 100 scenes", study=STEPS,
-        points=FIRST_100, **why),
-    "why-pointer-long-tuning": scenes("settings of beside, at 3,000 steps", study=STEPS,
-        points=LAST_100, tunes=True, rows=("beside",)),
-    "why-pointer-long": scenes("do maps have to be looked with? 100 scenes, 3,000 steps", seeds=5,
-        study=STEPS, points=LAST_100, rows=(*MAIN, "beside", "beside, random teacher"),
-        contrasts=BESIDE),
-    "why-twins-tuning": scenes("settings of twins", study=STEPS, points=FIRST_TWINS, tunes=True,
-        rows=tuple(MAIN)),
-    "why-twins-tuning-more": scenes("settings of maps that are not looked with", study=STEPS,
-        points=FIRST_TWINS, tunes=True, rows=tuple(VARIED)),
-    "why-twins": scenes("do maps have to be looked with? Twins", study=STEPS, points=FIRST_TWINS,
-        **why),
+    "why-digits-tuning-more": digits(UNUSED, tunes=True, rows=tuple(VARIED)),
+    "why-digits": digits("do maps have to be looked with? Digits", **why),
+    "why-pointer-tuning": steps(UNUSED, points=FIRST_100, tunes=True, rows=tuple(VARIED)),
+    "why-pointer": steps("do maps have to be looked with? 100 scenes", points=FIRST_100, **why),
+    "why-pointer-long-tuning": steps("settings of beside, at 3,000 steps", points=LAST_100,
+        tunes=True, rows=("beside",)),
+    "why-pointer-long": steps("do maps have to be looked with? 100 scenes, 3,000 steps", seeds=5,
+        points=LAST_100, rows=(*MAIN, "beside", "beside, random teacher"), contrasts=BESIDE),
+    "why-twins-tuning": steps("settings of twins", points=FIRST_TWINS, tunes=True),
+    "why-twins-tuning-more": steps(UNUSED, points=FIRST_TWINS, tunes=True, rows=tuple(VARIED)),
+    "why-twins": steps("do maps have to be looked with? Twins", points=FIRST_TWINS, **why),
     "why-cifar10-tuning": photos("settings for CIFAR-10, over more rates", study=WIDE, points=SHORT,
         tunes=True, rows=(*ENDS, "beside")),
     "why-cifar10": photos("do maps have to be looked with? CIFAR-10", study=WIDE, rows=(*ENDS,
         "beside", "beside, random teacher"), find=find_likeness, contrasts=BESIDE),
-    "losses-pointer-tuning": scenes("rates and weights of four losses", study=STEPS,
-        points=FIRST_100, tunes=True, rows=tuple(rows.LOSSES)),
-    "losses-pointer": scenes("four losses of maps, 100 scenes", study=STEPS, points=FIRST_100,
-        **losses),
-    "losses-digits-tuning": fair("rates and weights of four losses", study=DIGITS, tunes=True,
+    "losses-pointer-tuning": steps("rates and weights of four losses", points=FIRST_100,
+        tunes=True, rows=tuple(rows.LOSSES)),
+    "losses-pointer": steps("four losses of maps, 100 scenes", points=FIRST_100, **losses),
+    "losses-digits-tuning": digits("rates and weights of four losses", tunes=True,
         rows=tuple(rows.LOSSES)),
-    "losses-digits": fair("four losses of maps, digits", study=DIGITS, **losses),
-    "scenes-oracle-tuning": scenes("settings of scratch with the teacher's task", study=STEPS,
-        points=LAST_100, tunes=True, rows=tuple(rows.PIXELS)),
-    "scenes-oracle": scenes("what of the teacher's knowledge is worth it? 100 scenes", seeds=5,
-        study=STEPS, points=LAST_100, rows=(*MAIN, *rows.PIXELS, *rows.ORACLE)),
-    "scenes-steps-twins-tuning": scenes("settings of twins, at 700 steps and at 7,000", study=STEPS,
+    "losses-digits": digits("four losses of maps, digits", **losses),
+    "scenes-oracle-tuning": steps("settings of scratch with the teacher's task", tunes=True,
+        points=LAST_100, rows=tuple(rows.PIXELS)),
+    "scenes-oracle": steps("what of the teacher's knowledge is worth it? 100 scenes", seeds=5,
+        points=LAST_100, rows=(*MAIN, *rows.PIXELS, *rows.ORACLE)),
+    "scenes-steps-twins-tuning": steps("settings of twins, at 700 steps and at 7,000",
         points=TWIN_STEPS, tunes=True, rows=(SCRATCH, COPY)),
-    "scenes-steps-twins": scenes("twins, 700 and 7,000 steps", study=STEPS, points=TWIN_STEPS,
+    "scenes-steps-twins": steps("twins, 700 and 7,000 steps", points=TWIN_STEPS,
         rows=(SCRATCH, COPY), seeds=5),
     "scenes-steps-photos-tuning": scenes("settings among photographs, at 620 steps and at 6,200",
         study=PHOTO_STEPS, points=PHOTO_STEPS_AT, tunes=True, rows=(SCRATCH, COPY)),

@@ -151,21 +151,18 @@ def task(settings: Settings, dataset: data.Data, checkpoint=None) -> train.Task:
     if type(teacher) is not ViT and not (unchanged and settings.how in USES):
         raise ValueError("name a plain ViT as --teacher, with the layers and heads of --model")
     how = dict(teacher=choose_lender(teacher, dataset, settings), layers=layers)
-    predict, export = ViT.__call__, checkpoints.export
+    loss, predict, to_file = partial(loss_maps, **how, settings=settings), ViT.__call__, export
     if settings.how.startswith("copy"):
         parts = partial(predict_with_parts, parts=settings.lend)
         predict = partial(attention_copy.predict if settings.lend == "qk" else parts, **how)
-        export = partial(checkpoints.export, **how) if unchanged else export_changed
+        to_file = partial(export, **how) if unchanged else export_changed
     if settings.how == "copy":
         loss = partial(loss_labels, predict=predict, smoothing=settings.smoothing)
-        return train.Task(student, dataset, loss, predict, export, checkpoint)
-    if settings.how.endswith("beside"):
-        config = student.config
-        tokens = settings.maps == "tokens"
+    elif settings.how.endswith("beside"):
+        config, tokens = student.config, settings.maps == "tokens"
         sides = [nn.Linear(config.dim, config.dim) if tokens else Beside(config) for _ in layers]
         add_beside(student, nn.ModuleDict(zip(map(str, layers), sides, strict=True)))
-    loss = partial(loss_maps, **how, settings=settings)
-    return train.Task(student, dataset, loss, predict, partial(leave_out, export), checkpoint)
+    return train.Task(student, dataset, loss, predict, to_file, checkpoint)
 
 
 def make_alone(settings: Settings, dataset: data.Data, checkpoint) -> train.Task:
@@ -175,22 +172,21 @@ def make_alone(settings: Settings, dataset: data.Data, checkpoint) -> train.Task
     if settings.how == "pixels":
         add_beside(net, nn.Linear(net.config.dim, net.config.channels * net.config.patch**2))
         alone.loss = partial(loss_pixels, settings=settings)
-        alone.export = partial(leave_out, checkpoints.export)
+        alone.export = export
         return alone
     net.requires_grad_(False)
     for part in (net.fc_norm, net.head):
         part.requires_grad_(True)
-    alone.loss = partial(loss_labels, predict=ViT.__call__, smoothing=settings.smoothing)
     return alone
 
 
 def add_beside(student: ViT, module: nn.Module) -> None:
-    """Trained with the student, used for nothing, and left out of model.pt."""
+    """Trained with the student, used for nothing, and left out of model.pt by `export`."""
     student.beside = module.apply(initialise).to(student.fc_norm.weight.device)
 
 
-def leave_out(export: Callable, student: ViT) -> dict:
-    found = export(student)
+def export(student: ViT, **lent) -> dict:
+    found = checkpoints.export(student, **lent)
     kept = {name: w for name, w in found["model"].items() if not name.startswith("beside.")}
     return found | {"model": kept}
 

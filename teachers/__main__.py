@@ -1,18 +1,12 @@
 """Lists public ViTs that can be teachers: python -m teachers [WORD in their names]"""
 
-import difflib
-import re
-
 from common import launch
 from teachers.zoo import FAMILIES, MODELS, list_models
 
 
 def main(word: str = "") -> None:
     if not any(word.lower() in name.lower() for name in MODELS):
-        words = {part for name in MODELS for part in (name, *re.split(r"\W|_", name))}
-        close = difflib.get_close_matches(word.lower(), words)
-        advice = f"is it {' or '.join(close)}?" if close else "leave it out, and see all"
-        raise ValueError(f"no public ViT has {word} in its name: {advice}")
+        raise ValueError(f"no public ViT has {word} in its name: leave it out, and see all")
     print("name, width x depth, heads, patch and image size in pixels")
     for family in FAMILIES:
         models = [model for model in list_models(family) if word.lower() in model.name.lower()]

@@ -42,11 +42,9 @@ def match_classes(model, classes: list[str]) -> list[int]:
     for ours, theirs in (known, classes), tuple(words), numbers:
         if theirs and set(theirs) <= set(ours) and len(ours) == outputs:
             return [ours.index(name) for name in theirs]
-    strange = sorted({*classes} - {*known})[:3] or [f"it has {outputs} outputs"]
-    raise ValueError(
-        f"{found.source} does not know these {len(classes)} classes ({', '.join(strange)}), "
-        f"its own are such as {known[0]}"
-    )
+    strange = ", ".join(sorted({*classes} - {*known})[:3])
+    own = f"its {outputs} outputs are such as {known[0]}"
+    raise ValueError(f"{found.source} does not know these classes ({strange}): {own}")
 
 
 def split_numbers(name: str) -> list:

@@ -28,8 +28,6 @@ RENAMED = {
     r"^(register_tokens|storage_tokens)$": "reg_token",
     r"\.gamma_([12])$": r".ls\1.gamma",
 }
-LOOKS = {"embeddings.": "Hugging Face's", "resblocks.": "open_clip's", "layer1.": "a ResNet's",
-         "encoderblock": "Flax's", "layers.0.blocks.": "a Swin's"}  # fmt: skip
 
 
 def parse_foreign(found: dict, source: str, place: str, model: PublicViT | None) -> Checkpoint:
@@ -45,8 +43,7 @@ def parse_foreign(found: dict, source: str, place: str, model: PublicViT | None)
         weights = rename(theirs)
         architecture = describe(weights, model)
     except (KeyError, TypeError):
-        like = next((f": {who}" for part, who in LOOKS.items() if part in str([*theirs])), "")
-        names = f"{', '.join(map(str, [*theirs][:3]))}{like}"
+        names = ", ".join(map(str, [*theirs][:3]))
         remedy = "take timm's file of the same ViT, or its authors'"
         raise ValueError(f"{source} holds no ViT we know ({names}): {remedy}") from None
     except ValueError as error:

@@ -106,8 +106,7 @@ def make_teacher(script, settings: Settings, dataset: Data, **changes) -> Path:
     facts = get_values(own, free=False) | changes
     del facts["amp"]
     facts |= {"method": own.method, "images": (dataset.available, dataset.fingerprint)}
-    model = own.model.replace("/", "-")
-    out = Path("runs", f"teacher-{own.data}-{model}-{runs.hash_settings(facts)}")
+    out = Path("runs", f"teacher-{own.data}-{own.model}-{runs.hash_settings(facts)}")
     own = replace(own, out=str(out), resume=True)
     runs.check_folder(settings)
     dataset.check_classes()

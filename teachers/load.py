@@ -14,7 +14,7 @@ from common import checkpoints
 from common.checkpoints import Checkpoint
 from common.launch import print0
 from data import Data
-from recipes import NORMALIZATIONS
+from recipes import NORMALIZATIONS, SIZES
 from teachers.adapt import Teacher, adapt
 
 
@@ -48,8 +48,8 @@ def read_checkpoint(source: str | Path, normalization: str = "") -> Checkpoint:
     if not normalization:
         remedy = f"--normalization {' or '.join(k for k in NORMALIZATIONS if k != assumed)}"
         print0(f"note: {source} names no mean and std, so we take {assumed} ({remedy})")
-    mean, std = NORMALIZATIONS[normalization or assumed]
-    return replace(checkpoint, architecture=architecture | {"mean": mean, "std": std})
+    architecture["mean"], architecture["std"] = NORMALIZATIONS[normalization or assumed]
+    return checkpoint
 
 
 def build_vit(checkpoint: Checkpoint, image_size=None, classes=None, drop_path=0.0) -> vit.ViT:
@@ -116,13 +116,10 @@ def to_config(architecture: dict[str, Any]) -> vit.Config:
 
 def make_config(settings: recipes.Settings, dataset: Data, **changes) -> vit.Config:
     """The plain ViT that --model and --patch ask for, for these images and classes."""
-    sizes = recipes.SIZES
-    if settings.model not in sizes:
-        from teachers.zoo import ALL_SIZES as sizes
-    if settings.model not in sizes:
-        raise ValueError(f"--model {settings.model}: choose a size from {', '.join(sizes)}")
+    if settings.model not in SIZES:
+        raise ValueError(f"--model {settings.model}: choose a size from {', '.join(SIZES)}")
     images = dataset.image_size, settings.patch, dataset.channels, len(dataset.classes)
-    config = vit.Config(*images, *sizes[settings.model], mean=dataset.mean, std=dataset.std)
+    config = vit.Config(*images, *SIZES[settings.model], mean=dataset.mean, std=dataset.std)
     return replace(config, **changes)
 
 

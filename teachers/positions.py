@@ -32,10 +32,6 @@ def resize(pos_embed: Tensor, grid_size: int, how: Resize | None) -> Tensor:
     """For another square grid: (1, g*g, D), or (1, 1 + g*g, D) with a class token."""
     how, old = how or Resize(), math.isqrt(pos_embed.shape[1])
     first, grid = pos_embed[:, : -(old**2)], pos_embed[:, -(old**2) :]
-    if first.shape[1] > 1:
-        raise ValueError(f"{pos_embed.shape[1]} position embeddings form no square grid of patches")
-    if old == grid_size:
-        return pos_embed
     grid, size = rearrange(grid, "one (h w) d -> one d h w", h=old).float(), (grid_size, grid_size)
     scale = dict(scale_factor=(grid_size + how.offset) / old) if how.offset else dict(size=size)
     options = dict(mode=how.mode, antialias=how.antialias, align_corners=how.mode == "bilinear")

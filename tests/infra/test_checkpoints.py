@@ -26,12 +26,10 @@ import vit
 from common import checkpoints
 from recipes import NORMALIZATIONS
 from teachers import find
-from teachers.adapt import adapt
 from teachers.classes import IMAGENET, NUMBERS, match_classes
 from teachers.find import find_teacher, make_teacher
 from teachers.load import build_vit, open_model, read_checkpoint
 
-SHAPE = dict(image_size=12, patch=3, channels=1, classes=10, dim=32, depth=3, heads=4)
 WEIGHTS = Path(__file__).parents[2] / "weights"
 
 
@@ -79,32 +77,30 @@ def test_a_teacher_is_pre_trained_where_there_is_none(pretrainings, capsys):
     (asked,), usual = pretrainings, pretrain.parse(["--data", "digits"])
     assert (asked.distractors, asked.seed, asked.num_labels) == (2, 3, usual.num_labels)
     assert (asked.epochs, asked.blr, asked.mask_ratio) == (usual.epochs, usual.blr, 0.6)
-    assert len({one.fingerprint for one in found}) == 1 and found[0].method == "pretrain"
+    assert (
+        len({checkpoints.fingerprint(one.weights) for one in found}) == 1
+        and found[0].method == "pretrain"
+    )
     assert capsys.readouterr().out.count("making one first") == 1
     for other in (["--seed", "4"], ["--patch", "4"], ["--model", "mini"]):
         assert find_for(attention_copy, *argv, *other).source != found[0].source
     assert find_for(finetune, *argv, "--amp", "off").source == found[0].source
 
 
-def test_an_unfinished_teacher_is_finished_and_a_run_is_not_written_over(pretrainings):
+@pytest.mark.slow
+def test_a_teacher_is_finished_or_waited_for_and_a_run_is_not_written_over(pretrainings):
     settings = attention_copy.parse(["--data", "digits", "--out", "mine", "--device", "cpu"])
     images, own = data.load(settings), dict(model="nano", num_labels=0)
-    path = make_teacher(pretrain, settings, images, **own)
+    path = make_teacher(pretrain, settings, images, **own).absolute()
     path.unlink()
     Path("mine").mkdir()
     Path("mine/config.json").write_text('{"run": {}}')
     with pytest.raises(ValueError, match="already holds a run"):
         make_teacher(pretrain, settings, images, **own)
-    assert make_teacher(pretrain, replace(settings, out=""), images, **own) == path
+    settings = replace(settings, out="")
+    assert make_teacher(pretrain, settings, images, **own).samefile(path)
     assert len(pretrainings) == 2 and all(asked.resume for asked in pretrainings)
-
-
-@pytest.mark.slow
-def test_another_process_that_makes_the_teacher_is_waited_for(pretrainings):
-    settings = attention_copy.parse(["--data", "digits", "--device", "cpu"])
-    images, own = data.load(settings), dict(model="nano", num_labels=0)
-    path = make_teacher(pretrain, settings, images, **own).absolute()
-    path.unlink()
+    path.unlink()  # and now another process makes it
     code = f"""import time; from common import runs; from pathlib import Path
 with runs.lock(Path({str(path.parent)!r})):
     print("locked", flush=True); time.sleep(1); Path({str(path)!r}).touch()"""
@@ -112,16 +108,14 @@ with runs.lock(Path({str(path.parent)!r})):
     with subprocess.Popen([sys.executable, "-c", code], **how) as other:
         assert other.stdout.readline() == b"locked\n"
         assert make_teacher(pretrain, settings, images, **own).samefile(path)
-    assert len(pretrainings) == 1
+    assert len(pretrainings) == 2
 
 
-def test_what_is_no_teacher_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="mae_pretrain_vit_large"):
-        find_for(finetune, "--teacher", "mae")
-    student = vit.ViT(vit.Config(**SHAPE))
-    torch.save(checkpoints.export(student, student, [0, 2]), tmp_path / "copy.pt")
+def test_a_student_of_attention_copy_is_no_teacher():
+    student = vit.ViT(vit.Config(12, 3, 1, 10, *recipes.SIZES["nano"]))
+    torch.save(checkpoints.export(student, student, [0, 1]), "copy.pt")
     with pytest.raises(ValueError, match="name the teacher it had"):
-        find_for(finetune, "--teacher", str(tmp_path / "copy.pt"))
+        find_for(finetune, "--teacher", "copy.pt")
 
 
 def test_a_teacher_that_learned_from_test_images_is_said(small, photos, tmp_path, capsys):
@@ -141,7 +135,6 @@ def test_heads_are_never_guessed(tmp_path):
     """With other heads the same weights are another function: MoCo v3's ViT-S has 12, not 6."""
     small = vit.ViT(vit.Config(32, 8, 3, 5, *recipes.SIZES["small"])).eval()
     path, images = tmp_path / "plain.pth", torch.randn(2, 3, 32, 32)
-    small.blocks[0].attn.qkv.weight.data.mul_(5)
     torch.save(small.state_dict(), path)
     for source in (path, f"tiny={path}"):
         with pytest.raises(ValueError, match="SIZE=FILE"):
@@ -149,7 +142,6 @@ def test_heads_are_never_guessed(tmp_path):
     sizes = "small", "small/12"
     six, twelve = (build_vit(read_checkpoint(f"{size}={path}", "none")) for size in sizes)
     assert torch.equal(six(images), small(images)) and twelve.config.heads == 12
-    assert not torch.allclose(six(images), twelve(images), atol=1e-4)
     torch.save(checkpoints.export(small), tmp_path / "ours.pt")  # ours say it, whatever is asked
     assert read_checkpoint(f"small/12={tmp_path / 'ours.pt'}").architecture["heads"] == 6
 
@@ -182,9 +174,10 @@ def test_what_a_file_holds_instead_is_said(tmp_path, capsys):
     assert torch.equal(weights["cls_token"], state["cls_token"])
     assert "model and model_ema: model is taken" in capsys.readouterr().out
     for contents, words in (
-        ({"vit.embeddings.cls_token": torch.ones(1)}, "embeddings.cls_token: Hugging Face"),
-        ({"model": state, "run": Path("/")}, "pathlib"),
+        ({"vit.embeddings.cls_token": torch.ones(1)}, "embeddings.cls_token"),
+        ({"model": state, "run": Path("/")}, "save its weights alone"),
         (state | {"head.bias": torch.full((1000,), float("nan"))}, "head.bias"),
+        (state | {"head.bias": torch.ones(1000, dtype=torch.int8)}, "head.bias"),
     ):
         torch.save(contents, path)
         with pytest.raises(ValueError, match=words):
@@ -207,25 +200,6 @@ def test_a_download_is_checked_kept_and_leaves_nothing_else_behind(monkeypatch, 
     assert checkpoints.download(f"{url}y.pth").is_file()  # without the server
     with pytest.raises(ValueError, match=r"cannot download .*z\.pth"):
         checkpoints.download(f"{url}z.pth")
-
-
-def test_a_model_opens_as_what_it_was_exported_from(tmp_path):
-    """A plain ViT, and a student of copy with its teacher: the same logits, tokens and maps."""
-    student = vit.ViT(vit.Config(**SHAPE)).eval()
-    teacher = vit.ViT(vit.Config(**SHAPE | {"dim": 48, "classes": 0})).eval()
-    images, layers = torch.randn(5, 1, 12, 12), [0, 2]
-    torch.save(checkpoints.export(student), tmp_path / "plain.pt")
-    torch.save(checkpoints.export(student, teacher, layers), tmp_path / "copy.pt")
-    plain, copy = (open_model(tmp_path / f"{name}.pt") for name in ("plain", "copy"))
-    torch.testing.assert_close(plain(images), student(images))
-    expected = attention_copy.predict(student, images, teacher, layers)
-    torch.testing.assert_close(copy(images), expected)
-    assert not torch.allclose(expected, student(images))
-    looks = zip(copy.blockwise(images), teacher.blockwise(images), strict=True)
-    for i, ((x, qk), (_, theirs)) in enumerate(looks):
-        assert torch.allclose(qk.q, theirs.q) if i in layers else qk.q.shape[-1] == 8
-    torch.testing.assert_close(student.classify(x), expected)
-    assert adapt(teacher, student, layers) is teacher
 
 
 @pytest.mark.parametrize("name", ["", "half"])

@@ -52,8 +52,7 @@ def test_labels_are_drawn_class_by_class(counts):
     source, before = sources.Tensors(torch.arange(len(labels)), labels), set()
 
     def draw(count, seed=0):
-        settings = replace(finetune.parse(["--data", "digits"]), num_labels=count, seed=seed)
-        return data.draw_labels(source, settings).images.tolist()
+        return sources.draw_labels(source, count, seed).images.tolist()
 
     for count in range(1, len(labels) + 1):
         drawn = draw(count)

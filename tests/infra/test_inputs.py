@@ -38,8 +38,8 @@ DIGITS = f"--teacher {ROOT}/weights/digits.pt"
     (finetune, "--teacher none --model gigantic", "gigantic"),
     (finetune, f"--model tiny {DIGITS}", "does not match --model"),
     (finetune, "--teacher none --patch 5", "try 10"),
-    (finetune, "--data scenes --scene twins --classes 3", "three classes or more"),
-    (finetune, "--data scenes --scene twins --dial 0.5", "only --scene pointer"),
+    (finetune, "--data scenes --scene twins --classes 3,4", "three --classes"),
+    (finetune, "--data scenes --scene twins --dial 0.5", "no --dial"),
     (finetune, "--data scenes --image-size 32", "24, 40, 56"),
     (finetune, "--scene twins", "--scene: only for --data scenes"),
     (finetune, "--device cuda:99", "cuda:99"), (finetune, "--resume --overwrite", "choose one"),
@@ -91,8 +91,7 @@ def save(contents):
     (lambda whole: whole[: len(whole) // 2], "cannot be read"),
     (lambda whole: whole[:-9000] + b"?" + whole[-8999:], "changed since it was written"),
     (lambda _: b"", "cannot be read"), (lambda _: b"hello", "cannot be read"),
-    (lambda _: b"\n<!DOCTYPE html><html>", "a web page"), (lambda _: save([1, 2]), "no model"),
-    (lambda _: b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS pointer"),
+    (lambda _: b"\n<!DOCTYPE html><html>", "cannot be read"), (lambda _: save([1, 2]), "no model"),
     (lambda _: pickle.dumps(Exploit(), 2), "cannot be read"),
     (lambda _: save({"model": Exploit()}), "cannot be read"),
     (lambda _: save({"model": {"fc.weight": torch.ones(3)}}), "no ViT we know"),
@@ -119,18 +118,16 @@ def test_it_reads_what_the_reference_wrote():
     torch.testing.assert_close(read_file(FILE), TENSORS, rtol=0, atol=0)  # dtypes as well
 
 
-@pytest.mark.parametrize("key, changes, cut, add", [
-    ("b", {}, 3, b""), ("b", {}, 0, b"xx"), ("b", {"dtype": "F8"}, 0, b""),
-    ("a.weight", {"data_offsets": [0, 60]}, 0, b""),
-    ("b", {"shape": [9]}, 0, b""), ("b", {"shape": [-7]}, 0, b""),
+@pytest.mark.parametrize("key, changes, cut", [
+    ("b", {}, 3), ("b", {"dtype": "F8"}, 0), ("b", {"shape": [9]}, 0), ("b", {"shape": [-7]}, 0),
 ])  # fmt: skip
-def test_a_file_that_lies_is_refused(key, changes, cut, add):
+def test_a_file_that_lies_is_refused(key, changes, cut):
     save_file(TENSORS, FILE)
     whole = FILE.read_bytes()
     end = 8 + int.from_bytes(whole[:8], "little")
     header = json.loads(whole[8:end])
     header[key] |= changes
-    text, raw = json.dumps(header).encode(), whole[end : len(whole) - cut] + add
+    text, raw = json.dumps(header).encode(), whole[end : len(whole) - cut]
     for content in (len(text).to_bytes(8, "little") + text + raw, b"", whole[:end]):
         FILE.write_bytes(content)
         with pytest.raises(ValueError, match=r"x\.safetensors cannot be read as a checkpoint"):

@@ -64,19 +64,22 @@ def test_the_rate_is_for_256_images_unless_it_is_set_outright(extra, batch, peak
     assert finetune.main(finetune.parse(argv))["lr"] == pytest.approx(last)
 
 
+def check_layers(text, depth, expected):
+    if expected:
+        assert parse_layers(text, depth) == list(expected)
+    else:
+        with pytest.raises(ValueError, match=r"^--layers"):
+            parse_layers(text, depth)
+
+
 @pytest.mark.parametrize("depth", [1, 4, 12])
 def test_layers_are_pythons_slices(depth):
-    bounds = ["", *range(-depth, depth + 1)]
+    bounds, layers = ["", *range(-depth, depth + 1)], range(depth)
     for first, last, step in itertools.product(bounds, bounds, ("", ":1", f":{depth}")):
-        text, expected = f"{first}:{last}{step}", list(range(depth))
-        expected = eval(f"expected[{text}]")
-        if expected:
-            assert parse_layers(text, depth) == expected
-        else:
-            with pytest.raises(ValueError, match=r"--layers .*choose some of 0 to"):
-                parse_layers(text, depth)
+        text = f"{first}:{last}{step}"
+        check_layers(text, depth, eval(f"layers[{text}]"))
     for i in range(-depth, depth):
-        assert parse_layers(str(i), depth) == [range(depth)[i]]
+        check_layers(str(i), depth, [layers[i]])
 
 
 @pytest.mark.parametrize("text, depth, expected", [
@@ -86,9 +89,4 @@ def test_layers_are_pythons_slices(depth):
     "0:2,1", "::-1", "::0", "1:2:3:4", "0-2", "1,", "150%", "-10%x", "%", "nan%"]),
 ])  # fmt: skip
 def test_layers_in_lists_and_per_cent(text, depth, expected):
-    text = attention_copy.parse(["--layers", text]).layers
-    if expected:
-        assert parse_layers(text, depth) == list(expected)
-    else:
-        with pytest.raises(ValueError, match=r"^--teacher-layers"):
-            parse_layers(text, depth, "teacher_layers")
+    check_layers(attention_copy.parse(["--layers", text]).layers, depth, expected)

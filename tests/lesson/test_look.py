@@ -40,7 +40,7 @@ def test_the_likeliest_classes_are_those_of_the_model(trained, small, photos, ca
     photo = photos / "val" / "red" / "1.jpg"
     seen, out = run(photo, trained), capsys.readouterr().out
     dataset = data.load(finetune.parse(small))
-    paths = [path for path, _ in folders.list_images(photos / "val").samples]
+    paths = folders.list_images(photos / "val").paths
     images, _ = next(dataset.test.in_order(15))
     p = open_model(trained)(images)[paths.index(str(photo))].softmax(-1)
     expected = dict(zip(dataset.classes, (100 * p).tolist(), strict=True))
