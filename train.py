@@ -205,14 +205,14 @@ class Learner:
     def get_means(self, steps: int) -> dict[str, float]:
         return {name: value.item() / steps for name, value in self.sums.items()}
 
-    def predict(self, task: Task, net: nn.Module, images) -> tuple[Tensor, Tensor]:
+    def evaluate(self, task: Task, net: nn.Module, images) -> tuple[Tensor, Tensor]:
         at_a_time = min(256, 4 * self.micro_batch)
         return predict_classes(task.predict, net, images, self.settings.amp, at_a_time)
 
     def validate(self, task: Task) -> dict[str, float]:
         """Accuracies on the validation images: of the weights, and of their average."""
         nets = {"val_top1": self.net} | ({"val_top1_ema": self.average} if self.average else {})
-        found = {name: self.predict(task, net, task.data.val) for name, net in nets.items()}
+        found = {name: self.evaluate(task, net, task.data.val) for name, net in nets.items()}
         return {name: compute_top1(*predicted) for name, predicted in found.items()}
 
     def parts(self) -> dict:
@@ -294,7 +294,7 @@ def finish(task: Task, learner: Learner, rows: list, out: Path, test: Callable |
     """Tests what was trained, and writes model.pt."""
     net, settings, found = learner.average or task.net, learner.settings, {}
     if task.predict:
-        predicted, labels = learner.predict(task, net, task.data.test)
+        predicted, labels = learner.evaluate(task, net, task.data.test)
         found = {"predicted": predicted, "labels": labels}
     elif test:
         with torch.no_grad():
