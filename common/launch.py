@@ -5,8 +5,7 @@ import os
 import re
 import signal
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -144,13 +143,3 @@ def device_name(where: torch.device) -> str:
 def print0(*words) -> None:
     if rank() == 0:
         print(*words, flush=True)
-
-
-def count(things: Iterable, total: int, words: str) -> Iterator:
-    """Passes things on, and says every half minute how many they were."""
-    said = time.monotonic()
-    for i, thing in enumerate(things, 1):
-        yield thing
-        if time.monotonic() > said + 30:
-            print0(f"{i:,} of {total:,} {words}")
-            said = time.monotonic()
