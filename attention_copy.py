@@ -10,8 +10,6 @@ head. It needs the teacher at test time too.
 
     python attention_copy.py                       scenes (weights/scenes.pt)
     python attention_copy.py --teacher random --out runs/random-copy
-    torchrun --nproc_per_node=8 attention_copy.py --data imagenet \\
-        --data-dir /imagenet
 """
 
 from dataclasses import dataclass
@@ -22,11 +20,10 @@ from torch import Tensor
 
 import data
 import recipes
-import students
 import train
 from common import checkpoints, launch
 from common.settings import merge_recipes, parse_settings
-from teachers.find import Teacher, make_pair
+from teachers.find import Teacher, find_teacher, make_pair
 from vit import ViT
 
 
@@ -73,7 +70,11 @@ def task(settings: Settings, dataset: data.Data, checkpoint=None) -> train.Task:
     )
 
 
-main = partial(students.main, task)
+def main(settings: Settings) -> dict:
+    dataset = data.load(settings)
+    teacher = find_teacher(settings, dataset)
+    return train.fit(task(settings, dataset, teacher), settings)
+
 
 if __name__ == "__main__":
     launch.run(main, parse)

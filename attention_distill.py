@@ -24,12 +24,11 @@ from torch import Tensor
 
 import data
 import recipes
-import students
 import train
 from common import launch
 from common.attention import fused_attention_loss
 from common.settings import merge_recipes, parse_settings, setting
-from teachers.find import Teacher, make_pair
+from teachers.find import Teacher, find_teacher, make_pair
 from vit import QK, ViT
 
 
@@ -96,7 +95,11 @@ def task(settings: Settings, dataset: data.Data, checkpoint=None) -> train.Task:
     )
 
 
-main = partial(students.main, task)
+def main(settings: Settings) -> dict:
+    dataset = data.load(settings)
+    teacher = find_teacher(settings, dataset)
+    return train.fit(task(settings, dataset, teacher), settings)
+
 
 if __name__ == "__main__":
     launch.run(main, parse)

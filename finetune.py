@@ -1,9 +1,7 @@
 """The baselines: fine-tuning starts from a teacher's weights, scratch from random ones.
 
-    python finetune.py                             scenes (weights/scenes.pt)
-    python finetune.py --teacher none              from scratch
-    torchrun --nproc_per_node=8 finetune.py --data imagenet \\
-        --data-dir /imagenet
+python finetune.py                             scenes (weights/scenes.pt)
+python finetune.py --teacher none              from scratch
 """
 
 from dataclasses import dataclass
@@ -15,10 +13,10 @@ from torch import Tensor, nn
 
 import data
 import recipes
-import students
 import train
 from common import launch
 from common.settings import Recipes, merge_recipes, parse_settings, setting
+from teachers.find import find_teacher
 from teachers.load import build_vit, new_vit
 from vit import ViT
 
@@ -80,7 +78,11 @@ def task(settings: Settings, dataset: data.Data, checkpoint=None) -> train.Task:
     )
 
 
-main = partial(students.main, task)
+def main(settings: Settings) -> dict:
+    dataset = data.load(settings)
+    teacher = find_teacher(settings, dataset)
+    return train.fit(task(settings, dataset, teacher), settings)
+
 
 if __name__ == "__main__":
     launch.run(main, parse)

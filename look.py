@@ -10,7 +10,7 @@ a layer. Bright patches are looked at: by all patches on average, or by the one
 that --query names.
 """
 
-import itertools
+import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,18 +30,17 @@ from vit import ViT
 
 @dataclass(frozen=True)
 class Settings(Base):
-    photo: tuple[str, ...] = ()
+    photo: tuple[str, ...] = setting((), "a photograph and a ViT", low=2, high=2)
     layers: str = setting("", "layers to draw: 0,6,11, -4: or all [four of them]")
     heads: str = setting("", "heads to draw, such as 0:3 or all [their mean only]")
     query: str = setting("", "who looks: the patch ROW,COLUMN, from 0,0, or class [all patches]")
     image_size: int = setting(0, "pixels per side [the ViT's own]", high=4096)
     normalization: str = setting("", recipes.NORMALIZATION, ("", *recipes.NORMALIZATIONS))
-    out: str = setting("", "the picture [runs/look-PHOTO.png]")
+    out: str = setting("", "the picture [runs/look-PHOTO-VIT.png]")
     device: str = setting("auto", "cpu, cuda, mps, or auto")
 
 
-WORDS = "photo", "a photograph and a ViT: photo.jpg model.pt", 2
-parse = partial(parse_settings, __doc__, Settings, {}, positional=WORDS)
+parse = partial(parse_settings, __doc__, Settings, {})
 
 
 @torch.no_grad()
@@ -57,21 +56,20 @@ def look(photo: str, model: Model) -> tuple[Tensor, list[Tensor], Tensor | None]
     maps = []
     for tokens, qk in model.blockwise(x):
         maps.append(qk.map())
-    return x, maps, model.net.classify(tokens)[0] if config.classes else None
+    classifies = config.classes and model.checkpoint.method != "pretrain"  # those name pixels
+    return x, maps, model.net.classify(tokens)[0] if classifies else None
 
 
-def find_query(name: str, net: ViT) -> tuple[int | None, str]:
-    """The token that --query names, or None for all patches; and who looks, for a title."""
+def find_query(name: str, net: ViT) -> int | None:
+    """The token that --query names, or None for all patches."""
     row, _, column = name.partition(",")
     side, has_class = net.config.grid_size, net.cls_token is not None
-    if not name:
-        return None, "all patches look"
-    if name == "class" and has_class:
-        return 0, "the class token looks"
+    if not name or (name == "class" and has_class):
+        return 0 if name else None
     if not (row.isdecimal() and column.isdecimal() and max(int(row), int(column)) < side):
         words = f"ROW,COLUMN, from 0,0 to {side - 1},{side - 1}{', or class' if has_class else ''}"
         raise ValueError(f"--query {name}: write {words}")
-    return net.config.num_prefix_tokens + int(row) * side + int(column), f"patch {name} looks"
+    return net.config.num_prefix_tokens + int(row) * side + int(column)
 
 
 def draw(model: Model, x: Tensor, maps: list[Tensor], layers, heads, query: int | None, title: str):
@@ -82,14 +80,13 @@ def draw(model: Model, x: Tensor, maps: list[Tensor], layers, heads, query: int 
         for i in layers
     }
     names = ["mean of heads", *(f"head {head}" for head in heads)]
-    images = x.expand(len(rows), -1, -1, -1)
-    place = -1 if query is None else query - prefix  # that of a class token is below 0
-    marked = dict.fromkeys(("image", *looks), place) if place >= 0 else {}
-    return pictures.draw_overlays(images, looks, prefix, names, title, marked)
+    images, place = x.expand(len(rows), -1, -1, -1), -1 if query is None else query - prefix
+    return pictures.draw_overlays(images, looks, prefix, names, title, marked=place)
 
 
 def name_likeliest(logits: Tensor, classes: list[str] | None) -> dict[str, float]:
-    """The five likeliest classes, in per cent."""
+    """The five likeliest classes, in per cent. Failed if a logit is not finite."""
+    runs.check_finite({"the sum of all logits": logits.sum()})
     names = classes or [f"class {i}" for i in range(len(logits))]
     p, best = logits.softmax(-1).topk(min(5, len(names)))
     return {names[i]: 100 * q for i, q in zip(best.tolist(), p.tolist(), strict=True)}
@@ -98,29 +95,24 @@ def name_likeliest(logits: Tensor, classes: list[str] | None) -> dict[str, float
 def main(settings: Settings) -> dict[str, float]:
     launch.require_one_process()
     photo, source = settings.photo
-    out, number = Path(settings.out or f"runs/look-{Path(photo).stem}.png"), itertools.count(2)
-    while out.exists() and not settings.out:  # of another photograph or ViT
-        out = out.with_stem(f"look-{Path(photo).stem}-{next(number)}")
+    name = re.split(r"[/\\=]", source.removesuffix("/model.pt"))[-1]
+    out = Path(settings.out or f"runs/look-{Path(photo).stem}-{name}.png")
     checkpoints.check_place(out, "--out", ".png", ".pdf", ".svg")
-    device = launch.get_device(settings.device)
-    size, normalization = settings.image_size or None, settings.normalization
-    model = open_model(source, device, size, normalization)
+    how = launch.get_device(settings.device), settings.image_size or None, settings.normalization
+    model = open_model(source, *how)
     depth, count = model.net.config.depth, model.net.config.heads
     layers = sorted({round(i * (depth - 1) / 3) for i in range(4)})
     layers = parse_layers(settings.layers, depth) if settings.layers else layers
     heads = parse_layers(settings.heads, count, "heads") if settings.heads else []
-    query, who = find_query(settings.query, model.net)
+    query = find_query(settings.query, model.net)
     x, maps, logits = look(photo, model)
     print(f"{photo} by {model.checkpoint}")
-    if model.checkpoint.method == "pretrain":  # of a scene's teacher they are pixels
-        logits = None
-    runs.check_finite({} if logits is None else {"the sum of all logits": logits.sum()})
     likeliest = {} if logits is None else name_likeliest(logits, model.checkpoint.classes)
-    for name, percent in likeliest.items():
-        print(f"{percent:7.2f} %  {name}")
+    for label, percent in likeliest.items():
+        print(f"{percent:7.2f} %  {label}")
     out.parent.mkdir(parents=True, exist_ok=True)
-    name = source.removesuffix("/model.pt").rpartition("/")[-1]
-    title = f"Where {who} in {Path(photo).name}: {name}"
+    looks = f"the query {settings.query} looks" if settings.query else "all patches look"
+    title = f"Where {looks} in {Path(photo).name}: {name}"
     pictures.save(draw(model, x, maps, layers, heads, query, title), out)
     print(f"where it looks: {out}")
     return likeliest

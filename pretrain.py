@@ -9,8 +9,6 @@ predicts the pixels of the cell asked for.
     python pretrain.py                             scenes, a minute on 2 cores
     python pretrain.py --data digits               masked, minutes on 2 cores
     python pretrain.py --data cifar10 --data-dir cifar10
-    torchrun --nproc_per_node=8 pretrain.py --data imagenet \\
-        --data-dir /imagenet
 """
 
 import math
@@ -18,6 +16,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
@@ -27,7 +26,6 @@ import train
 import vit
 from common import checkpoints, launch
 from common.settings import format_flag, merge_recipes, parse_settings, setting
-from datasets.scenes import loss_cell
 from teachers.load import new_vit
 from teachers.positions import make_sincos
 
@@ -35,9 +33,6 @@ from teachers.positions import make_sincos
 @dataclass(frozen=True)
 class Settings(recipes.Settings):
     method = "pretrain"
-    mixup: float = setting(0.0)  # this and the next two need labels: no help
-    cutmix: float = setting(0.0)
-    smoothing: float = setting(0.0, high=0.99)
     mask_ratio: float = setting(0.6, "share masked (--target masked)", low=0.05, high=0.95)
     decoder_dim: int = setting(48, "width of the decoder", low=4)
     decoder_depth: int = setting(1, "blocks of the decoder")
@@ -103,13 +98,15 @@ class MAE(nn.Module):
         noise = torch.rand(len(images), self.patches, device=images.device)
         ids_shuffle = noise.argsort(dim=1)  # another order for each image
         ids_restore, visible_ids = ids_shuffle.argsort(dim=1), ids_shuffle[:, : self.visible]
-        x = self.encoder.forward_features(images, visible_ids=visible_ids)
+        x = choose_patches(self.encoder.embed(images), visible_ids)
+        for block, keep in zip(
+            self.encoder.blocks, self.encoder.draw_drop_path(len(x)), strict=True
+        ):
+            x, _ = block(x, None, keep)
         x = self.decoder_embed(self.encoder.fc_norm(x))  # (B, 1 + visible, decoder's dim)
 
         masked = self.mask_token.to(x.dtype).expand(len(x), self.patches - self.visible, -1)
-        ids = repeat(ids_restore, "b n -> b n d", d=x.shape[-1])
-        patches = torch.cat([x[:, 1:], masked], dim=1).gather(1, ids)
-        x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_pos_embed
+        x = choose_patches(torch.cat([x, masked], dim=1), ids_restore) + self.decoder_pos_embed
         for block in self.decoder_blocks:
             x, _ = block(x)
         reconstructed = self.decoder_pred(self.decoder_norm(x))[:, 1:]
@@ -120,8 +117,14 @@ class MAE(nn.Module):
         pixels = patchify(self.encoder.normalise(images), self.config.patch)
         if not self.norm_pix_loss:
             return pixels
-        mean, deviation = get_statistics(pixels)
-        return (pixels - mean) / deviation
+        mean, variance = pixels.mean(-1, keepdim=True), pixels.var(-1, keepdim=True)
+        return (pixels - mean) / (variance + 1e-6).sqrt()
+
+
+def choose_patches(tokens: Tensor, ids: Tensor) -> Tensor:
+    """The class token, and the patches that `ids` (B, n) name, in their order: (B, 1 + n, D)."""
+    patches = tokens[:, 1:].gather(1, repeat(ids, "b n -> b n d", d=tokens.shape[-1]))
+    return torch.cat([tokens[:, :1], patches], dim=1)
 
 
 def loss(mae: MAE, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -131,13 +134,16 @@ def loss(mae: MAE, images: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Te
     return (error * mask).sum() / mask.sum(), {}
 
 
+def loss_cell(net: vit.ViT, images: Tensor, cells: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mean squared error of the pixels of the cells (B,) that scenes ask for. No class is seen."""
+    side = math.isqrt(net.config.classes // net.config.channels)  # `net` has an output for each
+    pixels = patchify(net.normalise(images), side)  # (B, cells, side * side * c)
+    asked = pixels[torch.arange(len(images), device=images.device), cells]
+    return F.mse_loss(net(images), asked), {}
+
+
 def patchify(images: Tensor, patch: int) -> Tensor:
     return rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=patch, q=patch)
-
-
-def get_statistics(pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the pixels of each patch."""
-    return pixels.mean(-1, keepdim=True), (pixels.var(-1, keepdim=True) + 1e-6).sqrt()
 
 
 def export(mae: MAE) -> dict:
@@ -146,15 +152,11 @@ def export(mae: MAE) -> dict:
     return checkpoints.export(mae.encoder) | {"model": weights}
 
 
-def build(settings: Settings, dataset: data.Data) -> MAE:
-    torch.manual_seed(settings.seed)
-    return MAE(new_vit(settings, dataset, classes=0), settings).to(dataset.train.device)
-
-
 def task(settings: Settings, dataset: data.Data) -> train.Task:
-    if settings.target == "masked":
-        return train.Task(build(settings, dataset), dataset, loss, predict=None, export=export)
     torch.manual_seed(settings.seed)
+    if settings.target == "masked":
+        mae = MAE(new_vit(settings, dataset, classes=0), settings)
+        return train.Task(mae.to(dataset.train.device), dataset, loss, predict=None, export=export)
     side = dataset.image_size // math.isqrt(len(dataset.classes))  # of a cell
     net = new_vit(settings, dataset, classes=dataset.channels * side**2)
     return train.Task(net.to(dataset.train.device), dataset, loss_cell, predict=None)
@@ -162,8 +164,6 @@ def task(settings: Settings, dataset: data.Data) -> train.Task:
 
 def main(settings: Settings) -> dict:
     target, unused = settings.target, sorted(settings.given & UNUSED[settings.target])
-    if target == "cell" and recipes.DATA_SETS[settings.data].module != "scenes":
-        raise ValueError("--target cell: only for --data scenes")
     if unused:
         raise ValueError(f"{format_flag(unused[0])} has no effect with --target {target}")
     label = "cell" if target == "cell" else settings.label

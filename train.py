@@ -23,10 +23,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 from common import checkpoints, runs
+from common.hardware import autocast, choose_compilation, choose_precision, find_micro_batch
 from common.launch import Failed, catch_signals, collect, print0, rank, run_first, world
-from common.memory import find_micro_batch
-from common.precision import autocast, choose_compilation, choose_precision
-from common.progress import Clock, conclude, introduce, show_progress, show_row
+from common.progress import Clock, conclude, draw_curves, introduce, show_row
 from common.settings import get_values
 from recipes import Settings
 
@@ -65,9 +64,8 @@ def train(task: Task, settings: Settings, out: Path, test: Callable | None) -> d
     state = runs.load_state(out, settings, run)
     learner = Learner(task, settings)
     learner.micro_batch = settings.micro_batch or find_micro_batch(task, learner.compute_loss)
-    if settings.compile == "graphs" and learner.micro_batch < images.batch // images.world:
-        raise ValueError("--compile graphs needs a step in one piece: try on, or less --batch")
-    learner.wrap_loss(choose_compilation(settings.compile, learner.device, steps))
+    whole = learner.micro_batch >= images.batch // images.world
+    learner.wrap_loss(choose_compilation(settings.compile, learner.device, steps, whole))
     introduce(task, settings, out, learner.micro_batch, peak)
     rows, seconds = learner.restore(state) if state else ([], 0.0)
     if len(set(collect(learner.done))) > 1:
@@ -81,30 +79,33 @@ def train(task: Task, settings: Settings, out: Path, test: Callable | None) -> d
             for batch, labels in images.epoch(epoch, start=learner.done % per_epoch):
                 rate = get_learning_rate(learner.done, steps, warmup, peak, settings.final_lr)
                 learner.train_step(batch, labels, rate)
+                within = learner.done % per_epoch
                 if clock.passed(1):
                     runs.check_finite(learner.sums)
-                    show_progress(learner.sums, learner.done, per_epoch, epochs, clock)
-                ends_epoch = learner.done % per_epoch == 0
-                if not ends_epoch and (signals or clock.unsaved() > settings.save_every):
+                if within and clock.passed(60):
+                    row = {"epoch": learner.done / per_epoch} | learner.get_means(within)
+                    show_row(row, epochs, clock.left(learner.done))
+                if within and (signals or clock.unsaved() > settings.save_every):
                     learner.save(out, rows, run, clock, signals)
 
             learner.average_over_ranks()
             runs.check_finite(learner.sums)
-            row = {"epoch": epoch + 1} | {k: v.item() / per_epoch for k, v in learner.sums.items()}
+            last, row = epoch + 1 == epochs, {"epoch": epoch + 1} | learner.get_means(per_epoch)
             row |= {"lr": rate} | clock.row(learner.done)
-            if task.predict and (epoch + 1 == epochs or (epoch + 1) % settings.eval_every == 0):
+            if task.predict and (last or (epoch + 1) % settings.eval_every == 0):
                 began = time.perf_counter()
                 row |= learner.validate(task)
                 clock.evaluation += time.perf_counter() - began
             rows.append(row)
             learner.sums = {}
-            show_row(row, epochs, clock.left(learner.done))
+            if last or (epoch + 1) % max(1, epochs // 10) == 0:
+                show_row(row, epochs, clock.left(learner.done))
             runs.write_rows(out, [row], "a")
             short = epoch > 10 and clock.unsaved() < 1  # seconds; saving takes as long as a step
-            if signals or epoch + 1 == epochs or not short:
+            if signals or last or not short:
                 learner.save(out, rows, run, clock, signals)
-            if clock.passed(60):
-                draw(rows, out)
+            if clock.passed(300):
+                draw_curves(rows, out / "curves.png")
     return finish(task, learner, rows, out, test)
 
 
@@ -131,12 +132,12 @@ class Learner:
             betas=(0.9, settings.beta2),
             fused=self.device.type in ("cuda", "cpu"),
         )
+        self.loss_module: Any = LossModule(net, task.loss)
         self.average = deepcopy(net).requires_grad_(False) if settings.ema else None
         self.precision = choose_precision(settings.amp, net)
         fp16 = self.precision is torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
         self.autocast = autocast(settings.amp, net)
-        self.loss_module: Any = LossModule(net, task.loss)
         self.micro_batch = task.data.train.batch // task.data.train.world  # images at a time
 
     def wrap_loss(self, compilation: str) -> None:
@@ -201,16 +202,18 @@ class Learner:
                 for buffer in net.buffers():
                     dist.broadcast(buffer, 0)
 
-    def classify(self, predict: Any, net: nn.Module, images) -> tuple[Tensor, Tensor]:
-        return classify(predict, net, images, self.settings.amp, min(256, 4 * self.micro_batch))
+    def get_means(self, steps: int) -> dict[str, float]:
+        return {name: value.item() / steps for name, value in self.sums.items()}
+
+    def evaluate(self, task: Task, net: nn.Module, images) -> tuple[Tensor, Tensor]:
+        at_a_time = min(256, 4 * self.micro_batch)
+        return predict_classes(task.predict, net, images, self.settings.amp, at_a_time)
 
     def validate(self, task: Task) -> dict[str, float]:
         """Accuracies on the validation images: of the weights, and of their average."""
-        nets = {"val_top1": task.net}
-        if self.average:
-            nets["val_top1_ema"] = self.average
-        found = {k: self.classify(task.predict, net, task.data.val) for k, net in nets.items()}
-        return {k: compute_top1(*predicted) for k, predicted in found.items()}
+        nets = {"val_top1": self.net} | ({"val_top1_ema": self.average} if self.average else {})
+        found = {name: self.evaluate(task, net, task.data.val) for name, net in nets.items()}
+        return {name: compute_top1(*predicted) for name, predicted in found.items()}
 
     def parts(self) -> dict:
         parts = {"net": self.net, "optimizer": self.optimizer, "scaler": self.scaler}
@@ -264,7 +267,7 @@ def group_parameters(net: nn.Module, weight_decay: float, layer_decay: float) ->
 
 
 @torch.no_grad()
-def classify(predict: Callable, net: nn.Module, images, amp: str, at_a_time: int = 256):
+def predict_classes(predict: Any, net: nn.Module, images, amp: str, at_a_time: int = 256):
     """Predicted and true classes (images,) of all images, in order, the same on every process."""
     was_training, mixed, total = net.training, autocast(amp, net), torch.zeros(())
     net.eval()
@@ -291,7 +294,7 @@ def finish(task: Task, learner: Learner, rows: list, out: Path, test: Callable |
     """Tests what was trained, and writes model.pt."""
     net, settings, found = learner.average or task.net, learner.settings, {}
     if task.predict:
-        predicted, labels = learner.classify(task.predict, net, task.data.test)
+        predicted, labels = learner.evaluate(task, net, task.data.test)
         found = {"predicted": predicted, "labels": labels}
     elif test:
         with torch.no_grad():
@@ -310,16 +313,6 @@ def finish(task: Task, learner: Learner, rows: list, out: Path, test: Callable |
         checkpoints.save(task.export(net) | about, out / "model.pt")
 
     run_first(write)
-    draw(rows, out)
+    draw_curves(rows, out / "curves.png")
     conclude(result, out, task.data)
     return result
-
-
-def draw(rows: list[dict], out: Path) -> None:
-    if rank() == 0:
-        try:
-            from common import pictures
-
-            pictures.save(pictures.draw_curves(rows), out / "curves.png", dpi=100)
-        except Exception as error:  # of matplotlib or the disk: the run is worth more
-            print0(f"note: no curves.png ({error})")

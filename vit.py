@@ -12,10 +12,8 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor, nn
-
-from common.attention import scaled_dot_product_attention
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,10 @@ class QK(NamedTuple):
 
 def attend(qk: QK, v: Tensor) -> Tensor:
     """map @ v: what each query finds, (B, H, N, d). The fused kernel never stores the map."""
-    return scaled_dot_product_attention(qk.q, qk.k, v, qk.bias)
+    lent = v.requires_grad and not qk.q.requires_grad  # its unused gradients would be computed
+    if v.is_cpu and (lent or v.dtype is torch.bfloat16):  # here the plain form is faster
+        return qk.map() @ v
+    return F.scaled_dot_product_attention(qk.q, qk.k, v, qk.bias)
 
 
 class QKV(nn.Linear):
@@ -78,8 +79,7 @@ class Attention(nn.Module):  # tokens (B, N, D) to tokens, and the QK they atten
         self.proj = nn.Linear(config.dim, config.dim)
 
     def project(self, x: Tensor, rows: slice = slice(None)) -> Tensor:  # q, k, v: each (B, H, N, d)
-        own = isinstance(self.qkv, QKV)  # an adapter in its place computes all
-        y = self.qkv(x, rows) if own else self.qkv(x)[..., rows]
+        y = self.qkv(x, rows)  # a LoRA or an adapter in its place takes rows, too
         return rearrange(y, "b n (p h d) -> p b h n d", h=self.heads, d=self.dim // self.heads)
 
     def project_values(self, x: Tensor) -> Tensor:
@@ -97,25 +97,20 @@ class Attention(nn.Module):  # tokens (B, N, D) to tokens, and the QK they atten
         return self.proj(rearrange(attend(qk, v), "b h n d -> b n (h d)")), qk
 
 
-class Mlp(nn.Module):  # (B, N, D) to (B, N, D)
+class Mlp(nn.Sequential):  # (B, N, D) to (B, N, D)
     def __init__(self, config: Config):
-        super().__init__()
         hidden = int(config.mlp * config.dim)
-        self.fc1, self.fc2 = nn.Linear(config.dim, hidden), nn.Linear(hidden, config.dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        fc1, fc2 = nn.Linear(config.dim, hidden), nn.Linear(hidden, config.dim)
+        super().__init__(OrderedDict(fc1=fc1, act=nn.GELU(), fc2=fc2))
 
 
 class Block(nn.Module):
-    attention, feed_forward = Attention, Mlp
-
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, attention=Attention, mlp=Mlp):
         super().__init__()
         self.norm1 = nn.LayerNorm(config.dim, eps=config.eps)
-        self.attn = self.attention(config)
+        self.attn = attention(config)
         self.norm2 = nn.LayerNorm(config.dim, eps=config.eps)
-        self.mlp = self.feed_forward(config)
+        self.mlp = mlp(config)
 
     def forward(self, x: Tensor, given=None, keep=(1, 1)) -> tuple[Tensor, QK]:
         y, qk = self.attn(self.norm1(x), given)
@@ -153,17 +148,14 @@ class ViT(nn.Module):  # pixels in 0..1 (B, C, H, W) to logits (B, classes)
     def embed_patches(self, images: Tensor) -> Tensor:
         return rearrange(self.patch_embed(self.normalise(images)), "b d h w -> b (h w) d")
 
-    def embed(self, images: Tensor, visible_ids: Tensor | None = None) -> Tensor:
-        """Images to tokens (B, N, D). `visible_ids` (B, n): of these patches only, for MAE."""
+    def embed(self, images: Tensor) -> Tensor:  # to tokens (B, N, D), the class token first
         x = self.embed_patches(images) + self.pos_embed[:, 1:]
-        if visible_ids is not None:
-            x = x.gather(1, repeat(visible_ids, "b n -> b n d", d=x.shape[-1]))
         return torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1), x], 1)
 
-    def blockwise(self, images, given=None, keep=None, visible_ids=None):
+    def blockwise(self, images, given=None, keep=None):
         """Yields each block's tokens (B, N, D), and the queries and keys it attended with. `given`
         lists what every block attends with: another net's QK, or None for its own."""
-        x = self.embed(images, visible_ids)
+        x = self.embed(images)
         given = [None] * len(self.blocks) if given is None else given
         keep = self.draw_drop_path(len(x)) if keep is None else keep
         for block, lent, factors in zip(self.blocks, given, keep, strict=True):

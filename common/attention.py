@@ -1,17 +1,7 @@
-"""Faster forms of attention and of the loss of attention distillation, equal to the plain ones."""
+"""The loss of attention distillation without storing maps, equal to the plain form."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-
-
-def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """As torch's, each (B, H, N, d). On a CPU the plain form is faster in two cases."""
-    frozen = v.requires_grad and not q.requires_grad  # torch's computes unused gradients
-    if v.device.type == "cpu" and (frozen or v.dtype is torch.bfloat16):
-        scores = (q * q.shape[-1] ** -0.5) @ k.mT
-        return (scores if bias is None else scores + bias).softmax(dim=-1) @ v
-    return F.scaled_dot_product_attention(q, k, v, bias)
 
 
 class FusedAttentionLoss(torch.autograd.Function):

@@ -1,13 +1,11 @@
 """From a command to processes and devices: one or many (`torchrun`), each error one line."""
 
 import contextlib
-import errno
 import os
 import re
-import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -48,27 +46,20 @@ def run(main: Callable, parse: Callable) -> None:
 
 def describe_error(error: BaseException) -> tuple[str, int]:
     """What to say, and the exit code. Code 0 marks a bug, which keeps its traceback."""
+    text = str(error).strip()
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", 130
     if is_out_of_memory(error):
         return "out of memory: try a smaller --micro-batch (--batch stays the same)", 1
-    if re.search(r"shared memory|/dev/shm|\(shm\)|Bus error", str(error)):
-        return "/dev/shm is too small: enlarge it (docker: --shm-size 8g), or try --workers 0", 1
-    if re.search(r"Inv.*Compiler|[Ff]ailed to find C compiler|No working C", f"{error!r}"):
-        return "--compile needs a C++ compiler: install one (g++), or try --compile off", 2
-    if "in DataLoader worker process" in str(error):  # with the worker's traceback
-        return str(error).strip().splitlines()[-1].partition(": ")[2], 2
-    if "DataLoader worker" in str(error):
-        return "a worker that decodes images was killed (out of memory?): try fewer --workers", 1
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return "the disk is full: make room, then --resume", 1
-    if dist.is_initialized() and re.search(r"(closed|reset) by peer|likely closed", str(error)):
+    if "in DataLoader worker process" in text:  # with the worker's traceback
+        return text.splitlines()[-1].partition(": ")[2], 2
+    if "DataLoader worker" in text:  # killed, or without shared memory: torch says which
+        return f"{text} Try fewer --workers, or 0", 1
+    if dist.is_initialized() and re.search(r"(closed|reset) by peer|likely closed", text):
         return "another process of this run has ended: its own error says why", 1
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}", 2
-    if isinstance(error, Failed):
-        return str(error), 1
-    return str(error), 0 if isinstance(error, RuntimeError) else 2
+    return text, 1 if isinstance(error, Failed) else 0 if isinstance(error, RuntimeError) else 2
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -152,21 +143,3 @@ def device_name(where: torch.device) -> str:
 def print0(*words) -> None:
     if rank() == 0:
         print(*words, flush=True)
-
-
-def count(things: Iterable, total: int, words: str) -> Iterator:
-    """Passes things on, and counts them on a terminal."""
-    try:
-        for i, thing in enumerate(things, 1):
-            yield thing
-            if i % max(1, total // 100) == 0:
-                rewrite(f"{i:,} of {total:,} {words}")
-    finally:
-        rewrite("")
-
-
-def rewrite(line: str) -> bool:
-    """Replaces the last line on a terminal. False elsewhere."""
-    if here := rank() == 0 and sys.stdout is not None and sys.stdout.isatty():
-        print("\r\033[K" + line[: shutil.get_terminal_size().columns - 1], end="", flush=True)
-    return here

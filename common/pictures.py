@@ -1,10 +1,9 @@
-"""Pictures: figures that are saved, attention as light on images, and the curves of a run."""
+"""Pictures: figures that are saved, and attention as light on images."""
 
 import textwrap
 from functools import partial
 from math import isqrt
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +11,6 @@ from einops import rearrange
 from torch import Tensor
 
 from common import checkpoints
-from common.progress import NOT_SHOWN
 
 LIGHT = "#3f5290", "#8a3080", "#ef5a3c", "#ffc53d"  # from what is not looked at to what is most
 FRAME = "#4de8ff"
@@ -49,14 +47,12 @@ def mean_look(p: Tensor, prefix: int, head: int | None = None, query: int | None
     return (p[:, :, prefix:] if query is None else p[:, :, query : query + 1]).mean(dim=(1, 2))
 
 
-def draw_overlays(
-    images: Tensor, looks: dict[str, Tensor], prefix=1, rows=(), title="", marked: Any = None
-):
+def draw_overlays(images: Tensor, looks: dict[str, Tensor], prefix=1, rows=(), title="", marked=-1):
     """A row for each image, a column for each of `looks`: weights (B, N) as light on it.
 
     All share one scale: multiples of the share that each token would get of uniform attention, up
     to the largest, but for outliers. The `prefix` tokens before the patches are left out.
-    `rows`: their names. `marked`: for columns by name, the number of a patch to frame.
+    `rows`: their names. `marked`: the number of a patch to frame (below 0: none).
     """
     pixels = rearrange(images, "b c h w -> b h w c").cpu()
     shares = {name: p[:, prefix:].detach().cpu() * p.shape[1] for name, p in looks.items()}
@@ -69,19 +65,16 @@ def draw_overlays(
         line[0].imshow(image.expand(-1, -1, 3), extent=(0, image.shape[1], image.shape[0], 0))
         for axis, p in zip(line[1:], weights, strict=True):
             drawn = draw_overlay(axis, image.mean(-1), p.view(side, side), most)
-        for axis, name in zip(line, names, strict=True):
+        for axis in line:
             axis.set(xticks=[], yticks=[])
-            if name in (marked or {}):
-                frame(axis, marked[name], side, image.shape[1])
+            if marked >= 0:
+                frame(axis, marked, side, image.shape[1])
     for axis, name in zip(axes[0], names, strict=True):
         axis.set_title(textwrap.fill(name, 11, break_long_words=False), fontsize=9)
     for axis, name in zip(axes[:, 0], rows, strict=False):
         axis.set_ylabel(name, fontsize=9)
-    # All colours that overlays show, from black pixels (left) to white ones.
     ends = "max" if top > most else "neither"
     bar = fig.colorbar(drawn, ax=axes, shrink=0.8, aspect=6 * len(axes), extend=ends)
-    ramp, whole = shade(np.linspace(0, 1, 64)[None]), (0, 1, *bar.ax.get_ylim())
-    bar.ax.imshow(ramp, extent=whole, aspect="auto", zorder=5)
     bar.set_label("attention\n(1: uniform)", fontsize=9)
     return fig
 
@@ -96,15 +89,9 @@ def draw_overlay(axis, pixels, weights, most: float):
     whole = (0, pixels.shape[1], pixels.shape[0], 0)
     light = LinearSegmentedColormap.from_list("light", LIGHT)
     drawn = axis.imshow(weights, extent=whole, cmap=light, vmin=0, vmax=most)
-    axis.imshow(shade(pixels), extent=whole)
+    dense = (1 - BLACK) * (1 - np.asarray(pixels))  # black over the light, where the image is dark
+    axis.imshow(np.zeros_like(dense), extent=whole, cmap="gray", vmin=0, vmax=1, alpha=dense)
     return drawn
-
-
-def shade(pixels):
-    """Black (H, W, 4) that lies over the light. It is denser where a gray image (H, W) is dark."""
-    rgba = np.zeros((*pixels.shape, 4))
-    rgba[..., 3] = (1 - BLACK) * (1 - np.asarray(pixels))
-    return rgba
 
 
 def frame(axis, patch: int, side: int, pixels: int) -> None:
@@ -115,23 +102,3 @@ def frame(axis, patch: int, side: int, pixels: int) -> None:
     box = Rectangle((x * size, y * size), size, size, fill=False, clip_on=False, zorder=3)
     box.set(edgecolor=FRAME, linewidth=1.8)
     axis.add_patch(box)
-
-
-def draw_curves(rows: list[dict]):
-    """The log of a run: the terms of its loss, what else is watched, and validation accuracy."""
-    scores = [name for name in rows[-1] if name.startswith("val_")]
-    panels = {"loss": rows[0].keys() - NOT_SHOWN, "validation top-1 (%)": scores}
-    panels = {label: names for label, names in panels.items() if names}
-    fig, axes = figure(1, len(panels), width=4.5 * len(panels), squeeze=False)
-    for axis, (label, names) in zip(axes[0], panels.items(), strict=True):
-        for name in sorted(names):
-            known = [(row["epoch"], row[name]) for row in rows if name in row]
-            marker = "o" if len(known) == 1 else None  # one epoch is no line
-            axis.plot(*zip(*known, strict=True), label=name.replace("_", " "), marker=marker)
-        axis.set(xlabel="epoch", ylabel=label)
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        if label == "loss" and len(names) > 1:  # of different sizes
-            axis.set_yscale("log")
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, fontsize=8)
-    return fig

@@ -1,14 +1,13 @@
-"""What a run says on the terminal: what it is, how fast it is, how it ended."""
+"""What a run says: what it is, how it goes and how fast, how it ended; and a picture of its log."""
 
-import textwrap
 import time
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 
-from common.launch import device_name, print0, rewrite, world
-from common.precision import choose_precision
+from common.hardware import choose_precision
+from common.launch import device_name, print0, rank, world
 
 # In the log, beside the loss and what a method watches.
 NOT_SHOWN = "epoch gradient_norm lr images_per_s seconds val_top1 val_top1_ema test_top1".split()
@@ -47,35 +46,6 @@ def format_minutes(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds))).removeprefix("0:")
 
 
-def select_terms(row: dict) -> dict:
-    """What to show of a row: what the method watches, else its loss."""
-    terms = {k: v for k, v in row.items() if k not in NOT_SHOWN}
-    return {k: v for k, v in terms.items() if k != "loss"} or terms
-
-
-def show_progress(sums: dict, step: int, per_epoch: int, epochs: int, clock: Clock) -> None:
-    """The line that rewrites itself on a terminal. Elsewhere, a line every ten minutes."""
-    epoch, within = divmod(step - 1, per_epoch)
-    words = [f"epoch {epoch + 1}/{epochs}  step {within + 1}/{per_epoch}"]
-    words += [f"{k} {v.item() / (within + 1):.3f}" for k, v in select_terms(sums).items()]
-    words += [f"{clock.row(step)['images_per_s']:,.0f} images/s", f"{clock.left(step)} left"]
-    if not rewrite("  ".join(words)) and clock.passed(600):
-        print0("  ".join(words))
-
-
-def show_row(row: dict, epochs: int, left: str) -> None:
-    """A line for every tenth of the epochs: the loss or its terms, accuracy, the time left."""
-    if row["epoch"] % max(1, epochs // 10) and row["epoch"] != epochs:
-        return
-    words = [f"epoch {row['epoch']:>3}/{epochs}"]
-    words += [f"{k} {v:#.3g}" for k, v in select_terms(row).items()]
-    if "val_top1" in row:
-        average = " (EMA)" if "val_top1_ema" in row else ""
-        words.append(f"val {get_validation(row):.1f} %{average}")
-    rewrite("")
-    print0("  ".join([*words, f"{left} left"]))
-
-
 def introduce(task, settings, out: Path, micro_batch: int, rate: float) -> None:
     """What is about to be trained, on what, how, and where it goes."""
     net, batch = task.net, task.data.train.batch
@@ -89,21 +59,27 @@ def introduce(task, settings, out: Path, micro_batch: int, rate: float) -> None:
     steps = f"{settings.epochs} epochs of {len(task.data.train) // batch} batches of {batch}"
     if micro_batch < batch // world():
         steps += f", {micro_batch} images at a time"
-    shape = f"{sum(p.numel() for p in net.parameters() if p.requires_grad):,} parameters"
-    if config := getattr(net, "config", None):
-        patches = f"patches of {config.patch} x {config.patch}"
-        shape = f"{config.dim} wide, {config.depth} deep, {config.heads} heads, {patches}; {shape}"
+    learned = sum(p.numel() for p in net.parameters() if p.requires_grad)
     print0(f"{settings.method} -> {out}")
-    wrap = textwrap.TextWrapper(79, "", " " * 11, break_long_words=False, break_on_hyphens=False)
-    for name, line in (
-        ("net", shape),
-        ("teacher", teacher),
-        ("images", f"{settings.data}, {task.data.describe(labels=bool(task.predict))}"),
-        ("device", device),
-        ("steps", f"{steps}; learning rate {rate:.3g}, warm-up {settings.warmup:.0%}"),
-    ):
-        if line:
-            print0(wrap.fill(f"  {name:<8} {line}"))
+    print0(
+        f"  net      {learned:,} parameters to learn, {getattr(net, 'config', type(net).__name__)}"
+    )
+    if teacher:
+        print0(f"  teacher  {teacher}")
+    print0(f"  images   {settings.data}, {task.data.describe(labels=bool(task.predict))}")
+    print0(f"  device   {device}")
+    print0(f"  steps    {steps}; learning rate {rate:.3g}, warm-up {settings.warmup:.0%}")
+
+
+def show_row(row: dict, epochs: int, left: str) -> None:
+    """The terms that the method watches, or its loss; accuracy, and the time left."""
+    terms = {k: v for k, v in row.items() if k not in NOT_SHOWN}
+    terms = {k: v for k, v in terms.items() if k != "loss"} or terms
+    words = [f"epoch {row['epoch']:>3.4g}/{epochs}", *(f"{k} {v:#.3g}" for k, v in terms.items())]
+    if "val_top1" in row:
+        average = " (EMA)" if "val_top1_ema" in row else ""
+        words.append(f"val {get_validation(row):.1f} %{average}")
+    print0("  ".join([*words, f"{left} left"]))
 
 
 def get_validation(row: dict) -> float:
@@ -116,3 +92,26 @@ def conclude(result: dict, out: Path, images) -> None:
     print0(f"{out}: {', '.join(name for name in left if (out / name).exists())}")
     if "test_top1" in result:
         print0(f"test top-1 {result['test_top1']:.2f} %{images.warn_of_repeats()}")
+
+
+def draw_curves(rows: list[dict], path: Path) -> None:
+    """The terms of the loss, what else is watched, and validation accuracy, over the epochs."""
+    if rank():
+        return
+    scores = [name for name in rows[-1] if name.startswith("val_")]
+    panels = {"loss": rows[0].keys() - NOT_SHOWN, "validation top-1 (%)": scores}
+    panels = {label: names for label, names in panels.items() if names}
+    try:
+        from common import pictures
+
+        fig, axes = pictures.figure(1, len(panels), width=4.5 * len(panels), squeeze=False)
+        for axis, (label, names) in zip(axes[0], panels.items(), strict=True):
+            for name in sorted(names):
+                known = [(row["epoch"], row[name]) for row in rows if name in row]
+                axis.plot(*zip(*known, strict=True), ".-", label=name.replace("_", " "))
+            scale = "log" if label == "loss" and len(names) > 1 else "linear"  # of different sizes
+            axis.set(xlabel="epoch", ylabel=label, yscale=scale)
+            axis.legend(frameon=False, fontsize=8)
+        pictures.save(fig, path, dpi=100)
+    except Exception as error:  # of matplotlib or the disk: the run is worth more
+        print0(f"note: no {path} ({error})")

@@ -1,12 +1,4 @@
-"""The folder of a run: what it holds, and whether --resume may continue it.
-
-config.json   the run's settings and inputs
-log.jsonl     one row per epoch: [json.loads(line) for line in open("log.jsonl")]
-curves.png    the same as a picture
-last.pt       the state to resume from
-model.pt      the weights to share
-test.pt       predicted and true classes of the test images
-"""
+"""The folder of a run, whose files USAGE.md lists: may it be used, may --resume continue it."""
 
 import contextlib
 import hashlib
@@ -56,8 +48,6 @@ def describe_run(settings, dataset, teacher=None) -> dict[str, Any]:
 def load_state(out: Path, settings, run: dict) -> dict | None:
     """The state to resume from, or None to begin. ValueError if it is that of another run."""
     if not (settings.resume and (out / "last.pt").exists()):
-        if settings.resume and (out / "log.jsonl").exists():
-            print0(f"note: {out} has a log, and no last.pt to go on from: starting over")
         return None
     state = checkpoints.read_file(out / "last.pt")
     before = {"class_names": run["class_names"]} | state["run"]  # older runs do not say them
@@ -124,12 +114,12 @@ def begin(out: Path, run: dict, settings, learner, rows: list[dict]) -> None:
         return
     for name in () if learner.done else FILES:
         (out / name).unlink(missing_ok=True)
-    about: dict[str, Any] = {"torch": torch.__version__, "on": str(learner.device)}
+    about = get_values(settings) | {"torch": torch.__version__, "on": str(learner.device)}
     about |= {"precision": str(learner.precision), "threads": torch.get_num_threads()}
     if net := getattr(learner.net, "config", None):  # --model does not say it all
         about["architecture"] = asdict(net)
     about |= {"commit": read_commit(), "run": run}
-    checkpoints.save(json.dumps(get_values(settings) | about, indent=1), out / "config.json")
+    checkpoints.save(json.dumps(about, indent=1), out / "config.json")
     write_rows(out, rows)
 
 

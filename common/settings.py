@@ -4,9 +4,8 @@
     class Settings(recipes.Settings):
         attention_weight: float = setting(3.0, "weight of the attention loss")
 
-    RECIPES = {"digits": dict(epochs=450), "cifar": dict(epochs=100)}      # cifar10 and cifar100
-
-A recipe changes defaults. What the command line gives beats both.
+A recipe changes defaults, of all data sets whose name begins with its own. What the command line
+gives beats both.
 """
 
 import argparse
@@ -23,9 +22,10 @@ Recipes = dict[str, dict[str, Any]]  # recipe: setting: default
 
 
 def setting(default, help="", choices=None, low=0, high=math.inf, free=False, only=""):
-    """A field that is also a flag. Without help it works the same, but --help does not list it.
+    """A field that is also a flag, or words without one if `default` is a tuple.
 
-    `low`, `high`: bounds of a number. `free`: may change between a run and its --resume.
+    Without help it works the same, but --help does not list it. `low`, `high`: bounds of a number,
+    or of the number of words. `free`: may change between a run and its --resume.
     `only`: the data sets with which --help lists it, as words.
     """
     about = dict(help=help, choices=choices, low=low, high=high, free=free, only=only)
@@ -69,19 +69,16 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message} (--help lists the settings)")
 
 
-def parse_settings(
-    doc: str, cls: type, recipes: Recipes | Callable, argv: Sequence[str], positional=()
-) -> Any:
+def parse_settings(doc: str, cls: type, recipes: Recipes | Callable, argv: Sequence[str]) -> Any:
     """The settings of a command line. ValueError names a flag that is unknown or out of bounds.
 
-    `recipes`: may be a function of what is given. `positional`: name, help and number (0: any) of
-    the words without a flag, if there are some.
+    `recipes`: may be a function of what is given.
     """
     flags, actions = list_flags(cls), dict[str, Any]()
-    words = f" {positional[0].upper()} ..." if positional else ""
+    words = [name for name, f in flags.items() if isinstance(f.default, tuple)]
     parser = Parser(
         description=doc,
-        usage=f"%(prog)s{words} [--NAME VALUE ...]",
+        usage=f"%(prog)s {' ... '.join([*map(str.upper, words), ''])}[--NAME VALUE ...]",
         formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=23),
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
@@ -89,15 +86,14 @@ def parse_settings(
     )
     parser._negative_number_matcher = re.compile(r"-\d")  # as in --layers -6:
     parser.add_argument("--help", "-h", action="store_true", help=argparse.SUPPRESS)
-    if positional:
-        parser.add_argument(positional[0], nargs="*", help=positional[1])
     for name, f in flags.items():
         how: dict[str, Any] = dict(type=type(f.default), metavar="X", choices=f.metadata["choices"])
         if isinstance(f.default, bool):
-            how, off = dict(action="store_true"), format_flag(f"no_{name}")
-            parser.add_argument(off, dest=name, action="store_false", help=argparse.SUPPRESS)
+            how = dict(action=argparse.BooleanOptionalAction)
+        elif name in words:
+            how = dict(nargs="*")
         how["help"] = f.metadata["help"].replace("%", "%%") or argparse.SUPPRESS
-        actions[name] = parser.add_argument(format_flag(name), **how)
+        actions[name] = parser.add_argument(name if name in words else format_flag(name), **how)
     given = vars(parser.parse_intermixed_args(list(argv)))
     data = given.get("data", flags["data"].default if "data" in flags else "")
     known = recipes(given) if callable(recipes) else recipes
@@ -113,30 +109,29 @@ def parse_settings(
                 actions[name].help = argparse.SUPPRESS
                 continue
             default = recipe.get(name, f.default)
-            if f.metadata["help"] and default not in ("", -1, 0):
+            if f.metadata["help"] and default not in ("", (), -1, 0):
                 actions[name].help += f" [{default}]".replace("%", "%%")
         if recipe:
             parser.epilog = f"Defaults in [brackets] are those of --data {data}. "
             parser.epilog += "Others: --data NAME --help."
         print(parser.format_help(), end="")
         sys.exit(0)
-    values = recipe | given
-    if positional:
-        name, about, number = positional
-        if not (found := given.pop(name, [])) or number not in (0, len(found)):
-            raise ValueError(f"name {about} (--help shows how)")
+    for name in words:
+        about = flags[name].metadata
+        if not about["low"] <= len(given.get(name, ())) <= about["high"]:
+            raise ValueError(f"name {about['help']} (--help shows how)")
     for name, value in given.items():
         low, high = flags[name].metadata["low"], flags[name].metadata["high"]
         if isinstance(value, int | float) and not low <= value <= high:
             bounds = f"at least {low}" if high == math.inf else f"between {low} and {high}"
             raise ValueError(f"{format_flag(name)} {value}: must be {bounds}")
-    return cls(**values, given=frozenset(given))
+    return cls(**recipe | given, given=frozenset(given))
 
 
 def parse_layers(text: str, depth: int, name: str = "layers") -> list[int]:
     """Numbers from 0, written as Python slices (`:18`, `-6:`, `3`, `0,2,4:7`), `75%` or `all`."""
+    found: list[int] = []
     try:
-        found: list[int] = []
         spans = ":" if text == "all" else text
         if text.endswith("%"):
             share = int(text[:-1])
@@ -146,11 +141,9 @@ def parse_layers(text: str, depth: int, name: str = "layers") -> list[int]:
             if max(map(abs, filter(None, bounds)), default=0) > depth:
                 raise IndexError
             found += range(depth)[slice(*bounds)] if ":" in part else [range(depth)[int(part)]]
-        if not found or found != sorted(set(found)):
-            raise IndexError
-        return found
-    except (ValueError, TypeError):
-        remedy = "write :18, 6:12, -6:, 0,2,4:7, 75% or all"
-    except IndexError:
-        remedy = f"choose some of 0 to {depth - 1}, in order, each once"
-    raise ValueError(f"{format_flag(name)} {text}: {remedy}")
+    except (ValueError, TypeError, IndexError):
+        found = []
+    if not found or found != sorted(set(found)):
+        remedy = f"choose some of 0 to {depth - 1}, in order: :18, 6:12, -6:, 0,2,4:7, 75% or all"
+        raise ValueError(f"{format_flag(name)} {text}: {remedy}")
+    return found

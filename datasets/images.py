@@ -20,7 +20,7 @@ from torchvision import io
 from torchvision.transforms import InterpolationMode, v2
 
 from common.augment import hash_seed, rand_augment, reseed
-from common.launch import collect, count, print0, rank, world
+from common.launch import collect, print0, rank, world
 from datasets.sources import Tensors
 
 BICUBIC = InterpolationMode.BICUBIC
@@ -96,9 +96,9 @@ class Files(Dataset):
 
     def look_through(self) -> "Files":
         """Those that can be read, with hashes of their contents. A note names one of the others."""
-        mine = self.paths[rank() :: world()]
+        print0(f"looking through {len(self):,} images")
         with ThreadPoolExecutor(32) as pool:
-            looked = [*count(pool.map(examine, mine), len(mine), "images looked through")]
+            looked = [*pool.map(examine, self.paths[rank() :: world()])]
         rows = itertools.zip_longest(*collect(looked))  # of one image for each process
         found = [x for row in rows for x in row if x is not None]
         good = [i for i, x in enumerate(found) if isinstance(x, int)]
@@ -120,7 +120,7 @@ class Files(Dataset):
         images, left = list[Tensor](), HELD
         with ThreadPoolExecutor(count_cores()) as pool:
             decoded = pool.map(self.crop_centre if centred else self.shrink, range(len(self)))
-            for image in count(decoded, len(self), "images decoded"):
+            for image in decoded:
                 images.append(image)
                 left -= image.nbytes
                 if left < 0:

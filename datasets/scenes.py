@@ -123,18 +123,6 @@ def add_noise(scenes: Tensor, u: Tensor) -> Tensor:
     return (scenes + NOISE * (2 * u.view_as(scenes) - 1)).clamp(0, 1)
 
 
-def loss_cell(net, images: Tensor, cells: Tensor) -> tuple[Tensor, dict]:
-    """A teacher's task: to predict the pixels of the cell that a scene asks for, without a class.
-
-    `net` has as many outputs as a cell has pixels. The error is squared, and of normalised pixels.
-    """
-    side = math.isqrt(net.config.classes // net.config.channels)
-    cut = "b c (h p) (w q) -> b (h w) (p q c)"
-    pixels = rearrange(net.normalise(images), cut, p=side, q=side)
-    asked = pixels[torch.arange(len(images), device=images.device), cells]
-    return F.mse_loss(net(images), asked), {}
-
-
 def augment(scenes: Tensor, draws: BatchRandom) -> Tensor:
     """Noise, anew at every step."""
     return add_noise(scenes, draws.uniform(math.prod(scenes.shape[1:])))

@@ -6,8 +6,8 @@
 All take two or three minutes on one core. Nothing is downloaded.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,14 +23,11 @@ from teachers.find import BUNDLED
 
 @dataclass(frozen=True)
 class Settings(Base):
-    pictures: tuple[str, ...] = ()
+    pictures: tuple[str, ...] = setting((), "which to draw [all]")
     out: str = setting("gallery", "folder of the pictures")
 
 
-def parse(argv: Sequence[str]) -> Settings:
-    words = "pictures", f"which to draw: {', '.join(PICTURES)} [all]", 0
-    named = {*argv} & PICTURES.keys()
-    return parse_settings(__doc__, Settings, {}, [*argv, *([] if named else PICTURES)], words)
+parse = partial(parse_settings, __doc__, Settings, {})
 
 
 def draw_scenes(path: Path) -> None:
@@ -96,7 +93,7 @@ def main(settings: Settings) -> None:
         raise ValueError(f"no picture {unknown.pop()}: choose from {', '.join(PICTURES)}")
     out = Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)
-    for name in settings.pictures:
+    for name in settings.pictures or PICTURES:
         PICTURES[name](out / name)
         print(f"wrote {out / name}")
 

@@ -93,7 +93,7 @@ def round_rows(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 def score(predict: Callable, model: Model, dataset: data.Data) -> float:
     """Test accuracy in per cent of what `predict(model, images)` says."""
-    found = train.classify(lambda _, x: predict(model, x), model.net, dataset.test, "off")
+    found = train.predict_classes(lambda _, x: predict(model, x), model.net, dataset.test, "off")
     return train.compute_top1(*found)
 
 

@@ -60,7 +60,7 @@ def learn(script, images: Tensor, *argv: str) -> Iterator[tuple[int, Tensor, flo
     net.train()
     for epoch in range(settings.epochs + 1):
         if epoch in FRAMES:
-            found = learner.classify(task.predict, net, dataset.test)
+            found = learner.evaluate(task, net, dataset.test)
             yield epoch, look_from_centre(net, images), train.compute_top1(*found)
         for batch, labels in source.epoch(epoch) if epoch < settings.epochs else ():
             rate = train.get_learning_rate(learner.done, steps, warmup, peak, settings.final_lr)

@@ -108,10 +108,10 @@ def add_maps(dataset: data.Data, teacher: WideResNet, settings: Settings) -> dat
     """The same data set. Its training images are those of the bank, each with its map."""
     bank, labels = dataset.train.first(settings.bank * len(dataset.train))
     black = torch.zeros(1, dataset.channels, 1, 1, device=bank.device)
-    pieces = list(zip(bank.split(100), labels.split(100), strict=True))
+    pieces = zip(bank.split(100), labels.split(100), strict=True)
     maps = torch.cat([
         make_hint(integrate_gradients(teacher, *piece, black, settings.path))
-        for piece in launch.count(pieces, len(pieces), "batches of maps")
+        for piece in pieces
     ])  # fmt: skip
     if settings.shuffle:
         maps = maps.roll(1, dims=0)  # the order of images is random already

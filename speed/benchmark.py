@@ -31,8 +31,8 @@ import pretrain
 import recipes
 from common import launch
 from common.augment import Augment
+from common.hardware import choose_compilation, has_bf16
 from common.launch import print0
-from common.precision import choose_compilation, has_bf16
 from common.settings import parse_settings, setting, to_argv
 from datasets import folders, sources
 from datasets.images import count_cores

@@ -16,8 +16,8 @@ import torch
 
 import recipes
 from common import checkpoints, runs
+from common.hardware import has_bf16
 from common.launch import device_name, print0
-from common.precision import has_bf16
 from common.settings import Base, parse_layers, setting
 
 CLASSES = {"cifar10": 10, "imagenet": 1000}

@@ -23,7 +23,7 @@ from study.report import RESULTS, TABLES, format_record, write_record
 
 @dataclass(frozen=True)
 class Settings(Base):
-    tables: tuple[str, ...] = ()
+    tables: tuple[str, ...] = setting((), "one table or several", low=1)
     jobs: int = setting(0, "runs at a time [one per CPU core, or one on a GPU]")
     data_dir: str = setting("", "where images that do not come along are")
     runs: str = setting("runs/reproduce", "folder of the runs")
@@ -33,8 +33,7 @@ class Settings(Base):
 
 
 def parse(argv: Sequence[str]) -> Settings:
-    words = "tables", "one table or several", 0
-    return parse_settings(__doc__ + list_tables(), Settings, {}, argv, words)
+    return parse_settings(__doc__ + list_tables(), Settings, {}, argv)
 
 
 def list_tables() -> str:

@@ -22,7 +22,6 @@ import attention_distill
 import data
 import finetune
 import recipes
-import students
 import train
 from common import checkpoints, launch
 from common.settings import parse_settings, setting
@@ -30,7 +29,7 @@ from datasets.scenes import draw_squares
 from pretrain import patchify
 from study.lenders import choose_lender
 from study.looks import jensen_shannon
-from teachers.find import make_pair
+from teachers.find import find_teacher, make_pair
 from vit import QK, Config, ViT, attend, initialise
 
 HOW = "copy", "distill", "beside", "copy-beside", "features", "pixels", "probe"
@@ -210,7 +209,10 @@ def export_changed(student: ViT) -> dict:  # no one takes it for a ViT: it needs
     return {"student": student.state_dict()}
 
 
-main = partial(students.main, task)
+def main(settings: Settings) -> dict:
+    dataset = data.load(settings)
+    teacher = find_teacher(settings, dataset)
+    return train.fit(task(settings, dataset, teacher), settings)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """Which output of a ViT stands for which class of a folder."""
 
 import re
+import unicodedata
 
 from torchvision.models import ViT_B_16_Weights
 
 from common.launch import print0
-from datasets.folders import to_nfc
 
 IMAGENET = list(ViT_B_16_Weights.IMAGENET1K_V1.meta["categories"])  # words, in the usual order
 NUMBERS = [str(i) for i in range(1000)]
@@ -29,7 +29,8 @@ def match_classes(model, classes: list[str]) -> list[int]:
     found, outputs = model.checkpoint, model.net.config.classes
     if found.method == "pretrain" or not outputs:
         raise ValueError(f"{found.source} is no classifier: fine-tune it first")
-    known = [to_nfc(name) for name in found.classes or sorted(classes, key=split_numbers)]
+    known = found.classes or sorted(classes, key=split_numbers)
+    known = [unicodedata.normalize("NFC", name) for name in known]  # as datasets/folders.py
     if not found.classes and known != classes and set(classes) != set(NUMBERS):
         orders = " or ".join(", ".join(order[:3]) for order in (known, classes))
         remedy = "rename the folders, so that they sort as its outputs (01, 02)"

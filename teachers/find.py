@@ -3,6 +3,7 @@
 import contextlib
 import json
 from dataclasses import fields, replace
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -21,10 +22,10 @@ BUNDLED = Path(__file__).parent.parent / "weights"
 SIZE = {"dim": "model", "depth": "model", "heads": "model", "patch": "patch"}  # field: flag
 
 
-def find_teacher(settings: Settings, dataset: Data, get_script=None) -> Checkpoint | None:
+def find_teacher(settings: Settings, dataset: Data) -> Checkpoint | None:
     """The checkpoint that --teacher names, None for random and none.
 
-    auto: the bundled one if it fits, MAE's for ImageNet, else the script of `get_script` makes one.
+    auto: the bundled one if it fits, MAE's for ImageNet, else pretrain.py makes one.
     """
     source: str | Path = settings.teacher
     transfers = isinstance(settings, TransferSettings)  # or fine-tunes
@@ -42,7 +43,7 @@ def find_teacher(settings: Settings, dataset: Data, get_script=None) -> Checkpoi
             count = asked.heads if name == "heads" else asked.depth
             parse_layers(getattr(settings, name, "") or "all", count, name)
         own = dict(model=settings.model, patch=settings.patch, num_labels=0, subset_seed=-1)
-        source = make_teacher(get_script(), settings, dataset, **own)
+        source = make_teacher(import_module("pretrain"), settings, dataset, **own)
     checkpoint = read_checkpoint(source, settings.normalization)
     theirs = checkpoint.architecture
     if not transfers and any(theirs[k] != v for k, v in get_size(settings, asked).items()):

@@ -94,14 +94,8 @@ ACTIVATIONS = {"gelu": plain.Mlp, "quick_gelu": QuickMlp, "swiglu": SwiGLU}
 
 
 class Block(plain.Block):
-    def attention(self, config: Config) -> plain.Attention:
-        return POSITIONS[config.positions](config)
-
-    def feed_forward(self, config: Config) -> nn.Module:
-        return ACTIVATIONS[config.activation](config)
-
     def __init__(self, config: Config):
-        super().__init__(config)
+        super().__init__(config, POSITIONS[config.positions], ACTIVATIONS[config.activation])
         scale = LayerScale if config.layer_scale else nn.Identity
         self.ls1, self.ls2 = scale(config), scale(config)
 
@@ -124,8 +118,7 @@ class ViT(plain.ViT):
             self.register_parameter(name, nn.Parameter(token) if count else None)
         self.norm_pre = nn.LayerNorm(dim, eps=config.eps) if config.norm_pre else nn.Identity()
 
-    def embed(self, images: Tensor, visible_ids: Tensor | None = None) -> Tensor:
-        assert visible_ids is None, "only a plain ViT is pre-trained by masking"
+    def embed(self, images: Tensor) -> Tensor:
         x, cls, positions = self.embed_patches(images), self.cls_token, self.pos_embed
         if positions is not None:
             x = x + positions[:, -x.shape[1] :]

@@ -67,7 +67,7 @@ def pretrainings(monkeypatch):
 
 def find_for(script, *argv: str) -> checkpoints.Checkpoint | None:
     settings = script.parse(["--data", "digits", *argv, "--device", "cpu"])
-    return find_teacher(settings, data.load(settings), lambda: pretrain)
+    return find_teacher(settings, data.load(settings))
 
 
 def test_a_teacher_is_pre_trained_where_there_is_none(pretrainings, capsys):

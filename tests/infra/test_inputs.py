@@ -47,7 +47,7 @@ DIGITS = f"--teacher {ROOT}/weights/digits.pt"
     (copy, "--layers 99", "some of 0 to 3"), (copy, "--heads 4", "--heads 4"),
     (copy, "--teacher none", "finetune.py can do without"),
     (distill, "--teacher-layers :3 --layers :2", "--teacher-layers"),
-    (pretrain, "--data digits --target cell", "--target cell: only"),
+    (pretrain, "--data digits --target cell", "only for --data scenes"),
     (pretrain, "--mixup 0.5", "--mixup has no effect"), (finetune, "--data-dir x", "is bundled"),
     (pretrain, "--data scenes --mask-ratio 0.5", "no effect with --target cell"),
     (pretrain, "--decoder-dim 42 --decoder-heads 2", "not 42"),

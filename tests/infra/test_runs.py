@@ -182,7 +182,7 @@ def test_accuracy_counts_each_image_once():
     def predict(net, batch):  # a guess by the place of the brightest pixel
         return torch.nn.functional.one_hot(batch.flatten(1).argmax(1) // 15, 10)
 
-    predicted, labels = train.classify(predict, torch.nn.Linear(1, 1), images, "off", 7)
+    predicted, labels = train.predict_classes(predict, torch.nn.Linear(1, 1), images, "off", 7)
     inputs, expected = (torch.cat(x) for x in zip(*images.in_order(1), strict=True))
     guesses = torch.stack([x.flatten().argmax() // 15 for x in inputs])
     assert torch.equal(predicted, guesses) and torch.equal(labels, expected)

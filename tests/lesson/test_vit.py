@@ -147,8 +147,8 @@ def test_drop_path_drops_whole_branches_of_single_images_and_is_unbiased():
 class Adapter(torch.nn.ModuleList):
     """As LoRA's: beside a layer, which it stands for."""
 
-    def forward(self, x):
-        return sum(layer(x) for layer in self)
+    def forward(self, x, *rows):
+        return sum(layer(x, *rows) for layer in self)
 
 
 def test_hooks_and_adapters_of_qkv_take_part_in_all_that_is_projected():
@@ -156,7 +156,7 @@ def test_hooks_and_adapters_of_qkv_take_part_in_all_that_is_projected():
     merged = [make(0), make(1)]
     for net, whole in zip((student, teacher), merged, strict=True):
         for block, other in zip(net.blocks, whole.blocks, strict=True):
-            beside, qkv = torch.nn.Linear(48, 3 * 48), other.attn.qkv
+            beside, qkv = vit.QKV(48, 3 * 48), other.attn.qkv
             block.attn.qkv = Adapter([block.attn.qkv, beside])
             qkv.weight.data += beside.weight
             qkv.bias.data += beside.bias
