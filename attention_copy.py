@@ -34,7 +34,7 @@ class Settings(recipes.TransferSettings):
 
 RECIPES = merge_recipes(
     recipes.RECIPES,
-    scenes=dict(epochs=75, blr=6.4e-2, weight_decay=0.05, drop_path=0.0),  # 95.6 (scenes-pointer)
+    scenes=dict(epochs=300, blr=0.128, weight_decay=0.05, mixup=0.8),  # 92.3 (scenes-steps)
     digits=dict(epochs=450, blr=0.02048, weight_decay=0.2, layers=":3"),  # 83.3 (fair-main)
     cifar=dict(epochs=25, blr=2.56e-3),  # 60.2 (cifar10-fair)
     cifar_gpu=dict(epochs=100, blr=5e-4, weight_decay=0.05),  # not measured

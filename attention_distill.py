@@ -41,7 +41,7 @@ class Settings(recipes.TransferSettings):
 
 RECIPES = merge_recipes(
     recipes.RECIPES,
-    scenes=dict(epochs=75, blr=3.2e-2, weight_decay=1.5, drop_path=0.0),  # 95.3 (scenes-pointer)
+    scenes=dict(epochs=300, blr=0.064, weight_decay=1.5),  # 89.5 (scenes-steps)
     digits=dict(epochs=450, blr=0.02048, weight_decay=0.5),  # 87.8 (fair-main)
     cifar=dict(epochs=25, blr=1.024e-2, layers="84%"),  # 67.4 (cifar10-fair)
     cifar_gpu=dict(epochs=100, blr=5e-4, weight_decay=0.05),  # not measured

@@ -35,9 +35,7 @@ class Settings(recipes.Settings):
 
 RECIPES = merge_recipes(
     recipes.RECIPES,
-    scenes=dict(  # 96.4 (scenes-pointer)
-        epochs=75, blr=8e-3, weight_decay=0.5, drop_path=0.0, layer_decay=0.75,
-    ),
+    scenes=dict(epochs=300, blr=1e-3, weight_decay=0.05, layer_decay=0.75),  # 93.8 (scenes-steps)
     digits=dict(epochs=450, blr=0.04096, weight_decay=0.5, layer_decay=0.75),  # 88.5 (fair-main)
     cifar=dict(epochs=25, blr=1.024e-2, layer_decay=0.75),  # 69.1 (cifar10-fair)
     cifar_gpu=dict(epochs=100, blr=5e-4, weight_decay=0.05, layer_decay=0.75),  # not measured

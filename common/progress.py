@@ -1,5 +1,6 @@
 """What a run says: what it is, how it goes and how fast, how it ended; and a picture of its log."""
 
+import textwrap
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -59,16 +60,21 @@ def introduce(task, settings, out: Path, micro_batch: int, rate: float) -> None:
     steps = f"{settings.epochs} epochs of {len(task.data.train) // batch} batches of {batch}"
     if micro_batch < batch // world():
         steps += f", {micro_batch} images at a time"
-    learned = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    shape = f"{sum(p.numel() for p in net.parameters() if p.requires_grad):,} parameters to learn"
+    if config := getattr(net, "config", None):
+        shape = f"{config.dim} wide, {config.depth} deep, {config.heads} heads; {shape}"
+    lines = {
+        "net": shape,
+        "teacher": teacher,
+        "images": f"{settings.data}, {task.data.describe(labels=bool(task.predict))}",
+        "device": device,
+        "steps": f"{steps}; learning rate {rate:.3g}, warm-up {settings.warmup:.0%}",
+    }
     print0(f"{settings.method} -> {out}")
-    print0(
-        f"  net      {learned:,} parameters to learn, {getattr(net, 'config', type(net).__name__)}"
-    )
-    if teacher:
-        print0(f"  teacher  {teacher}")
-    print0(f"  images   {settings.data}, {task.data.describe(labels=bool(task.predict))}")
-    print0(f"  device   {device}")
-    print0(f"  steps    {steps}; learning rate {rate:.3g}, warm-up {settings.warmup:.0%}")
+    wrap = textwrap.TextWrapper(79, "", " " * 11, break_long_words=False, break_on_hyphens=False)
+    for name, line in lines.items():
+        if line:
+            print0(wrap.fill(f"  {name:<8} {line}"))
 
 
 def show_row(row: dict, epochs: int, left: str) -> None:

@@ -22,10 +22,11 @@ LEARNING = {
     "attention distillation": (attention_distill,),
     "from scratch": (finetune, "--teacher", "none"),
 }
-FRAMES = {0, 5, 10, 14, *range(16, 31), 33, 36, 40, 45, 50, 60, 75}  # epochs
+FRAMES = {0, 10, 20, *range(30, 126, 6), 135, 150, 165, 180, 200, 225, 250, 275, 300}  # epochs
 TITLE = "Learning to look where the teacher looks"
 SUBTITLE = "The square in the middle points to a cell. Which digit is there?"
-DETAILS = "test accuracy · pointer scenes, 300 labels, seed 0 · layer 0, from the centre"
+DETAILS = "pointer scenes, 100 labels, seed 0 · layer 0, from the centre"
+MOST = 10  # times uniform attention: all of it
 PER_SECOND, HELD = 5, 3  # frames; seconds of the last one
 
 
@@ -111,17 +112,21 @@ def draw_frame(fig, pixels: Tensor, looks: list[Tensor], so_far: list[tuple]) ->
             axis.set(xticks=[], yticks=[])
             if column:
                 light = (2 * looks[column - 1][row]).round() / 2
-                pictures.draw_overlay(axis, gray, light, 10)
+                drawn = pictures.draw_overlay(axis, gray, light, MOST)
             else:
                 axis.imshow(gray, cmap="gray", vmin=0, vmax=1, extent=(0, 24, 24, 0))
                 pictures.frame(axis, CENTRE - 1, 3, 24)
-    axis = fig.add_axes((0.085, 0.115, 0.63, 0.145))
+    scale = fig.add_axes((0.3, 0.288, 0.4, 0.011))
+    fig.colorbar(drawn, cax=scale, orientation="horizontal", ticks=[0, 1, 5, MOST])
+    say(0.285, 0.293, "attention (1: uniform)", ha="right", fontsize=10.5)
+    axis = fig.add_axes((0.105, 0.125, 0.61, 0.105))
     epoch, *top1 = zip(*so_far, strict=True)
     for i, (values, colour) in enumerate(zip(top1, colours, strict=True)):
         axis.plot(epoch, values, color=colour, linewidth=2.5, marker="o", markevery=[-1])
         say(0.98, 0.24 - 0.08 * i, f"{values[-1]:.0f} %", ha="right", color=colour, fontsize=26)
     say(0.98, 0.082, f"epoch {epoch[-1]}", ha="right", fontsize=13)
     axis.set(xlim=(0, 1.02 * max(FRAMES)), ylim=(0, 104), yticks=[0, 50, 100])
+    axis.set(xlabel="epoch", ylabel="test top-1, %")
     axis.tick_params(labelsize=11)
     axis.spines[["top", "right"]].set_visible(False)
     say(0.5, 0.025, DETAILS, ha="center", fontsize=10.5, color="0.3")

@@ -29,7 +29,7 @@ RESULTS = ROOT / "study" / "results"
 USUAL = ("mean", "interval", "values", "difference", "recovery")
 PAGES = "README.md", "study/README.md", "related/README.md"
 TASKS = {
-    "pointer": "scenes-pointer", "pointer, photographs": "scenes-photos", "twins": "scenes-twins",
+    "pointer": "scenes-controls", "pointer, photographs": "scenes-photos", "twins": "scenes-twins",
     "digits": "fair-main", "CIFAR-10": "cifar10-fair",
 }  # fmt: skip
 TASK_ROWS = (

@@ -39,7 +39,7 @@ SINGLE = {f"copy, layer {i}": copied(layers=str(i)) for i in range(4)}
 LAYERS = {f"copy, layers {which}": copied(layers=which) for which in (":2", "2:4", ":4", ":8")}
 LAYERS |= {"distillation, layers all": distilled(layers="all")}
 ALL_SCENES = {"num_labels": 0, "epochs": 13}
-LABELLED = ALL_SCENES | {"classes": ":5", "lr": 2e-3}
+LABELLED = ALL_SCENES | {"classes": ":5", "lr": 2e-3, "drop_path": 0.1}
 KNOWING = {  # teachers that scenes may have, besides the one without labels
     "a teacher with labels": Row("finetune", "none", LABELLED),
     "an MAE": Row("pretrain", "", {"target": "masked", "num_labels": 0, "epochs": 39}),

@@ -42,9 +42,10 @@ WIDE = CIFAR._replace(base=dict(CIFAR.base), rates=(5e-4, *RATES[:4]))  # anothe
 RECIPE = CIFAR._replace(
     base={"data": "cifar10", "recipe": "gpu"}, teacher={}, images=("data", "model"), own={}
 )
+UNMIXED = {"mixup": 0.0}  # unless a table says so: the recipe of copy has MixUp
 SCENES = Study(
     rows=rows.ROWS,
-    base={"data": "scenes", "num_labels": 300, "epochs": 75},
+    base={"data": "scenes", "num_labels": 300, "epochs": 75} | UNMIXED,
     images=("data", "scene", "model"),  # whatever the dial, the teacher's pointers point anywhere
     seeds=(100, 101), rates=RATES[1:5], decays=(0.05, 0.5, 1.5),
     own=OWN | dict.fromkeys(rows.PROBE, PROBING) | dict.fromkeys(rows.FEATURES, WEIGHTS),
@@ -57,7 +58,7 @@ STEPS = SCENES._replace(  # tuned at both ends of an axis of training
     | dict.fromkeys(rows.PIXELS, ("attention_weight", (1.0, 0.3, 3.0, 10.0))),
 )  # fmt: skip
 PHOTO_SCENES = SCENES._replace(
-    base={"data": "scenes-cifar10", "num_labels": 2000, "epochs": 20},
+    base={"data": "scenes-cifar10", "num_labels": 2000, "epochs": 20} | UNMIXED,
     rates=RATES[:4], decays=(0.05, 0.5)
 )  # fmt: skip
 PHOTO_STEPS = STEPS._replace(base=dict(PHOTO_SCENES.base), rates=(5e-4, *RATES[:5]))

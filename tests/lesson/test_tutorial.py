@@ -1,4 +1,7 @@
-"""The notebooks: executed afresh from top to bottom, their checks passed, stored whole."""
+"""The notebooks: executed afresh from top to bottom, their checks passed, stored whole.
+
+    python -m tests.lesson.test_tutorial      executes and stores them, in minutes
+"""
 
 import re
 import shutil
@@ -11,12 +14,17 @@ import pytest
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[2]
-BOTH = "tutorial.ipynb", "solutions.ipynb"
+TUTORIAL, SOLUTIONS = ROOT / "tutorial.ipynb", ROOT / "solutions.ipynb"
+EXECUTED = ROOT / "gallery" / "tutorial_executed.ipynb"
 NUMBER = r"-?\d+\.\d+(?:e[-+]\d+)?"
 
 
-def read(name: str):
-    return nbformat.read(ROOT / name, as_version=4)
+def read(path: Path):
+    return nbformat.read(path, as_version=4)
+
+
+def list_code(path: Path) -> list:
+    return [cell for cell in read(path).cells if cell.cell_type == "code"]
 
 
 def printed(notebook) -> str:
@@ -25,9 +33,10 @@ def printed(notebook) -> str:
     return "".join(out.text for out in outputs if out.get("name") == "stdout")
 
 
-def find_checks(name: str) -> dict[str, str]:
+def find_checks(path: Path) -> dict[str, str]:
     """The asserts of each exercise."""
-    found = (re.search(r"with exercise\((\d+)\):\n( .*\n?)+", x.source) for x in read(name).cells)
+    pattern = r"with exercise\((\d+)\):\n( .*\n?)+"
+    found = (re.search(pattern, cell.source) for cell in list_code(path))
     return {match[1]: match[0].strip() for match in found if match}
 
 
@@ -39,17 +48,18 @@ def copy(tmp_path_factory):
         shutil.copy(path, here)
     for folder in ("common", "datasets", "teachers", "study", "weights"):
         shutil.copytree(ROOT / folder, here / folder)
+    (here / "gallery").mkdir()
+    shutil.copy(ROOT / "gallery" / "explorer.html", here / "gallery")
     return here
 
 
-def execute(name: str, here: Path) -> str:
-    """What the cells print, with shorter training."""
-    notebook = read(name)
-    for cell in notebook.cells:
+def execute(path: Path, here: Path, shorter: bool):
+    """The executed notebook. `shorter`: its scripts train for two epochs."""
+    notebook = read(path)
+    for cell in notebook.cells if shorter else ():
         cell.source = cell.source.replace('"--resume", *argv]', '"--resume", *argv, "--epochs=2"]')
-        cell.source = cell.source.replace("epoch in range(30)", "epoch in range(2)")
     NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(here)}}).execute()
-    return printed(notebook)
+    return notebook
 
 
 def row(text: str, name: str) -> list[float]:
@@ -60,7 +70,7 @@ def row(text: str, name: str) -> list[float]:
 
 @pytest.mark.slow
 def test_the_tutorial_shows_what_it_says_and_every_exercise_fails_until_it_is_solved(copy):
-    text = execute("tutorial.ipynb", copy)
+    text = printed(execute(TUTORIAL, copy, shorter=True))
     assert float(re.search(r"the output differs by up to (\S+)", text)[1]) < 1e-5
     assert max(row(text, "all q and k rotated") + row(text, "the map itself")) < 1e-3
     assert min(row(text, "q and k, without a bias") + row(text, "q and k in heads")) > 0.01
@@ -68,19 +78,19 @@ def test_the_tutorial_shows_what_it_says_and_every_exercise_fails_until_it_is_so
     assert pull == pytest.approx(2**0.5, rel=0.01) and squared < 0.01  # P_S - P_T, and its loss
     total, classes, floor, divergence = row(text, "at the end")
     assert total == pytest.approx(classes + 9 * (floor + divergence), abs=0.01)
-    numbers = find_checks("tutorial.ipynb")
+    numbers = find_checks(TUTORIAL)
     assert re.findall(r"Exercise (\d+): not solved yet", text) == list(numbers)
-    solved = execute("solutions.ipynb", copy)
+    solved = printed(execute(SOLUTIONS, copy, shorter=True))
     assert re.findall(r"Exercise (\d+): solved", solved) == list(numbers)
 
 
 def test_the_solutions_have_the_asserts_of_the_exercises():
-    tutorial, solutions = (find_checks(name) for name in BOTH)
-    assert tutorial == solutions and len(tutorial) >= 6
+    checks = find_checks(TUTORIAL)
+    assert checks == find_checks(SOLUTIONS) and len(checks) >= 6
 
 
 def test_the_first_cell_finds_the_scripts_or_asks_for_them(copy, tmp_path):
-    first = next(cell.source for cell in read("tutorial.ipynb").cells if cell.cell_type == "code")
+    first = list_code(TUTORIAL)[0].source
 
     def run(typed: str = "") -> str:  # the folder that the cell ends in
         how = dict(cwd=tmp_path, input=typed, capture_output=True, text=True)
@@ -92,12 +102,32 @@ def test_the_first_cell_finds_the_scripts_or_asks_for_them(copy, tmp_path):
     assert run("course.zip\n") == run() == [str(tmp_path / copy.name)]  # fetched once, then found
 
 
-@pytest.mark.parametrize("name", BOTH)
-def test_the_stored_notebook_is_whole_and_small(name):
-    notebook = read(name)
-    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+@pytest.mark.parametrize("path", [EXECUTED, SOLUTIONS])
+def test_the_executed_notebook_is_whole_and_small(path):
+    cells = list_code(path)
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))  # in order
-    assert not re.search("Warning|/tmp|/home|/root|/work", printed(notebook))
+    assert not re.search("Warning|/tmp|/home|/root|/work", printed(read(path)))
     outputs = [out for cell in cells for out in cell.outputs]
     assert not [out.text for out in outputs if out.get("name") == "stderr"]
-    assert len(nbformat.writes(notebook)) < 1_500_000
+    assert len(nbformat.writes(read(path))) < 1_500_000
+
+
+def test_the_tutorial_leaves_guesses_open_and_its_executed_copy_is_of_today():
+    assert not [cell for cell in list_code(TUTORIAL) if cell.outputs]
+    today, executed = ([cell.source for cell in read(x).cells] for x in (TUTORIAL, EXECUTED))
+    assert today == executed
+
+
+def store() -> None:
+    shutil.rmtree(ROOT / "runs" / "tutorial", ignore_errors=True)
+    for path, target in ((TUTORIAL, EXECUTED), (SOLUTIONS, SOLUTIONS)):
+        notebook = execute(path, ROOT, shorter=False)
+        for cell in notebook.cells:
+            cell.metadata.pop("execution", None)
+            if "explorer.html" in cell.source and cell.cell_type == "code":
+                cell.outputs = []  # the page: a megabyte
+        nbformat.write(notebook, target)
+
+
+if __name__ == "__main__":
+    store()
