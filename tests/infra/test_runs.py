@@ -237,7 +237,7 @@ def test_another_run_is_neither_spoiled_nor_continued(tmp_path, failing):
     run_here(attention_distill, *argv)
     kept, state = last.read_bytes(), weights(tmp_path)
     failing(attention_distill, argv, "already holds a run")
-    failing(attention_distill, [*argv, "--resume", "--blr", "0.5"], "blr was 0.032, now 0.5")
+    failing(attention_distill, [*argv, "--resume", "--blr", "0.5"], "blr was 0.064, now 0.5")
     failing(attention_copy, [*argv, "--resume"], "method was distill, now copy")
     assert last.read_bytes() == kept
     for name, value in dict(class_names=["a"], images=99, teacher_weights="0").items():

@@ -1,6 +1,6 @@
 """The notebooks: executed afresh from top to bottom, their checks passed, stored whole.
 
-    python -m tests.lesson.test_tutorial      executes and stores them, in minutes
+python -m tests.lesson.test_tutorial      executes and stores them, in minutes
 """
 
 import re
