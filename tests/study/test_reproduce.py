@@ -251,7 +251,8 @@ def test_the_tables_of_a_page_are_those_of_the_records(page):
 
 @pytest.mark.parametrize("row", MAIN)
 @pytest.mark.parametrize("table, name, point", [
-    ("fair-tuning", "digits", rows.BASE), ("scenes-steps-tuning", "scenes", "100 scenes, 300 steps"),
+    ("fair-tuning", "digits", rows.BASE),
+    ("scenes-steps-tuning", "scenes", "100 scenes, 300 steps"),
 ])  # fmt: skip
 def test_the_defaults_of_the_scripts_are_what_tuning_chose(table, name, point, row):
     chosen = dict(RESULTS[table]["points"][point][row]["chosen"])
