@@ -103,8 +103,10 @@ def test_killed_and_resumed_gives_the_same_bits(tmp_path, failing):
     for kill, beyond in ((signal.SIGKILL, 3), (signal.SIGUSR1, 14)):
         run = start("attention_distill.py", *argv, "--save-every", 0)
         wait_for_step(run, tmp_path, beyond)
+        run.send_signal(signal.SIGSTOP)  # or it may end first
         failing(attention_distill, argv, "another process is training in")
         run.send_signal(kill)
+        run.send_signal(signal.SIGCONT)
         text, _ = run.communicate(timeout=60)
         assert run.returncode == (-kill if kill == signal.SIGKILL else 128 + kill)
         assert kill == signal.SIGKILL or "continue with --resume" in text
