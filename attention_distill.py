@@ -18,7 +18,6 @@ discarded.
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -26,7 +25,7 @@ import data
 import recipes
 import train
 from common import launch
-from common.attention import fused_attention_loss
+from common.attention import compare_maps
 from common.settings import merge_recipes, parse_settings, setting
 from teachers.find import Teacher, find_teacher, make_pair
 from vit import QK, ViT
@@ -60,14 +59,6 @@ def attention_loss(ours: QK, theirs: QK) -> Tensor:
     return -(p_t * log_p_s).sum(dim=-1).mean()
 
 
-def compare_maps(ours: QK, theirs: QK) -> tuple[Tensor, Tensor]:
-    """attention_loss, and the teacher's entropy. Without biases no map is kept in memory."""
-    if ours.bias is None and theirs.bias is None:
-        return fused_attention_loss(ours.q, ours.k, theirs.q, theirs.k)
-    entropy = torch.special.entr(theirs.map()).sum(dim=-1).mean()
-    return attention_loss(ours, theirs), entropy.detach()
-
-
 def loss(student: ViT, images, labels, teacher: Teacher, layers: list[int], settings: Settings):
     """Classification, and in `layers` the student's maps against the teacher's, block by block."""
     keep = student.draw_drop_path(len(images))  # drops the same branches in both, as the authors do
@@ -75,7 +66,7 @@ def loss(student: ViT, images, labels, teacher: Teacher, layers: list[int], sett
     losses, divergences = [], []
     for qk, theirs in zip(ours, teacher.lend(images, layers, keep), strict=True):
         if theirs is not None:
-            cross_entropy, entropy = compare_maps(qk, theirs)
+            cross_entropy, entropy = compare_maps(qk, theirs)  # attention_loss, but faster
             losses.append(cross_entropy)
             divergences.append((cross_entropy - entropy).detach())
     logits = student.classify(tokens[-1])

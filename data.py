@@ -82,7 +82,7 @@ class Data(NamedTuple):
 def load(settings: Images, train: bool = True) -> Data:
     """The data set of the settings. With train=False its validation and test images only."""
     kind, device = DATA_SETS[settings.data], get_device(settings.device)
-    size = settings.image_size or kind.image_size
+    size, place = settings.image_size or kind.image_size, (device, rank(), world())
     check_choices(settings, kind.module)
     module = importlib.import_module(f"datasets.{kind.module}")
     parts = module.load(settings, kind, size, device)
@@ -92,7 +92,7 @@ def load(settings: Images, train: bool = True) -> Data:
     if share < 0:
         share = 0.0 if parts.test else 0.2
     source, val, test = hold_out(parts, share)
-    test, place = test or val or source, (device, rank(), world())
+    test = test or val or source
     test_view = val_view = Eval(test.hold(centred=True), *place)
     if val not in (None, test):
         val_view = Eval(val.hold(centred=True), *place)
@@ -122,6 +122,7 @@ class Train:
         if self.batch % self.world or self.batch > len(source):
             most = f"at most the {len(source)} training images"
             raise ValueError(f"--batch {self.batch}: {most}, in multiples of {self.world}")
+        self.steps = len(source) // self.batch  # of an epoch: the last few images wait
         mixes = settings.mixup, settings.cutmix
         self.mix = build_mix(*mixes, classes) if any(mixes) else None
 
@@ -130,8 +131,7 @@ class Train:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches from step `start` on: images, and labels (B,), or (B, classes) if mixed."""
-        seed, batch = self.seed, self.batch
-        steps, share = len(self) // batch, batch // self.world
+        seed, batch, steps, share = self.seed, self.batch, self.steps, self.batch // self.world
         order = torch.randperm(len(self), generator=seeded(seed, epoch))[: steps * batch]
         mine = slice(self.rank * share, (self.rank + 1) * share)
         batches = self.source.batches(order.view(steps, batch)[start:, mine], (seed, epoch))

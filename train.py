@@ -8,7 +8,6 @@ moment continues with --resume. What it leaves in --out: common/runs.py.
 import contextlib
 import math
 import re
-import sys
 import time
 from collections.abc import Callable
 from copy import deepcopy
@@ -24,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 from common import checkpoints, runs
 from common.hardware import autocast, choose_compilation, choose_precision, find_micro_batch
-from common.launch import Failed, catch_signals, collect, print0, rank, run_first, world
+from common.launch import Failed, collect, print0, rank, run_first, world
 from common.progress import Clock, conclude, draw_curves, introduce, show_row
 from common.settings import get_values
 from recipes import Settings
@@ -57,7 +56,7 @@ def fit(task: Task, settings: Settings, test: Callable | None = None) -> dict:
 
 def train(task: Task, settings: Settings, out: Path, test: Callable | None) -> dict:
     images, epochs = task.data.train, settings.epochs
-    per_epoch = len(images) // images.batch
+    per_epoch = images.steps
     steps, warmup = epochs * per_epoch, round(settings.warmup * epochs * per_epoch)
     peak = settings.lr or settings.blr * images.batch / 256  # Goyal et al. 2017
     run = runs.describe_run(settings, task.data, task.checkpoint)
@@ -74,38 +73,34 @@ def train(task: Task, settings: Settings, out: Path, test: Callable | None) -> d
     clock = Clock(learner.done, steps, images.batch, seconds)
     runs.begin(out, run, settings, learner, rows)
     task.net.train()
-    with catch_signals() as signals:
-        for epoch in range(learner.done // per_epoch, epochs):
-            for batch, labels in images.epoch(epoch, start=learner.done % per_epoch):
-                rate = get_learning_rate(learner.done, steps, warmup, peak, settings.final_lr)
-                learner.train_step(batch, labels, rate)
-                within = learner.done % per_epoch
-                if clock.passed(1):
-                    runs.check_finite(learner.sums)
-                if within and clock.passed(60):
-                    row = {"epoch": learner.done / per_epoch} | learner.get_means(within)
-                    show_row(row, epochs, clock.left(learner.done))
-                if within and (signals or clock.unsaved() > settings.save_every):
-                    learner.save(out, rows, run, clock, signals)
-
-            learner.average_over_ranks()
-            runs.check_finite(learner.sums)
-            last, row = epoch + 1 == epochs, {"epoch": epoch + 1} | learner.get_means(per_epoch)
-            row |= {"lr": rate} | clock.row(learner.done)
-            if task.predict and (last or (epoch + 1) % settings.eval_every == 0):
-                began = time.perf_counter()
-                row |= learner.validate(task)
-                clock.evaluation += time.perf_counter() - began
-            rows.append(row)
-            learner.sums = {}
-            if last or (epoch + 1) % max(1, epochs // 10) == 0:
+    for epoch in range(learner.done // per_epoch, epochs):
+        for batch, labels in images.epoch(epoch, start=learner.done % per_epoch):
+            rate = get_learning_rate(learner.done, steps, warmup, peak, settings.final_lr)
+            learner.train_step(batch, labels, rate)
+            within = learner.done % per_epoch
+            if within and clock.passed_a_minute():
+                runs.check_finite(learner.sums)
+                row = {"epoch": learner.done / per_epoch} | learner.get_means(within)
                 show_row(row, epochs, clock.left(learner.done))
-            runs.write_rows(out, [row], "a")
-            short = epoch > 10 and clock.unsaved() < 1  # seconds; saving takes as long as a step
-            if signals or last or not short:
-                learner.save(out, rows, run, clock, signals)
-            if clock.passed(300):
-                draw_curves(rows, out / "curves.png")
+            if within and clock.unsaved() > settings.save_every:
+                learner.save(out, rows, run, clock)
+
+        learner.average_over_ranks()
+        runs.check_finite(learner.sums)
+        last, row = epoch + 1 == epochs, {"epoch": epoch + 1} | learner.get_means(per_epoch)
+        row |= {"lr": rate} | clock.row(learner.done)
+        if task.predict and (last or (epoch + 1) % settings.eval_every == 0):
+            began = time.perf_counter()
+            row |= learner.validate(task)
+            clock.evaluation += time.perf_counter() - began
+        rows.append(row)
+        learner.sums = {}
+        if last or (epoch + 1) % max(1, epochs // 10) == 0:
+            show_row(row, epochs, clock.left(learner.done))
+        runs.write_rows(out, [row], "a")
+        short = epoch > 10 and clock.unsaved() < 1  # seconds; saving takes as long as a step
+        if last or not short:
+            learner.save(out, rows, run, clock)
     return finish(task, learner, rows, out, test)
 
 
@@ -219,17 +214,14 @@ class Learner:
         parts = {"net": self.net, "optimizer": self.optimizer, "scaler": self.scaler}
         return parts | ({"average": self.average} if self.average else {})
 
-    def save(self, out: Path, rows: list, run: dict, clock: Clock, signals: list[int]) -> None:
-        """Writes last.pt. Exits after a signal."""
+    def save(self, out: Path, rows: list, run: dict, clock: Clock) -> None:
+        """Writes last.pt."""
         runs.check_finite(self.sums)
         if rank() == 0:
             state = {name: part.state_dict() for name, part in self.parts().items()}
             state |= {"step": self.done, "sums": self.sums, "rows": rows, "run": run}
             checkpoints.save(state | clock.row(self.done), out / "last.pt")
         clock.saved = time.perf_counter()
-        if signals:
-            print0(f"\nstopped by a signal at step {self.done}: continue with --resume")
-            sys.exit(128 + signals[0])
 
     def restore(self, state: dict) -> tuple[list[dict], float]:
         """Continues from a saved state. Returns the log so far, and its seconds."""

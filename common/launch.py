@@ -1,11 +1,9 @@
 """From a command to processes and devices: one or many (`torchrun`), each error one line."""
 
-import contextlib
 import os
 import re
-import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -97,24 +95,6 @@ def require_one_process() -> None:
     """ValueError under torchrun."""
     if world() > 1:
         raise ValueError("this runs in one process: start it with python, not torchrun")
-
-
-@contextlib.contextmanager
-def catch_signals() -> Iterator[list[int]]:
-    """A list that fills when a signal to end arrives, so that the loop can save and leave."""
-    caught: list[int] = []
-
-    def receive(number: int, _) -> None:
-        if rank() == 0:  # the others would leave at other steps
-            caught.append(number)
-
-    names = {"SIGTERM", "SIGINT", "SIGUSR1"}  # schedulers send the last before a limit
-    before = {n: signal.signal(n, receive) for n in signal.Signals if n.name in names}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def get_device(name: str) -> torch.device:

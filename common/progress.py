@@ -20,8 +20,7 @@ class Clock:
     def __init__(self, step: int, steps: int, batch: int, seconds: float):
         self.first, self.steps, self.batch = step, steps, batch
         self.before, self.evaluation = seconds, 0.0  # `before` this process, which began at `first`
-        self.began = self.saved = time.perf_counter()
-        self.ticks: dict[float, int] = {}
+        self.began = self.saved = self.ticked = time.perf_counter()
 
     def elapsed(self) -> float:
         return time.perf_counter() - self.began
@@ -29,10 +28,11 @@ class Clock:
     def unsaved(self) -> float:
         return time.perf_counter() - self.saved
 
-    def passed(self, seconds: float) -> bool:
-        """True once every so many seconds."""
-        before, self.ticks[seconds] = self.ticks.get(seconds, 0), int(self.elapsed() / seconds)
-        return self.ticks[seconds] > before
+    def passed_a_minute(self) -> bool:
+        """True once a minute."""
+        passed = time.perf_counter() - self.ticked > 60
+        self.ticked += 60 * passed
+        return passed
 
     def left(self, step: int) -> str:
         return format_minutes(self.elapsed() / max(1, step - self.first) * (self.steps - step))
@@ -57,7 +57,7 @@ def introduce(task, settings, out: Path, micro_batch: int, rate: float) -> None:
     teacher = task.checkpoint or ("random weights" if settings.teacher == "random" else "")
     if teacher and hasattr(settings, "layers"):
         teacher = f"{teacher}; its maps in --layers {settings.layers}"
-    steps = f"{settings.epochs} epochs of {len(task.data.train) // batch} batches of {batch}"
+    steps = f"{settings.epochs} epochs of {task.data.train.steps} batches of {batch}"
     if micro_batch < batch // world():
         steps += f", {micro_batch} images at a time"
     shape = f"{sum(p.numel() for p in net.parameters() if p.requires_grad):,} parameters to learn"

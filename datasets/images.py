@@ -155,7 +155,6 @@ class Files(Dataset):
             batch_sampler=([(*key, i) for i in indices.tolist()] for indices in order),
             num_workers=workers,
             pin_memory=pin,
-            worker_init_fn=leave_group,
             multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         )
         try:
@@ -197,12 +196,6 @@ def examine(path: str) -> int | str:
     except ValueError as error:
         return str(error)
     return hash_seed(*parts)
-
-
-def leave_group(_: int) -> None:
-    """Workers serve until the run has saved: torchrun and Ctrl-C send signals to a whole group."""
-    if hasattr(os, "setsid"):
-        os.setsid()
 
 
 def count_cores() -> int:

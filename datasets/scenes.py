@@ -47,13 +47,13 @@ def load(settings, kind, size: int, device) -> Parts:
     grid, rest = divmod(size, cell := pools[0][0].shape[-1])
     if rest or grid < 3 or not grid % 2:
         raise ValueError(f"--image-size {size}: choose {3 * cell}, {5 * cell}, {7 * cell} ...")
-    parts = []
-    for part, pool in zip(COUNT, pools, strict=True):
-        draws = seeded("scenes", settings.scene, part)
-        parts.append(Tensors(*draw_scenes(part, *pool, kinds, settings, grid, draws)))
     cells = [f"cell {i}" for i in range(grid**2)]
     labels = cells if settings.label == "cell" else [names[kind] for kind in kinds]
-    train, val, test = parts
+    draws = [seeded("scenes", settings.scene, part) for part in COUNT]
+    train, val, test = (
+        Tensors(*draw_scenes(part, *pool, kinds, settings, grid, generator))
+        for part, pool, generator in zip(COUNT, pools, draws, strict=True)
+    )
     return Parts(labels, train, val, test, augment)
 
 

@@ -18,7 +18,7 @@ from common.settings import Base, parse_settings, setting
 from gallery.explorer import draw_explorer
 from gallery.pointer import CENTRE, draw_pointer, load_images, open_bundled
 from gallery.schematic import draw_schematic
-from teachers.find import BUNDLED
+from teachers.bundled import BUNDLED
 
 
 @dataclass(frozen=True)

@@ -14,19 +14,24 @@ import torch
 from torch import Tensor
 
 import attention_copy
+import attention_distill
 import data
 import finetune
 import train
 from common import checkpoints, pictures
 from common.settings import parse_layers
 from datasets import digits, scenes
-from gallery.pointer import CENTRE, LEARNING
 from pretrain import patchify
 from study.figures import COLOURS
-from teachers.find import BUNDLED
+from teachers.bundled import BUNDLED
 from teachers.load import Model, open_model
 
-STUDENTS = {"attention copy": (attention_copy,)} | LEARNING
+STUDENTS = {
+    "attention copy": (attention_copy,),
+    "attention distillation": (attention_distill,),
+    "from scratch": (finetune, "--teacher", "none"),
+}
+CENTRE = 5  # the token of a scene's centre cell: the class token, then nine cells
 TEMPLATE = Path(__file__).with_name("explorer_template.html")
 CPU = "--device", "cpu"
 EACH = 12  # test digits of each class, for the reader to choose from

@@ -13,7 +13,8 @@ import finetune
 import train
 from common import launch, pictures
 from study.figures import COLOURS
-from teachers.find import BUNDLED, find_teacher
+from teachers.bundled import BUNDLED
+from teachers.find import find_teacher
 from teachers.load import Model, open_model
 from vit import ViT
 

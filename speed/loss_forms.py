@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 import recipes
 from attention_distill import attention_loss
 from common import launch
-from common.attention import fused_attention_loss
+from common.attention import compare_maps
 from common.launch import print0
 from common.settings import parse_settings
 from speed import measure
@@ -49,7 +49,7 @@ def flexible(student: QK, teacher: QK) -> Tensor:
 
 FORMS = {
     "plain": attention_loss,
-    "at once": lambda ours, theirs: fused_attention_loss(*ours[:2], *theirs[:2])[0],  # in training
+    "at once": lambda ours, theirs: compare_maps(ours, theirs)[0],  # in training
     "two fused calls": two_fused_calls,
     "log-sum-exp": log_sum_exp,
 }

@@ -3,8 +3,7 @@
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,18 +11,10 @@ from common.runs import hash_settings
 from common.settings import get_values, to_argv
 from study.estimates import compute_share, estimate, pack
 from study.jobs import ROOT, Job
-from teachers.find import find_bundled
+from study.rows import NOTHING, Flags, Row
+from teachers.bundled import find_bundled
 
-NOTHING: Mapping[str, Any] = MappingProxyType({})
-Flags = Mapping[str, Any]  # settings by name
 Runs = dict[str, dict[str, list[Job]]]  # point: row: its runs, one for each seed
-
-
-class Row(NamedTuple):
-    script: str  # of jobs.SCRIPTS
-    teacher: str  # none, random, pre-trained, the row whose net it is, or "" for no such setting
-    flags: Flags = NOTHING  # what makes it this row
-    tuned_as: str = ""  # the row whose settings it takes if it is not tuned itself
 
 
 class Study(NamedTuple):  # a data set: its rows, what they share, what is tuned of each

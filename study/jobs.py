@@ -18,7 +18,6 @@ import torch
 
 from common import checkpoints, launch, runs
 from common.launch import Failed
-from common.progress import format_minutes
 from common.settings import get_values
 
 RELATED = "activations attndistill dino integrated_gradients linear_attention reminders".split()
@@ -46,7 +45,7 @@ def work(script: str, argv: list[str], output: Path) -> None:
 
 
 def leave_with_parent() -> None:
-    """From now on: saves and leaves when the process that started it has ended, killed or not."""
+    """From now on: ends when the process that started it has ended, killed or not."""
 
     def wait() -> None:
         multiprocessing.parent_process().join()
@@ -123,7 +122,7 @@ class Runner:  # runs jobs, `workers` at a time
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 for process in multiprocessing.active_children():
-                    process.terminate()  # it saves and leaves
+                    process.terminate()
                 raise
 
     def run_one(self, name: str, job: Job, needed: list[Future]) -> dict:
@@ -134,7 +133,7 @@ class Runner:  # runs jobs, `workers` at a time
             self.start_process(name, job)
             result = job.read_result()
             assert result, f"{name} left no result in {job.out}"
-            note = f"{format_minutes(result['seconds'])} of training"
+            note = f"{result['seconds'] / 60:.1f} min of training"
         self.done += 1
         self.seconds[job.out] = result["seconds"]
         self.commits.add(job.read_config()["commit"])

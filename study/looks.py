@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 
 import data
 from common.augment import hash_seed
 from common.launch import get_device
-from pretrain import patchify
 from study.engine import Runs, Table, estimate_accuracies
 from study.estimates import estimate_layers, estimate_over_seeds
 from study.jobs import Job
@@ -93,7 +93,8 @@ def load_scenes(settings) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """IMAGES of the test scenes, and which cell should look at which: (query, key)."""
     dataset = data.load(replace(settings, label="cell"), train=False)
     images, asked = next(dataset.test.in_order(IMAGES))
-    cells = patchify(images, settings.patch)
+    p = settings.patch
+    cells = rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=p, q=p)
     if settings.scene == "pointer":
         return images, (torch.full_like(asked, cells.shape[1] // 2), asked)
     apart = torch.cdist(cells, cells)

@@ -8,11 +8,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 from common import checkpoints
-from study.engine import Row, Runs, Study, Table, estimate_correct, read_correct, subtract
+from study.engine import Runs, Study, Table, estimate_correct, read_correct, subtract
 from study.engine import estimate_accuracies as estimate
 from study.estimates import estimate_over_seeds
 from study.jobs import Job, load
-from study.rows import AT_BASE
+from study.rows import AT_BASE, Row
 
 # The rows
 UNTRAINED = {"epochs": 1, "warmup": 0, "blr": 0.0}

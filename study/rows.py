@@ -1,7 +1,21 @@
 """The rows of the study: which script, which teacher, what is changed, whose settings."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
 import recipes
-from study.engine import Row
+
+Flags = Mapping[str, Any]  # settings by name
+NOTHING: Flags = MappingProxyType({})
+
+
+class Row(NamedTuple):
+    script: str  # of jobs.SCRIPTS
+    teacher: str  # none, random, pre-trained, the row whose net it is, or "" for no such setting
+    flags: Flags = NOTHING  # what makes it this row
+    tuned_as: str = ""  # the row whose settings it takes if it is not tuned itself
+
 
 BASE = f"{recipes.Images.distractors} distractor"
 AT_BASE = {BASE: {"distractors": recipes.Images.distractors}}

@@ -7,8 +7,9 @@ import json
 from pathlib import Path
 
 from common.progress import get_validation
-from study.engine import Flags, Planner, Study, Table
+from study.engine import Planner, Study, Table
 from study.jobs import Runner
+from study.rows import Flags
 
 Tuned = dict[str, dict[str, Flags]]  # point: row: its settings
 

@@ -1,7 +1,6 @@
 """Finds the teacher that --teacher asks for, or pre-trains one, and pairs it with a student."""
 
 import contextlib
-import json
 from dataclasses import fields, replace
 from importlib import import_module
 from pathlib import Path
@@ -14,11 +13,11 @@ from common.checkpoints import Checkpoint
 from common.launch import print0, run_first
 from common.settings import get_values, parse_layers
 from data import Data
-from recipes import DATA_SETS, Images, Settings, TransferSettings
+from recipes import Images, Settings, TransferSettings
 from teachers.adapt import Teacher, adapt
+from teachers.bundled import find_bundled
 from teachers.load import build, build_vit, make_config, read_checkpoint
 
-BUNDLED = Path(__file__).parent.parent / "weights"
 SIZE = {"dim": "model", "depth": "model", "heads": "model", "patch": "patch"}  # field: flag
 
 
@@ -48,8 +47,9 @@ def find_teacher(settings: Settings, dataset: Data) -> Checkpoint | None:
     theirs = checkpoint.architecture
     if not transfers and any(theirs[k] != v for k, v in get_size(settings, asked).items()):
         raise ValueError(f"{source} does not match --model and --patch; omit them")
-    if theirs["channels"] != (ours := dataset.channels):
-        raise ValueError(f"{source} takes {theirs['channels']} channels, but images have {ours}")
+    if theirs["channels"] != asked.channels:
+        words = f"{theirs['channels']} channels, but images have {asked.channels}"
+        raise ValueError(f"{source} takes {words}")
     if checkpoint.teacher:
         raise ValueError(f"{source} is a student of attention copy: name the teacher it had")
     if seen := dataset.count_learned(checkpoint.learned_from):
@@ -83,17 +83,6 @@ def make_pair(
     heads = parse_layers(settings.heads or "all", teacher.config.heads, "heads")
     teacher.to(device := dataset.train.device).eval().requires_grad_(False)
     return adapt(teacher, student, layers, sources, heads), student.to(device), layers
-
-
-def find_bundled(settings: Images) -> Path | None:
-    """The teacher in weights/ that was made for these images and this ViT, if there is one."""
-    if settings.image_size == DATA_SETS[settings.data].image_size:
-        settings = replace(settings, image_size=0)
-    for about in BUNDLED.glob("*.json"):
-        facts, file = json.loads(about.read_text()), about.with_suffix(".pt")
-        if facts["for"].items() <= vars(settings).items():
-            return file
-    return None
 
 
 def make_teacher(script, settings: Settings, dataset: Data, **changes) -> Path:

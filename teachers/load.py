@@ -26,7 +26,7 @@ def read_checkpoint(source: str | Path, normalization: str = "") -> Checkpoint:
     """
     source = place = str(source)
     model = None
-    if not (checkpoints.is_url(place) or Path(place).is_file()):
+    if not (Path(place).is_file() or checkpoints.is_url(place)):
         from teachers import zoo
 
         model, place = zoo.locate(source)
@@ -118,7 +118,7 @@ def make_config(settings: recipes.Settings, dataset: Data, **changes) -> vit.Con
     """The plain ViT that --model and --patch ask for, for these images and classes."""
     if settings.model not in SIZES:
         raise ValueError(f"--model {settings.model}: choose a size from {', '.join(SIZES)}")
-    images = dataset.image_size, settings.patch, dataset.channels, len(dataset.classes)
+    images = dataset.image_size, settings.patch, len(dataset.mean), len(dataset.classes)
     config = vit.Config(*images, *SIZES[settings.model], mean=dataset.mean, std=dataset.std)
     return replace(config, **changes)
 

@@ -25,7 +25,7 @@ import recipes
 import vit
 from common import checkpoints
 from recipes import NORMALIZATIONS
-from teachers import find
+from teachers import bundled
 from teachers.classes import IMAGENET, NUMBERS, match_classes
 from teachers.find import find_teacher, make_teacher
 from teachers.load import build_vit, open_model, read_checkpoint
@@ -46,8 +46,8 @@ def test_bundled_files_are_what_is_said_of_them_and_plain_vits(name):
         assert key.startswith("fc_norm") or torch.equal(value, state[key])
     settings = pretrain.parse(["--data", name])
     settings = replace(settings, **{key: facts["for"][key] for key in ("model", "patch")})
-    assert find.find_bundled(settings) == file
-    assert find.find_bundled(replace(settings, patch=2)) is None
+    assert bundled.find_bundled(settings) == file
+    assert bundled.find_bundled(replace(settings, patch=2)) is None
 
 
 @pytest.fixture

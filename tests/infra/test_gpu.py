@@ -14,7 +14,7 @@ import data
 import finetune
 import train
 from common import augment
-from common.attention import fused_attention_loss
+from common.attention import compare_maps
 from related import linear_attention, reminders
 from study import variants
 from vit import QK, attend
@@ -87,7 +87,7 @@ def test_attention_and_its_loss_are_those_in_double_precision(tokens, width, dty
         "with a bias": lambda q, k, v, *_: attend(QK(q, k, bias.to(q.dtype)), v),
         "lent": lambda q, k, v, *_: attend(QK(q.detach(), k.detach()), v),
         "a lent map": lambda q, k, v, *_: attend(QK.from_map(p.to(q.dtype)), v),
-        "loss": lambda q, k, v, *theirs: fused_attention_loss(q, k, *theirs)[0],
+        "loss": lambda q, k, v, *theirs: compare_maps(QK(q, k), QK(*theirs))[0],
     }
     for name, form in forms.items():
         found = []

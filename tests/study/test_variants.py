@@ -12,12 +12,12 @@ import data
 import finetune
 import pretrain
 from study import lenders, variants
-from teachers import find
+from teachers import bundled, find
 from teachers.load import open_model, read_checkpoint
 from vit import QK, attend
 
 FEW = ["--data", "digits", "--device", "cpu", "--num-labels", "20", "--batch", "10"]
-TEACHER = str(find.BUNDLED / "digits.pt")
+TEACHER = str(bundled.BUNDLED / "digits.pt")
 
 
 @pytest.fixture
