@@ -31,10 +31,6 @@ class DataSet(NamedTuple):
     std: tuple[float, ...]
     crop_pct: float = 1.0  # share of the image's side that evaluation sees
 
-    @property
-    def channels(self) -> int:
-        return len(self.mean)
-
 
 DATA_SETS = {
     "scenes": DataSet("scenes", 24, (0.25,), (0.35,)),
@@ -45,7 +41,6 @@ DATA_SETS = {
     "imagenet": DataSet("folders", 224, *NORMALIZATIONS["imagenet"], 0.875),
     "folder": DataSet("folders", 96, *NORMALIZATIONS["imagenet"], 0.875),
 }
-
 
 OF_PHOTOS = "cifar imagenet folder"  # data sets
 CROP = "RandomResizedCrop: smallest scale (0: random shifts)"

@@ -76,7 +76,7 @@ def build(method: str, variant: str, recipe) -> tuple[Learner, Tensor, Tensor]:
     """A learner of a random net, with images and labels (mixed as by MixUp) to learn from."""
     device, kind = launch.get_device(recipe.device), recipes.DATA_SETS[recipe.data]
     size, classes = recipe.image_size, measure.CLASSES[recipe.data]
-    images = torch.randn(recipe.batch, kind.channels, size, size, device=device)
+    images = torch.randn(recipe.batch, len(kind.mean), size, size, device=device)
     labels = torch.rand(recipe.batch, classes, device=device).softmax(-1)
     view = data.Train(sources.Tensors(images, labels), lambda x, _: x, recipe, classes, device)
     made_up = data.Data([*map(str, range(classes))], size, kind.mean, kind.std, view)

@@ -40,7 +40,7 @@ def count_operations(method: str, recipe) -> float:
     """
     dim, depth, _ = recipes.SIZES[recipe.model]
     patches = (recipe.image_size // recipe.patch) ** 2
-    pixels = recipe.patch**2 * recipes.DATA_SETS[recipe.data].channels
+    pixels = recipe.patch**2 * len(recipes.DATA_SETS[recipe.data].mean)
     n, embed = 1 + patches, 2 * patches * pixels * dim
     one_map, queries_keys = 2 * n**2 * dim, 4 * n * dim**2
 
