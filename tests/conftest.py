@@ -88,9 +88,9 @@ def failing(capsys, monkeypatch):
 
 @pytest.fixture
 def interrupt(monkeypatch):
-    """Runs a script, stopped after its first epoch and resumed. `then` comes between."""
+    """Runs a script, stopped after its first epoch and resumed."""
 
-    def run(script, settings, then=lambda: None) -> dict:
+    def run(script, settings) -> dict:
         save = train.Learner.save
 
         def stop(*state):
@@ -100,22 +100,6 @@ def interrupt(monkeypatch):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(train.Learner, "save", stop)
             script.main(settings)
-        then()
         return script.main(replace(settings, resume=True))
-
-    return run
-
-
-@pytest.fixture
-def stopped(interrupt):
-    """Runs a script whole, and stopped after its first epoch and resumed: to the same bits."""
-
-    def run(script, settings) -> dict:
-        whole = script.main(replace(settings, out="whole"))
-        resumed = interrupt(script, replace(settings, out="cut"))
-        assert resumed["test_top1"] == whole["test_top1"]
-        nets = [torch.load(f"{out}/last.pt")["net"] for out in ("whole", "cut")]
-        torch.testing.assert_close(*nets, rtol=0, atol=0)
-        return whole
 
     return run

@@ -77,10 +77,8 @@ def test_a_teacher_is_pre_trained_where_there_is_none(pretrainings, capsys):
     (asked,), usual = pretrainings, pretrain.parse(["--data", "digits"])
     assert (asked.distractors, asked.seed, asked.num_labels) == (2, 3, usual.num_labels)
     assert (asked.epochs, asked.blr, asked.mask_ratio) == (usual.epochs, usual.blr, 0.6)
-    assert (
-        len({checkpoints.fingerprint(one.weights) for one in found}) == 1
-        and found[0].method == "pretrain"
-    )
+    assert len({checkpoints.fingerprint(one.weights) for one in found}) == 1
+    assert found[0].method == "pretrain"
     assert capsys.readouterr().out.count("making one first") == 1
     for other in (["--seed", "4"], ["--patch", "4"], ["--model", "mini"]):
         assert find_for(attention_copy, *argv, *other).source != found[0].source
@@ -198,8 +196,6 @@ def test_a_download_is_checked_kept_and_leaves_nothing_else_behind(monkeypatch, 
         assert checkpoints.download(f"{url}y.pth").read_bytes() == b"abcd"
         server.shutdown()
     assert checkpoints.download(f"{url}y.pth").is_file()  # without the server
-    with pytest.raises(ValueError, match=r"cannot download .*z\.pth"):
-        checkpoints.download(f"{url}z.pth")
 
 
 @pytest.mark.parametrize("name", ["", "half"])

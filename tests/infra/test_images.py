@@ -11,7 +11,7 @@ from PIL import Image
 import data
 import finetune
 import pretrain
-from common import augment
+from common import augment, launch
 from datasets import folders, images
 
 CAFE = "caf\u00e9"  # of four characters, not five
@@ -212,11 +212,15 @@ def test_what_cannot_be_read_is_left_out_and_named(unsplit, capsys, failing, mon
     assert names_of(dataset.test) == before - bad and not bad & names_of(dataset.train)
     assert len(dataset.train) + len(dataset.test) == 24
     monkeypatch.setattr(images, "HELD", 0)
-    streamed = data.load(folder(unsplit))
+    streamed = data.load(folder(unsplit, "--workers", "1"))
     assert names_of(streamed.train) == names_of(dataset.train)
     assert streamed.fingerprint == dataset.fingerprint
     for path in unsplit.rglob("*.png"):
         path.write_bytes(b"")
+    with pytest.raises(ValueError, match="worker") as met:  # which meets it in training
+        next(streamed.train.epoch(0))
+    text, code = launch.describe_error(met.value)
+    assert code == 2 and text.startswith("cannot read image")
     failing(finetune, ["--data", "folder", "--data-dir", unsplit], "cannot read image")
 
 

@@ -2,6 +2,7 @@
 
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -237,8 +238,13 @@ def made(tmp_path_factory):
     (attndistill, "--teacher none"), (attndistill, "--patch 4 --teacher {}/dino/model.pt"),
     (reminders, "--scenes 200"), (reminders, "--scenes 200 --reminder words"),
 ])  # fmt: skip
-def test_a_run_is_resumed_to_the_same_bits(script, argv, made, stopped):
-    stopped(script, script.parse([*SHORT, *argv.format(made).split()]))
+def test_a_run_is_resumed_to_the_same_bits(script, argv, made, interrupt):
+    settings = script.parse([*SHORT, *argv.format(made).split()])
+    whole = script.main(replace(settings, out="whole"))
+    resumed = interrupt(script, replace(settings, out="cut"))
+    assert resumed["test_top1"] == whole["test_top1"]
+    nets = (checkpoints.read_file(f"{out}/last.pt")["net"] for out in ("whole", "cut"))
+    assert_close(*nets, rtol=0, atol=0)
     if script is activations:  # the average brings the statistics of its norms
         state, name = checkpoints.read_file("whole/last.pt"), "norm.running_var"
         assert torch.equal(state["average"][name], state["net"][name])
