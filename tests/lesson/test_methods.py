@@ -14,7 +14,9 @@ import pretrain
 import train
 import vit
 from attention_distill import attention_loss, compare_maps
+from common import checkpoints
 from teachers.find import find_teacher
+from teachers.load import read_checkpoint
 from vit import QK
 
 SETTINGS = attention_distill.Settings(attention_weight=2.5, smoothing=0.1)
@@ -182,3 +184,13 @@ def test_a_teacher_lends_the_maps_of_its_own_pixels():
     own = [qk.map() for _, qk in plain.blockwise((images - 0.5) / 0.2)]
     looks = student.blockwise(images, given=teacher.lend(images, range(4)))
     torch.testing.assert_close([qk.map() for _, qk in looks], own)
+
+
+def test_a_task_built_in_python_trains_as_the_script_does(tmp_path):
+    teacher = checkpoints.export(make(1, mean=(0.5,), std=(0.2,)))
+    torch.save(teacher, path := tmp_path / "teacher.pt")
+    argv = ["--data", "digits", "--epochs", "1", "--teacher", str(path), "--out"]
+    script = attention_copy.main(attention_copy.parse([*argv, str(tmp_path / "script")]))
+    settings = attention_copy.parse([*argv, str(tmp_path / "python")])
+    task = attention_copy.task(settings, data.load(settings), read_checkpoint(path))
+    assert train.fit(task, settings)["loss"] == script["loss"]
