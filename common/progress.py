@@ -35,16 +35,13 @@ class Clock:
         return passed
 
     def left(self, step: int) -> str:
-        return format_minutes(self.elapsed() / max(1, step - self.first) * (self.steps - step))
+        seconds = self.elapsed() / max(1, step - self.first) * (self.steps - step)
+        return str(timedelta(seconds=round(seconds))).removeprefix("0:")
 
     def row(self, step: int) -> dict[str, float]:
         speed = max(1, step - self.first) * self.batch / (self.elapsed() - self.evaluation)
         total = self.before + self.elapsed()  # the speed is that of training alone
         return {"images_per_s": round(speed, 1), "seconds": round(total, 2)}
-
-
-def format_minutes(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds))).removeprefix("0:")
 
 
 def introduce(task, settings, out: Path, micro_batch: int, rate: float) -> None:
