@@ -1,6 +1,5 @@
 """What the hardware allows: mixed precision, torch.compile, and how many images at once."""
 
-import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,7 +32,7 @@ def has_bf16(where: str) -> bool:
 def autocast(amp: str, net: nn.Module):
     """The context of mixed precision."""
     dtype, where = choose_precision(amp, net), next(net.parameters()).device.type
-    return contextlib.nullcontext() if dtype is torch.float32 else torch.autocast(where, dtype)
+    return torch.autocast(where, dtype, enabled=dtype is not torch.float32)
 
 
 def choose_compilation(choice: str, where: torch.device, steps: int, whole: bool = True) -> str:
