@@ -49,15 +49,6 @@ def get_values(settings: Base, free: bool = True) -> dict[str, Any]:
     return {k: getattr(settings, k) for k, flag in flags if free or not flag.metadata["free"]}
 
 
-def to_argv(values: dict[str, Any]) -> list[str]:
-    """The command line that gives these settings."""
-    words = []
-    for name, value in values.items():
-        yes_or_no = format_flag(name) if value is True else format_flag(f"no_{name}")
-        words += [yes_or_no] if isinstance(value, bool) else [format_flag(name), str(value)]
-    return words
-
-
 def merge_recipes(base: Recipes, **changes: dict) -> Recipes:
     return {name: recipe | changes.get(name, {}) for name, recipe in base.items()}
 
