@@ -50,10 +50,10 @@ def load(settings, kind, size: int, device) -> Parts:
     cells = [f"cell {i}" for i in range(grid**2)]
     labels = cells if settings.label == "cell" else [names[kind] for kind in kinds]
     draws = [seeded("scenes", settings.scene, part) for part in COUNT]
-    train, val, test = (
+    train, val, test = [
         Tensors(*draw_scenes(part, *pool, kinds, settings, grid, generator))
         for part, pool, generator in zip(COUNT, pools, draws, strict=True)
-    )
+    ]
     return Parts(labels, train, val, test, augment)
 
 
