@@ -98,8 +98,8 @@ def parse_settings(doc: str, cls: type, recipes: Recipes | Callable, argv: Seque
             if about and default not in ("", (), -1, 0):
                 about += f" [{default}]"
             actions[name].help = about.replace("%", "%%") or argparse.SUPPRESS
-        given_first = "".join(f"{name.upper()} ... " for name in words)
-        parser.usage = f"%(prog)s {given_first}[--NAME VALUE ...]"
+        in_front = "".join(f"{name.upper()} ... " for name in words)
+        parser.usage = f"%(prog)s {in_front}[--NAME VALUE ...]"
         if recipe:
             parser.epilog = f"Defaults in [brackets] are those of --data {data}. "
             parser.epilog += "Others: --data NAME --help."
