@@ -40,10 +40,6 @@ class Data(NamedTuple):
     available: int = 0  # images to train on, before --num-labels takes some
     fingerprint: str = ""  # of all image files; a bundled set has none
 
-    @property
-    def channels(self) -> int:
-        return len(self.mean)
-
     def check_classes(self) -> None:
         """ValueError if there is nothing to tell apart."""
         if len(self.classes) < 2:

@@ -158,7 +158,7 @@ def task(settings: Settings, dataset: data.Data) -> train.Task:
         mae = MAE(new_vit(settings, dataset, classes=0), settings)
         return train.Task(mae.to(dataset.train.device), dataset, loss, predict=None, export=export)
     side = dataset.image_size // math.isqrt(len(dataset.classes))  # of a cell
-    net = new_vit(settings, dataset, classes=dataset.channels * side**2)
+    net = new_vit(settings, dataset, classes=len(dataset.mean) * side**2)
     return train.Task(net.to(dataset.train.device), dataset, loss_cell, predict=None)
 
 

@@ -77,13 +77,12 @@ def parse_ours(found: dict[str, Any], source: str) -> Checkpoint:
     weights, shape = found.get("model"), found["architecture"]
     if not (isinstance(weights, dict) and isinstance(shape, dict) and "image_size" in shape):
         raise ValueError(f"{source} is no checkpoint of ours: save its weights alone")
-    older = {k: v for k, v in found.items() if k == "normalization" and v}
-    if older:  # ViTs did not yet know their own
-        mean, std = map(tuple, older["normalization"])
+    if older := found.get("normalization"):  # ViTs did not yet know their own
+        mean, std = map(tuple, older)
         shape = {"mean": mean, "std": std} | shape
     known = {k: v for k, v in found.items() if k in KNOWN and v is not None}
     if "teacher" in found:
-        known["teacher"] = parse_ours(older | found["teacher"], source)
+        known["teacher"] = parse_ours({"normalization": older} | found["teacher"], source)
     return Checkpoint(source, weights, shape, **known)
 
 
@@ -121,7 +120,7 @@ def check_place(path: Path, name: str, *suffixes: str) -> None:
 
 def read_file(source: str | Path) -> Any:
     """What torch.save or safetensors wrote to a path or URL. ValueError for any other file."""
-    path = download(str(source)) if is_url(source) else Path(source)
+    path = download(str(source)) if re.match("https?://", str(source)) else Path(source)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {source}")
     try:
@@ -152,10 +151,6 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         part = whole[begin + first : begin + last].clone()  # aligned, and in memory
         found[name] = part.view(DTYPES[about["dtype"]]).view(about["shape"])
     return found
-
-
-def is_url(source: str | Path) -> bool:
-    return str(source).startswith(("http://", "https://"))
 
 
 def download(url: str) -> Path:

@@ -1,6 +1,5 @@
 """What the hardware allows: mixed precision, torch.compile, and how many images at once."""
 
-import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,7 +32,7 @@ def has_bf16(where: str) -> bool:
 def autocast(amp: str, net: nn.Module):
     """The context of mixed precision."""
     dtype, where = choose_precision(amp, net), next(net.parameters()).device.type
-    return contextlib.nullcontext() if dtype is torch.float32 else torch.autocast(where, dtype)
+    return torch.autocast(where, dtype, enabled=dtype is not torch.float32)
 
 
 def choose_compilation(choice: str, where: torch.device, steps: int, whole: bool = True) -> str:
@@ -54,7 +53,7 @@ def find_micro_batch(task, compute: Callable) -> int:
     """
     net, data = task.net, task.data
     size, device = data.train.batch // data.train.world, next(net.parameters()).device
-    images = torch.zeros(size, data.channels, data.image_size, data.image_size, device=device)
+    images = torch.zeros(size, len(data.mean), data.image_size, data.image_size, device=device)
     labels, fits = images.new_zeros(size).long(), images.new_zeros(1)
     learned = [p for p in net.parameters() if p.requires_grad]
     copies = 3 + dist.is_initialized()  # AdamW's two, gradients so far, and DDP's

@@ -35,16 +35,13 @@ class Clock:
         return passed
 
     def left(self, step: int) -> str:
-        return format_minutes(self.elapsed() / max(1, step - self.first) * (self.steps - step))
+        seconds = self.elapsed() / max(1, step - self.first) * (self.steps - step)
+        return str(timedelta(seconds=round(seconds))).removeprefix("0:")
 
     def row(self, step: int) -> dict[str, float]:
         speed = max(1, step - self.first) * self.batch / (self.elapsed() - self.evaluation)
         total = self.before + self.elapsed()  # the speed is that of training alone
         return {"images_per_s": round(speed, 1), "seconds": round(total, 2)}
-
-
-def format_minutes(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds))).removeprefix("0:")
 
 
 def introduce(task, settings, out: Path, micro_batch: int, rate: float) -> None:
@@ -101,23 +98,18 @@ def conclude(result: dict, out: Path, images) -> None:
 
 
 def draw_curves(rows: list[dict], path: Path) -> None:
-    """The terms of the loss, what else is watched, and validation accuracy, over the epochs."""
+    """A panel for the loss, each of its terms, and each validation accuracy, over the epochs."""
     if rank():
         return
-    scores = [name for name in rows[-1] if name.startswith("val_")]
-    panels = {"loss": rows[0].keys() - NOT_SHOWN, "validation top-1 (%)": scores}
-    panels = {label: names for label, names in panels.items() if names}
+    names = [name for name in rows[-1] if name not in NOT_SHOWN or name.startswith("val_")]
     try:
         from common import pictures
 
-        fig, axes = pictures.figure(1, len(panels), width=4.5 * len(panels), squeeze=False)
-        for axis, (label, names) in zip(axes[0], panels.items(), strict=True):
-            for name in sorted(names):
-                known = [(row["epoch"], row[name]) for row in rows if name in row]
-                axis.plot(*zip(*known, strict=True), ".-", label=name.replace("_", " "))
-            scale = "log" if label == "loss" and len(names) > 1 else "linear"  # of different sizes
-            axis.set(xlabel="epoch", ylabel=label, yscale=scale)
-            axis.legend(frameon=False, fontsize=8)
+        fig, axes = pictures.figure(1, len(names), width=3 * len(names), squeeze=False)
+        for axis, name in zip(axes[0], names, strict=True):
+            known = [(row["epoch"], row[name]) for row in rows if name in row]
+            axis.plot(*zip(*known, strict=True), ".-")
+            axis.set(xlabel="epoch", title=name.replace("_", " "))
         pictures.save(fig, path, dpi=100)
     except Exception as error:  # of matplotlib or the disk: the run is worth more
         print0(f"note: no {path} ({error})")

@@ -12,10 +12,8 @@ import argparse
 import dataclasses
 import math
 import re
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from functools import partial
 from typing import Any
 
 Recipes = dict[str, dict[str, Any]]  # recipe: setting: default
@@ -51,15 +49,6 @@ def get_values(settings: Base, free: bool = True) -> dict[str, Any]:
     return {k: getattr(settings, k) for k, flag in flags if free or not flag.metadata["free"]}
 
 
-def to_argv(values: dict[str, Any]) -> list[str]:
-    """The command line that gives these settings."""
-    words = []
-    for name, value in values.items():
-        yes_or_no = format_flag(name) if value is True else format_flag(f"no_{name}")
-        words += [yes_or_no] if isinstance(value, bool) else [format_flag(name), str(value)]
-    return words
-
-
 def merge_recipes(base: Recipes, **changes: dict) -> Recipes:
     return {name: recipe | changes.get(name, {}) for name, recipe in base.items()}
 
@@ -74,12 +63,10 @@ def parse_settings(doc: str, cls: type, recipes: Recipes | Callable, argv: Seque
 
     `recipes`: may be a function of what is given.
     """
-    flags, actions = list_flags(cls), dict[str, Any]()
-    words = [name for name, f in flags.items() if isinstance(f.default, tuple)]
+    flags, actions, words = list_flags(cls), dict[str, Any](), list[str]()
     parser = Parser(
         description=doc,
-        usage=f"%(prog)s {' ... '.join([*map(str.upper, words), ''])}[--NAME VALUE ...]",
-        formatter_class=partial(argparse.RawDescriptionHelpFormatter, max_help_position=23),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
         add_help=False,  # ours knows the data set
@@ -90,9 +77,9 @@ def parse_settings(doc: str, cls: type, recipes: Recipes | Callable, argv: Seque
         how: dict[str, Any] = dict(type=type(f.default), metavar="X", choices=f.metadata["choices"])
         if isinstance(f.default, bool):
             how = dict(action=argparse.BooleanOptionalAction)
-        elif name in words:
+        elif isinstance(f.default, tuple):
+            words.append(name)
             how = dict(nargs="*")
-        how["help"] = f.metadata["help"].replace("%", "%%") or argparse.SUPPRESS
         actions[name] = parser.add_argument(name if name in words else format_flag(name), **how)
     given = vars(parser.parse_intermixed_args(list(argv)))
     data = given.get("data", flags["data"].default if "data" in flags else "")
@@ -105,17 +92,19 @@ def parse_settings(doc: str, cls: type, recipes: Recipes | Callable, argv: Seque
     recipe = known.get(name, {})
     if given.pop("help", False):
         for name, f in flags.items():
+            about, default = f.metadata["help"], recipe.get(name, f.default)
             if f.metadata["only"] and not data.startswith(tuple(f.metadata["only"].split())):
-                actions[name].help = argparse.SUPPRESS
-                continue
-            default = recipe.get(name, f.default)
-            if f.metadata["help"] and default not in ("", (), -1, 0):
-                actions[name].help += f" [{default}]".replace("%", "%%")
+                about = ""
+            if about and default not in ("", (), -1, 0):
+                about += f" [{default}]"
+            actions[name].help = about.replace("%", "%%") or argparse.SUPPRESS
+        in_front = "".join(f"{name.upper()} ... " for name in words)
+        parser.usage = f"%(prog)s {in_front}[--NAME VALUE ...]"
         if recipe:
             parser.epilog = f"Defaults in [brackets] are those of --data {data}. "
             parser.epilog += "Others: --data NAME --help."
-        print(parser.format_help(), end="")
-        sys.exit(0)
+        parser.print_help()
+        parser.exit()
     for name in words:
         about = flags[name].metadata
         if not about["low"] <= len(given.get(name, ())) <= about["high"]:

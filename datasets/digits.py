@@ -9,6 +9,7 @@ Handwritten Digits" (test part), UCI Machine Learning Repository, 1998, CC BY 4.
 https://doi.org/10.24432/C50P49, as scikit-learn ships them.
 """
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,49 +28,43 @@ FILE = Path(__file__).parent / "digits.npz"
 def load(settings, kind, size: int, device) -> Parts:
     if size != kind.image_size:
         raise ValueError(f"--image-size {size}: --data digits has {kind.image_size}")
-    split = Split(settings.distractors, device)
+    split = read_parts(device)
+    pool, _ = split["train"]  # all distractors are cut from these
+    augment = partial(clutter, pool=pool, distractors=settings.distractors)
     kinds = parse_layers(settings.classes, 10, "classes")
     parts = []
-    for images, labels in (split.whole("train"), split.placed("val"), split.placed("test")):
+    for name, (images, labels) in split.items():
+        if name != "train":  # images i and n + i show one digit
+            images, labels = images.repeat(PLACES, 1, 1), labels.repeat(PLACES)
+            draws = BatchRandom(seeded("digits", name), len(images), slice(None), device)
+            images = augment(images, draws)
         new = labels[:, None] == torch.tensor(kinds, device=device)  # numbers of those asked for
         asked = new.any(dim=1)
         parts.append(Tensors(images[asked], new[asked].long().argmax(dim=1)))
     train, val, test = parts
-    return Parts([str(kind) for kind in kinds], train, val, test, split)
+    return Parts([str(kind) for kind in kinds], train, val, test, augment)
 
 
-class Split:
-    """The digits in three parts. Called with some, it clutters them: this task's augmentation."""
+def read_parts(device) -> dict[str, tuple[Tensor, Tensor]]:
+    """The digits (n, 8, 8) in 0..1 of "train", "val" and "test", and their labels (n,)."""
+    found, sizes = np.load(FILE), [500, 300, 997]
+    images = torch.from_numpy(found["images"]).to(device) / 16
+    labels = torch.from_numpy(found["labels"]).long().to(device)
+    order = torch.randperm(len(images), generator=seeded("digits")).to(device)
+    test, val, train = zip(images[order].split(sizes), labels[order].split(sizes), strict=True)
+    return {"train": train, "val": val, "test": test}
 
-    def __init__(self, distractors: int, device):
-        found = np.load(FILE)
-        self.images = torch.from_numpy(found["images"]).to(device) / 16  # in 0..1
-        self.labels = torch.from_numpy(found["labels"]).long().to(device)
-        order = torch.randperm(len(self.images), generator=seeded("digits")).to(device)
-        self.parts = dict(zip(("test", "val", "train"), order.split([500, 300, 997]), strict=True))
-        self.pool = self.images[self.parts["train"]]  # all distractors are cut from these
-        self.distractors = distractors
 
-    def __call__(self, digits: Tensor, draws: BatchRandom) -> Tensor:
-        """Digits (B, 8, 8) on their canvases (B, 1, 12, 12)."""
-        canvas = digits.new_zeros(len(digits), CANVAS, CANVAS)
-        numbers = draws.uniform(5 * self.distractors).unflatten(1, (self.distractors, 5))
-        for u in numbers.unbind(1):  # of each distractor: which digit, cut from where, put where
-            source = self.pool[(u[:, 0] * len(self.pool)).long()]
-            cut = index_windows(u[:, 1:3], DISTRACTOR, DIGIT)
-            paste(canvas, u[:, 3:5], source[cut])
-        paste(canvas, draws.uniform(2), digits)
-        return canvas[:, None]
-
-    def placed(self, name: str) -> tuple[Tensor, Tensor]:
-        """Images (PLACES n, 1, 12, 12) and labels of validation or test; i, n + i show one."""
-        part = self.parts[name].repeat(PLACES)
-        draws = BatchRandom(seeded("digits", name), len(part), slice(None), self.images.device)
-        return self(self.images[part], draws), self.labels[part]
-
-    def whole(self, name: str) -> tuple[Tensor, Tensor]:
-        """The digits (n, 8, 8) themselves, and their labels."""
-        return self.images[self.parts[name]], self.labels[self.parts[name]]
+def clutter(digits: Tensor, draws: BatchRandom, pool: Tensor, distractors: int) -> Tensor:
+    """Digits (B, 8, 8) on canvases (B, 1, 12, 12), over pieces of other digits from `pool`."""
+    canvas = digits.new_zeros(len(digits), CANVAS, CANVAS)
+    numbers = draws.uniform(5 * distractors).unflatten(1, (distractors, 5))
+    for u in numbers.unbind(1):  # of each distractor: which digit, cut from where, put where
+        source = pool[(u[:, 0] * len(pool)).long()]
+        cut = index_windows(u[:, 1:3], DISTRACTOR, DIGIT)
+        paste(canvas, u[:, 3:5], source[cut])
+    paste(canvas, draws.uniform(2), digits)
+    return canvas[:, None]
 
 
 def index_windows(u: Tensor, side: int, within: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -82,15 +82,14 @@ def list_images(folder: Path, classes: Collection[str] = ()) -> Listing:
     files = [*walk(folder)]
     paths = [*filter(is_image_file, files)]
     others = sorted({*files}.difference(paths))
+    if others:
+        print0(f"note: {len(others)} files are not images of a known kind, such as {others[0]}")
     if not paths:
-        kinds = f" of a known kind (but {others[0]})" if others else ""
-        raise FileNotFoundError(f"{folder} holds no images{kinds}: fill or remove it")
+        raise FileNotFoundError(f"{folder} holds no images: fill or remove it")
     known = sorted(classes or {to_nfc(name) for name in list_subfolders(folder)})
     names = [to_nfc(path[len(str(folder)) + 1 :]).replace(os.sep, "/") for path in paths]
     if known:
         check_layout(folder, names)
-    if others:
-        print0(f"note: {len(others)} files are not images of a known kind, such as {others[0]}")
     if skipped := [x.name for x in folder.glob("[!.]*/") if METADATA.match(x.name)]:
         print0(f"note: {folder}: ignoring {', '.join(skipped)}, as thumbnails, bins or the like")
     numbers = {name: number for number, name in enumerate(known)}

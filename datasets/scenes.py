@@ -32,7 +32,7 @@ NOISE = 0.2  # pixels of 0..1 change by up to this
 
 def load(settings, kind, size: int, device) -> Parts:
     if settings.data == "scenes":
-        names, pools = list("0123456789"), [*map(digits.Split(0, device).whole, COUNT)]
+        names, pools = list("0123456789"), [*digits.read_parts(device).values()]
     else:
         from datasets import cifar  # slow to import
 
@@ -50,10 +50,10 @@ def load(settings, kind, size: int, device) -> Parts:
     cells = [f"cell {i}" for i in range(grid**2)]
     labels = cells if settings.label == "cell" else [names[kind] for kind in kinds]
     draws = [seeded("scenes", settings.scene, part) for part in COUNT]
-    train, val, test = (
+    train, val, test = [
         Tensors(*draw_scenes(part, *pool, kinds, settings, grid, generator))
         for part, pool, generator in zip(COUNT, pools, draws, strict=True)
-    )
+    ]
     return Parts(labels, train, val, test, augment)
 
 
@@ -79,8 +79,8 @@ def draw_pointers(count: int, grid: int, images, starts, sizes, dial: float, dra
     kinds = torch.randint(len(sizes), (count, grid**2), generator=draws)
     which = (torch.rand(kinds.shape, generator=draws) * sizes[kinds]).long()
     cells = images[starts[kinds] + which]
-    others = list_others(grid)
-    cell = others[torch.randint(len(others), (count,), generator=draws)]
+    cell = torch.randint(grid**2 - 1, (count,), generator=draws)
+    cell += cell >= grid**2 // 2  # any but the centre
     cell[torch.rand(count, generator=draws) < dial] = 0
     cells[:, grid**2 // 2] = draw_squares(grid, cells.shape[2:])[cell]
     return cells, kinds.gather(1, cell[:, None])[:, 0], cell
@@ -105,17 +105,11 @@ def draw_twins(count: int, grid: int, images, starts, sizes, dial: float, draws)
     step = 1 + (step * (sizes[kinds] - 1)).long()  # to another image of the kind
     step[:, 0] = 0  # the twins: to the same
     which = torch.cat([first, (first + step) % sizes[kinds]], dim=1)
-    others = list_others(grid)
-    places = others[torch.rand(count, len(others), generator=draws).argsort(dim=1)[:, : 2 * pairs]]
+    places = torch.rand(count, grid**2 - 1, generator=draws).argsort(dim=1)[:, : 2 * pairs]
+    places += places >= grid**2 // 2  # any but the centre
     cells = images.new_zeros(count, grid**2, *images.shape[1:])
     cells[torch.arange(count)[:, None], places] = images[starts[kinds].repeat(1, 2) + which]
     return cells, kinds[:, 0], places[:, 0]
-
-
-def list_others(grid: int) -> Tensor:
-    """The numbers of all cells but the centre."""
-    cells = torch.arange(grid**2)
-    return cells[cells != grid**2 // 2]
 
 
 def add_noise(scenes: Tensor, u: Tensor) -> Tensor:

@@ -121,8 +121,7 @@ def look_at_asked(model: Model, dataset: data.Data) -> float:
 
 def pick_digits(dataset: data.Data) -> list[tuple[str, str]]:
     """Classes and pixels of some test digits, 0 to 16 written as 0 to g."""
-    split = digits.Split(0, torch.device("cpu"))
-    images, labels = split.whole("test")
+    images, labels = digits.read_parts("cpu")["test"]
     found = []
     for name in dataset.classes:
         for image in images[labels == int(name)][:EACH]:

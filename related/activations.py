@@ -123,7 +123,7 @@ def find_teacher(settings: Settings, dataset: data.Data) -> checkpoints.Checkpoi
     if found.get("method") != "activations" or found["settings"]["model"] != "teacher":
         raise ValueError(f"--teacher {path} is no teacher: --model teacher trains one")
     classes, weights = found["classes"], found["model"]
-    if (classes, len(weights["mean"])) != (dataset.classes, dataset.channels):
+    if (classes, len(weights["mean"])) != (dataset.classes, len(dataset.mean)):
         raise ValueError(f"--teacher {path} is for other images than --data {settings.data}")
     return checkpoints.Checkpoint(str(path), weights, {}, classes, "activations")
 

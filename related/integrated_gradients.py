@@ -107,7 +107,7 @@ def task(settings: Settings, dataset: data.Data) -> train.Task:
 def add_maps(dataset: data.Data, teacher: WideResNet, settings: Settings) -> data.Data:
     """The same data set. Its training images are those of the bank, each with its map."""
     bank, labels = dataset.train.first(settings.bank * len(dataset.train))
-    black = torch.zeros(1, dataset.channels, 1, 1, device=bank.device)
+    black = torch.zeros(1, len(dataset.mean), 1, 1, device=bank.device)
     pieces = zip(bank.split(100), labels.split(100), strict=True)
     maps = torch.cat([
         make_hint(integrate_gradients(teacher, *piece, black, settings.path))

@@ -150,8 +150,7 @@ def task(settings: Settings) -> train.Task:
 
 def make_trial(name: str, settings: Settings, device) -> scenes.Scenes:
     """Scenes of "train", or of "test": of other digits, the same ones for all runs."""
-    split = digits.Split(0, device)
-    images, labels = (x.cpu() for x in split.whole(name))
+    images, labels = digits.read_parts("cpu")[name]
     if name == "test":
         made = scenes.make_scenes(1000, images, labels, scenes.NEW, hash_seed("trial"))
     else:

@@ -56,7 +56,7 @@ class WideResNet(nn.Module):
             self.register_buffer(name, torch.tensor(getattr(dataset, name))[:, None, None])
         width, kind = MODELS[model]
         dims = [16, *(int(group * width) for group in (16, 32, 64))]
-        self.stem = nn.Conv2d(dataset.channels, dims[0], 3, padding=1, bias=False)
+        self.stem = nn.Conv2d(len(dataset.mean), dims[0], 3, padding=1, bias=False)
         self.groups = nn.ModuleList()
         for i in range(3):
             first = Block(kind, dims[i], dims[i + 1], 2 if i else 1)

@@ -33,12 +33,12 @@ from common import launch
 from common.augment import Augment
 from common.hardware import choose_compilation, has_bf16
 from common.launch import print0
-from common.settings import parse_settings, setting, to_argv
+from common.settings import parse_settings, setting
 from datasets import folders, sources
 from datasets.images import count_cores
 from speed import measure
 from speed.plain import PlainLearner, make_plain
-from study.jobs import leave_with_parent
+from study.jobs import leave_with_parent, to_argv
 from train import Learner
 
 SCRIPTS = dict(finetune=finetune, copy=attention_copy, distill=attention_distill, pretrain=pretrain)

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import numpy as np
 
 from common.runs import hash_settings
-from common.settings import get_values, to_argv
+from common.settings import get_values
 from study.estimates import compute_share, estimate, pack
-from study.jobs import ROOT, Job
+from study.jobs import ROOT, Job, to_argv
 from study.rows import NOTHING, Flags, Row
 from teachers.bundled import find_bundled
 

@@ -18,7 +18,7 @@ import torch
 
 from common import checkpoints, launch, runs
 from common.launch import Failed
-from common.settings import get_values
+from common.settings import format_flag, get_values
 
 RELATED = "activations attndistill dino integrated_gradients linear_attention reminders".split()
 SCRIPTS = {name: f"related.{name}" for name in RELATED}  # imported when they are needed
@@ -32,6 +32,15 @@ FORKED.set_forkserver_preload([__name__, SCRIPTS["variants"]])
 
 def load(script: str) -> Any:
     return importlib.import_module(SCRIPTS[script])
+
+
+def to_argv(values: dict[str, Any]) -> list[str]:
+    """The command line that gives these settings."""
+    words = []
+    for name, value in values.items():
+        yes_or_no = format_flag(name) if value is True else format_flag(f"no_{name}")
+        words += [yes_or_no] if isinstance(value, bool) else [format_flag(name), str(value)]
+    return words
 
 
 def work(script: str, argv: list[str], output: Path) -> None:

@@ -125,7 +125,10 @@ def format_rows(rows: dict[str, dict]) -> str:
     further = [name.replace("_", " ") for name in own]
     heads, lines = ["", "test top-1, %", less, "recovery", *further], []
     for row, found in rows.items():
-        difference = format_difference(found.get("difference"), usual)
+        cell = found.get("difference", {})
+        difference = format_cell(cell, "+.1f")
+        if cell.get("from", usual) != usual:  # the head does not name it
+            difference += f" (− {cell['from']})"
         recovery = "" if row == CEILING else format_cell(found.get("recovery"), ".2f")
         others = [format_cell(found.get(name), ".3g") for name in own]
         lines.append([row, format_cell(found, ".1f"), difference, recovery, *others])
@@ -133,12 +136,6 @@ def format_rows(rows: dict[str, dict]) -> str:
     filled[2] &= not (filled[3] and less == f"− {BASELINE}")  # recovery and the picture say it
     (heads, *lines) = (list(compress(line, filled)) for line in (heads, *lines))
     return format_table(heads, lines)
-
-
-def format_difference(cell: dict | None, usual: str) -> str:
-    """With the other row, where the head does not name it."""
-    source = (cell or {}).get("from", usual)
-    return format_cell(cell, "+.1f") + ("" if source == usual else f" (− {source})")
 
 
 def format_points(points: dict[str, dict]) -> str:

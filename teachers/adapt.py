@@ -58,9 +58,9 @@ def adapt(teacher: vit.ViT, student: vit.ViT, layers, teacher_layers=(), heads=(
         raise ValueError(f"--layers {list(layers)} cannot take the maps of {sources}: {remedy}")
     heads = () if list(heads) == list(range(theirs.heads)) else tuple(heads)
     registers = 0 if getattr(ours, "registers", 0) else getattr(theirs, "registers", 0)
-    tokens = [config.num_prefix_tokens + config.grid_size**2 for config in (theirs, ours)]
-    lent = {"heads": len(heads) or theirs.heads, "tokens": tokens[0] - registers}
-    taken = {"heads": ours.heads, "tokens": tokens[1]}
+    tokens = theirs.num_prefix_tokens + theirs.grid_size**2 - registers
+    lent = {"heads": len(heads) or theirs.heads, "tokens": tokens}
+    taken = {"heads": ours.heads, "tokens": ours.num_prefix_tokens + ours.grid_size**2}
     if lent != taken:
         remedy = "choose --model, --patch, --teacher or --heads so that they agree"
         raise ValueError(f"the teacher's maps have {lent} and the student's {taken}: {remedy}")

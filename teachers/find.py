@@ -48,8 +48,7 @@ def find_teacher(settings: Settings, dataset: Data) -> Checkpoint | None:
     if not transfers and any(theirs[k] != v for k, v in get_size(settings, asked).items()):
         raise ValueError(f"{source} does not match --model and --patch; omit them")
     if theirs["channels"] != asked.channels:
-        words = f"{theirs['channels']} channels, but images have {asked.channels}"
-        raise ValueError(f"{source} takes {words}")
+        raise ValueError(f"{source} takes {theirs['channels']} channels, not {asked.channels}")
     if checkpoint.teacher:
         raise ValueError(f"{source} is a student of attention copy: name the teacher it had")
     if seen := dataset.count_learned(checkpoint.learned_from):

@@ -16,6 +16,7 @@ from common.launch import print0
 from data import Data
 from recipes import NORMALIZATIONS, SIZES
 from teachers.adapt import Teacher, adapt
+from teachers.positions import make_sincos, resize
 
 
 def read_checkpoint(source: str | Path, normalization: str = "") -> Checkpoint:
@@ -26,7 +27,7 @@ def read_checkpoint(source: str | Path, normalization: str = "") -> Checkpoint:
     """
     source = place = str(source)
     model = None
-    if not (Path(place).is_file() or checkpoints.is_url(place)):
+    if not (Path(place).is_file() or re.match("https?://", place)):
         from teachers import zoo
 
         model, place = zoo.locate(source)
@@ -71,8 +72,6 @@ def build_vit(checkpoint: Checkpoint, image_size=None, classes=None, drop_path=0
     try:
         net = build(to_config(arch | new), drop_path)
         if net.config.image_size != arch["image_size"] and "pos_embed" in weights:
-            from teachers.positions import resize
-
             positions = resize(weights["pos_embed"], net.config.grid_size, checkpoint.resize)
             weights = weights | {"pos_embed": positions}
         if not own_head:  # it is new, and so is its norm if the file has none
@@ -96,8 +95,6 @@ def build(config: vit.Config, drop_path: float = 0.0, positions: str = "random")
         from teachers.vit import ViT as kind
     net = kind(config, drop_path)
     if positions == "sincos" and net.pos_embed is not None:
-        from teachers.positions import make_sincos
-
         waves = make_sincos(config.grid_size, config.dim)
         net.pos_embed.data.copy_(waves[:, -net.pos_embed.shape[1] :])
     return net

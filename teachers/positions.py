@@ -14,9 +14,9 @@ def make_sincos(grid_size: int, dim: int) -> Tensor:
     if dim % 4:
         raise ValueError(f"sin-cos positions need a width that divides by 4, not {dim}")
     rate = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
-    y, x = torch.meshgrid(*[torch.arange(grid_size, dtype=torch.float64)] * 2, indexing="ij")
-    angles = [rearrange(axis, "h w -> (h w) 1") * rate for axis in (x, y)]
-    waves = torch.cat([wave for a in angles for wave in (a.sin(), a.cos())], dim=1)
+    line = torch.arange(grid_size, dtype=torch.float64)
+    angles = torch.cartesian_prod(line, line).flip(1)[:, :, None] * rate  # of x, then of y
+    waves = torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1)
     return torch.cat([torch.zeros(1, dim), waves])[None].float()
 
 

@@ -48,8 +48,7 @@ def to_timm(model, theirs: nn.Module) -> dict[str, Tensor]:
         twin.load_state_dict(found)
     except RuntimeError as error:  # it names keys and shapes
         raise ValueError(f"timm's is another ViT (img_size, num_classes?): {error}") from None
-    noise = torch.randn(1, net.config.channels, *[net.config.image_size] * 2)
-    noise = noise.to(net.fc_norm.weight)
+    noise = torch.randn(1, net.config.channels, *[net.config.image_size] * 2).to(net.mean)
     before, after = ours(noise), twin(ours.normalise(noise))  # timm's data pipeline normalises
     limit = 1e-4 * (1 + before.abs().max().item())
     if before.shape != after.shape or not torch.allclose(before, after, rtol=0.0, atol=limit):

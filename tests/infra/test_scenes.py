@@ -14,7 +14,7 @@ import pretrain
 from datasets import digits
 from teachers import find
 
-SPLIT = digits.Split(0, torch.device("cpu"))
+SPLIT = digits.read_parts("cpu")
 
 
 def load(*argv, script=finetune):
@@ -36,7 +36,7 @@ def draw(part="train", *argv):
 
 def find_digits(cells, part):
     """For each cell the number of the digit in it, and its class."""
-    images, labels = SPLIT.whole(part)
+    images, labels = SPLIT[part]
     nearest = torch.cdist(cells, images.flatten(1)).argmin(dim=-1)
     return nearest, labels[nearest]
 
@@ -78,7 +78,7 @@ def test_the_dial_turns_content_into_position():
 
 
 def test_no_digit_of_a_part_is_in_another_and_scenes_are_the_same_every_time():
-    pictures = [{x.numpy().tobytes() for x in SPLIT.whole(p)[0]} for p in ("train", "val", "test")]
+    pictures = [{x.numpy().tobytes() for x in SPLIT[p][0]} for p in ("train", "val", "test")]
     assert not pictures[0] & pictures[2] and not pictures[1] & pictures[2]
     once, again = (load().test.source for _ in range(2))
     assert torch.equal(once.images, again.images) and torch.equal(once.labels, again.labels)

@@ -10,7 +10,8 @@ import attention_copy
 import attention_distill
 import finetune
 import pretrain
-from common.settings import get_values, list_flags, parse_layers, to_argv
+from common.settings import get_values, list_flags, parse_layers
+from study.jobs import to_argv
 from train import get_learning_rate
 
 METHODS = (finetune, attention_copy, attention_distill, pretrain)
