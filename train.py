@@ -24,7 +24,7 @@ import data
 from common import checkpoints, runs
 from common.hardware import autocast, choose_compilation, choose_precision, find_micro_batch
 from common.launch import Failed, collect, print0, rank, run_first, world
-from common.progress import Clock, conclude, draw_curves, introduce, show_row
+from common.progress import Clock, conclude, introduce, show_row
 from common.settings import get_values
 from recipes import Settings
 
@@ -305,6 +305,5 @@ def finish(task: Task, learner: Learner, rows: list, out: Path, test: Callable |
         checkpoints.save(task.export(net) | about, out / "model.pt")
 
     run_first(write)
-    draw_curves(rows, out / "curves.png")
     conclude(result, out, task.data)
     return result

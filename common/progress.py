@@ -1,4 +1,4 @@
-"""What a run says: what it is, how it goes and how fast, how it ended; and a picture of its log."""
+"""What a run says: what it is, how it goes and how fast, how it ended."""
 
 import textwrap
 import time
@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from common.hardware import choose_precision
-from common.launch import device_name, print0, rank, world
+from common.launch import device_name, print0, world
 
 # In the log, beside the loss and what a method watches.
 NOT_SHOWN = "epoch gradient_norm lr images_per_s seconds val_top1 val_top1_ema test_top1".split()
@@ -91,25 +91,7 @@ def get_validation(row: dict) -> float:
 
 
 def conclude(result: dict, out: Path, images) -> None:
-    left = ("model.pt", "test.pt", "log.jsonl", "curves.png", "last.pt")
+    left = ("model.pt", "test.pt", "log.jsonl", "last.pt")
     print0(f"{out}: {', '.join(name for name in left if (out / name).exists())}")
     if "test_top1" in result:
         print0(f"test top-1 {result['test_top1']:.2f} %{images.warn_of_repeats()}")
-
-
-def draw_curves(rows: list[dict], path: Path) -> None:
-    """A panel for the loss, each of its terms, and each validation accuracy, over the epochs."""
-    if rank():
-        return
-    names = [name for name in rows[-1] if name not in NOT_SHOWN or name.startswith("val_")]
-    try:
-        from common import pictures
-
-        fig, axes = pictures.figure(1, len(names), width=3 * len(names), squeeze=False)
-        for axis, name in zip(axes[0], names, strict=True):
-            known = [(row["epoch"], row[name]) for row in rows if name in row]
-            axis.plot(*zip(*known, strict=True), ".-")
-            axis.set(xlabel="epoch", title=name.replace("_", " "))
-        pictures.save(fig, path, dpi=100)
-    except Exception as error:  # of matplotlib or the disk: the run is worth more
-        print0(f"note: no {path} ({error})")

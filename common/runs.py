@@ -17,7 +17,7 @@ from common import checkpoints
 from common.launch import Failed, print0, rank
 from common.settings import get_values
 
-FILES = ("last.pt", "model.pt", "test.pt", "log.jsonl", "curves.png", "config.json")
+FILES = ("last.pt", "model.pt", "test.pt", "log.jsonl", "config.json")
 
 
 def get_folder(settings) -> Path:

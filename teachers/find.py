@@ -71,9 +71,6 @@ def make_pair(
     if checkpoint:
         teacher = build_vit(checkpoint, dataset.image_size, classes=0)
         config = replace(teacher.config, classes=asked.classes, **get_size(settings, asked))
-        size = {name: getattr(config, name) for name in SIZE}
-        if size != {name: getattr(asked, name) for name in SIZE}:
-            print0(f"note: the student has its teacher's size {size} (--model, --patch change it)")
     torch.manual_seed(settings.seed)
     student = build(config, settings.drop_path, settings.positions)
     teacher = teacher if checkpoint else build(config, positions=settings.positions)
