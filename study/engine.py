@@ -1,6 +1,6 @@
 """What a study is made of: its rows, their runs, its tables, and the accuracies of a table."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -130,6 +130,16 @@ def subtract(*pairs: tuple[str, str]) -> dict[str, Callable]:
         return of[row] - of[other]
 
     return {f"{row} − {one}": partial(compute, row=row, other=one) for row, one in pairs}
+
+
+def subtract_at(points: Iterable[str], *pairs: tuple[str, str]) -> dict[str, Callable]:
+    def compute(*of, at, only):
+        return only(of[at])
+
+    return {
+        f"{name}, {point}": partial(compute, at=at, only=only)
+        for name, only in subtract(*pairs).items() for at, point in enumerate(points)
+    }  # fmt: skip
 
 
 def share_of_gain(row: str, other: str) -> dict[str, Callable]:

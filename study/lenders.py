@@ -62,6 +62,14 @@ def make_uniform_map(teacher: ViT) -> Tensor:
     return torch.full(shape, 1 / tokens, device=device)
 
 
+def make_centre_map(teacher: ViT) -> Tensor:
+    """Every query attends to the patch in the centre: (1, H, N, N)."""
+    first, patches = teacher.config.num_prefix_tokens, teacher.config.grid_size**2
+    p = torch.zeros_like(make_uniform_map(teacher))
+    p[..., first + patches // 2] = 1
+    return p
+
+
 def draw_impulse_map(teacher: ViT) -> Tensor:
     """Each head looks at one neighbour of a patch, in the same direction for all: (1, H, N, N),
     as a structured initialisation begins (arXiv 2505.19985), here without noise.
@@ -87,7 +95,8 @@ def choose_lender(teacher: ViT, dataset: data.Data, settings):
         if settings.maps == "other":
             return OtherImages(teacher, bank)
         return FixedMaps(average_maps(teacher, bank))
-    if settings.maps == "uniform":
-        return FixedMaps([make_uniform_map(teacher)] * len(teacher.blocks))
+    if settings.maps in ("uniform", "centre"):
+        make = make_uniform_map if settings.maps == "uniform" else make_centre_map
+        return FixedMaps([make(teacher)] * len(teacher.blocks))
     torch.manual_seed(settings.seed)
     return FixedMaps([draw_impulse_map(teacher) for _ in teacher.blocks])

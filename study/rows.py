@@ -52,6 +52,10 @@ PARTS = {f"copy of {part}": copied(lend=part) for part in ("q", "k", "v", "qkv")
 SINGLE = {f"copy, layer {i}": copied(layers=str(i)) for i in range(4)}
 LAYERS = {f"copy, layers {which}": copied(layers=which) for which in (":2", "2:4", ":4", ":8")}
 LAYERS |= {"distillation, layers all": distilled(layers="all")}
+ABOVE = {  # layer 0, in which pointers point, is free
+    f"copy, {maps} maps, layers 1:": copied(maps=maps, layers="1:", tuned_as=tuned_as)
+    for maps, tuned_as in (("mean", ""), ("centre", ""), ("uniform", "copy, mean maps, layers 1:"))
+}
 ALL_SCENES = {"num_labels": 0, "epochs": 13}
 LABELLED = ALL_SCENES | {"classes": ":5", "lr": 2e-3, "drop_path": 0.1}
 KNOWING = {  # teachers that scenes may have, besides the one without labels
@@ -114,4 +118,4 @@ LOSSES = {
     for loss in ("cross-entropy", "jensen-shannon", "squared", "scores")
 }
 ROWS = MAIN | FEATURES | CONTROLS | PARTS | SINGLE | LAYERS | KNOWING | NARROW | WHOSE | ORACLE
-ROWS |= PIXELS | OTHERS | FINE_TUNED | ALONE | WHY | LOSSES
+ROWS |= ABOVE | PIXELS | OTHERS | FINE_TUNED | ALONE | WHY | LOSSES

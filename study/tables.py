@@ -3,7 +3,7 @@
 from functools import partial
 
 from study import rows
-from study.engine import Study, Table, share_of_gain, subtract
+from study.engine import Study, Table, share_of_gain, subtract, subtract_at
 from study.looks import find_likeness, find_looks
 from study.rows import AT_BASE, BASE, COPY, DISTILLATION, MAIN, MEAN, SCRATCH, TUNED
 
@@ -50,11 +50,13 @@ SCENES = Study(
     seeds=(100, 101), rates=RATES[1:5], decays=(0.05, 0.5, 1.5),
     own=OWN | dict.fromkeys(rows.PROBE, PROBING) | dict.fromkeys(rows.FEATURES, WEIGHTS),
 )  # fmt: skip
+MEAN_ABOVE, CENTRE_ABOVE, _ = rows.ABOVE
 STEPS = SCENES._replace(  # tuned at both ends of an axis of training
     rates=(2.5e-4, 5e-4, *RATES, 6.4e-2),
     mixes=({"mixup": 0.8}, {"smoothing": 0.1}, {"mixup": 0.8, "smoothing": 0.1}),
     own={row: (name, values[:2]) for row, (name, values) in (OWN | VARIED).items()}
     | WEIGHED | dict.fromkeys(rows.FEATURES, WEIGHTS)
+    | dict.fromkeys((MEAN_ABOVE, CENTRE_ABOVE), ("drop_path", (0.0, 0.1)))
     | dict.fromkeys(rows.PIXELS, ("attention_weight", (1.0, 0.3, 3.0, 10.0))),
 )  # fmt: skip
 PHOTO_SCENES = SCENES._replace(
@@ -107,6 +109,7 @@ def thin_out(points: dict[str, dict], seeds: int) -> dict:
 AT_100, AT_300 = list_steps(100, 300), list_steps(300, 75)
 FIRST_100, LAST_100 = ({name: point} for name, point in choose_ends(AT_100).items())
 TWIN_STEPS = {f"twins, {700 * n:,} steps": TWINS["twins"] | {"epochs": 100 * n} for n in (1, 10)}
+SHORT_100 = dict(zip(("300 steps", "900 steps"), AT_100.values(), strict=False))
 FIRST_TWINS = dict(list(TWIN_STEPS.items())[:1])
 PHOTO_STEPS_AT = {f"{620 * n:,} steps": {"epochs": 20 * n} for n in (1, 10)}
 ON_PHOTOGRAPHS = "2,000 photographs"
@@ -166,6 +169,14 @@ TABLES = {
         "copy, uniform maps", "copy, impulse maps", "copy, random teacher",
         "distillation, mean maps", "distillation, random teacher"), contrasts=OF_GAIN
         | subtract((COPY, TUNED), ("distillation, mean maps", SCRATCH))),
+    "scenes-constant-tuning": steps("settings of constant maps, at 300 and 900 steps", tunes=True,
+        points=SHORT_100, rows=(SCRATCH, COPY, TUNED, MEAN, MEAN_ABOVE, CENTRE_ABOVE)),
+    "scenes-constant": steps("100 scenes: constant maps where layer 0 is free", points=SHORT_100,
+        rows=(SCRATCH, COPY, TUNED, MEAN, "copy, layer 0", *rows.ABOVE),
+        contrasts=subtract_at(SHORT_100, (COPY, MEAN_ABOVE), (MEAN_ABOVE, CENTRE_ABOVE))),
+    "scenes-constant-long": steps("the same, 3,000 steps", tuned_at=list(SHORT_100)[1], seeds=5,
+        points={"3000 steps": LAST_100[list(AT_100)[2]]},
+        rows=(SCRATCH, COPY, TUNED, MEAN, *rows.ABOVE)),
     "scenes-looks": scenes("where nets look at a pointer", **looked),
     "scenes-looks-twins": scenes("where nets look at twins", points=TWINS, **looked),
     "scenes-looks-photos": scenes("where nets look among photographs", study=PHOTO_SCENES,
@@ -182,6 +193,8 @@ TABLES = {
     "fair-whose": fair("whose maps? Students see the digits 5 to 9", seeds=5,
         points={"digits 5 to 9": {"classes": "5:"}}, tuned_at=BASE, rows=(*ENDS, *rows.FINE_TUNED),
         contrasts=subtract((SAME, ITS_MEAN), (SAME, OTHER), (OTHER, MEAN_OTHER))),
+    "fair-length": fair("digits, three times as long", points={"1,350 epochs": {"epochs": 1350}},
+        tuned_at=BASE, rows=ENDS, seeds=5, contrasts=OF_GAIN),
     "cifar10-fair-tuning": photos("settings for CIFAR-10", points=SHORT, tunes=True),
     "cifar10-fair": photos("CIFAR-10: students start from the positions of their teacher",
         rows=(*ENDS, "copy, fine-tuned teacher", "copy, its mean maps"), contrasts=OF_GAIN),

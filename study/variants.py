@@ -33,7 +33,7 @@ from teachers.find import find_teacher, make_pair
 from vit import QK, Config, ViT, attend, initialise
 
 HOW = "copy", "distill", "beside", "copy-beside", "features", "pixels", "probe"
-MAPS = "teacher", "other", "mean", "uniform", "impulse", "tokens"
+MAPS = "teacher", "other", "mean", "uniform", "centre", "impulse", "tokens"
 LOSSES = "cross-entropy", "jensen-shannon", "squared", "scores"
 
 
