@@ -87,6 +87,8 @@ def test_mean_maps_are_the_mean_of_maps_and_other_maps_those_of_other_images(bat
 def test_fixed_maps_are_what_they_are_called():
     net = open_model(TEACHER).net
     assert_close(lenders.make_uniform_map(net), torch.full((1, 4, 17, 17), 1 / 17))
+    expected = torch.eye(17)[9].expand(1, 4, 17, -1)  # the class token, then 4 x 4 patches
+    assert_close(lenders.make_centre_map(net), expected)
     torch.manual_seed(1)
     p = lenders.draw_impulse_map(net)
     assert_close(p.sum(dim=-1), torch.ones(1, 4, 17))
