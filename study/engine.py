@@ -27,6 +27,7 @@ class Study(NamedTuple):  # a data set: its rows, what they share, what is tuned
     seeds: tuple[int, ...] = ()  # of tuning, which no table uses
     rates: tuple[float, ...] = ()  # tried for every row,
     decays: tuple[float, ...] = ()  # weight decays,
+    joint: tuple[float, ...] = ()  # those of them that are tried with every rate
     mixes: tuple[Flags, ...] = ()  # ways to regularise,
     own: Mapping[str, tuple[str, tuple]] = NOTHING  # one more: its default first
 

@@ -59,6 +59,7 @@ STEPS = SCENES._replace(  # tuned at both ends of an axis of training
     | dict.fromkeys((MEAN_ABOVE, CENTRE_ABOVE), ("drop_path", (0.0, 0.1)))
     | dict.fromkeys(rows.PIXELS, ("attention_weight", (1.0, 0.3, 3.0, 10.0))),
 )  # fmt: skip
+CONSTANT = STEPS._replace(joint=(1.5,))
 PHOTO_SCENES = SCENES._replace(
     base={"data": "scenes-cifar10", "num_labels": 2000, "epochs": 20} | UNMIXED,
     rates=RATES[:4], decays=(0.05, 0.5)
@@ -119,6 +120,7 @@ PHOTO_LABELS |= {"9,469 photographs": {"num_labels": 0, "epochs": 7}}  # at abou
 # The tables
 scenes = partial(Table, study=SCENES, points=POINTER, rows=tuple(MAIN))
 steps = partial(scenes, study=STEPS)
+constant = partial(scenes, study=CONSTANT)
 fair = partial(Table, study=FAIR, points=AT_BASE)
 digits = partial(fair, study=DIGITS)
 photos = partial(Table, study=CIFAR, points=AT_PHOTOS, rows=ENDS, seeds=3)
@@ -169,12 +171,12 @@ TABLES = {
         "copy, uniform maps", "copy, impulse maps", "copy, random teacher",
         "distillation, mean maps", "distillation, random teacher"), contrasts=OF_GAIN
         | subtract((COPY, TUNED), ("distillation, mean maps", SCRATCH))),
-    "scenes-constant-tuning": steps("settings of constant maps, at 300 and 900 steps", tunes=True,
+    "scenes-constant-tuning": constant("settings of constant maps, 300 and 900 steps", tunes=True,
         points=SHORT_100, rows=(SCRATCH, COPY, TUNED, MEAN, MEAN_ABOVE, CENTRE_ABOVE)),
-    "scenes-constant": steps("100 scenes: constant maps where layer 0 is free", points=SHORT_100,
+    "scenes-constant": constant("100 scenes: constant maps where layer 0 is free", points=SHORT_100,
         rows=(SCRATCH, COPY, TUNED, MEAN, "copy, layer 0", *rows.ABOVE),
         contrasts=subtract_at(SHORT_100, (COPY, MEAN_ABOVE), (MEAN_ABOVE, CENTRE_ABOVE))),
-    "scenes-constant-long": steps("the same, 3,000 steps", tuned_at=list(SHORT_100)[1], seeds=5,
+    "scenes-constant-long": constant("the same, 3,000 steps", tuned_at=list(SHORT_100)[1], seeds=5,
         points={"3000 steps": LAST_100[list(AT_100)[2]]},
         rows=(SCRATCH, COPY, TUNED, MEAN, *rows.ABOVE)),
     "scenes-looks": scenes("where nets look at a pointer", **looked),

@@ -1,8 +1,10 @@
 """Equal tuning: the same number of trials for every row, on validation images.
 
-First rates, then weight decays, ways to regularise, a setting of the row's own, each at the best.
+First rates, each with the first weight decay (and with `joint` ones). Then more weight decays, ways
+to regularise, and a setting of the row's own, each at the best so far.
 """
 
+import itertools
 import json
 from pathlib import Path
 
@@ -46,8 +48,9 @@ def choose_first(row: str, study: Study) -> Flags:
 def list_options(row: str, stage: int, best: Flags, study: Study) -> list[Flags]:
     """What a stage tries: rates; more weight decays; ways to regularise; its own setting."""
     name, values = study.own[row]
+    pairs = itertools.product((study.decays[0], *study.joint), study.rates)
     stages = (
-        [{"lr": rate} for rate in study.rates],
+        [{"weight_decay": decay, "lr": rate} for decay, rate in pairs],
         [{"weight_decay": decay} for decay in study.decays[1:]],
         study.mixes,
         [{name: value} for value in values[1:]],
