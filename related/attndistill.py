@@ -8,14 +8,18 @@ counts, and only the class token's row of its maps:
 
 P is a small MLP. If the teacher has smaller patches, its row is interpolated to
 the student's. If it has other heads, the heads of each are merged. The paper's
-teachers have no labels. On our digits DINO (dino.py) makes too weak a teacher,
-so the class token of ours has learned from labels.
+teachers have no labels. On our digits DINO made too weak a teacher, so the
+class token of ours has learned from labels.
 
     python -m related.attndistill                     trains that teacher first
-    python -m related.attndistill --teacher runs/dino-digits-micro-s0/model.pt
+    python -m related.attndistill --teacher vit_small_patch16_224.dino
     python -m related.attndistill --attention-weight 0 --out runs/token  control
+
+The test classifies each class token by its 20 nearest neighbours (Caron et al.
+2021, section 3.2). Labels are used for nothing else.
 """
 
+import copy
 import math
 import sys
 from dataclasses import dataclass, replace
@@ -32,7 +36,6 @@ import recipes
 import train
 from common import checkpoints, launch
 from common.settings import merge_recipes, parse_settings, setting
-from related import dino
 from teachers import find
 from teachers.load import build_vit, new_vit
 from vit import QK, ViT
@@ -52,8 +55,14 @@ class Settings(recipes.Settings):
     attention_weight: float = setting(0.1, "weight of the class token's row (0: none)")
 
 
-RECIPES = merge_recipes(
-    dino.RECIPES, digits=dict(model="nano", epochs=40), cifar=dict(model="mini")
+SHARED = dict(num_labels=0, weight_decay=0.05, beta2=0.95, ema=0.0, final_lr=0.0, drop_path=0.0)
+PHOTOS = SHARED | dict(random_erase=0.0, randaugment=0, mixup=0.0, cutmix=0.0, clip=0.0)
+RECIPES = merge_recipes(  # but for the epochs those of pretrain.py
+    recipes.RECIPES,
+    digits=SHARED | dict(model="nano", epochs=40, batch=128, blr=4e-3),
+    cifar=PHOTOS | dict(model="mini", epochs=200, warmup=0.05, batch=1024, blr=2.5e-4),
+    imagenet=PHOTOS | dict(epochs=800, warmup=0.05, batch=4096, blr=1.5e-4, crop_area=0.2),
+    folder=PHOTOS | dict(epochs=150, warmup=0.0667, blr=4e-3, crop_area=0.2),
 )
 parse = partial(parse_settings, __doc__, Settings, RECIPES)
 
@@ -119,12 +128,12 @@ def loss(net: Student, images: Tensor, labels, teacher: ViT, weight: float):
 
 def label_loss(net: ViT, images: Tensor, labels):
     """Of a teacher: its head reads the class token."""
-    return F.cross_entropy(net.head(dino.get_class_token(net, images)), labels), {}
+    return F.cross_entropy(net.head(get_class_token(net, images)), labels), {}
 
 
 def task(settings: Settings, dataset: data.Data) -> train.Task:
     checkpoint, device = find_teacher(settings, dataset), dataset.train.device
-    how = dict(predict=None, export=dino.export, checkpoint=checkpoint)
+    how = dict(predict=None, export=export, checkpoint=checkpoint)
     if not checkpoint:
         torch.manual_seed(settings.seed)
         return train.Task(new_vit(settings, dataset).to(device), dataset, label_loss, **how)
@@ -149,7 +158,39 @@ def find_teacher(settings: Settings, dataset: data.Data) -> checkpoints.Checkpoi
     return find.find_teacher(settings, dataset)
 
 
-main = partial(dino.main, task=task)
+def get_class_token(vit: ViT, images: Tensor) -> Tensor:
+    """As the last block leaves it, normalised: (B, D)."""
+    return vit.fc_norm(vit.forward_features(images))[:, 0]
+
+
+def export(net: nn.Module) -> dict:
+    """The ViT without a head: others would let it read the patches, not the class token."""
+    found = checkpoints.export(getattr(net, "vit", net))
+    weights = {k: v for k, v in found["model"].items() if not k.startswith("head.")}
+    return found | {"model": weights, "architecture": found["architecture"] | {"classes": 0}}
+
+
+def classify_by_neighbours(net: nn.Module, dataset: data.Data) -> dict[str, Tensor]:
+    """Classes of the test images by the 20 nearest neighbours of class tokens, and the true ones.
+
+    They are among 4,000 training images. Each votes with exp(cosine similarity / 0.07), as DINO's.
+    """
+    vit, (bank, labels) = getattr(net, "vit", net), dataset.train.first(4000)
+    known = torch.cat([F.normalize(get_class_token(vit, some)) for some in bank.split(256)])
+    found, images = [], copy.copy(dataset.test)
+    images.rank, images.world = 0, 1  # all of them, also as one of many processes
+    for x, truth in images.in_order(256):
+        near, which = (F.normalize(get_class_token(vit, x)) @ known.T).topk(min(20, len(known)))
+        votes = torch.zeros(len(x), len(dataset.classes), device=x.device)
+        votes.scatter_add_(1, labels[which], (near / 0.07).exp())
+        found.append(torch.stack([votes.argmax(dim=1), truth]))
+    return dict(zip(("predicted", "labels"), torch.cat(found, dim=1), strict=True))
+
+
+def main(settings: Settings) -> dict:
+    dataset = data.load(settings)
+    test = partial(classify_by_neighbours, dataset=dataset)
+    return train.fit(task(settings, dataset), settings, test)
 
 
 if __name__ == "__main__":

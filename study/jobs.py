@@ -20,7 +20,7 @@ from common import checkpoints, launch, runs
 from common.launch import Failed
 from common.settings import format_flag, get_values
 
-RELATED = "activations attndistill dino integrated_gradients linear_attention reminders".split()
+RELATED = "activations attndistill integrated_gradients linear_attention reminders".split()
 SCRIPTS = {name: f"related.{name}" for name in RELATED}  # imported when they are needed
 SCRIPTS |= {"pretrain": "pretrain", "finetune": "finetune", "variants": "study.variants"}
 SCRIPTS |= {"copy": "attention_copy", "distill": "attention_distill"}

@@ -52,7 +52,6 @@ LINEAR = {
 LABELLED, RANDOM = "labels, teacher", "random, teacher"
 ATTNDISTILL = {
     RANDOM: Row("attndistill", "none", {"model": "micro"} | UNTRAINED),
-    "DINO, teacher": Row("dino", ""),
     LABELLED: Row("attndistill", "none", {"model": "micro"}),
     "random, student": Row("attndistill", "none", UNTRAINED),
     "token": Row("attndistill", LABELLED, {"attention_weight": 0.0}),
@@ -143,7 +142,7 @@ TABLES = {
         contrasts=subtract(*((AFTER[n], LORA[n]) for n in LORA), (AFTER[60], TAUGHT))),
     "related-attndistill": related("students without labels: class tokens and where they look; 20 "
         "nearest neighbours", rows=tuple(ATTNDISTILL),
-        against={"DINO, teacher": RANDOM, LABELLED: RANDOM, "token": "random, student"}
+        against={LABELLED: RANDOM, "token": "random, student"}
         | dict.fromkeys(("token and map", "token and map, weight 1"), "token"),
         contrasts=subtract(("token", LABELLED))),
     "related-reminders": related("reminders in words, to where a robot looks", points={"": {}},

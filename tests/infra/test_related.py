@@ -15,8 +15,8 @@ import ensemble
 import finetune
 import related.integrated_gradients as ig
 import vit
-from common import checkpoints, launch
-from related import activations, attndistill, dino, linear_attention, reminders, scenes
+from common import checkpoints
+from related import activations, attndistill, linear_attention, reminders, scenes
 from related.wide_resnet import WideResNet
 from teachers.load import open_model
 
@@ -169,22 +169,6 @@ def test_a_row_is_that_of_the_map_and_interpolated_stays_a_distribution(images):
     assert_close(found[..., 1:], torch.full((1, 1, 9), 4 / 37))
 
 
-def test_each_view_is_pulled_to_what_the_teacher_makes_of_the_other():
-    settings = dino.parse(["--prototypes", "6"])
-    net, views = dino.Dino(make_vit(), settings), torch.randn(4, 2, 12, 12)
-    center = net.center.normal_().clone()
-    both = torch.cat([views[:, :1], views[:, 1:]])
-    with torch.no_grad():  # in training, norms are over the batch
-        theirs, ours = net.teacher(both), net.student(both)
-    p = ((theirs - center) / settings.teacher_temperature).softmax(dim=-1)
-    log_p = (ours / settings.student_temperature).log_softmax(dim=-1)
-    loss, _ = dino.loss(net, views, None, 4)
-    assert_close(loss, -sum(p[(i + 4) % 8] @ log_p[i] for i in range(8)) / 8)
-    assert_close(net.center, 0.9 * center + 0.1 * theirs.mean(dim=0))
-    with pytest.raises(launch.Failed):
-        dino.loss(net, views[:2], None, 4)
-
-
 def test_a_reminder_is_of_the_place_that_is_meant():
     """Read back from what its words say of places and digits."""
     draw, seen = random.Random(0), set()
@@ -222,7 +206,6 @@ def made(tmp_path_factory):
         ("cnn", activations, f"{FEW} --model teacher"),
         ("softmax", finetune, f"{FEW} --data digits --teacher none"),
         ("linear", linear_attention, f"{FEW} --teacher {root}/softmax/model.pt"),
-        ("dino", dino, "--model nano"),
         ("labels", attndistill, "--teacher none"),
     ):
         script.main(script.parse([*SHORT, *argv.split(), "--out", str(root / name)]))
@@ -233,9 +216,9 @@ def made(tmp_path_factory):
 @pytest.mark.parametrize("script, argv", [
     (activations, FEW + " --kd-weight .5 --ema .9 --teacher {}/cnn/model.pt"),
     (ig, FEW + " --kd-weight .5 --at-weight 1 --bank 1 --path 3 --teacher {}/cnn/model.pt"),
-    (linear_attention, FEW + " --teacher {}/softmax/model.pt"), (dino, "--model nano"),
+    (linear_attention, FEW + " --teacher {}/softmax/model.pt"),
     (linear_attention, FEW + " --lora --teacher {}/linear/model.pt"),
-    (attndistill, "--teacher none"), (attndistill, "--patch 4 --teacher {}/dino/model.pt"),
+    (attndistill, "--teacher none"), (attndistill, "--patch 4 --teacher {}/labels/model.pt"),
     (reminders, "--scenes 200"), (reminders, "--scenes 200 --reminder words"),
 ])  # fmt: skip
 def test_a_run_is_resumed_to_the_same_bits(script, argv, made, interrupt):
