@@ -9,7 +9,7 @@ COLOURS = {  # of Okabe and Ito, which colour-blind eyes can tell apart
     "from scratch": "#999999", "attention copy": "#56B4E9",
     "attention distillation": "#0072B2", "fine-tuning": "#D55E00",
 }  # fmt: skip
-SPARE = ("#CC79A7", "#E69F00", "#009E73", "#F0E442")
+SPARE = ("#CC79A7", "#E69F00", "#009E73", "#F0E442", "#000000")
 
 
 def draw_record(table, record: dict, path: Path) -> None:
