@@ -103,6 +103,8 @@ def save(contents: dict | str | Callable, path: Path) -> None:
         os.replace(part, path)
     except (OSError, RuntimeError) as error:
         met = error if isinstance(error, OSError) else error.__context__  # by torch.save
+        if isinstance(met, KeyboardInterrupt):
+            raise met from None
         kept = ": the old file is intact" if path.is_file() else ""
         raise Failed(f"could not write {path} ({met or error}){kept}") from error
     finally:

@@ -1,5 +1,6 @@
 """Runs of the scripts: killed and resumed, on one process and on two, failing without harm."""
 
+import io
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ import attention_distill
 import data
 import finetune
 import train
-from common import runs
+from common import checkpoints, runs
 
 ROOT = Path(__file__).parents[2]
 SHORT = "--teacher random --epochs 6 --num-labels 300 --batch 50 --eval-every 3 --ema 0.9".split()
@@ -192,6 +193,20 @@ def test_a_full_disk_fails_the_run_and_keeps_the_last_checkpoint(tmp_path, faili
     words = "could not write", "No space left", "intact"
     failing(finetune, [*QUICK, "--out", tmp_path], *words, code=1)
     assert (tmp_path / "last.pt").read_bytes() == before[0] and weights(tmp_path)["step"] == 2
+
+
+def test_an_interrupted_save_is_an_interruption_and_spoils_nothing(tmp_path, monkeypatch):
+    class Interrupted(io.FileIO):
+        def write(self, part):
+            if self.tell():  # in the middle: torch.save reports a RuntimeError
+                raise KeyboardInterrupt
+            return super().write(part)
+
+    checkpoints.save({"x": torch.ones(3)}, path := tmp_path / "x.pt")
+    monkeypatch.setattr(checkpoints, "open", lambda path, _: Interrupted(path, "w"), raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.save({"x": torch.zeros(3)}, path)
+    assert [*tmp_path.iterdir()] == [path] and checkpoints.read_file(path)["x"].all()
 
 
 @pytest.mark.slow
