@@ -44,7 +44,7 @@ def compare_maps(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
     return FusedAttentionLoss.apply(ours.q, ours.k, *theirs)
 
 
-def compute_piece(q: Tensor, k: Tensor, q_t: Tensor, k_t: Tensor, bias: Any = None):
+def compute_piece(q: Tensor, k: Tensor, q_t: Tensor, k_t: Tensor, bias: Tensor | None = None):
     """Sums of the cross-entropy and of the teacher's entropy; unscaled d loss / dq, d loss / dk."""
     precise = torch.promote_types(q.dtype, torch.float32)  # bf16 is too coarse for a difference
     theirs = q_t * q_t.shape[-1] ** -0.5 @ k_t.mT

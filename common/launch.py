@@ -19,6 +19,8 @@ def run(main: Callable, parse: Callable) -> None:
     """Runs `main(parse(argv))`. An error is one line, and exit code 2 (input) or 1 (failed run)."""
     if "IPython" not in sys.modules:  # %run in a notebook
         os.environ["MPLBACKEND"] = "Agg"  # pictures are files, also for a notebook's !python
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a class may have any name
     try:
         if "WORLD_SIZE" in os.environ:  # torchrun
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")

@@ -29,9 +29,10 @@ class Clock:
         return time.perf_counter() - self.saved
 
     def passed_a_minute(self) -> bool:
-        """True once a minute."""
-        passed = time.perf_counter() - self.ticked > 60
-        self.ticked += 60 * passed
+        """True once a minute, and once after a longer pause."""
+        now = time.perf_counter()
+        passed = now - self.ticked > 60
+        self.ticked = now if passed else self.ticked
         return passed
 
     def left(self, step: int) -> str:

@@ -55,8 +55,7 @@ def learn(script, images: Tensor, *argv: str) -> Iterator[tuple[int, Tensor, flo
     dataset = data.load(settings)
     task = script.task(settings, dataset, find_teacher(settings, dataset))
     source, net = dataset.train, task.net
-    per_epoch = len(source) // source.batch
-    steps, peak = settings.epochs * per_epoch, settings.blr * source.batch / 256
+    steps, peak = settings.epochs * source.steps, settings.blr * source.batch / 256
     warmup = round(settings.warmup * steps)
     learner = train.Learner(task, settings)
     net.train()

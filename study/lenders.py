@@ -95,8 +95,9 @@ def choose_lender(teacher: ViT, dataset: data.Data, settings):
         if settings.maps == "other":
             return OtherImages(teacher, bank)
         return FixedMaps(average_maps(teacher, bank))
-    if settings.maps in ("uniform", "centre"):
-        make = make_uniform_map if settings.maps == "uniform" else make_centre_map
-        return FixedMaps([make(teacher)] * len(teacher.blocks))
+    if settings.maps == "uniform":
+        return FixedMaps([make_uniform_map(teacher)] * len(teacher.blocks))
+    if settings.maps == "centre":
+        return FixedMaps([make_centre_map(teacher)] * len(teacher.blocks))
     torch.manual_seed(settings.seed)
     return FixedMaps([draw_impulse_map(teacher) for _ in teacher.blocks])
