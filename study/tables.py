@@ -66,15 +66,15 @@ PHOTO_SCENES = SCENES._replace(
 )  # fmt: skip
 PHOTO_STEPS = STEPS._replace(base=dict(PHOTO_SCENES.base), rates=(5e-4, *RATES[:5]))
 PHOTOGRAPHS = Study(  # with a public teacher, which has learned these classes
-    rows=rows.ROWS,
+    rows=rows.ROWS | {"beside": rows.beside(tuned_as=DISTILLATION)},
     base={"data": "folder", "image_size": 96, "patch": 16, "model": "tiny", "num_labels": 2000}
-    | {"epochs": 30, "batch": 64, "crop_area": 0.3, "positions": "sincos"},
+    | {"epochs": 30, "batch": 64, "crop_area": 0.3, "positions": "sincos", "amp": "bf16"},
     published="deit_tiny_patch16_224.fb_in1k",
-    seeds=(100,), rates=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2), decays=(0.05,),
+    seeds=(100,), rates=(5e-5, 2e-4, 8e-4, 3e-3, 1.2e-2), decays=(0.05,),
     own={SCRATCH: ("drop_path", (0.1,)), TUNED: ("layer_decay", (0.75,))}
     | dict.fromkeys((COPY, MEAN), ("layers", ("all",)))
-    | dict.fromkeys((DISTILLATION, "beside"), ("layers", ("75%",)))
-    | dict.fromkeys(rows.PROBE, ("lr", (1e-3, 3e-2))),
+    | {DISTILLATION: ("layers", ("75%",))}
+    | dict.fromkeys(rows.PROBE, ("lr", (8e-4, 5e-2, 0.2))),
 )  # fmt: skip
 AUGREG = PHOTOGRAPHS._replace(published="vit_tiny_patch16_224.augreg_in21k_ft_in1k")
 
@@ -244,10 +244,10 @@ TABLES = {
     "scenes-steps-photos": scenes("pointer among photographs, 620 and 6,200 steps", seeds=5,
         study=PHOTO_STEPS, points=PHOTO_STEPS_AT, rows=(SCRATCH, COPY)),
     "photos-tuning": public("settings with a public teacher (10 epochs)", tunes=True,
-        points={ON_PHOTOGRAPHS: {"epochs": 10}}, rows=(*ENDS, *rows.PROBE, "beside")),
+        points={ON_PHOTOGRAPHS: {"epochs": 10}}, rows=(*ENDS, *rows.PROBE)),
     "photos-deit": public("DeiT-Ti's maps, 2,000 photographs", points={ON_PHOTOGRAPHS: {}},
-        rows=(*ENDS, *rows.PROBE, "copy, other maps", "copy, uniform maps", "copy, random teacher",
-        "distillation, mean maps", "copy, layers :4", "copy, layers :8", "beside"),
+        rows=(*ENDS, *rows.PROBE, "copy, other maps", "copy, random teacher", "beside",
+        "copy, uniform maps", "distillation, mean maps", "copy, layers :4", "copy, layers :8"),
         contrasts=OF_GAIN | subtract(("beside", DISTILLATION))),
     "photos-deit-long": public("three times as long", rows=(SCRATCH, COPY),
         points={f"{ON_PHOTOGRAPHS}, 90 epochs": {"epochs": 90}}),
