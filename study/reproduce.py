@@ -4,8 +4,9 @@
     python -m study.reproduce related        all whose names begin with it
 
 Writes study/results/TABLE.json and a picture. Killed at any moment, the same
-command resumes. Runs that several tables share are made once. What was expected
-of each table before it was run, and what was found: study/LOG.md.
+command resumes; where the runs are lost, --extend adds seeds to the record.
+Runs that several tables share are made once. What was expected of each table
+before it was run, and what was found: study/LOG.md.
 """
 
 import json
@@ -14,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common import launch
+from common.runs import hash_settings
 from common.settings import Base, parse_settings, setting
 from study import tune
 from study.engine import Planner, Runs, Table, estimate_accuracies
-from study.jobs import Runner
-from study.report import RESULTS, TABLES, format_record, write_record
+from study.jobs import Job, Runner
+from study.report import RESULTS, TABLES, format_record, join_records, write_record
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Settings(Base):
     runs: str = setting("runs/reproduce", "folder of the runs")
     extra: str = setting("", "more arguments for every training: '--device cpu'")
     seeds: int = setting(0, "runs of each row, each with its own seed [the table's]", low=1)
+    extend: bool = setting(False, "train only the seeds that the record lacks, and add them")
     results: str = setting("study/results", "folder of the records, those of tuning too")
 
 
@@ -48,8 +51,8 @@ def list_tables() -> str:
     return text
 
 
-def train(table: Table, planner: Planner, tuned: tune.Tuned, runner: Runner, seeds) -> Runs:
-    """The finished runs of a table. Those that are missing are trained now."""
+def plan(table: Table, planner: Planner, tuned: tune.Tuned, seeds) -> tuple[dict[str, Job], Runs]:
+    """All jobs of a table, and those of them that are its runs."""
     jobs, found = {}, {}
     for point, flags in table.points.items():
         rows, count = table.fewer.get(point, (table.rows, len(seeds)))
@@ -62,8 +65,7 @@ def train(table: Table, planner: Planner, tuned: tune.Tuned, runner: Runner, see
                 for name, job in planned.items():
                     if jobs.setdefault(name, job) != job:  # one would be taken for the other
                         raise ValueError(f"two different runs are called '{name}'")
-    runner.run(jobs)
-    return found
+    return jobs, found
 
 
 def main(settings: Settings) -> None:
@@ -79,6 +81,9 @@ def main(settings: Settings) -> None:
             extra += ("--data-dir", settings.data_dir)
         planner = Planner(table.study, Path(settings.runs) / images, extra)
         tuned = tune.read_tuning(table.study, TABLES, results)
+        path = results / f"{name}.json"
+        extends = settings.extend and not table.tunes
+        old = json.loads(path.read_text()) if extends else {"seeds": []}
         if table.tunes:
             found = {"points": tune.tune(table, planner, tuned, runner)}
             seeds, measure = list(table.study.seeds), "validation top-1, %"
@@ -86,14 +91,21 @@ def main(settings: Settings) -> None:
             count, measure = settings.seeds or table.seeds, "test top-1, %"
             if count > table.seeds:  # fixed beforehand, so that none is added after a look
                 raise ValueError(f"--seeds {count}: {name} has {table.seeds} seeds")
-            seeds = list(range(table.first, table.first + count))
-            trained = train(table, planner, tuned, runner, seeds)
-            found = (table.find or estimate_accuracies)(table, trained)
+            jobs, _ = plan(table, planner, tuned, [table.first])
+            used = hash_settings({name: job.out.name for name, job in jobs.items()})
+            if extends and (table.find or table.fewer or old.get("settings") != used):
+                raise ValueError(f"--extend: {path} has other settings, or more than accuracies")
+            seeds = sorted({*range(table.first, table.first + count)} - {*old["seeds"]})
+            jobs, trained = plan(table, planner, tuned, seeds)
+            runner.run(jobs)
+            found = {"settings": used} | (table.find or estimate_accuracies)(table, trained)
         found = {"seeds": seeds, "measure": measure} | found
-        path = results / f"{name}.json"
-        write_record(runner.record(name, settings.extra, found), table, path)
+        record = runner.record(name, settings.extra, found)
+        if extends:
+            record = join_records(old, record, table)
+        write_record(record, table, path)
         if not table.tunes:
-            print(format_record(found))
+            print(format_record(record))
         print(f"\nwrote {path}")
 
 

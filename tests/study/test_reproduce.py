@@ -6,7 +6,6 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -89,7 +88,10 @@ def test_settings_are_chosen_by_validation_and_a_table_is_what_its_runs_found(
         scores = [np.mean(trial["validation"]) for trial in found["tried"]]
         assert found["chosen"] == found["tried"][int(np.argmax(scores))]["flags"], row
 
-    (table,) = reproduce_all(places, "tested")
+    reproduce_all([*places, "--seeds", "1"], "tested")
+    with pytest.raises(ValueError, match="other settings"):
+        reproduce_all([*places, "--extend", "--extra=--epochs 2 --device cpu"], "tested")
+    (table,) = reproduce_all([*places, "--extend"], "tested")
     assert len(ran) == len(set(ran))
     correct = {row: [] for row in MAIN}
     for row, found in correct.items():
@@ -162,10 +164,10 @@ RECORDED = [name for name in reproduce.TABLES if (KEPT / f"{name}.json").exists(
 
 @pytest.mark.parametrize("name", [n for n in RECORDED if not reproduce.TABLES[n].tunes])
 def test_runs_that_differ_lie_in_folders_of_their_own(name):
-    table, runner = reproduce.TABLES[name], SimpleNamespace(run=lambda _: None)
+    table = reproduce.TABLES[name]
     planner = Planner(table.study, Path("runs"))
     tuned = tune.read_tuning(table.study, reproduce.TABLES, KEPT)
-    planned, asked = reproduce.train(table, planner, tuned, runner, [1, 2]), {}
+    (_, planned), asked = reproduce.plan(table, planner, tuned, [1, 2]), {}
     for job in (job for of_rows in planned.values() for row in of_rows.values() for job in row):
         assert asked.setdefault(job.out, job) == job
         job.get_settings()
