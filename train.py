@@ -82,7 +82,7 @@ def train(task: Task, settings: Settings, out: Path, test: Callable | None) -> d
                 runs.check_finite(learner.sums)
                 row = {"epoch": learner.done / per_epoch} | learner.get_means(within)
                 show_row(row, epochs, clock.left(learner.done))
-            if within and clock.unsaved() > settings.save_every:
+            if within and clock.since(clock.saved) > settings.save_every:
                 learner.save(out, rows, run, clock)
 
         learner.average_over_ranks()
@@ -98,7 +98,7 @@ def train(task: Task, settings: Settings, out: Path, test: Callable | None) -> d
         if last or (epoch + 1) % max(1, epochs // 10) == 0:
             show_row(row, epochs, clock.left(learner.done))
         runs.write_rows(out, [row], "a")
-        short = epoch > 10 and clock.unsaved() < 1  # seconds; saving takes as long as a step
+        short = epoch > 10 and clock.since(clock.saved) < 1  # seconds: saving takes as long
         if last or not short:
             learner.save(out, rows, run, clock)
     return finish(task, learner, rows, out, test)

@@ -1,9 +1,7 @@
 """A plain Vision Transformer whose attention can be observed and replaced.
 
-    for x, qk in vit.blockwise(images): ...    # each block's tokens, and its queries and keys
-    logits = vit(images, given=theirs)         # attend with another ViT's queries and keys
-
-Pre-norm blocks, a head on the mean of the patches (He et al. 2022, appendix A.1), timm's names.
+`for x, qk in vit.blockwise(images)` gives each block's tokens, and its queries and keys.
+`vit(images, given=theirs)` attends with another ViT's queries and keys.
 """
 
 from collections import OrderedDict
@@ -36,9 +34,7 @@ class Config:
         return self.image_size // self.patch
 
 
-class QK(NamedTuple):
-    """Queries and keys decide where a block looks: map = softmax(q @ k.mT / sqrt(d) + bias)."""
-
+class QK(NamedTuple):  # where a block looks: map = softmax(q @ k.mT / sqrt(d) + bias)
     q: Tensor  # (B, H, N, d)
     k: Tensor  # (B, H, N, d)
     bias: Tensor | None = None  # broadcasts to (B, H, N, N)
@@ -64,9 +60,7 @@ def attend(qk: QK, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(qk.q, qk.k, v, qk.bias)
 
 
-class QKV(nn.Linear):
-    """Queries, keys and values of tokens. `rows`: compute only these of the outputs."""
-
+class QKV(nn.Linear):  # queries, keys, values of tokens (B, N, D), or some `rows` of these alone
     def forward(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
         return F.linear(x, self.weight[rows], self.bias[rows])
 
@@ -78,12 +72,10 @@ class Attention(nn.Module):  # tokens (B, N, D) to tokens, and the QK they atten
         self.qkv = QKV(config.dim, 3 * config.dim)
         self.proj = nn.Linear(config.dim, config.dim)
 
-    def project(self, x: Tensor, rows: slice = slice(None)) -> Tensor:  # q, k, v: each (B, H, N, d)
-        y = self.qkv(x, rows)  # a LoRA or an adapter in its place takes rows, too
+    def project(self, x: Tensor, asked: str = "qkv") -> Tensor:  # each of them (B, H, N, d)
+        rows = {"qkv": slice(None), "qk": slice(2 * self.dim), "v": slice(2 * self.dim, None)}
+        y = self.qkv(x, rows[asked])  # a LoRA or an adapter in its place takes rows, too
         return rearrange(y, "b n (p h d) -> p b h n d", h=self.heads, d=self.dim // self.heads)
-
-    def project_values(self, x: Tensor) -> Tensor:
-        return self.project(x, slice(2 * self.dim, None))[0]
 
     def queries_keys(self, q: Tensor, k: Tensor) -> QK:
         return QK(q, k)  # families (teachers/vit.py) add rope here
@@ -93,7 +85,7 @@ class Attention(nn.Module):  # tokens (B, N, D) to tokens, and the QK they atten
             q, k, v = self.project(x)
             qk = self.queries_keys(q, k)
         else:  # attention copy
-            qk, v = given, self.project_values(x)
+            qk, (v,) = given, self.project(x, "v")
         return self.proj(rearrange(attend(qk, v), "b h n d -> b n (h d)")), qk
 
 
@@ -104,7 +96,7 @@ class Mlp(nn.Sequential):  # (B, N, D) to (B, N, D)
         super().__init__(OrderedDict(fc1=fc1, act=nn.GELU(), fc2=fc2))
 
 
-class Block(nn.Module):
+class Block(nn.Module):  # pre-norm
     def __init__(self, config: Config, attention=Attention, mlp=Mlp):
         super().__init__()
         self.norm1 = nn.LayerNorm(config.dim, eps=config.eps)
@@ -118,7 +110,7 @@ class Block(nn.Module):
         return x + keep[1] * self.mlp(self.norm2(x)), qk
 
 
-class ViT(nn.Module):  # pixels in 0..1 (B, C, H, W) to logits (B, classes)
+class ViT(nn.Module):  # pixels in 0..1 (B, C, H, W) to logits (B, classes); timm's names
     block = Block  # families of public ViTs have others: teachers/vit.py
 
     def __init__(self, config: Config, drop_path: float = 0.0):  # its rate in the last block
@@ -153,8 +145,7 @@ class ViT(nn.Module):  # pixels in 0..1 (B, C, H, W) to logits (B, classes)
         return torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1), x], 1)
 
     def blockwise(self, images, given=None, keep=None):
-        """Yields each block's tokens (B, N, D), and the queries and keys it attended with. `given`
-        lists what every block attends with: another net's QK, or None for its own."""
+        """Each block's tokens (B, N, D), and its QK. `given`: what each attends with [its own]."""
         x = self.embed(images)
         given = [None] * len(self.blocks) if given is None else given
         keep = self.draw_drop_path(len(x)) if keep is None else keep
@@ -170,7 +161,7 @@ class ViT(nn.Module):  # pixels in 0..1 (B, C, H, W) to logits (B, classes)
     def forward(self, images: Tensor, given=None, keep=None) -> Tensor:
         return self.classify(self.forward_features(images, given, keep))
 
-    def classify(self, x: Tensor) -> Tensor:
+    def classify(self, x: Tensor) -> Tensor:  # by the mean of the patches (MAE's appendix A.1)
         return self.head(self.fc_norm(x[:, self.config.num_prefix_tokens :].mean(dim=1)))
 
     def lend(self, images: Tensor, layers, keep=None):
@@ -180,7 +171,7 @@ class ViT(nn.Module):  # pixels in 0..1 (B, C, H, W) to logits (B, classes)
             x, qk = block(x, None, (1, 1) if keep is None else keep[i])
             yield qk if i in layers else None
         attn, x = self.blocks[last].attn, self.blocks[last].norm1(x)
-        yield attn.queries_keys(*attn.project(x, slice(0, 2 * attn.dim)))  # no more is needed
+        yield attn.queries_keys(*attn.project(x, "qk"))  # no more is needed
         yield from [None] * (len(self.blocks) - last - 1)
 
     def draw_drop_path(self, batch: int):

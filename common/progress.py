@@ -10,8 +10,8 @@ import torch
 from common.hardware import choose_precision
 from common.launch import device_name, print0, world
 
-# In the log, beside the loss and what a method watches.
-NOT_SHOWN = "epoch gradient_norm lr images_per_s seconds val_top1 val_top1_ema test_top1".split()
+# In the log, but not on the line of an epoch.
+NOT_SHOWN = "epoch loss gradient_norm lr images_per_s seconds val_top1 val_top1_ema".split()
 
 
 class Clock:
@@ -22,26 +22,22 @@ class Clock:
         self.before, self.evaluation = seconds, 0.0  # `before` this process, which began at `first`
         self.began = self.saved = self.ticked = time.perf_counter()
 
-    def elapsed(self) -> float:
-        return time.perf_counter() - self.began
-
-    def unsaved(self) -> float:
-        return time.perf_counter() - self.saved
+    def since(self, then: float) -> float:
+        return time.perf_counter() - then
 
     def passed_a_minute(self) -> bool:
         """True once a minute, and once after a longer pause."""
-        now = time.perf_counter()
-        passed = now - self.ticked > 60
-        self.ticked = now if passed else self.ticked
+        if passed := self.since(self.ticked) > 60:
+            self.ticked = time.perf_counter()
         return passed
 
     def left(self, step: int) -> str:
-        seconds = self.elapsed() / max(1, step - self.first) * (self.steps - step)
+        seconds = self.since(self.began) / max(1, step - self.first) * (self.steps - step)
         return str(timedelta(seconds=round(seconds))).removeprefix("0:")
 
     def row(self, step: int) -> dict[str, float]:
-        speed = max(1, step - self.first) * self.batch / (self.elapsed() - self.evaluation)
-        total = self.before + self.elapsed()  # the speed is that of training alone
+        speed = max(1, step - self.first) * self.batch / (self.since(self.began) - self.evaluation)
+        total = self.before + self.since(self.began)  # the speed is that of training alone
         return {"images_per_s": round(speed, 1), "seconds": round(total, 2)}
 
 
@@ -77,8 +73,7 @@ def introduce(task, settings, out: Path, micro_batch: int, rate: float) -> None:
 
 def show_row(row: dict, epochs: int, left: str) -> None:
     """The terms that the method watches, or its loss; accuracy, and the time left."""
-    terms = {k: v for k, v in row.items() if k not in NOT_SHOWN}
-    terms = {k: v for k, v in terms.items() if k != "loss"} or terms
+    terms = {k: v for k, v in row.items() if k not in NOT_SHOWN} or {"loss": row["loss"]}
     words = [f"epoch {row['epoch']:>3.4g}/{epochs}", *(f"{k} {v:#.3g}" for k, v in terms.items())]
     if "val_top1" in row:
         average = " (EMA)" if "val_top1_ema" in row else ""

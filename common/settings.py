@@ -101,8 +101,7 @@ def parse_settings(doc: str, cls: type, recipes: Recipes | Callable, argv: Seque
         in_front = "".join(f"{name.upper()} ... " for name in words)
         parser.usage = f"%(prog)s {in_front}[--NAME VALUE ...]"
         if recipe:
-            parser.epilog = f"Defaults in [brackets] are those of --data {data}. "
-            parser.epilog += "Others: --data NAME --help."
+            parser.epilog = f"[Defaults] are those of --data {data}. Others: --data NAME --help."
         parser.print_help()
         parser.exit()
     for name in words:

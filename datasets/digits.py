@@ -29,8 +29,7 @@ def load(settings, kind, size: int, device) -> Parts:
     if size != kind.image_size:
         raise ValueError(f"--image-size {size}: --data digits has {kind.image_size}")
     split = read_parts(device)
-    pool, _ = split["train"]  # all distractors are cut from these
-    augment = partial(clutter, pool=pool, distractors=settings.distractors)
+    augment = partial(clutter, pool=split["train"][0], distractors=settings.distractors)
     kinds = parse_layers(settings.classes, 10, "classes")
     parts = []
     for name, (images, labels) in split.items():

@@ -111,10 +111,7 @@ class Files(Dataset):
         return self.subset(good)
 
     def hold(self, centred: bool = False) -> "Files | Tensors":
-        """Decodes all images now, if they fit in memory: to Tensors if all have the final size.
-
-        `centred`: cropped as evaluation sees them.
-        """
+        """All images, decoded now if they fit in memory: Tensors if all have the final size."""
         if len(self) * 3 * self.size**2 > HELD:
             return self
         images, left = list[Tensor](), HELD

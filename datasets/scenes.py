@@ -3,13 +3,10 @@
     --scene pointer    a bright square in the centre cell points to another cell
     --scene twins      pairs of one class each; the images of one pair are equal
 
-The label is the class in the cell pointed to, or of the twins. `--label cell` makes it the cell,
-of twins one of the two.
+The label is the class in the cell pointed to, or of the twins. With `--label cell` it is a cell.
 `--dial 0.5`: half of the pointers are turned to the first cell, and the rest point anywhere.
 `--classes`: which the cells show. `--image-size`: a larger image has more cells of that size.
 Pixels have noise, in training anew at every step.
-
-Scenes are made so that looking matters. They are a microscope, not a benchmark.
 """
 
 import math

@@ -133,7 +133,7 @@ def transfer_loss(student: ViT, images, labels, teacher: ViT):
     """Squared error of each layer's output, after softmax attention in all layers before."""
     x, losses = teacher.embed(images), []
     for block, ours in zip(teacher.blocks, student.blocks, strict=True):
-        v = block.attn.project_values(block.norm1(x))
+        (v,) = block.attn.project(block.norm1(x), "v")
         x, qk = block(x)
         error = (ours.attn.attend(qk, v) - attend(qk, v)).square()  # (B, H, N, d)
         losses.append(error.sum(dim=2).mean())  # summed over tokens: equation 6
