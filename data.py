@@ -1,6 +1,6 @@
 """Images in, batches of pixels in 0..1 out: scenes, digits, CIFAR, ImageNet or a folder.
 
-    --data scenes      bundled: digits in a grid; where to look depends (datasets/scenes.py)
+    --data scenes      bundled: digits in a grid; where to look differs (datasets/scenes.py)
     --data digits      bundled: a handwritten digit on a cluttered canvas (datasets/digits.py)
     --data cifar10     downloaded to --data-dir, or image folders found there; also cifar100
     --data imagenet    --data-dir/train/CLASS/* and --data-dir/val/CLASS/*

@@ -2,7 +2,7 @@
 
 Copy, distillation and fine-tuning can be compared because everything else is the same code. One
 process or many (`torchrun`), CPU, CUDA or MPS, float32 or mixed precision. A run killed at any
-moment continues with --resume. What it leaves in --out: common/runs.py.
+moment continues with --resume. What it leaves in --out: USAGE.md.
 """
 
 import contextlib
@@ -98,7 +98,7 @@ def train(task: Task, settings: Settings, out: Path, test: Callable | None) -> d
         if last or (epoch + 1) % max(1, epochs // 10) == 0:
             show_row(row, epochs, clock.left(learner.done))
         runs.write_rows(out, [row], "a")
-        short = epoch > 10 and clock.since(clock.saved) < 1  # seconds: saving takes as long
+        short = epoch > 10 and clock.since(clock.saved) < 1  # saved just now; saving takes time
         if last or not short:
             learner.save(out, rows, run, clock)
     return finish(task, learner, rows, out, test)

@@ -1,7 +1,7 @@
 """A plain Vision Transformer whose attention can be observed and replaced.
 
-`for x, qk in vit.blockwise(images)` gives each block's tokens, and its queries and keys.
-`vit(images, given=theirs)` attends with another ViT's queries and keys.
+`for x, qk in net.blockwise(images)` gives each block's tokens, and its queries and keys.
+`net(images, given=teacher.lend(images, layers))` attends with a teacher's queries and keys.
 """
 
 from collections import OrderedDict
@@ -54,13 +54,13 @@ class QK(NamedTuple):  # where a block looks: map = softmax(q @ k.mT / sqrt(d) +
 
 def attend(qk: QK, v: Tensor) -> Tensor:
     """map @ v: what each query finds, (B, H, N, d). The fused kernel never stores the map."""
-    lent = v.requires_grad and not qk.q.requires_grad  # its unused gradients would be computed
-    if v.is_cpu and (lent or v.dtype is torch.bfloat16):  # here the plain form is faster
+    frozen = v.requires_grad and not qk.q.requires_grad  # the kernel would compute its gradients
+    if v.is_cpu and (frozen or v.dtype is torch.bfloat16):  # here the plain form is faster
         return qk.map() @ v
     return F.scaled_dot_product_attention(qk.q, qk.k, v, qk.bias)
 
 
-class QKV(nn.Linear):  # queries, keys, values of tokens (B, N, D), or some `rows` of these alone
+class QKV(nn.Linear):  # tokens (B, N, D) to q, k, v (B, N, 3 D), or to `rows` of the weight alone
     def forward(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
         return F.linear(x, self.weight[rows], self.bias[rows])
 
@@ -72,9 +72,9 @@ class Attention(nn.Module):  # tokens (B, N, D) to tokens, and the QK they atten
         self.qkv = QKV(config.dim, 3 * config.dim)
         self.proj = nn.Linear(config.dim, config.dim)
 
-    def project(self, x: Tensor, asked: str = "qkv") -> Tensor:  # each of them (B, H, N, d)
+    def project(self, x: Tensor, asked: str = "qkv") -> Tensor:  # (3, B, H, N, d), or fewer
         rows = {"qkv": slice(None), "qk": slice(2 * self.dim), "v": slice(2 * self.dim, None)}
-        y = self.qkv(x, rows[asked])  # a LoRA or an adapter in its place takes rows, too
+        y = self.qkv(x, rows[asked])  # what replaces it must take rows, too
         return rearrange(y, "b n (p h d) -> p b h n d", h=self.heads, d=self.dim // self.heads)
 
     def queries_keys(self, q: Tensor, k: Tensor) -> QK:
@@ -110,7 +110,7 @@ class Block(nn.Module):  # pre-norm
         return x + keep[1] * self.mlp(self.norm2(x)), qk
 
 
-class ViT(nn.Module):  # pixels in 0..1 (B, C, H, W) to logits (B, classes); timm's names
+class ViT(nn.Module):  # pixels in 0..1 (B, C, H, W) to logits (B, classes), named as in timm
     block = Block  # families of public ViTs have others: teachers/vit.py
 
     def __init__(self, config: Config, drop_path: float = 0.0):  # its rate in the last block
@@ -132,9 +132,9 @@ class ViT(nn.Module):  # pixels in 0..1 (B, C, H, W) to logits (B, classes); tim
         self.pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, tokens, dim), std=0.02))
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        size = self.config.image_size
-        if pixels.shape[1:] != (self.config.channels, size, size):
-            raise ValueError(f"this ViT takes images of {self.config.channels} x {size} x {size}")
+        channels, size = self.config.channels, self.config.image_size
+        if pixels.shape[1:] != (channels, size, size) or not pixels.is_floating_point():
+            raise ValueError(f"this ViT takes pixels in 0..1, {channels} x {size} x {size}")
         return (pixels - self.mean) / self.std
 
     def embed_patches(self, images: Tensor) -> Tensor:
@@ -145,7 +145,7 @@ class ViT(nn.Module):  # pixels in 0..1 (B, C, H, W) to logits (B, classes); tim
         return torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1), x], 1)
 
     def blockwise(self, images, given=None, keep=None):
-        """Each block's tokens (B, N, D), and its QK. `given`: what each attends with [its own]."""
+        """Each block's tokens (B, N, D) and QK. `given`: for each a QK, or None for its own."""
         x = self.embed(images)
         given = [None] * len(self.blocks) if given is None else given
         keep = self.draw_drop_path(len(x)) if keep is None else keep
@@ -161,7 +161,7 @@ class ViT(nn.Module):  # pixels in 0..1 (B, C, H, W) to logits (B, classes); tim
     def forward(self, images: Tensor, given=None, keep=None) -> Tensor:
         return self.classify(self.forward_features(images, given, keep))
 
-    def classify(self, x: Tensor) -> Tensor:  # by the mean of the patches (MAE's appendix A.1)
+    def classify(self, x: Tensor) -> Tensor:  # as in MAE (He et al. 2022, appendix A.1)
         return self.head(self.fc_norm(x[:, self.config.num_prefix_tokens :].mean(dim=1)))
 
     def lend(self, images: Tensor, layers, keep=None):

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 class FusedAttentionLoss(torch.autograd.Function):
@@ -32,6 +33,7 @@ class FusedAttentionLoss(torch.autograd.Function):
         return sum(losses) / ctx.rows, entropy
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, upstream: Tensor, _):
         dq, dk = ctx.saved_tensors
         scale = upstream * dq.shape[-1] ** -0.5 / ctx.rows

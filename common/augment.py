@@ -50,7 +50,7 @@ class Augment:
     """Crop, flip, RandAugment and random erasing of pixels, as a recipe has them.
 
     `kind`: has their mean and std. Gaps have the mean's colour, and erased boxes are noise of both.
-    `cropped`: images.random_crop did the first three, one by one. The distribution is the same.
+    `cropped`: images.random_crop did the first three, one by one.
     """
 
     def __init__(self, settings, kind, device, cropped: bool = False):

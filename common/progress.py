@@ -37,7 +37,7 @@ class Clock:
 
     def row(self, step: int) -> dict[str, float]:
         speed = max(1, step - self.first) * self.batch / (self.since(self.began) - self.evaluation)
-        total = self.before + self.since(self.began)  # the speed is that of training alone
+        total = self.before + self.since(self.began)
         return {"images_per_s": round(speed, 1), "seconds": round(total, 2)}
 
 

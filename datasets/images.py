@@ -92,7 +92,7 @@ class Files(Dataset):
     def subset(self, indices: Sequence[int]) -> "Files":
         paths, names = [self.paths[i] for i in indices], [self.names[i] for i in indices]
         labels, contents = self.labels[indices], self.contents[indices]
-        return replace(self, paths=paths, names=names, labels=labels, contents=contents)
+        return replace(self, paths=paths, names=names, labels=labels, contents=contents, held=None)
 
     def look_through(self) -> "Files":
         """Those that can be read, with hashes of their contents. A note names one of the others."""
@@ -111,7 +111,7 @@ class Files(Dataset):
         return self.subset(good)
 
     def hold(self, centred: bool = False) -> "Files | Tensors":
-        """All images, decoded now if they fit in memory: Tensors if all have the final size."""
+        """Decoded now if they fit in memory, as Tensors if of one size. `centred`: to evaluate."""
         if len(self) * 3 * self.size**2 > HELD:
             return self
         images, left = list[Tensor](), HELD

@@ -3,7 +3,7 @@
     --scene pointer    a bright square in the centre cell points to another cell
     --scene twins      pairs of one class each; the images of one pair are equal
 
-The label is the class in the cell pointed to, or of the twins. With `--label cell` it is a cell.
+The label is the class in the cell pointed to, or of the twins. `--label cell`: that cell or a twin.
 `--dial 0.5`: half of the pointers are turned to the first cell, and the rest point anywhere.
 `--classes`: which the cells show. `--image-size`: a larger image has more cells of that size.
 Pixels have noise, in training anew at every step.
@@ -35,6 +35,8 @@ def load(settings, kind, size: int, device) -> Parts:
 
         photos = replace(settings, data=settings.data.removeprefix("scenes-"))
         found = cifar.load(photos, kind._replace(image_size=32), 32, device)
+        if found.val or not found.test:
+            raise ValueError(f"--data {settings.data}: its folder has train/ and test/ alone")
         held = [source.hold(centred=True) for source in hold_out(found, 0.1)]
         names, pools = found.classes, [(F.avg_pool2d(x.images / 255, 4), x.labels) for x in held]
     kinds = parse_layers(settings.classes, len(names), "classes")

@@ -28,9 +28,7 @@ def check_choices(settings, module: str) -> None:
             raise ValueError(f"--{name.replace('_', '-')}: this data set has its own augmentation")
 
 
-class Parts(NamedTuple):
-    """Images in three parts, and how those of the first are augmented."""
-
+class Parts(NamedTuple):  # images in three parts, and how those of the first are augmented
     classes: list[str]
     train: Any  # Tensors or images.Files
     val: Any = None

@@ -122,10 +122,11 @@ def test_other_loans_and_images_of_another_size_are_refused():
     for wrong in (spent, [None] * 2, [None] * 4):
         with pytest.raises(ValueError, match="zip"):
             net(images, given=wrong)
-    for size in ((40, 40), (32, 40), (16, 64)):  # the last has 16 patches too
+    others = [torch.randn(2, 3, *size) for size in ((40, 40), (32, 40), (16, 64))]  # 16 patches too
+    for wrong in (*others, torch.ones(2, 3, 32, 32, dtype=torch.uint8)):
         for call in (net, lambda x: next(net.lend(x, [0]))):
-            with pytest.raises(ValueError, match="images of 3 x 32 x 32"):
-                call(torch.randn(2, 3, *size))
+            with pytest.raises(ValueError, match="in 0..1, 3 x 32 x 32"):
+                call(wrong)
 
 
 def test_drop_path_drops_whole_branches_of_single_images_and_is_unbiased():
