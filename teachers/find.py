@@ -31,6 +31,8 @@ def find_teacher(settings: Settings, dataset: Data) -> Checkpoint | None:
     if source == "random" and not transfers:
         raise ValueError("--teacher random lends maps, not weights: from scratch is --teacher none")
     if source in ("none", "random"):
+        if settings.normalization:
+            raise ValueError("--normalization is that of a teacher's file: here is none")
         return None
     asked = make_config(settings, dataset)
     if source == "mae" or (source, settings.data) == ("auto", "imagenet"):
