@@ -36,7 +36,7 @@ def load(settings, kind, size: int, device) -> Parts:
         photos = replace(settings, data=settings.data.removeprefix("scenes-"))
         found = cifar.load(photos, kind._replace(image_size=32), 32, device)
         if found.val or not found.test:
-            raise ValueError(f"--data {settings.data}: its folder has train/ and test/ alone")
+            raise ValueError(f"--data {settings.data}: --data-dir takes train/ and val/, no more")
         held = [source.hold(centred=True) for source in hold_out(found, 0.1)]
         names, pools = found.classes, [(F.avg_pool2d(x.images / 255, 4), x.labels) for x in held]
     kinds = parse_layers(settings.classes, len(names), "classes")
