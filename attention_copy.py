@@ -42,7 +42,6 @@ RECIPES = merge_recipes(
         epochs=100, warmup=0.05, blr=1e-3, final_lr=0.25, weight_decay=0.05, beta2=0.999,
         layer_decay=0.75, drop_path=0.0,
     ),
-    folder=dict(blr=8e-4),  # photos-tuning
 )  # fmt: skip
 parse = partial(parse_settings, __doc__, Settings, RECIPES)
 

@@ -45,7 +45,7 @@ RECIPES = merge_recipes(
     cifar=dict(epochs=25, blr=1.024e-2, layers="84%"),  # 67.4 (cifar10-fair)
     cifar_gpu=dict(epochs=100, blr=5e-4, weight_decay=0.05),  # not measured
     imagenet=dict(epochs=200, blr=1e-4, weight_decay=0.3),  # 85.7 in the paper, not run here
-    folder=dict(blr=8e-4),  # photos-tuning
+    folder=dict(blr=3.2e-3),  # photos-tuning
 )
 parse = partial(parse_settings, __doc__, Settings, RECIPES)
 

@@ -43,7 +43,7 @@ RECIPES = merge_recipes(
         epochs=50, batch=1024, blr=1e-3, final_lr=2.5e-4, weight_decay=0.05, beta2=0.999,
         layer_decay=0.75, ema=0.0,
     ),
-    folder=dict(layer_decay=0.75),
+    folder=dict(blr=3.2e-3, layer_decay=0.75),  # photos-tuning
 )  # fmt: skip
 
 

@@ -133,6 +133,6 @@ RECIPES: Recipes = {  # training from scratch; each method changes what differs
                      ema=0.9999, crop_area=0.08, randaugment=9, **PHOTOS),
     # The rate is tuned on 2,000 photographs of 96 pixels (photos-tuning), the rest is not:
     "folder": dict(model="mini", patch=16, drop_path=0.1, epochs=100, warmup=0.05, batch=0,
-                   blr=3.2e-3, final_lr=1e-3, clip=1.0, ema=0.999, eval_every=5, crop_area=0.3,
+                   blr=8e-4, final_lr=1e-3, clip=1.0, ema=0.999, eval_every=5, crop_area=0.3,
                    **PHOTOS),
 }  # fmt: skip

@@ -35,8 +35,6 @@ def test_every_setting_is_read(script, extra, small, teacher):
     settings = script.parse([*small, *extra.replace("TEACHER", teacher).split()])
     script.main(Watched(**{f.name: getattr(settings, f.name) for f in fields(settings)}))
     needless = {*"distractors scene dial classes recipe overwrite".split()}  # of other runs
-    if extra == "--teacher none":
-        needless |= {"normalization"}
     if script is finetune and "TEACHER" in extra:
         needless |= {"positions"}  # the teacher's
     if script is pretrain:
