@@ -96,6 +96,8 @@ def main(settings: Settings) -> None:
             if extends and (table.find or table.fewer or old.get("settings") != used):
                 raise ValueError(f"--extend: {path} has other settings, or more than accuracies")
             seeds = sorted({*range(table.first, table.first + count)} - {*old["seeds"]})
+            if not seeds:
+                raise ValueError(f"--extend: {path} has these {count} seeds: ask for more --seeds")
             jobs, trained = plan(table, planner, tuned, seeds)
             runner.run(jobs)
             found = {"settings": used} | (table.find or estimate_accuracies)(table, trained)
