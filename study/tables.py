@@ -115,6 +115,7 @@ FIRST_TWINS = dict(list(TWIN_STEPS.items())[:1])
 PHOTO_STEPS_AT = {f"{620 * n:,} steps": {"epochs": 20 * n} for n in (1, 10)}
 ON_PHOTOGRAPHS = "2,000 photographs"
 PHOTO_LABELS = {"500 photographs": {"num_labels": 500, "epochs": 120}, ON_PHOTOGRAPHS: {}}
+UNSEEN = {"2,000 images": {"data": "cifar10", "holdout": 0.1}}
 PHOTO_LABELS |= {"9,469 photographs": {"num_labels": 0, "epochs": 7}}  # at about as many steps
 
 # The tables
@@ -256,8 +257,9 @@ TABLES = {
     "photos-augreg": public("AugReg-Ti's maps, 2,000 photographs", study=AUGREG,
         points={ON_PHOTOGRAPHS: {}}, contrasts=OF_GAIN),
     "photos-cifar10": public("DeiT-Ti's maps, images and labels that it has not seen: CIFAR-10",
-        points={"2,000 images": {"data": "cifar10", "holdout": 0.1}}, rows=(*ENDS,
-        "copy, other maps"), contrasts=OF_GAIN),
+        points=UNSEEN, rows=(SCRATCH, COPY, TUNED, MEAN), contrasts=OF_GAIN),
+    "photos-cifar10-more": public("the same: distillation, and another image's maps", points=UNSEEN,
+        rows=(SCRATCH, COPY, DISTILLATION, TUNED, "copy, other maps")),
     "photos-labels": public("500 to 9,469 photographs, at equal steps", points=PHOTO_LABELS,
         rows=tuple(MAIN), fewer={"9,469 photographs": (tuple(MAIN), 1)}),
 }  # fmt: skip
