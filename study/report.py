@@ -30,8 +30,9 @@ USUAL = ("mean", "interval", "values", "difference", "recovery")
 HOW = "command commit commits device torch runs training_minutes extends".split()
 PAGES = "README.md", "study/README.md", "related/README.md"
 TASKS = {  # the records of each: a figure is from the first that has it
-    "pointer": ("scenes-controls", "why-pointer"), "pointer, photographs": ("scenes-photos",),
-    "twins": ("scenes-twins",), "digits": ("fair-main", "why-digits"), "CIFAR-10": ("cifar10-fair",)
+    "pointer": ("scenes-controls", "why-pointer"), "twins": ("scenes-twins",),
+    "digits": ("fair-main", "why-digits"), "CIFAR-10": ("cifar10-fair",),
+    "photographs, DeiT": ("photos-deit",),
 }  # fmt: skip
 TASK_ROWS = (
     "attention copy", "copy, mean maps", "attention distillation", "distillation, mean maps",
