@@ -123,7 +123,7 @@ def format_record(record: dict) -> str:
 
 def format_contrasts(asked: dict[str, dict], seeds: int) -> str:
     known = all(cell["interval"] for cell in asked.values())
-    sure = "95 % interval" if known else f"mean of {seeds} seeds"
+    sure = "95 % interval" if known else f"mean of {seeds} seeds" if seeds > 1 else "one seed"
     lines = [[name, format_cell(cell, "+.2f")] for name, cell in asked.items()]
     return format_table(["difference", sure], lines)
 
