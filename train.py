@@ -82,7 +82,7 @@ def train(task: Task, settings: Settings, out: Path, test: Callable | None) -> d
                 runs.check_finite(learner.sums)
                 row = {"epoch": learner.done / per_epoch} | learner.get_means(within)
                 show_row(row, epochs, clock.left(learner.done))
-            if within and clock.since(clock.saved) > settings.save_every:
+            if within and time.perf_counter() - clock.saved > settings.save_every:
                 learner.save(out, rows, run, clock)
 
         learner.average_over_ranks()
@@ -98,8 +98,8 @@ def train(task: Task, settings: Settings, out: Path, test: Callable | None) -> d
         if last or (epoch + 1) % max(1, epochs // 10) == 0:
             show_row(row, epochs, clock.left(learner.done))
         runs.write_rows(out, [row], "a")
-        short = epoch > 10 and clock.since(clock.saved) < 1  # saved just now; saving takes time
-        if last or not short:
+        long_ago = time.perf_counter() - clock.saved > 1  # seconds; saving takes as long as a step
+        if last or epoch <= 10 or long_ago:
             learner.save(out, rows, run, clock)
     return finish(task, learner, rows, out, test)
 

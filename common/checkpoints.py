@@ -78,7 +78,7 @@ def parse_ours(found: dict[str, Any], source: str) -> Checkpoint:
     if not (isinstance(weights, dict) and isinstance(shape, dict) and "image_size" in shape):
         raise ValueError(f"{source} is no checkpoint of ours: save its weights alone")
     if older := found.get("normalization"):  # ViTs did not yet know their own
-        shape = dict(zip(("mean", "std"), map(tuple, older), strict=True)) | shape
+        shape = {"mean": tuple(older[0]), "std": tuple(older[1])} | shape
     known = {k: v for k, v in found.items() if k in KNOWN and v is not None}
     if "teacher" in found:
         known["teacher"] = parse_ours({"normalization": older} | found["teacher"], source)

@@ -22,22 +22,22 @@ class Clock:
         self.before, self.evaluation = seconds, 0.0  # `before` this process, which began at `first`
         self.began = self.saved = self.ticked = time.perf_counter()
 
-    def since(self, then: float) -> float:
-        return time.perf_counter() - then
+    def elapsed(self) -> float:
+        return time.perf_counter() - self.began
 
     def passed_a_minute(self) -> bool:
         """True once a minute, and once after a longer pause."""
-        if passed := self.since(self.ticked) > 60:
-            self.ticked = time.perf_counter()
+        if passed := (now := time.perf_counter()) - self.ticked > 60:
+            self.ticked = now
         return passed
 
     def left(self, step: int) -> str:
-        seconds = self.since(self.began) / max(1, step - self.first) * (self.steps - step)
+        seconds = self.elapsed() / max(1, step - self.first) * (self.steps - step)
         return str(timedelta(seconds=round(seconds))).removeprefix("0:")
 
     def row(self, step: int) -> dict[str, float]:
-        speed = max(1, step - self.first) * self.batch / (self.since(self.began) - self.evaluation)
-        total = self.before + self.since(self.began)
+        speed = max(1, step - self.first) * self.batch / (self.elapsed() - self.evaluation)
+        total = self.before + self.elapsed()
         return {"images_per_s": round(speed, 1), "seconds": round(total, 2)}
 
 

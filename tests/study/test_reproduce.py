@@ -92,6 +92,8 @@ def test_settings_are_chosen_by_validation_and_a_table_is_what_its_runs_found(
     with pytest.raises(ValueError, match="other settings"):
         reproduce_all([*places, "--extend", "--extra=--epochs 2 --device cpu"], "tested")
     (table,) = reproduce_all([*places, "--extend"], "tested")
+    with pytest.raises(ValueError, match="ask for more --seeds"):
+        reproduce_all([*places, "--extend"], "tested")
     assert len(ran) == len(set(ran))
     correct = {row: [] for row in MAIN}
     for row, found in correct.items():
