@@ -48,7 +48,8 @@ SCENES = Study(
     base={"data": "scenes", "num_labels": 300, "epochs": 75} | UNMIXED,
     images=("data", "scene", "model"),  # whatever the dial, the teacher's pointers point anywhere
     seeds=(100, 101), rates=RATES[1:5], decays=(0.05, 0.5, 1.5),
-    own=OWN | dict.fromkeys(rows.PROBE, PROBING) | dict.fromkeys(rows.FEATURES, WEIGHTS),
+    own=OWN | {"beside": DISTILLED} | dict.fromkeys(rows.PROBE, PROBING)
+    | dict.fromkeys(rows.FEATURES, WEIGHTS),
 )  # fmt: skip
 MEAN_ABOVE, CENTRE_ABOVE, _ = rows.ABOVE
 STEPS = SCENES._replace(  # tuned at both ends of an axis of training
@@ -64,7 +65,8 @@ PHOTO_SCENES = SCENES._replace(
     base={"data": "scenes-cifar10", "num_labels": 2000, "epochs": 20} | UNMIXED,
     rates=RATES[:4], decays=(0.05, 0.5)
 )  # fmt: skip
-PHOTO_STEPS = STEPS._replace(base=dict(PHOTO_SCENES.base), rates=(5e-4, *RATES[:5]))
+LONG = {"seeds": (100,), "rates": (2.5e-4, 1e-3, 4e-3, 1.6e-2)}  # so that ten times the steps end
+LONG_TWINS, LONG_PHOTOS = STEPS._replace(**LONG), STEPS._replace(base=PHOTO_SCENES.base, **LONG)
 PHOTOGRAPHS = Study(  # with a public teacher, which has learned these classes
     rows=rows.ROWS | {"beside": rows.beside(tuned_as=DISTILLATION)},
     base={"data": "folder", "image_size": 96, "patch": 16, "model": "tiny", "num_labels": 2000}
@@ -102,17 +104,17 @@ def choose_ends(points: dict[str, dict]) -> dict[str, dict]:  # those that are t
 
 
 def thin_out(points: dict[str, dict], seeds: int) -> dict:
-    """At the second and the fourth point scratch alone, at the fourth with three seeds."""
-    _, second, _, fourth = points
+    """At the last point and the last but two scratch alone, at the last with three seeds."""
+    *_, second, _, fourth = points
     return {second: ((SCRATCH,), seeds), fourth: ((SCRATCH,), 3)}
 
 
-AT_100, AT_300 = list_steps(100, 300), list_steps(300, 75)
+AT_100 = list_steps(100, 300)
+AT_300 = dict(list(list_steps(300, 75).items())[1:])  # the first is scenes-pointer
 FIRST_100, LAST_100 = ({name: point} for name, point in choose_ends(AT_100).items())
-TWIN_STEPS = {f"twins, {700 * n:,} steps": TWINS["twins"] | {"epochs": 100 * n} for n in (1, 10)}
+TWINS_LONG = {"twins, 7,000 steps": TWINS["twins"] | {"epochs": 1000}}
+PHOTOS_LONG = {"6,200 steps": {"epochs": 200}}
 SHORT_100 = dict(zip(("300 steps", "900 steps"), AT_100.values(), strict=False))
-FIRST_TWINS = dict(list(TWIN_STEPS.items())[:1])
-PHOTO_STEPS_AT = {f"{620 * n:,} steps": {"epochs": 20 * n} for n in (1, 10)}
 ON_PHOTOGRAPHS = "2,000 photographs"
 PHOTO_LABELS = {"500 photographs": {"num_labels": 500, "epochs": 120}, ON_PHOTOGRAPHS: {}}
 UNSEEN = {"2,000 images": {"data": "cifar10", "holdout": 0.1}}
@@ -161,10 +163,8 @@ TABLES = {
         tunes=True, rows=ENDS, points=choose_ends(AT_100)),
     "scenes-steps": steps("pointer: 100 labelled scenes, 300 to 9,000 steps", rows=ENDS,
         points=AT_100, tuned_at=list(AT_100)[2], fewer=thin_out(AT_100, 10)),
-    "scenes-steps-300-tuning": steps("settings for 300 scenes, at 300 steps and at 3,000",
-        tunes=True, rows=ENDS, points=choose_ends(AT_300)),
-    "scenes-steps-300": steps("pointer: 300 labelled scenes, 300 to 9,000 steps", rows=ENDS,
-        points=AT_300, tuned_at=list(AT_300)[2], fewer=thin_out(AT_300, 5), seeds=5),
+    "scenes-steps-300": scenes("pointer: 300 labelled scenes, 900 to 9,000 steps", rows=ENDS,
+        points=AT_300, tuned_at="pointer", fewer=thin_out(AT_300, 5), seeds=5),
     "scenes-controls-tuning": steps("settings of feature distillation, 100 scenes", tunes=True,
         points=FIRST_100, rows=tuple(rows.FEATURES)),
     "scenes-controls": steps("100 scenes: what else could help", points=FIRST_100,
@@ -219,9 +219,10 @@ TABLES = {
         tunes=True, rows=("beside",)),
     "why-pointer-long": steps("do maps have to be looked with? 100 scenes, 3,000 steps", seeds=5,
         points=LAST_100, rows=(*MAIN, "beside", "beside, random teacher"), contrasts=BESIDE),
-    "why-twins-tuning": steps("settings of twins", points=FIRST_TWINS, tunes=True),
-    "why-twins-tuning-more": steps(UNUSED, points=FIRST_TWINS, tunes=True, rows=tuple(VARIED)),
-    "why-twins": steps("do maps have to be looked with? Twins", points=FIRST_TWINS, **why),
+    "why-twins-tuning": scenes("settings of beside, on twins", points=TWINS, tunes=True,
+        rows=("beside",)),
+    "why-twins": scenes("do maps have to be looked with? Twins", points=TWINS, contrasts=BESIDE,
+        rows=(*MAIN, "beside", "beside, random teacher")),
     "why-cifar10-tuning": photos("settings for CIFAR-10, over more rates", study=WIDE, points=SHORT,
         tunes=True, rows=(*ENDS, "beside")),
     "why-cifar10": photos("do maps have to be looked with? CIFAR-10", study=WIDE, rows=(*ENDS,
@@ -236,14 +237,14 @@ TABLES = {
         points=LAST_100, rows=tuple(rows.PIXELS)),
     "scenes-oracle": steps("what of the teacher's knowledge is worth it? 100 scenes", seeds=5,
         points=LAST_100, rows=(*MAIN, *rows.PIXELS, *rows.ORACLE)),
-    "scenes-steps-twins-tuning": steps("settings of twins, at 700 steps and at 7,000",
-        points=TWIN_STEPS, tunes=True, rows=(SCRATCH, COPY)),
-    "scenes-steps-twins": steps("twins, 700 and 7,000 steps", points=TWIN_STEPS,
-        rows=(SCRATCH, COPY), seeds=5),
-    "scenes-steps-photos-tuning": scenes("settings among photographs, at 620 steps and at 6,200",
-        study=PHOTO_STEPS, points=PHOTO_STEPS_AT, tunes=True, rows=(SCRATCH, COPY)),
-    "scenes-steps-photos": scenes("pointer among photographs, 620 and 6,200 steps", seeds=5,
-        study=PHOTO_STEPS, points=PHOTO_STEPS_AT, rows=(SCRATCH, COPY)),
+    "scenes-steps-twins-tuning": scenes("settings of scratch on twins, 7,000 steps",
+        study=LONG_TWINS, points=TWINS_LONG, tunes=True, rows=(SCRATCH,)),
+    "scenes-steps-twins": scenes("twins, 7,000 steps", study=LONG_TWINS, points=TWINS_LONG,
+        tuned_at="twins", rows=(SCRATCH, COPY), seeds=5),
+    "scenes-steps-photos-tuning": scenes("settings of scratch among photographs, 6,200 steps",
+        study=LONG_PHOTOS, points=PHOTOS_LONG, tunes=True, rows=(SCRATCH,)),
+    "scenes-steps-photos": scenes("pointer among photographs, 6,200 steps", study=LONG_PHOTOS,
+        points=PHOTOS_LONG, tuned_at="pointer", rows=(SCRATCH, COPY), seeds=5),
     "photos-tuning": public("settings with a public teacher (10 epochs)", tunes=True,
         points={ON_PHOTOGRAPHS: {"epochs": 10}}, rows=(*ENDS, *rows.PROBE)),
     "photos-deit": public("DeiT-Ti's maps, 2,000 photographs", points={ON_PHOTOGRAPHS: {}},
