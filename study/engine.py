@@ -99,7 +99,7 @@ class Table(NamedTuple):  # rows at points of a study
     seeds: int = 10
     first: int = 0  # of the seeds
     tunes: bool = False  # finds settings on validation images, and tests nothing
-    tuned_at: str = ""  # the point whose settings others take (empty: each its own)
+    tuned_at: tuple[str, ...] = ()  # points whose settings others take, unless they have their own
     against: dict[str, str] | None = None  # what a row is compared with, if not BASELINE
     fewer: Mapping[str, tuple] = NOTHING  # rows, seeds of a point
     find: Callable[["Table", Runs], dict] | None = None  # something else than accuracies

@@ -57,7 +57,9 @@ def plan(table: Table, planner: Planner, tuned: tune.Tuned, seeds) -> tuple[dict
     for point, flags in table.points.items():
         rows, count = table.fewer.get(point, (table.rows, len(seeds)))
         found[point] = {row: [] for row in rows}
-        own = tuned.get(table.tuned_at, {}) | tuned.get(point, {})
+        own: dict = {}
+        for name in (*table.tuned_at, point):
+            own |= tuned.get(name, {})
         for row in rows:
             for seed in seeds[:count]:
                 planned = planner.plan(row, seed, flags, own)

@@ -65,8 +65,8 @@ PHOTO_SCENES = SCENES._replace(
     base={"data": "scenes-cifar10", "num_labels": 2000, "epochs": 20} | UNMIXED,
     rates=RATES[:4], decays=(0.05, 0.5)
 )  # fmt: skip
-LONG = {"seeds": (100,), "rates": (2.5e-4, 1e-3, 4e-3, 1.6e-2)}  # so that ten times the steps end
-LONG_TWINS, LONG_PHOTOS = STEPS._replace(**LONG), STEPS._replace(base=PHOTO_SCENES.base, **LONG)
+LONG = STEPS._replace(seeds=(100,), rates=(2.5e-4, 1e-3, 4e-3, 1.6e-2))  # ten times the steps
+PHOTOS_LONG = LONG._replace(base=PHOTO_SCENES.base)
 PHOTOGRAPHS = Study(  # with a public teacher, which has learned these classes
     rows=rows.ROWS | {"beside": rows.beside(tuned_as=DISTILLATION)},
     base={"data": "folder", "image_size": 96, "patch": 16, "model": "tiny", "num_labels": 2000}
@@ -111,9 +111,10 @@ def thin_out(points: dict[str, dict], seeds: int) -> dict:
 
 AT_100 = list_steps(100, 300)
 AT_300 = dict(list(list_steps(300, 75).items())[1:])  # the first is scenes-pointer
+LAST_300 = dict(list(AT_300.items())[1:2])
 FIRST_100, LAST_100 = ({name: point} for name, point in choose_ends(AT_100).items())
-TWINS_LONG = {"twins, 7,000 steps": TWINS["twins"] | {"epochs": 1000}}
-PHOTOS_LONG = {"6,200 steps": {"epochs": 200}}
+LAST_TWINS = {"twins, 7,000 steps": TWINS["twins"] | {"epochs": 1000}}
+LAST_PHOTOS = {"6,200 steps": {"epochs": 200}}
 SHORT_100 = dict(zip(("300 steps", "900 steps"), AT_100.values(), strict=False))
 ON_PHOTOGRAPHS = "2,000 photographs"
 PHOTO_LABELS = {"500 photographs": {"num_labels": 500, "epochs": 120}, ON_PHOTOGRAPHS: {}}
@@ -136,7 +137,7 @@ UNUSED = "settings of maps that are not looked with"
 why = {"find": find_likeness, "rows": (*MAIN, *rows.WHY), "contrasts": BESIDE | HELD}
 usual, *_ = rows.LOSSES
 losses = {"rows": tuple(rows.LOSSES), "against": dict.fromkeys(rows.LOSSES, usual)}
-public = partial(Table, study=PHOTOGRAPHS, tuned_at=ON_PHOTOGRAPHS, rows=ENDS, seeds=3)
+public = partial(Table, study=PHOTOGRAPHS, tuned_at=(ON_PHOTOGRAPHS,), rows=ENDS, seeds=3)
 TABLES = {
     "scenes-tuning": scenes("settings for the pointer", tunes=True, rows=(*ENDS, *rows.PROBE,
         *rows.FEATURES)),
@@ -148,9 +149,9 @@ TABLES = {
         "copy, impulse maps", "copy, random teacher", "distillation, mean maps",
         "distillation, random teacher"), contrasts=OF_GAIN | subtract((COPY, TUNED))),
     "scenes-dial": scenes("from content to position: pointers that point to one cell",
-        points=POINTER | DIAL, rows=(SCRATCH, COPY, TUNED, MEAN), tuned_at=HALF, seeds=5),
+        points=POINTER | DIAL, rows=(SCRATCH, COPY, TUNED, MEAN), tuned_at=(HALF,), seeds=5),
     "scenes-labels": scenes("pointer: 100 to 3,000 labelled scenes", points=SCENE_LABELS,
-        tuned_at="pointer", seeds=5),
+        tuned_at=("pointer",), seeds=5),
     "scenes-layers": scenes("pointer: which layers, and which parts, are copied", seeds=5,
         rows=(*MAIN, *rows.SINGLE, "copy, layers :2", "copy, layers 2:4", *rows.PARTS)),
     "scenes-twins": scenes("twins: what is found must be compared", points=TWINS, rows=(*MAIN, MEAN,
@@ -162,9 +163,12 @@ TABLES = {
     "scenes-steps-tuning": steps("settings for 100 scenes, at 300 steps and at 3,000",
         tunes=True, rows=ENDS, points=choose_ends(AT_100)),
     "scenes-steps": steps("pointer: 100 labelled scenes, 300 to 9,000 steps", rows=ENDS,
-        points=AT_100, tuned_at=list(AT_100)[2], fewer=thin_out(AT_100, 10)),
-    "scenes-steps-300": scenes("pointer: 300 labelled scenes, 900 to 9,000 steps", rows=ENDS,
-        points=AT_300, tuned_at="pointer", fewer=thin_out(AT_300, 5), seeds=5),
+        points=AT_100, tuned_at=tuple(AT_100)[2:3], fewer=thin_out(AT_100, 10)),
+    "scenes-steps-300-tuning": scenes("settings of scratch, 300 scenes, 3,000 steps",
+        study=LONG, points=LAST_300, tunes=True, rows=(SCRATCH,)),
+    "scenes-steps-300": scenes("pointer: 300 labelled scenes, 900 to 9,000 steps", study=LONG,
+        rows=ENDS, points=AT_300, tuned_at=("pointer", *LAST_300), fewer=thin_out(AT_300, 5),
+        seeds=5),
     "scenes-controls-tuning": steps("settings of feature distillation, 100 scenes", tunes=True,
         points=FIRST_100, rows=tuple(rows.FEATURES)),
     "scenes-controls": steps("100 scenes: what else could help", points=FIRST_100,
@@ -177,7 +181,7 @@ TABLES = {
     "scenes-constant": constant("100 scenes: constant maps where layer 0 is free", points=SHORT_100,
         rows=(SCRATCH, COPY, TUNED, MEAN, "copy, layer 0", *rows.ABOVE),
         contrasts=subtract_at(SHORT_100, (COPY, MEAN_ABOVE), (MEAN_ABOVE, CENTRE_ABOVE))),
-    "scenes-constant-long": constant("the same, 3,000 steps", tuned_at="900 steps", seeds=5,
+    "scenes-constant-long": constant("the same, 3,000 steps", tuned_at=("900 steps",), seeds=5,
         points={"3,000 steps": AT_100["100 scenes, 3,000 steps"]},
         rows=(SCRATCH, COPY, TUNED, MEAN, *rows.ABOVE)),
     "scenes-looks": scenes("where nets look at a pointer", **looked),
@@ -194,10 +198,11 @@ TABLES = {
         rows=(*ENDS, "copy, impulse maps", "copy, fine-tuned teacher", "distillation, mean maps"),
         contrasts=OF_GAIN | subtract((COPY, MEAN))),
     "fair-whose": fair("whose maps? Students see the digits 5 to 9", seeds=5,
-        points={"digits 5 to 9": {"classes": "5:"}}, tuned_at=BASE, rows=(*ENDS, *rows.FINE_TUNED),
-        contrasts=subtract((SAME, ITS_MEAN), (SAME, OTHER), (OTHER, MEAN_OTHER))),
+        points={"digits 5 to 9": {"classes": "5:"}}, tuned_at=(BASE,),
+        rows=(*ENDS, *rows.FINE_TUNED), contrasts=subtract((SAME, ITS_MEAN), (SAME, OTHER),
+        (OTHER, MEAN_OTHER))),
     "fair-length": fair("digits, three times as long", points={"1,350 epochs": {"epochs": 1350}},
-        tuned_at=BASE, rows=ENDS, seeds=5, contrasts=OF_GAIN),
+        tuned_at=(BASE,), rows=ENDS, seeds=5, contrasts=OF_GAIN),
     "cifar10-fair-tuning": photos("settings for CIFAR-10", points=SHORT, tunes=True),
     "cifar10-fair": photos("CIFAR-10: students start from the positions of their teacher",
         rows=(*ENDS, "copy, fine-tuned teacher", "copy, its mean maps"), contrasts=OF_GAIN),
@@ -206,7 +211,7 @@ TABLES = {
     "cifar10-fair-length-tuning": photos("fine-tuning's settings, three times as long",
         points={"75 epochs": {"epochs": 75}}, rows=(TUNED,), tunes=True),
     "cifar10-fair-length": photos("CIFAR-10, three times as long", points=LENGTHS,
-        tuned_at="5,000 labels", rows=(SCRATCH, COPY, TUNED, MEAN)),
+        tuned_at=("5,000 labels",), rows=(SCRATCH, COPY, TUNED, MEAN)),
     "cifar10-recipe": photos("the main rows as --recipe gpu has them (takes a GPU)", study=RECIPE,
         points={"50,000 labels": {"model": "tiny"}}, rows=tuple(MAIN)),
     "why-digits-tuning": digits("settings of the digits over more rates", tunes=True,
@@ -238,13 +243,13 @@ TABLES = {
     "scenes-oracle": steps("what of the teacher's knowledge is worth it? 100 scenes", seeds=5,
         points=LAST_100, rows=(*MAIN, *rows.PIXELS, *rows.ORACLE)),
     "scenes-steps-twins-tuning": scenes("settings of scratch on twins, 7,000 steps",
-        study=LONG_TWINS, points=TWINS_LONG, tunes=True, rows=(SCRATCH,)),
-    "scenes-steps-twins": scenes("twins, 7,000 steps", study=LONG_TWINS, points=TWINS_LONG,
-        tuned_at="twins", rows=(SCRATCH, COPY), seeds=5),
+        study=LONG, points=LAST_TWINS, tunes=True, rows=(SCRATCH,)),
+    "scenes-steps-twins": scenes("twins, 7,000 steps", study=LONG, points=LAST_TWINS,
+        tuned_at=("twins",), rows=(SCRATCH, COPY), seeds=5),
     "scenes-steps-photos-tuning": scenes("settings of scratch among photographs, 6,200 steps",
-        study=LONG_PHOTOS, points=PHOTOS_LONG, tunes=True, rows=(SCRATCH,)),
-    "scenes-steps-photos": scenes("pointer among photographs, 6,200 steps", study=LONG_PHOTOS,
-        points=PHOTOS_LONG, tuned_at="pointer", rows=(SCRATCH, COPY), seeds=5),
+        study=PHOTOS_LONG, points=LAST_PHOTOS, tunes=True, rows=(SCRATCH,)),
+    "scenes-steps-photos": scenes("pointer among photographs, 6,200 steps", study=PHOTOS_LONG,
+        points=LAST_PHOTOS, tuned_at=("pointer",), rows=(SCRATCH, COPY), seeds=5),
     "photos-tuning": public("settings with a public teacher (10 epochs)", tunes=True,
         points={ON_PHOTOGRAPHS: {"epochs": 10}}, rows=(*ENDS, *rows.PROBE)),
     "photos-deit": public("DeiT-Ti's maps, 2,000 photographs", points={ON_PHOTOGRAPHS: {}},
