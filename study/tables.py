@@ -110,9 +110,9 @@ def thin_out(points: dict[str, dict], seeds: int) -> dict:
 
 
 AT_100 = list_steps(100, 300)
-AT_300 = dict(list(list_steps(300, 75).items())[1:])  # the first is scenes-pointer
-LAST_300 = dict(list(AT_300.items())[1:2])
+AT_300 = dict(list(list_steps(300, 75).items())[1:])  # scenes-pointer has the first
 FIRST_100, LAST_100 = ({name: point} for name, point in choose_ends(AT_100).items())
+LAST_300 = dict(list(AT_300.items())[1:2])
 LAST_TWINS = {"twins, 7,000 steps": TWINS["twins"] | {"epochs": 1000}}
 LAST_PHOTOS = {"6,200 steps": {"epochs": 200}}
 SHORT_100 = dict(zip(("300 steps", "900 steps"), AT_100.values(), strict=False))
@@ -135,8 +135,7 @@ BESIDE = subtract(("beside", DISTILLATION), ("beside", "beside, random teacher")
 HELD = subtract(("maps, then labels", "maps, then labels, maps held"))
 UNUSED = "settings of maps that are not looked with"
 why = {"find": find_likeness, "rows": (*MAIN, *rows.WHY), "contrasts": BESIDE | HELD}
-usual, *_ = rows.LOSSES
-losses = {"rows": tuple(rows.LOSSES), "against": dict.fromkeys(rows.LOSSES, usual)}
+losses = {"rows": tuple(rows.LOSSES), "against": dict.fromkeys(rows.LOSSES, [*rows.LOSSES][0])}
 public = partial(Table, study=PHOTOGRAPHS, tuned_at=(ON_PHOTOGRAPHS,), rows=ENDS, seeds=3)
 TABLES = {
     "scenes-tuning": scenes("settings for the pointer", tunes=True, rows=(*ENDS, *rows.PROBE,
@@ -167,8 +166,8 @@ TABLES = {
     "scenes-steps-300-tuning": scenes("settings of scratch, 300 scenes, 3,000 steps",
         study=LONG, points=LAST_300, tunes=True, rows=(SCRATCH,)),
     "scenes-steps-300": scenes("pointer: 300 labelled scenes, 900 to 9,000 steps", study=LONG,
-        rows=ENDS, points=AT_300, tuned_at=("pointer", *LAST_300), fewer=thin_out(AT_300, 5),
-        seeds=5),
+        rows=ENDS, seeds=5, points=AT_300, tuned_at=("pointer", *LAST_300),
+        fewer=thin_out(AT_300, 5)),
     "scenes-decays-tuning": steps("scratch, 3,000 steps: high rates with high weight decays",
         study=STEPS._replace(rates=RATES[2:], joint=(0.5, 1.5)), tunes=True, rows=(SCRATCH,),
         points={"100 scenes, jointly": AT_100["100 scenes, 3,000 steps"]}),
@@ -189,8 +188,7 @@ TABLES = {
         rows=(SCRATCH, COPY, TUNED, MEAN, *rows.ABOVE)),
     "scenes-looks": scenes("where nets look at a pointer", **looked),
     "scenes-looks-twins": scenes("where nets look at twins", points=TWINS, **looked),
-    "scenes-looks-photos": scenes("where nets look among photographs", study=PHOTO_SCENES,
-        **looked),
+    "scenes-looks-photos": scenes("where nets look, photographs", study=PHOTO_SCENES, **looked),
     "scenes-tuning-photos": scenes("settings for a pointer among photographs of CIFAR-10",
         tunes=True, study=PHOTO_SCENES, rows=ENDS),
     "scenes-photos": scenes("pointer among photographs of CIFAR-10", seeds=5, study=PHOTO_SCENES,
