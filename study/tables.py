@@ -135,7 +135,7 @@ BESIDE = subtract(("beside", DISTILLATION), ("beside", "beside, random teacher")
 HELD = subtract(("maps, then labels", "maps, then labels, maps held"))
 UNUSED = "settings of maps that are not looked with"
 why = {"find": find_likeness, "rows": (*MAIN, *rows.WHY), "contrasts": BESIDE | HELD}
-losses = {"rows": tuple(rows.LOSSES), "against": dict.fromkeys(rows.LOSSES, [*rows.LOSSES][0])}
+losses = {"rows": (*rows.LOSSES,), "against": dict.fromkeys(rows.LOSSES, next(iter(rows.LOSSES)))}
 public = partial(Table, study=PHOTOGRAPHS, tuned_at=(ON_PHOTOGRAPHS,), rows=ENDS, seeds=3)
 TABLES = {
     "scenes-tuning": scenes("settings for the pointer", tunes=True, rows=(*ENDS, *rows.PROBE,
