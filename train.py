@@ -294,6 +294,7 @@ def finish(task: Task, learner: Learner, rows: list, out: Path, test: Callable |
     result = dict(rows[-1])
     if found:
         result["test_top1"] = compute_top1(found["predicted"], found["labels"])
+    runs.check_finite({name: p.sum() for name, p in net.named_parameters()})
     runs.write_rows(out, [*rows[:-1], result])
 
     def write() -> None:

@@ -24,6 +24,7 @@ from common.launch import collect, print0, rank, world
 from datasets.sources import Tensors
 
 BICUBIC = InterpolationMode.BICUBIC
+DEEP = re.compile("^[IF]|;16[BLN]")  # modes of PIL and of its decoders with more than 8 bits
 HELD = 2**31  # bytes of decoded images that are kept in memory
 
 
@@ -43,7 +44,7 @@ def decode(path: str) -> Tensor:
             how = dict(mode=io.ImageReadMode.RGB, apply_exif_orientation=True)
             return io.decode_jpeg(io.read_file(path), **how)
     with Image.open(path) as file:
-        if file.mode[0] in "IF" or re.search(";16[BLN]", str(file.tile)):  # PIL would cut them off
+        if DEEP.search(f"{file.mode} {file.tile}"):  # PIL would cut them off
             raise ValueError("its pixels have more than 8 bits: save it with 8")
         image = ImageOps.exif_transpose(file)
     if image.has_transparency_data:  # on grey neither black shapes vanish nor white ones
@@ -147,13 +148,10 @@ class Files(Dataset):
             workers = 0  # to crop alone is less work than to start them
         if key:
             self.random_crop = random_crop(self.size, self.settings, self.kind.mean)
-        loader = DataLoader(
-            self,
-            batch_sampler=([(*key, i) for i in indices.tolist()] for indices in order),
-            num_workers=workers,
-            pin_memory=pin,
-            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
-        )
+        rows = ([(*key, i) for i in indices.tolist()] for indices in order)
+        start = "fork" if workers and sys.platform == "linux" else None
+        how = dict(num_workers=workers, pin_memory=pin, multiprocessing_context=start)
+        loader = DataLoader(self, batch_sampler=rows, **how)
         try:
             yield from loader
         except (ConnectionError, EOFError) as error:  # in the middle of a batch
@@ -185,8 +183,8 @@ def examine(path: str) -> int | str:
         parts = size, end, some  # images may have equal names and sizes
         with Image.open(file) as image:
             image.verify()
-            ended = image.format in ("JPEG", "MPO") and b"\xff\xd9" in end
-            whole = ended or image.format == "PNG"
+            deep, ended = DEEP.search(f"{image.mode} {image.tile}"), b"\xff\xd9" in end
+            whole = {"JPEG": ended, "MPO": ended, "PNG": not deep}.get(str(image.format), False)
     try:
         if not whole:
             read_image(path)

@@ -29,7 +29,8 @@ NOISE = 0.2  # pixels of 0..1 change by up to this
 
 def load(settings, kind, size: int, device) -> Parts:
     if settings.data == "scenes":
-        names, pools = list("0123456789"), [*digits.read_parts(device).values()]
+        pools = [Tensors(*part) for part in digits.read_parts(device).values()]
+        names = list("0123456789")
     else:
         from datasets import cifar  # slow to import
 
@@ -38,36 +39,39 @@ def load(settings, kind, size: int, device) -> Parts:
         if found.val or not found.test:
             raise ValueError(f"--data {settings.data}: --data-dir takes train/ and val/, no more")
         held = [source.hold(centred=True) for source in hold_out(found, 0.1)]
-        names, pools = found.classes, [(F.avg_pool2d(x.images / 255, 4), x.labels) for x in held]
+        pools = [replace(x, images=F.avg_pool2d(x.images / 255, 4)) for x in held]
+        names = found.classes
     kinds = parse_layers(settings.classes, len(names), "classes")
-    twins = settings.scene == "twins"
-    if twins and (settings.dial or len(kinds) < 3):
+    if settings.scene == "twins" and (settings.dial or len(kinds) < 3):
         raise ValueError("--scene twins: it takes three --classes or more, and no --dial")
-    grid, rest = divmod(size, cell := pools[0][0].shape[-1])
+    grid, rest = divmod(size, cell := pools[0].images.shape[-1])
     if rest or grid < 3 or not grid % 2:
         raise ValueError(f"--image-size {size}: choose {3 * cell}, {5 * cell}, {7 * cell} ...")
     cells = [f"cell {i}" for i in range(grid**2)]
     labels = cells if settings.label == "cell" else [names[kind] for kind in kinds]
     draws = [seeded("scenes", settings.scene, part) for part in COUNT]
     train, val, test = [
-        Tensors(*draw_scenes(part, *pool, kinds, settings, grid, generator))
+        draw_scenes(part, pool, kinds, settings, grid, generator)
         for part, pool, generator in zip(COUNT, pools, draws, strict=True)
     ]
     return Parts(labels, train, val, test, augment)
 
 
-def draw_scenes(part: str, images: Tensor, labels: Tensor, kinds: list[int], settings, grid, draws):
+def draw_scenes(part: str, source: Tensors, kinds: list[int], settings, grid, draws) -> Tensors:
     """Scenes (n, c, size, size) of 0..1 and their labels (n,). Noise is in val and test already."""
-    device, images, labels = images.device, images.cpu(), labels.cpu()
+    device, images, labels = source.images.device, source.images.cpu(), source.labels.cpu()
     images = (images if images.ndim == 4 else images[:, None])[labels.argsort(stable=True)]
     sizes = labels.bincount(minlength=max(kinds) + 1)  # of the classes, which lie one by one
+    if sizes[kinds].min() < 1 + (settings.scene == "twins"):
+        raise ValueError(f"some class has too few {part} images: add some, or choose --classes")
     pool = images, (sizes.cumsum(0) - sizes)[kinds], sizes[kinds]
     draw = draw_pointers if settings.scene == "pointer" else draw_twins
     cells, kind, cell = draw(COUNT[part], grid, *pool, settings.dial, draws)
     scenes = rearrange(cells, "n (h w) c p q -> n c (h p) (w q)", h=grid)
     if part != "train":
         scenes = add_noise(scenes, torch.rand(scenes.shape, generator=draws))
-    return scenes.to(device), (cell if settings.label == "cell" else kind).to(device)
+    labels = cell if settings.label == "cell" else kind
+    return replace(source, images=scenes.to(device), labels=labels.to(device))
 
 
 def draw_pointers(count: int, grid: int, images, starts, sizes, dial: float, draws):

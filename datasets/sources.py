@@ -9,10 +9,9 @@ from torch import Tensor
 
 from common.augment import hash_seed, seeded
 
-CHOICES = {  # settings that only these files here have a use for
-    "distractors": {"digits"}, "scene": {"scenes"}, "dial": {"scenes"}, "label": {"scenes"},
-    "classes": {"digits", "scenes"},
-}  # fmt: skip
+# Settings that only these files here have a use for
+CHOICES = {key: {"scenes"} for key in ("scene", "dial", "label")}
+CHOICES |= {"distractors": {"digits"}, "classes": {"digits", "scenes"}}
 
 
 def check_choices(settings, module: str) -> None:

@@ -95,13 +95,13 @@ class Job:
         except (OSError, ValueError, LookupError, TypeError):
             return False
         settings = self.get_settings()
-        asked, counts = get_values(settings), set(get_values(settings, free=False))
+        asked, counts = get_values(settings), {*get_values(settings, free=False), "data_dir"}
         if (teacher := Path(asked.get("teacher", ""))).is_file():  # compared by its weights
             if weights_then != checkpoints.fingerprint(checkpoints.read_file(teacher)["model"]):
                 return False
         elif "teacher" in asked:
             counts |= {"teacher"}
-        return all(config.get(name) == asked[name] for name in counts)
+        return all(config.get(name) == asked.get(name) for name in counts)
 
 
 class Runner:  # runs jobs, `workers` at a time

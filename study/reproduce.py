@@ -57,9 +57,7 @@ def plan(table: Table, planner: Planner, tuned: tune.Tuned, seeds) -> tuple[dict
     for point, flags in table.points.items():
         rows, count = table.fewer.get(point, (table.rows, len(seeds)))
         found[point] = {row: [] for row in rows}
-        own: dict = {}
-        for name in (*table.tuned_at, point):
-            own |= tuned.get(name, {})
+        own = {k: v for name in (*table.tuned_at, point) for k, v in tuned.get(name, {}).items()}
         for row in rows:
             for seed in seeds[:count]:
                 planned = planner.plan(row, seed, flags, own)
@@ -85,7 +83,7 @@ def main(settings: Settings) -> None:
         tuned = tune.read_tuning(table.study, TABLES, results)
         path = results / f"{name}.json"
         extends = settings.extend and not table.tunes
-        old = json.loads(path.read_text()) if extends else {"seeds": []}
+        old = json.loads(path.read_text()) if path.exists() else {"seeds": []}
         if table.tunes:
             found = {"points": tune.tune(table, planner, tuned, runner)}
             seeds, measure = list(table.study.seeds), "validation top-1, %"
@@ -97,7 +95,7 @@ def main(settings: Settings) -> None:
             used = hash_settings({name: job.out.name for name, job in jobs.items()})
             if extends and (table.find or table.fewer or old.get("settings") != used):
                 raise ValueError(f"--extend: {path} has other settings, or more than accuracies")
-            seeds = sorted({*range(table.first, table.first + count)} - {*old["seeds"]})
+            seeds = sorted({*range(table.first, table.first + count)} - {*old["seeds"] * extends})
             if not seeds:
                 raise ValueError(f"--extend: {path} has these {count} seeds: ask for more --seeds")
             jobs, trained = plan(table, planner, tuned, seeds)
@@ -107,6 +105,8 @@ def main(settings: Settings) -> None:
         record = runner.record(name, settings.extra, found)
         if extends:
             record = join_records(old, record, table)
+        elif old["seeds"] and (settings.extra or len(old["seeds"]) > len(seeds)):
+            path = Path(settings.runs) / path.name  # a trial does not replace the record
         write_record(record, table, path)
         if not table.tunes:
             print(format_record(record))

@@ -37,12 +37,12 @@ def match_classes(model, classes: list[str]) -> list[int]:
         raise ValueError(f"{found.source} names no classes, are they {orders}? {remedy}")
     if not found.classes:
         print0(f"note: {found.source} names no classes: {known[0]} to {known[-1]}, in this order?")
-    words = ([name.replace("_", " ") for name in names] for names in (known, classes))
+    words = [[x.replace("_", " ") for x in names] for names in (known, classes)]
     numbers = number_imagenet(known), number_imagenet(classes)
     for ours, theirs in (known, classes), tuple(words), numbers:
         if theirs and set(theirs) <= set(ours) and len(ours) == outputs:
             return [ours.index(name) for name in theirs]
-    strange = ", ".join(sorted({*classes} - {*known})[:3])
+    strange = ", ".join(sorted({*words[1]} - {*words[0]})[:3])
     own = f"its {outputs} outputs are such as {known[0]}"
     raise ValueError(f"{found.source} does not know these classes ({strange}): {own}")
 

@@ -115,7 +115,7 @@ def test_repeats_are_counted_whatever_they_are_called(unsplit):
     for path in list(unsplit.rglob("*.png")):
         shutil.copy(path, path.with_stem(f"{path.stem} (1)"))
     dataset = data.load(folder(unsplit))
-    parts = names_of(dataset.train), names_of(dataset.test)
+    parts = map(names_of, (dataset.train, dataset.test))
     learned, test = ([(unsplit / name).read_bytes() for name in part] for part in parts)
     repeats = sum(one in learned for one in test)
     assert dataset.count_learned(dataset.train.source.contents) == repeats > 0
@@ -156,6 +156,17 @@ def test_pixels_of_more_than_eight_bits_are_not_cut_off(kind, name, tmp_path):
     Image.fromarray(np.full((8, 8), 4095, kind)).save(tmp_path / name)
     with pytest.raises(ValueError, match="8 bits"):
         images.read_image(str(tmp_path / name))
+    assert isinstance(images.examine(str(tmp_path / name)), str)
+
+
+def test_scenes_of_photographs_are_known_by_their_files(tmp_path):
+    for i in range(90):
+        picture(tmp_path / ("train", "train", "val")[i % 3] / "abc"[i // 30] / f"{i}.png", i)
+    argv = f"--data scenes-cifar10 --data-dir {tmp_path} --classes :3".split()
+    assert data.load(finetune.parse(argv)).fingerprint
+    shutil.rmtree(tmp_path / "val" / "c")
+    with pytest.raises(ValueError, match="some class has too few test images"):
+        data.load(finetune.parse(argv))
 
 
 @pytest.mark.parametrize("area", ["0", "0.2"])

@@ -19,8 +19,6 @@ import vit
 from common.checkpoints import read_file
 
 ROOT = Path(__file__).parents[2]
-
-
 DIGITS = f"--teacher {ROOT}/weights/digits.pt"
 
 
@@ -28,26 +26,24 @@ DIGITS = f"--teacher {ROOT}/weights/digits.pt"
     (finetune, "--data folder --data-dir nowhere", "no folder nowhere"),
     (finetune, "--data imagenet", "train/CLASS/* and val/CLASS/*"),
     (finetune, "--data cifar10 --data-dir /dev/null/x", "/dev/null/x"),
-    (finetune, "--lr -1", "--lr -1.0: must be at least 0"), (finetune, "--lr nan", "--lr nan"),
-    (finetune, "--lay 1", "unrecognized"), (finetune, "--batch 400", "the 100 training images"),
-    (finetune, "--num-labels 9999", "only 997 images"),
-    (finetune, "--teacher none --model gigantic", "gigantic"),
+    (finetune, "--lr -1", "--lr -1.0: must be at least 0"), (copy, "--layers 99", "some of 0 to 3"),
+    (finetune, "--lr nan", "--lr nan"), (finetune, "--out /dev/null/run", "not a writable folder"),
+    (finetune, "--lay 1", "unrecognized"), (copy, "--teacher none", "finetune.py can do without"),
+    (finetune, "--batch 400", "the 100 training images"), (finetune, "--device cuda:99", "cuda:99"),
+    (finetune, "--num-labels 9999", "only 997 images"), (finetune, "--data-dir x", "is bundled"),
+    (finetune, "--teacher none --model gigantic", "gigantic"), (copy, "--heads 4", "--heads 4"),
     (finetune, f"--model tiny {DIGITS}", "does not match --model"),
     (finetune, "--teacher none --patch 5", "try 10"),
     (finetune, "--data scenes --scene twins --classes 3,4", "three --classes"),
     (finetune, "--data scenes --scene twins --dial 0.5", "no --dial"),
     (finetune, "--data scenes --image-size 32", "24, 40, 56"),
     (finetune, "--scene twins", "--scene: only for --data scenes"),
-    (finetune, "--device cuda:99", "cuda:99"), (finetune, "--resume --overwrite", "choose one"),
-    (finetune, "--out /dev/null/run", "not a writable folder"),
-    (copy, "--layers 99", "some of 0 to 3"), (copy, "--heads 4", "--heads 4"),
-    (copy, "--teacher none", "finetune.py can do without"),
+    (finetune, "--resume --overwrite", "choose one"),
     (distill, "--teacher-layers :3 --layers :2", "--teacher-layers"),
     (pretrain, "--data digits --target cell", "only for --data scenes"),
-    (pretrain, "--mixup 0.5", "--mixup has no effect"), (finetune, "--data-dir x", "is bundled"),
+    (pretrain, "--mixup 0.5", "--mixup has no effect"), (look, "a.jpg missing.pt", "missing.pt"),
     (pretrain, "--data scenes --mask-ratio 0.5", "no effect with --target cell"),
-    (pretrain, "--decoder-dim 42 --decoder-heads 2", "not 42"),
-    (ensemble, "", "name one or more"), (look, "a.jpg missing.pt", "missing.pt"),
+    (pretrain, "--decoder-dim 42 --decoder-heads 2", "not 42"), (ensemble, "", "name one or more"),
 ])  # fmt: skip
 def test_wrong_flags_and_values(script, argv, words, failing):
     data = ["--data", "digits"] if script not in (ensemble, look) and "--data" not in argv else []
@@ -56,11 +52,10 @@ def test_wrong_flags_and_values(script, argv, words, failing):
 
 
 @pytest.mark.parametrize("argv, changes, stored, words", [
-    ("", dict(heads=2), {}, "'heads': 2"), ("", dict(patch=4), {}, "--patch"),
-    ("", dict(channels=3), {}, "3 channels"), ("", dict(depth=2), {}, "0 to 1"),
-    ("", {}, dict(dim=64), "size mismatch for cls_token"),
-    ("", {}, dict(depth=5), "blocks.4.norm1.weight"),
-    ("", {}, dict(positions="relative"), "relative"),
+    ("", dict(heads=2), {}, "'heads': 2"), ("", {}, dict(depth=5), "blocks.4.norm1.weight"),
+    ("", dict(patch=4), {}, "--patch"), ("", {}, dict(positions="relative"), "relative"),
+    ("", dict(channels=3), {}, "3 channels"), ("", {}, dict(dim=64), "size mismatch for cls_token"),
+    ("", dict(depth=2), {}, "0 to 1"),
     ("--layers 0,1 --teacher-layers 3", {}, {}, "cannot take the maps"),
 ])  # fmt: skip
 def test_a_checkpoint_that_does_not_fit(argv, changes, stored, words, failing):

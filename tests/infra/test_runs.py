@@ -167,7 +167,6 @@ def test_mixed_precision_and_one_graph_train_close_to_float32(script, tmp_path, 
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, failing, monkeypatch):
-    """And the last checkpoint stays."""
     calls, honest = [], finetune.loss
 
     def explode(*step, **bound):

@@ -94,6 +94,7 @@ def test_settings_are_chosen_by_validation_and_a_table_is_what_its_runs_found(
     (table,) = reproduce_all([*places, "--extend"], "tested")
     with pytest.raises(ValueError, match="ask for more --seeds"):
         reproduce_all([*places, "--extend"], "tested")
+    assert reproduce_all([*places, "--seeds", "1"], "tested") == [table]  # a trial leaves it alone
     assert len(ran) == len(set(ran))
     correct = {row: [] for row in MAIN}
     for row, found in correct.items():
@@ -198,7 +199,7 @@ def test_a_run_in_a_process_of_its_own_is_the_run_of_its_script(tmp_path):
     checkpoints.save(state, other)
     for name, value, begun in (
         ("--teacher", moved, True), ("--teacher", other, False), ("--teacher", "pretrain", False),
-        ("--seed", 7, False),
+        ("--seed", 7, False), ("--data-dir", "elsewhere", False),
     ):  # fmt: skip
         assert replace(job, argv=[*job.argv, name, str(value)]).has_begun() == begun
     assert job.read_result()
