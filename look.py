@@ -111,7 +111,8 @@ def main(settings: Settings) -> dict[str, float]:
     for label, percent in likeliest.items():
         print(f"{percent:7.2f} %  {label}")
     out.parent.mkdir(parents=True, exist_ok=True)
-    looks = f"the query {settings.query} looks" if settings.query else "all patches look"
+    token = "the class token" if settings.query == "class" else f"the patch {settings.query}"
+    looks = f"{token} looks" if settings.query else "all patches look"
     title = f"Where {looks} in {Path(photo).name}: {name}"
     pictures.save(draw(model, x, maps, layers, heads, query, title), out)
     print(f"where it looks: {out}")

@@ -51,7 +51,7 @@ def introduce(task, settings, out: Path, micro_batch: int, rate: float) -> None:
     teacher = task.checkpoint or ("random weights" if settings.teacher == "random" else "")
     if teacher and hasattr(settings, "layers"):
         teacher = f"{teacher}; its maps in --layers {settings.layers}"
-    steps = f"{settings.epochs} epochs of {task.data.train.steps} batches of {batch}"
+    steps = f"{settings.epochs} epochs of {task.data.train.steps} x {batch} images"
     if micro_batch < batch // world():
         steps += f", {micro_batch} images at a time"
     shape = f"{sum(p.numel() for p in net.parameters() if p.requires_grad):,} parameters to learn"

@@ -96,10 +96,9 @@ def get_quantile(freedom: int) -> float:
 
 def format_cell(cell: dict | int | None, form: str) -> str:
     """A figure and its 95 % interval, or, of few seeds, the figure of each. Or a count."""
-    if not cell:
-        return ""
-    if isinstance(cell, int):
-        return f"{cell:,}"
+    if not cell or isinstance(cell, int):
+        return f"{cell:,}" if cell else ""
+    form = form.replace(".", "z.")  # no -0.00
     between, values = cell.get("interval"), cell.get("values", ())
     ends = f" [{between[0]:{form}}, {between[1]:{form}}]" if between else ""
     if not between and len(values) > 1:

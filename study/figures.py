@@ -17,7 +17,7 @@ def draw_record(table, record: dict, path: Path) -> None:
     if table.tunes or table.find:
         return
     points, seeds = record["points"], len(record["seeds"])
-    rows = next(iter(points.values()))
+    rows = max(points.values(), key=len)
     title = f"{table.about} ({table.study.base['data']}, {seeds} seed{'s' * (seeds != 1)})"
     several = len(points) > 1
     fig, axis = figure(width=8, height=3.8 if several else 1.3 + 0.28 * len(rows), title=title)
@@ -29,7 +29,7 @@ def draw_record(table, record: dict, path: Path) -> None:
 def draw_points(axis, points: dict[str, dict]) -> None:
     """Each row at the points of a table, with intervals. Amounts are joined by lines."""
     line, spare = "-" if any(point[0].isdigit() for point in points) else "none", iter(SPARE)
-    rows = next(iter(points.values()))
+    rows = max(points.values(), key=len)
     for i, row in enumerate(rows):
         shift = 0.06 * (i - (len(rows) - 1) / 2)  # so that intervals do not hide each other
         known = [(x + shift, of[row]) for x, of in enumerate(points.values()) if row in of]

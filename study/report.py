@@ -153,7 +153,7 @@ def format_rows(rows: dict[str, dict]) -> str:
 
 def format_points(points: dict[str, dict]) -> str:
     """A line for each point: means, then the recoveries, or without any all differences."""
-    rows = next(iter(points.values()))
+    rows = max(points.values(), key=len)
     what, form = ("recovery", ".2f") if CEILING in rows else ("difference", "+.1f")
     asked = [row for row in rows if row != CEILING and what in rows[row]]
     lines = [
