@@ -95,8 +95,11 @@ def name_likeliest(logits: Tensor, classes: list[str] | None) -> dict[str, float
 def main(settings: Settings) -> dict[str, float]:
     launch.require_one_process()
     photo, source = settings.photo
+    if source.lower().endswith((".jpg", ".jpeg", ".png")):
+        raise ValueError(f"{source} is no ViT: name the photograph first")
     name = re.split(r"[/\\=]", source.removesuffix("/model.pt"))[-1]
-    out = Path(settings.out or f"runs/look-{Path(photo).stem}-{name}.png")
+    where = "-".join(Path(photo).with_suffix("").parts[-2:]).strip("/.-")  # folders may share names
+    out = Path(settings.out or f"runs/look-{where}-{name}.png")
     checkpoints.check_place(out, "--out", ".png", ".pdf", ".svg")
     how = launch.get_device(settings.device), settings.image_size or None, settings.normalization
     model = open_model(source, *how)

@@ -43,7 +43,7 @@ def match_classes(model, classes: list[str]) -> list[int]:
         if theirs and set(theirs) <= set(ours) and len(ours) == outputs:
             return [ours.index(name) for name in theirs]
     strange = ", ".join(sorted({*words[1]} - {*words[0]})[:3])
-    own = f"its {outputs} outputs are such as {known[0]}"
+    own = f"its {outputs} outputs are such as {known[0]}, and capitals count"
     raise ValueError(f"{found.source} does not know these classes ({strange}): {own}")
 
 

@@ -24,7 +24,7 @@ DIGITS = f"--teacher {ROOT}/weights/digits.pt"
 
 @pytest.mark.parametrize("script, argv, words", [
     (finetune, "--data folder --data-dir nowhere", "no folder nowhere"),
-    (finetune, "--data imagenet", "train/CLASS/* and val/CLASS/*"),
+    (finetune, "--data imagenet", "train/CLASS/* and val/CLASS/*"), (look, "x.pt a.jpg", "first"),
     (finetune, "--data cifar10 --data-dir /dev/null/x", "/dev/null/x"),
     (finetune, "--lr -1", "--lr -1.0: must be at least 0"), (copy, "--layers 99", "some of 0 to 3"),
     (finetune, "--lr nan", "--lr nan"), (finetune, "--out /dev/null/run", "not a writable folder"),
