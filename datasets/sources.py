@@ -9,8 +9,7 @@ from torch import Tensor
 
 from common.augment import hash_seed, seeded
 
-# Settings that only these files here have a use for
-CHOICES = {key: {"scenes"} for key in ("scene", "dial", "label")}
+CHOICES = {key: {"scenes"} for key in ("scene", "dial", "label")}  # only these files use them
 CHOICES |= {"distractors": {"digits"}, "classes": {"digits", "scenes"}}
 
 
