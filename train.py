@@ -215,8 +215,9 @@ class Learner:
         return parts | ({"average": self.average} if self.average else {})
 
     def save(self, out: Path, rows: list, run: dict, clock: Clock) -> None:
-        """Writes last.pt."""
-        runs.check_finite(self.sums)
+        """Writes last.pt. Failed, before it is spoiled, if a loss or a weight is not finite."""
+        weights = {"the sum of all weights": sum(p.detach().sum() for p in self.net.parameters())}
+        runs.check_finite(self.sums | weights)
         if rank() == 0:
             state = {name: part.state_dict() for name, part in self.parts().items()}
             state |= {"step": self.done, "sums": self.sums, "rows": rows, "run": run}
@@ -294,7 +295,6 @@ def finish(task: Task, learner: Learner, rows: list, out: Path, test: Callable |
     result = dict(rows[-1])
     if found:
         result["test_top1"] = compute_top1(found["predicted"], found["labels"])
-    runs.check_finite({name: p.sum() for name, p in net.named_parameters()})
     runs.write_rows(out, [*rows[:-1], result])
 
     def write() -> None:

@@ -58,7 +58,7 @@ def load(settings, kind, size: int, device) -> Parts:
 
 
 def draw_scenes(part: str, source: Tensors, kinds: list[int], settings, grid, draws) -> Tensors:
-    """Scenes (n, c, size, size) of 0..1 and their labels (n,). Noise is in val and test already."""
+    """Scenes (n, c, size, size) of 0..1 and their labels (n,), known by the files of `source`."""
     device, images, labels = source.images.device, source.images.cpu(), source.labels.cpu()
     images = (images if images.ndim == 4 else images[:, None])[labels.argsort(stable=True)]
     sizes = labels.bincount(minlength=max(kinds) + 1)  # of the classes, which lie one by one
@@ -68,7 +68,7 @@ def draw_scenes(part: str, source: Tensors, kinds: list[int], settings, grid, dr
     draw = draw_pointers if settings.scene == "pointer" else draw_twins
     cells, kind, cell = draw(COUNT[part], grid, *pool, settings.dial, draws)
     scenes = rearrange(cells, "n (h w) c p q -> n c (h p) (w q)", h=grid)
-    if part != "train":
+    if part != "train":  # to which augment adds it
         scenes = add_noise(scenes, torch.rand(scenes.shape, generator=draws))
     labels = cell if settings.label == "cell" else kind
     return replace(source, images=scenes.to(device), labels=labels.to(device))

@@ -95,7 +95,8 @@ def main(settings: Settings) -> None:
             used = hash_settings({name: job.out.name for name, job in jobs.items()})
             if extends and (table.find or table.fewer or old.get("settings") != used):
                 raise ValueError(f"--extend: {path} has other settings, or more than accuracies")
-            seeds = sorted({*range(table.first, table.first + count)} - {*old["seeds"] * extends})
+            known = old["seeds"] if extends else []
+            seeds = sorted({*range(table.first, table.first + count)} - {*known})
             if not seeds:
                 raise ValueError(f"--extend: {path} has these {count} seeds: ask for more --seeds")
             jobs, trained = plan(table, planner, tuned, seeds)

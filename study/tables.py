@@ -112,7 +112,7 @@ def thin_out(points: dict[str, dict], seeds: int) -> dict:
 AT_100 = list_steps(100, 300)
 AT_300 = dict(list(list_steps(300, 75).items())[1:])  # scenes-pointer has the first
 FIRST_100, LAST_100 = ({name: point} for name, point in choose_ends(AT_100).items())
-LAST_300 = dict(list(AT_300.items())[1:2])
+_, LAST_300, _ = ({name: point} for name, point in AT_300.items())
 LAST_TWINS = {"twins, 7,000 steps": TWINS["twins"] | {"epochs": 1000}}
 LAST_PHOTOS = {"6,200 steps": {"epochs": 200}}
 SHORT_100 = dict(zip(("300 steps", "900 steps"), AT_100.values(), strict=False))
@@ -162,7 +162,7 @@ TABLES = {
     "scenes-steps-tuning": steps("settings for 100 scenes, at 300 steps and at 3,000",
         tunes=True, rows=ENDS, points=choose_ends(AT_100)),
     "scenes-steps": steps("pointer: 100 labelled scenes, 300 to 9,000 steps", rows=ENDS,
-        points=AT_100, tuned_at=tuple(AT_100)[2:3], fewer=thin_out(AT_100, 10)),
+        points=AT_100, tuned_at=tuple(LAST_100), fewer=thin_out(AT_100, 10)),
     "scenes-steps-300-tuning": scenes("settings of scratch, 300 scenes, 3,000 steps",
         study=LONG, points=LAST_300, tunes=True, rows=(SCRATCH,)),
     "scenes-steps-300": scenes("pointer: 300 labelled scenes, 900 to 9,000 steps", study=LONG,

@@ -39,7 +39,7 @@ def match_classes(model, classes: list[str]) -> list[int]:
         print0(f"note: {found.source} names no classes: {known[0]} to {known[-1]}, in this order?")
     words = [[x.replace("_", " ") for x in names] for names in (known, classes)]
     numbers = number_imagenet(known), number_imagenet(classes)
-    for ours, theirs in (known, classes), tuple(words), numbers:
+    for ours, theirs in (known, classes), words, numbers:
         if theirs and set(theirs) <= set(ours) and len(ours) == outputs:
             return [ours.index(name) for name in theirs]
     strange = ", ".join(sorted({*words[1]} - {*words[0]})[:3])
