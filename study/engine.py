@@ -126,20 +126,13 @@ def read_correct(of_rows: dict[str, list[Job]]) -> dict[str, np.ndarray]:
     return {row: np.stack([job.read_correct() for job in jobs]) for row, jobs in of_rows.items()}
 
 
-def subtract(*pairs: tuple[str, str]) -> dict[str, Callable]:
-    def compute(of, row, other):
-        return of[row] - of[other]
-
-    return {f"{row} − {one}": partial(compute, row=row, other=one) for row, one in pairs}
-
-
-def subtract_at(points: Iterable[str], *pairs: tuple[str, str]) -> dict[str, Callable]:
-    def compute(*of, at, only):
-        return only(of[at])
+def subtract(*pairs: tuple[str, str], points: Iterable[str] = ("",)) -> dict[str, Callable]:
+    def compute(*of, at, row, other):
+        return of[at][row] - of[at][other]
 
     return {
-        f"{name}, {point}": partial(compute, at=at, only=only)
-        for name, only in subtract(*pairs).items() for at, point in enumerate(points)
+        f"{row} − {other}{point and f', {point}'}": partial(compute, at=at, row=row, other=other)
+        for row, other in pairs for at, point in enumerate(points)
     }  # fmt: skip
 
 

@@ -64,9 +64,8 @@ def make_uniform_map(teacher: ViT) -> Tensor:
 
 def make_centre_map(teacher: ViT) -> Tensor:
     """Every query attends to the patch in the centre: (1, H, N, N)."""
-    first, patches = teacher.config.num_prefix_tokens, teacher.config.grid_size**2
     p = torch.zeros_like(make_uniform_map(teacher))
-    p[..., first + patches // 2] = 1
+    p[..., teacher.config.num_prefix_tokens + teacher.config.grid_size**2 // 2] = 1
     return p
 
 
@@ -95,9 +94,8 @@ def choose_lender(teacher: ViT, dataset: data.Data, settings):
         if settings.maps == "other":
             return OtherImages(teacher, bank)
         return FixedMaps(average_maps(teacher, bank))
-    if settings.maps == "uniform":
-        return FixedMaps([make_uniform_map(teacher)] * len(teacher.blocks))
-    if settings.maps == "centre":
-        return FixedMaps([make_centre_map(teacher)] * len(teacher.blocks))
-    torch.manual_seed(settings.seed)
-    return FixedMaps([draw_impulse_map(teacher) for _ in teacher.blocks])
+    if settings.maps == "impulse":
+        torch.manual_seed(settings.seed)
+        return FixedMaps([draw_impulse_map(teacher) for _ in teacher.blocks])
+    make_map = make_uniform_map if settings.maps == "uniform" else make_centre_map
+    return FixedMaps([make_map(teacher)] * len(teacher.blocks))

@@ -47,12 +47,22 @@ def hsic(a: Tensor, b: Tensor) -> Tensor:
     return ((a * b).sum() + means - 2 * (a.sum(0) @ b.sum(0)) / (n - 2)) / (n * (n - 3))
 
 
+def diverge(p: Tensor, q: Tensor) -> Tensor:
+    """Kullback-Leibler, in nats, a mean of each layer: (layers, images, H, N, N) to (layers,)."""
+    return (torch.xlogy(p, p) - torch.xlogy(p, q)).sum(dim=-1).mean(dim=(1, 2, 3))
+
+
 def measure_change(p: Tensor) -> list[float]:
-    """What images add to maps (layers, images, H, N, N), as a share of what these say: the mean
-    divergence (Kullback-Leibler) from their mean over images, and from uniform attention.
+    """What images add to maps, as a share of what these say: how far these are from their mean
+    over images, and how far from uniform attention.
     """
-    least, most = (entropy(maps).mean(dim=(1, 2, 3)) for maps in (p, p.mean(dim=1, keepdim=True)))
-    return ((most - least) / (math.log(p.shape[-1]) - least)).tolist()
+    uniform = torch.full_like(p, 1 / p.shape[-1])
+    return (diverge(p, p.mean(dim=1, keepdim=True)) / diverge(p, uniform)).tolist()
+
+
+def measure_learned(p: Tensor, of: Tensor) -> list[float]:
+    """How much maps p know of what images add to others: 1 if all, 0 if no more than their mean."""
+    return (1 - diverge(of, p) / diverge(of, of.mean(dim=1, keepdim=True))).tolist()
 
 
 @torch.no_grad()
@@ -61,23 +71,30 @@ def find_looks(_: Table, runs: Runs) -> dict:
 
     of_image: the share that the image adds to what a map says. from_centre: how much of its
     attention the centre pays to the cell asked for; from_twin: and a twin to the other.
+    of_teacher: how much it knows of what photographs add to the teacher's maps.
     """
     ((point, of_rows),) = runs.items()
     found: dict[str, list] = {}
     for i, job in enumerate(of_rows[COPY]):
         settings = job.get_settings()
-        images, (query, key) = load_scenes(settings)
-        teacher = open_model(settings.teacher, images.device)
+        images, asked = load_images(settings)
+        teacher = open_model(settings.teacher, images.device, images.shape[-1])
         torch.manual_seed(hash_seed("random net", settings.seed))  # no training begins like this
         random = Model(build(teacher.net.config).to(images.device).eval())
         models = {"random net": random, "teacher": teacher}
         models |= {row: open_run(jobs[i]) for row, jobs in of_rows.items()}
-        for name, model in models.items():
-            p = torch.stack([qk.map() for _, qk in model.blockwise(images)])  # (layers, B, H, N, N)
-            prefix, each = model.net.config.num_prefix_tokens, torch.arange(len(images))
-            paid = p[:, each, :, prefix + query, prefix + key].mean(dim=(0, 2))
-            what = "from_centre" if settings.scene == "pointer" else "from_twin"
-            found.setdefault(name, []).append({"of_image": measure_change(p), what: paid.tolist()})
+        maps = {  # (layers, B, H, N, N)
+            name: torch.stack([qk.map() for _, qk in model.blockwise(images)])
+            for name, model in models.items()
+        }
+        prefix, each = teacher.net.config.num_prefix_tokens, torch.arange(len(images))
+        for name, p in maps.items():
+            what, of_layers = "of_teacher", measure_learned(p, maps["teacher"])
+            if asked:
+                query, key = (prefix + cells for cells in asked)
+                what = "from_centre" if settings.scene == "pointer" else "from_twin"
+                of_layers = p[:, each, :, query, key].mean(dim=(0, 2)).tolist()
+            found.setdefault(name, []).append({"of_image": measure_change(p), what: of_layers})
     rows = {
         name: {
             what: estimate_layers(zip(*(seed[what] for seed in seeds), strict=True))
@@ -89,8 +106,11 @@ def find_looks(_: Table, runs: Runs) -> dict:
     return {"points": {point: rows}, "measure": measure}
 
 
-def load_scenes(settings) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """IMAGES of the test scenes, and which cell should look at which: (query, key)."""
+def load_images(settings) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """Test images, and in scenes which cell should look at which: (query, key)."""
+    if "scenes" not in settings.data:
+        batches = data.load(settings, train=False).test.in_order(IMAGES)
+        return torch.cat([images for images, _ in batches])[::6], None  # they are sorted by class
     dataset = data.load(replace(settings, label="cell"), train=False)
     images, asked = next(dataset.test.in_order(IMAGES))
     p = settings.patch

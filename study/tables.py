@@ -3,7 +3,7 @@
 from functools import partial
 
 from study import rows
-from study.engine import Study, Table, share_of_gain, subtract, subtract_at
+from study.engine import Study, Table, share_of_gain, subtract
 from study.looks import find_likeness, find_looks
 from study.rows import AT_BASE, BASE, COPY, DISTILLATION, MAIN, MEAN, SCRATCH, TUNED
 
@@ -11,7 +11,7 @@ from study.rows import AT_BASE, BASE, COPY, DISTILLATION, MAIN, MEAN, SCRATCH, T
 DROPS, DECAYS = ("drop_path", (0.0, 0.1, 0.2)), ("layer_decay", (0.75, 1.0, 0.5))
 COPIED, DISTILLED = ("layers", ("all", ":3", ":2")), ("layers", (":3", "all", ":2"))
 WEIGHTS, PROBING = ("attention_weight", (3.0, 1.0, 10.0)), ("lr", (4e-3, 3.2e-2, 6.4e-2))
-ENDS = (*MAIN, MEAN)
+ENDS, LEARNERS = (*MAIN, MEAN), (SCRATCH, COPY, DISTILLATION)
 OWN = {SCRATCH: DROPS, COPY: COPIED, DISTILLATION: DISTILLED, TUNED: DECAYS, MEAN: COPIED}
 VARIED = dict(zip(rows.VARIED, (DISTILLED, COPIED, DECAYS, DECAYS, COPIED, WEIGHTS), strict=True))
 VARIED |= dict.fromkeys(rows.PROBE, PROBING)
@@ -99,25 +99,16 @@ def list_steps(labels: int, epochs: int) -> dict[str, dict]:
     }
 
 
-def choose_ends(points: dict[str, dict]) -> dict[str, dict]:  # those that are tuned
-    return {name: points[name] for name in list(points)[::2]}
-
-
-def thin_out(points: dict[str, dict], seeds: int) -> dict:
-    """At the last point and the last but two scratch alone, at the last with three seeds."""
-    *_, second, _, fourth = points
-    return {second: ((SCRATCH,), seeds), fourth: ((SCRATCH,), 3)}
-
-
 AT_100 = list_steps(100, 300)
 AT_300 = dict(list(list_steps(300, 75).items())[1:])  # scenes-pointer has the first
-FIRST_100, LAST_100 = ({name: point} for name, point in choose_ends(AT_100).items())
+FIRST_100, _, LAST_100, _ = ({name: point} for name, point in AT_100.items())
 _, LAST_300, _ = ({name: point} for name, point in AT_300.items())
 LAST_TWINS = {"twins, 7,000 steps": TWINS["twins"] | {"epochs": 1000}}
 LAST_PHOTOS = {"6,200 steps": {"epochs": 200}}
 SHORT_100 = dict(zip(("300 steps", "900 steps"), AT_100.values(), strict=False))
 ON_PHOTOGRAPHS = "2,000 photographs"
 PHOTO_LABELS = {"500 photographs": {"num_labels": 500, "epochs": 120}, ON_PHOTOGRAPHS: {}}
+LONGER = {f"{ON_PHOTOGRAPHS}, 90 epochs": {"epochs": 90}}
 UNSEEN = {"2,000 images": {"data": "cifar10", "holdout": 0.1}}
 PHOTO_LABELS |= {"9,469 photographs": {"num_labels": 0, "epochs": 7}}  # at about as many steps
 
@@ -136,7 +127,8 @@ HELD = subtract(("maps, then labels", "maps, then labels, maps held"))
 UNUSED = "settings of maps that are not looked with"
 why = {"find": find_likeness, "rows": (*MAIN, *rows.WHY), "contrasts": BESIDE | HELD}
 losses = {"rows": (*rows.LOSSES,), "against": dict.fromkeys(rows.LOSSES, next(iter(rows.LOSSES)))}
-public = partial(Table, study=PHOTOGRAPHS, tuned_at=(ON_PHOTOGRAPHS,), rows=ENDS, seeds=3)
+public = partial(Table, study=PHOTOGRAPHS, points={ON_PHOTOGRAPHS: {}}, seeds=3,
+    tuned_at=(ON_PHOTOGRAPHS,), rows=ENDS)  # fmt: skip
 TABLES = {
     "scenes-tuning": scenes("settings for the pointer", tunes=True, rows=(*ENDS, *rows.PROBE,
         *rows.FEATURES)),
@@ -144,9 +136,8 @@ TABLES = {
         tunes=True, points={HALF: DIAL[HALF]}, rows=(SCRATCH, COPY, TUNED, MEAN)),
     "scenes-tuning-twins": scenes("settings for the twins", tunes=True, points=TWINS, rows=ENDS),
     "scenes-pointer": scenes("pointer: the main rows, and maps that are not the image's own",
-        rows=(*MAIN, *rows.PROBE, *rows.FEATURES, MEAN, "copy, other maps", "copy, uniform maps",
-        "copy, impulse maps", "copy, random teacher", "distillation, mean maps",
-        "distillation, random teacher"), contrasts=OF_GAIN | subtract((COPY, TUNED))),
+        rows=(*MAIN, *rows.PROBE, *rows.FEATURES, *rows.CONTROLS),
+        contrasts=OF_GAIN | subtract((COPY, TUNED))),
     "scenes-dial": scenes("from content to position: pointers that point to one cell",
         points=POINTER | DIAL, rows=(SCRATCH, COPY, TUNED, MEAN), tuned_at=(HALF,), seeds=5),
     "scenes-labels": scenes("pointer: 100 to 3,000 labelled scenes", points=SCENE_LABELS,
@@ -160,29 +151,28 @@ TABLES = {
     "scenes-teachers": scenes("pointer: who taught without labels, with labels, or as an MAE",
         rows=(*ENDS, *rows.WHOSE), seeds=5),
     "scenes-steps-tuning": steps("settings for 100 scenes, at 300 steps and at 3,000",
-        tunes=True, rows=ENDS, points=choose_ends(AT_100)),
+        tunes=True, rows=ENDS, points=FIRST_100 | LAST_100),
     "scenes-steps": steps("pointer: 100 labelled scenes, 300 to 9,000 steps", rows=ENDS,
-        points=AT_100, tuned_at=tuple(LAST_100), fewer=thin_out(AT_100, 10)),
+        points=AT_100, tuned_at=tuple(LAST_100), fewer={"100 scenes, 900 steps":
+        ((SCRATCH,), 10), "100 scenes, 9,000 steps": ((SCRATCH,), 3)}),
     "scenes-steps-300-tuning": scenes("settings of scratch, 300 scenes, 3,000 steps",
         study=LONG, points=LAST_300, tunes=True, rows=(SCRATCH,)),
     "scenes-steps-300": scenes("pointer: 300 labelled scenes, 900 to 9,000 steps", study=LONG,
-        rows=ENDS, seeds=5, points=AT_300, tuned_at=("pointer", *LAST_300),
-        fewer=thin_out(AT_300, 5)),
+        rows=ENDS, seeds=5, points=AT_300, tuned_at=("pointer", *LAST_300), fewer={"300 scenes, "
+        "900 steps": ((SCRATCH,), 5), "300 scenes, 9,000 steps": ((SCRATCH,), 3)}),
     "scenes-decays-tuning": steps("scratch, 3,000 steps: high rates with high weight decays",
         study=STEPS._replace(rates=RATES[2:], joint=(0.5, 1.5)), tunes=True, rows=(SCRATCH,),
         points={"100 scenes, jointly": AT_100["100 scenes, 3,000 steps"]}),
     "scenes-controls-tuning": steps("settings of feature distillation, 100 scenes", tunes=True,
         points=FIRST_100, rows=tuple(rows.FEATURES)),
     "scenes-controls": steps("100 scenes: what else could help", points=FIRST_100,
-        rows=(*MAIN, *rows.PROBE, *rows.FEATURES, *rows.PARTS, MEAN, "copy, other maps",
-        "copy, uniform maps", "copy, impulse maps", "copy, random teacher",
-        "distillation, mean maps", "distillation, random teacher"), contrasts=OF_GAIN
-        | subtract((COPY, TUNED), ("distillation, mean maps", SCRATCH))),
+        rows=(*MAIN, *rows.PROBE, *rows.FEATURES, *rows.PARTS, *rows.CONTROLS),
+        contrasts=OF_GAIN | subtract((COPY, TUNED), ("distillation, mean maps", SCRATCH))),
     "scenes-constant-tuning": constant("settings of constant maps, 300 and 900 steps", tunes=True,
         points=SHORT_100, rows=(SCRATCH, COPY, TUNED, MEAN, MEAN_ABOVE, CENTRE_ABOVE)),
     "scenes-constant": constant("100 scenes: constant maps where layer 0 is free", points=SHORT_100,
         rows=(SCRATCH, COPY, TUNED, MEAN, "copy, layer 0", *rows.ABOVE),
-        contrasts=subtract_at(SHORT_100, (COPY, MEAN_ABOVE), (MEAN_ABOVE, CENTRE_ABOVE))),
+        contrasts=subtract((COPY, MEAN_ABOVE), (MEAN_ABOVE, CENTRE_ABOVE), points=SHORT_100)),
     "scenes-constant-long": constant("the same, 3,000 steps", tuned_at=("900 steps",), seeds=5,
         points={"3,000 steps": AT_100["100 scenes, 3,000 steps"]},
         rows=(SCRATCH, COPY, TUNED, MEAN, *rows.ABOVE)),
@@ -253,16 +243,17 @@ TABLES = {
         points=LAST_PHOTOS, tuned_at=("pointer",), rows=(SCRATCH, COPY), seeds=5),
     "photos-tuning": public("settings with a public teacher (10 epochs)", tunes=True,
         points={ON_PHOTOGRAPHS: {"epochs": 10}}, rows=(*ENDS, *rows.PROBE)),
-    "photos-deit": public("DeiT-Ti's maps, 2,000 photographs", points={ON_PHOTOGRAPHS: {}},
-        rows=(*ENDS, *rows.PROBE, "copy, other maps", "copy, random teacher", "beside"),
-        contrasts=OF_GAIN | subtract(("beside", DISTILLATION))),
-    "photos-layers": public("DeiT-Ti's maps in fewer layers, and further controls",
-        points={ON_PHOTOGRAPHS: {}}, rows=(SCRATCH, COPY, "copy, layers :4", "copy, layers :8",
-        "copy, uniform maps", "distillation, mean maps")),
-    "photos-deit-long": public("three times as long", rows=(SCRATCH, COPY),
-        points={f"{ON_PHOTOGRAPHS}, 90 epochs": {"epochs": 90}}),
-    "photos-augreg": public("AugReg-Ti's maps, 2,000 photographs", study=AUGREG,
-        points={ON_PHOTOGRAPHS: {}}, contrasts=OF_GAIN),
+    "photos-deit": public("DeiT-Ti's maps, 2,000 photographs", contrasts=OF_GAIN
+        | subtract(("beside", DISTILLATION)), rows=(*ENDS, *rows.PROBE, "copy, other maps",
+        "copy, random teacher", "beside")),
+    "photos-layers": public("DeiT-Ti's maps in other layers, and further controls",
+        rows=(SCRATCH, COPY, "copy, layers :4", "copy, layers :8", "copy, uniform maps",
+        "distillation, layers all", "distillation, mean maps")),
+    "photos-deit-long": public("three times as long", points=LONGER, rows=LEARNERS[:2]),
+    "photos-looks": public("where nets look at photographs", rows=LEARNERS, find=find_looks),
+    "photos-looks-long": public("the same, after 90 epochs", points=LONGER, rows=LEARNERS,
+        find=find_looks),
+    "photos-augreg": public("AugReg-Ti's maps, 2,000 photographs", study=AUGREG, contrasts=OF_GAIN),
     "photos-cifar10": public("DeiT-Ti's maps, images and labels that it has not seen: CIFAR-10",
         points=UNSEEN, rows=(SCRATCH, COPY, TUNED, MEAN), contrasts=OF_GAIN),
     "photos-cifar10-more": public("the same: distillation, and another image's maps", points=UNSEEN,

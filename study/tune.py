@@ -34,10 +34,11 @@ def tune(table: Table, planner: Planner, known: Tuned, runner: Runner) -> dict[s
             found[point, row][flags] = [get_validation(results[name]) for name in names]
         for key, tried in found.items():
             best[key] = dict(max(tried, key=lambda flags: sum(tried[flags])))
-    return {
-        point: {row: record_trials(best[point, row], found[point, row]) for row in rows}
-        for point in points
-    }
+    recorded: dict[str, dict] = {point: {} for point in points}
+    for (point, row), tried in found.items():
+        trials = [{"flags": dict(flags), "validation": scores} for flags, scores in tried.items()]
+        recorded[point][row] = {"chosen": best[point, row], "tried": trials}
+    return recorded
 
 
 def choose_first(row: str, study: Study) -> Flags:
@@ -56,11 +57,6 @@ def list_options(row: str, stage: int, best: Flags, study: Study) -> list[Flags]
         [{name: value} for value in values[1:]],
     )
     return [best | flags for flags in stages[stage]]
-
-
-def record_trials(best: Flags, tried: dict[tuple, list[float]]) -> dict:
-    trials = [{"flags": dict(flags), "validation": scores} for flags, scores in tried.items()]
-    return {"chosen": best, "tried": trials}
 
 
 def read_tuning(study: Study, tables: dict[str, Table], results: Path) -> Tuned:

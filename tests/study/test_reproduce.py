@@ -133,11 +133,11 @@ def test_a_copy_student_looks_where_its_teacher_looks(places, ran, tmp_path, mon
 def test_what_the_image_adds_to_a_map_is_what_position_alone_does_not_say():
     p = torch.randn(2, 5, 3, 4, 4, dtype=torch.float64).softmax(dim=-1)
     p[1] = p[1, :1]  # the second layer looks the same way at all images
-    mean, uniform = p.mean(dim=1, keepdim=True), torch.full_like(p, 1 / 4)
-    added, said = ((p * (p / q).log()).sum(-1).mean(dim=(1, 2, 3)) for q in (mean, uniform))
-    found = looks.measure_change(p)
-    assert_close(found, (added / said).tolist(), atol=1e-9, rtol=0)
-    assert found[0] > 0.1
+    mean = p.mean(dim=1, keepdim=True).expand_as(p)
+    least, most = (looks.entropy(maps).mean(dim=(1, 2, 3)) for maps in (p, mean))
+    assert_close(looks.measure_change(p), ((most - least) / (np.log(4) - least)).tolist())
+    learned = [looks.measure_learned(q, p)[0] for q in (p, mean, (p + mean) / 2)]
+    assert learned[:2] == pytest.approx([1, 0]) and 0.5 < learned[2] < 1  # KL is convex
 
 
 @pytest.mark.parametrize("asked", list({t.study.base["data"]: t.study for t in ASKED}.values()))
