@@ -60,9 +60,10 @@ class Planner(NamedTuple):  # plans the runs of a study
             remedy = "first reproduce the tuning of its table (--help lists them)"
             raise ValueError(f"'{tuned_as}' has no settings yet: {remedy}")
         own = (tuned[tuned_as] if study.own and tuned_as else {}) | flags
-        given = study.base | point | own | {"seed": seed}
-        if teacher:
-            given["teacher"] = teacher
+        shared = study.base | point
+        if script == "pretrain":  # images only: not how students are trained
+            shared = {k: v for k, v in shared.items() if k in study.images}
+        given = shared | own | {"seed": seed} | ({"teacher": teacher} if teacher else {})
         if "epochs" in given:
             given["eval_every"] = given["epochs"]
         if "lr" in given:

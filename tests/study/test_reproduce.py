@@ -14,6 +14,7 @@ from torch.testing import assert_close
 
 import ensemble
 import finetune
+import pretrain
 from common import checkpoints, runs
 from common.launch import Failed
 from common.settings import get_values, parse_layers
@@ -87,7 +88,6 @@ def test_settings_are_chosen_by_validation_and_a_table_is_what_its_runs_found(
     for row, found in tuned["points"]["24 labels"].items():
         scores = [np.mean(trial["validation"]) for trial in found["tried"]]
         assert found["chosen"] == found["tried"][int(np.argmax(scores))]["flags"], row
-
     reproduce_all([*places, "--seeds", "1"], "tested")
     with pytest.raises(ValueError, match="other settings"):
         reproduce_all([*places, "--extend", "--extra=--epochs 2 --device cpu"], "tested")
@@ -169,10 +169,11 @@ def test_runs_that_differ_lie_in_folders_of_their_own(name):
     table = reproduce.TABLES[name]
     planner = Planner(table.study, Path("runs"))
     tuned = tune.read_tuning(table.study, reproduce.TABLES, KEPT)
-    (_, planned), asked = reproduce.plan(table, planner, tuned, [1, 2]), {}
-    for job in (job for of_rows in planned.values() for row in of_rows.values() for job in row):
+    (planned, _), asked = reproduce.plan(table, planner, tuned, [1, 2]), {}
+    for job in planned.values():
         assert asked.setdefault(job.out, job) == job
-        job.get_settings()
+        settings = job.get_settings()
+        assert job.script != "pretrain" or not settings.given & pretrain.UNUSED[settings.target]
 
 
 @pytest.mark.slow
