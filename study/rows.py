@@ -78,6 +78,7 @@ def teach(teachers, taught) -> dict[str, Row]:
 
 
 WHOSE = teach(KNOWING, (COPY, MEAN, DISTILLATION, TUNED))
+MAES = teach(["an MAE"], (COPY, MEAN))
 ORACLE = teach([*NARROW, "an MAE"], (COPY, DISTILLATION, TUNED))
 PIXELS = {"scratch, and the cell's pixels": Row("variants", "none", {"how": "pixels"})}
 ELSEWHERE = "fine-tuned on other classes"

@@ -61,6 +61,8 @@ STEPS = SCENES._replace(  # tuned at both ends of an axis of training
     | dict.fromkeys(rows.PIXELS, ("attention_weight", (1.0, 0.3, 3.0, 10.0))),
 )  # fmt: skip
 CONSTANT = STEPS._replace(joint=(1.5,))
+MAES = SCENES._replace(joint=(1.5,), rates=RATES[2:], own=OWN | dict.fromkeys(rows.MAES, COPIED))
+LENT = (SCRATCH, COPY, MEAN, *rows.MAES)
 PHOTO_SCENES = SCENES._replace(
     base={"data": "scenes-cifar10", "num_labels": 2000, "epochs": 20} | UNMIXED,
     rates=RATES[:4], decays=(0.05, 0.5)
@@ -90,17 +92,14 @@ SCENE_LABELS = {  # at 300 steps, or more where there are more scenes
     f"{labels:,} scenes": {"num_labels": labels, "epochs": epochs}
     for labels, epochs in {100: 300, 300: 75, 1000: 40, 3000: 22}.items()
 }
-
-
-def list_steps(labels: int, epochs: int) -> dict[str, dict]:
-    return {
-        f"{labels} scenes, {300 * times:,} steps": {"num_labels": labels, "epochs": times * epochs}
-        for times in (1, 3, 10, 30)
-    }
-
-
-AT_100 = list_steps(100, 300)
-AT_300 = dict(list(list_steps(300, 75).items())[1:])  # scenes-pointer has the first
+TIMES = {"300": 1, "900": 3, "3,000": 10, "9,000": 30}  # by steps
+AT_100 = {
+    f"100 scenes, {name} steps": {"num_labels": 100, "epochs": 300 * n} for name, n in TIMES.items()
+}
+AT_300 = {  # scenes-pointer has 300 steps
+    f"300 scenes, {name} steps": {"num_labels": 300, "epochs": 75 * n}
+    for name, n in TIMES.items() if n > 1
+}  # fmt: skip
 FIRST_100, _, LAST_100, _ = ({name: point} for name, point in AT_100.items())
 _, LAST_300, _ = ({name: point} for name, point in AT_300.items())
 LAST_TWINS = {"twins, 7,000 steps": TWINS["twins"] | {"epochs": 1000}}
@@ -173,9 +172,11 @@ TABLES = {
     "scenes-constant": constant("100 scenes: constant maps where layer 0 is free", points=SHORT_100,
         rows=(SCRATCH, COPY, TUNED, MEAN, "copy, layer 0", *rows.ABOVE),
         contrasts=subtract((COPY, MEAN_ABOVE), (MEAN_ABOVE, CENTRE_ABOVE), points=SHORT_100)),
-    "scenes-constant-long": constant("the same, 3,000 steps", tuned_at=("900 steps",), seeds=5,
-        points={"3,000 steps": AT_100["100 scenes, 3,000 steps"]},
-        rows=(SCRATCH, COPY, TUNED, MEAN, *rows.ABOVE)),
+    "scenes-mae-tuning": scenes("settings of an MAE's maps", study=MAES, tunes=True,
+        points={"300 labels": SCENE_LABELS["300 scenes"]}, rows=LENT),
+    "scenes-mae": scenes("pointer: an MAE's maps, tuned like the others", study=MAES, seeds=5,
+        points={f"{n} labels": SCENE_LABELS[f"{n} scenes"] for n in (300, 100)},
+        tuned_at=("300 labels",), rows=LENT),
     "scenes-looks": scenes("where nets look at a pointer", **looked),
     "scenes-looks-twins": scenes("where nets look at twins", points=TWINS, **looked),
     "scenes-looks-photos": scenes("where nets look, photographs", study=PHOTO_SCENES, **looked),
@@ -215,8 +216,7 @@ TABLES = {
         tunes=True, rows=("beside",)),
     "why-pointer-long": steps("do maps have to be looked with? 100 scenes, 3,000 steps", seeds=5,
         points=LAST_100, rows=(*MAIN, "beside", "beside, random teacher"), contrasts=BESIDE),
-    "why-twins-tuning": scenes("settings of beside, on twins", points=TWINS, tunes=True,
-        rows=("beside",)),
+    "why-twins-tuning": scenes("beside, on twins", points=TWINS, tunes=True, rows=("beside",)),
     "why-twins": scenes("do maps have to be looked with? Twins", points=TWINS, contrasts=BESIDE,
         rows=(*MAIN, "beside", "beside, random teacher")),
     "why-cifar10-tuning": photos("settings for CIFAR-10, over more rates", study=WIDE, points=SHORT,
@@ -251,8 +251,7 @@ TABLES = {
         "distillation, layers all", "distillation, mean maps")),
     "photos-deit-long": public("three times as long", points=LONGER, rows=LEARNERS),
     "photos-looks": public("where nets look at photographs", rows=LEARNERS, find=find_looks),
-    "photos-looks-long": public("the same, after 90 epochs", points=LONGER, rows=LEARNERS,
-        find=find_looks),
+    "photos-looks-long": public("after 90 epochs", points=LONGER, rows=LEARNERS, find=find_looks),
     "photos-augreg": public("AugReg-Ti's maps, 2,000 photographs", study=AUGREG, contrasts=OF_GAIN),
     "photos-cifar10": public("DeiT-Ti's maps, images and labels that it has not seen: CIFAR-10",
         points=UNSEEN, rows=(SCRATCH, COPY, TUNED, MEAN), contrasts=OF_GAIN),
