@@ -249,7 +249,7 @@ TABLES = {
     "photos-layers": public("DeiT-Ti's maps in other layers, and further controls",
         rows=(SCRATCH, COPY, "copy, layers :4", "copy, layers :8", "copy, uniform maps",
         "distillation, layers all", "distillation, mean maps")),
-    "photos-deit-long": public("three times as long", points=LONGER, rows=LEARNERS[:2]),
+    "photos-deit-long": public("three times as long", points=LONGER, rows=LEARNERS),
     "photos-looks": public("where nets look at photographs", rows=LEARNERS, find=find_looks),
     "photos-looks-long": public("after 90 epochs", points=LONGER, rows=LEARNERS, find=find_looks),
     "photos-augreg": public("AugReg-Ti's maps, 2,000 photographs", study=AUGREG, contrasts=OF_GAIN),
