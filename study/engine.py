@@ -60,9 +60,7 @@ class Planner(NamedTuple):  # plans the runs of a study
             remedy = "first reproduce the tuning of its table (--help lists them)"
             raise ValueError(f"'{tuned_as}' has no settings yet: {remedy}")
         own = (tuned[tuned_as] if study.own and tuned_as else {}) | flags
-        shared = study.base | point
-        if script == "pretrain":  # images only: not how students are trained
-            shared = {k: v for k, v in shared.items() if k in study.images}
+        shared = self.pick_images(point) if script == "pretrain" else study.base | point
         given = shared | own | {"seed": seed} | ({"teacher": teacher} if teacher else {})
         if "epochs" in given:
             given["eval_every"] = given["epochs"]
@@ -72,11 +70,14 @@ class Planner(NamedTuple):  # plans the runs of a study
         name = f"{row}{format_flags(special)} s{seed}"
         return needed | {name: self.make_job(script, name, given, tuple(needed))}
 
+    def pick_images(self, point: Flags) -> Flags:  # all that a teacher shares with its students
+        return {k: v for k, v in (self.study.base | point).items() if k in self.study.images}
+
     def plan_teacher(self, seed: int, point: Flags) -> dict[str, Job]:
         study, one = self.study, self.study.teacher_seed
         seed = seed if one is None else one
         which = {k: v for k, v in point.items() if k in study.images}
-        shared = {k: v for k, v in (study.base | point).items() if k in study.images}
+        shared = self.pick_images(point)
         name = f"teacher{format_flags(which)} s{seed}"
         return {name: self.make_job("pretrain", name, shared | study.teacher | {"seed": seed})}
 

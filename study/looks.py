@@ -53,9 +53,7 @@ def diverge(p: Tensor, q: Tensor) -> Tensor:
 
 
 def measure_change(p: Tensor) -> list[float]:
-    """What images add to maps, as a share of what these say: how far these are from their mean
-    over images, and how far from uniform attention.
-    """
+    """How far maps are from their mean over images, as a share of how far from uniform ones."""
     uniform = torch.full_like(p, 1 / p.shape[-1])
     return (diverge(p, p.mean(dim=1, keepdim=True)) / diverge(p, uniform)).tolist()
 
@@ -89,11 +87,12 @@ def find_looks(_: Table, runs: Runs) -> dict:
         }
         prefix, each = teacher.net.config.num_prefix_tokens, torch.arange(len(images))
         for name, p in maps.items():
-            what, of_layers = "of_teacher", measure_learned(p, maps["teacher"])
             if asked:
                 query, key = (prefix + cells for cells in asked)
                 what = "from_centre" if settings.scene == "pointer" else "from_twin"
                 of_layers = p[:, each, :, query, key].mean(dim=(0, 2)).tolist()
+            else:
+                what, of_layers = "of_teacher", measure_learned(p, maps["teacher"])
             found.setdefault(name, []).append({"of_image": measure_change(p), what: of_layers})
     rows = {
         name: {

@@ -253,7 +253,7 @@ TABLES = {
     "photos-looks": public("where nets look at photographs", rows=LEARNERS, find=find_looks),
     "photos-looks-long": public("after 90 epochs", points=LONGER, rows=LEARNERS, find=find_looks),
     "photos-augreg": public("AugReg-Ti's maps, 2,000 photographs", study=AUGREG, contrasts=OF_GAIN),
-    "photos-cifar10": public("DeiT-Ti's maps, images and labels that it has not seen: CIFAR-10",
+    "photos-cifar10": public("DeiT-Ti's maps, images that it has not seen: CIFAR-10",
         points=UNSEEN, rows=(SCRATCH, COPY, TUNED, MEAN), contrasts=OF_GAIN),
     "photos-cifar10-more": public("the same: distillation, and another image's maps", points=UNSEEN,
         rows=(SCRATCH, COPY, DISTILLATION, TUNED, "copy, other maps")),
