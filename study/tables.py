@@ -106,10 +106,10 @@ LAST_TWINS = {"twins, 7,000 steps": TWINS["twins"] | {"epochs": 1000}}
 LAST_PHOTOS = {"6,200 steps": {"epochs": 200}}
 SHORT_100 = dict(zip(("300 steps", "900 steps"), AT_100.values(), strict=False))
 ON_PHOTOGRAPHS = "2,000 photographs"
-PHOTO_LABELS = {"500 photographs": {"num_labels": 500, "epochs": 120}, ON_PHOTOGRAPHS: {}}
-LONGER = {f"{ON_PHOTOGRAPHS}, 90 epochs": {"epochs": 90}}
+LONGER, LONGEST = ({f"{ON_PHOTOGRAPHS}, {n} epochs": {"epochs": n}} for n in (90, 270))
 UNSEEN = {"2,000 images": {"data": "cifar10", "holdout": 0.1}}
-PHOTO_LABELS |= {"9,469 photographs": {"num_labels": 0, "epochs": 7}}  # at about as many steps
+AT_224 = {"9,469 photographs, 224 pixels": {"num_labels": 0, "image_size": 224}}
+FEW = {"500 photographs": {"num_labels": 500, "epochs": 120}}  # at as many steps
 
 # The tables
 scenes = partial(Table, study=SCENES, points=POINTER, rows=tuple(MAIN))
@@ -250,6 +250,8 @@ TABLES = {
         rows=(SCRATCH, COPY, "copy, layers :4", "copy, layers :8", "copy, uniform maps",
         "distillation, layers all", "distillation, mean maps")),
     "photos-deit-long": public("three times as long", points=LONGER, rows=LEARNERS),
+    "photos-deit-longest": public("nine times as long", points=LONGEST, rows=LEARNERS),
+    "photos-224": public("all photographs at 224 pixels (takes a GPU)", points=AT_224),
     "photos-looks": public("where nets look at photographs", rows=LEARNERS, find=find_looks),
     "photos-looks-long": public("after 90 epochs", points=LONGER, rows=LEARNERS, find=find_looks),
     "photos-augreg": public("AugReg-Ti's maps, 2,000 photographs", study=AUGREG, contrasts=OF_GAIN),
@@ -257,6 +259,5 @@ TABLES = {
         points=UNSEEN, rows=(SCRATCH, COPY, TUNED, MEAN), contrasts=OF_GAIN),
     "photos-cifar10-more": public("the same: distillation, and another image's maps", points=UNSEEN,
         rows=(SCRATCH, COPY, DISTILLATION, TUNED, "copy, other maps")),
-    "photos-labels": public("500 to 9,469 photographs, at equal steps", points=PHOTO_LABELS,
-        rows=tuple(MAIN), fewer={"9,469 photographs": (tuple(MAIN), 1)}),
+    "photos-labels": public("500 photographs, at equal steps", points=FEW),
 }  # fmt: skip
