@@ -108,9 +108,8 @@ SHORT_100 = dict(zip(("300 steps", "900 steps"), AT_100.values(), strict=False))
 ON_PHOTOGRAPHS = "2,000 photographs"
 LONGER = {f"{ON_PHOTOGRAPHS}, 90 epochs": {"epochs": 90}}
 UNSEEN = {"2,000 images": {"data": "cifar10", "holdout": 0.1}}
-AT_128 = {f"{n} epochs": {"image_size": 128, "epochs": n} for n in (30, 90, 270)}  # for a GPU
+AT_128, LONG_128 = ({f"{n} epochs": {"image_size": 128, "epochs": n}} for n in (30, 90))
 ALL_128 = {"9,469 photographs": {"image_size": 128, "num_labels": 0}}
-LAST_128 = {"270 epochs": AT_128.pop("270 epochs")}
 FEW = {"500 photographs": {"num_labels": 500, "epochs": 120}}  # at as many steps
 
 # The tables
@@ -252,9 +251,11 @@ TABLES = {
         rows=(SCRATCH, COPY, "copy, layers :4", "copy, layers :8", "copy, uniform maps",
         "distillation, layers all", "distillation, mean maps")),
     "photos-deit-long": public("three times as long", points=LONGER, rows=LEARNERS),
-    "photos-128": public("at 128 pixels, 30 and 90 epochs", points=AT_128, rows=LEARNERS),
-    "photos-128-long": public("270 epochs", points=LAST_128, rows=LEARNERS, seeds=1),
-    "photos-128-all": public("all photographs at 128 pixels", points=ALL_128, seeds=1),
+    "photos-128": public("2,000 photographs at 128 pixels", points=AT_128, contrasts=OF_GAIN,
+        rows=(*ENDS, "copy, other maps")),
+    "photos-128-long": public("the same, 90 epochs", points=LONG_128, rows=(SCRATCH,)),
+    "photos-128-all": public("all photographs at 128 pixels", points=ALL_128, seeds=1,
+        rows=(SCRATCH, COPY, TUNED, MEAN), contrasts=OF_GAIN),
     "photos-looks": public("where nets look at photographs", rows=LEARNERS, find=find_looks),
     "photos-looks-long": public("after 90 epochs", points=LONGER, rows=LEARNERS, find=find_looks),
     "photos-augreg": public("AugReg-Ti's maps, 2,000 photographs", study=AUGREG, contrasts=OF_GAIN),
