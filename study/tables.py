@@ -108,7 +108,7 @@ SHORT_100 = dict(zip(("300 steps", "900 steps"), AT_100.values(), strict=False))
 ON_PHOTOGRAPHS = "2,000 photographs"
 LONGER = {f"{ON_PHOTOGRAPHS}, 90 epochs": {"epochs": 90}}
 UNSEEN = {"2,000 images": {"data": "cifar10", "holdout": 0.1}}
-AT_128, LONG_128 = ({f"{n} epochs": {"image_size": 128, "epochs": n}} for n in (30, 90))
+AT_128 = {f"{n} epochs": {"image_size": 128, "epochs": n} for n in (30, 90)}
 ALL_128 = {"9,469 photographs": {"image_size": 128, "num_labels": 0}}
 FEW = {"500 photographs": {"num_labels": 500, "epochs": 120}}  # at as many steps
 
@@ -252,8 +252,7 @@ TABLES = {
         "distillation, layers all", "distillation, mean maps")),
     "photos-deit-long": public("three times as long", points=LONGER, rows=LEARNERS),
     "photos-128": public("2,000 photographs at 128 pixels", points=AT_128, contrasts=OF_GAIN,
-        rows=(*ENDS, "copy, other maps")),
-    "photos-128-long": public("the same, 90 epochs", points=LONG_128, rows=(SCRATCH,)),
+        rows=(*ENDS, "copy, other maps"), fewer={"90 epochs": ((SCRATCH,), 3)}),
     "photos-128-all": public("all photographs at 128 pixels", points=ALL_128, seeds=1,
         rows=(SCRATCH, COPY, TUNED, MEAN), contrasts=OF_GAIN),
     "photos-looks": public("where nets look at photographs", rows=LEARNERS, find=find_looks),
