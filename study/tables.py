@@ -252,7 +252,7 @@ TABLES = {
         "distillation, layers all", "distillation, mean maps")),
     "photos-deit-long": public("three times as long", points=LONGER, rows=LEARNERS),
     "photos-128": public("2,000 photographs at 128 pixels", points=AT_128, contrasts=OF_GAIN,
-        rows=(*ENDS, "copy, other maps"), fewer={"90 epochs": ((SCRATCH,), 3)}),
+        fewer={"90 epochs": ((SCRATCH,), 3)}),
     "photos-128-all": public("all photographs at 128 pixels", points=ALL_128, seeds=1,
         rows=(SCRATCH, COPY, TUNED, MEAN), contrasts=OF_GAIN),
     "photos-looks": public("where nets look at photographs", rows=LEARNERS, find=find_looks),
