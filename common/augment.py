@@ -75,8 +75,7 @@ def rand_augment(magnitude: int, mean: Sequence[float], interpolation: str) -> C
 
     how = dict(interpolation=InterpolationMode(interpolation), fill=[round(255 * x) for x in mean])
     operation = v2.RandAugment(1, 3 * magnitude, **how)  # timm counts to 10, torchvision to 30
-    half = v2.RandomApply([operation], p=0.5)
-    return v2.Compose([half, half])
+    return v2.Compose(2 * [v2.RandomApply([operation], p=0.5)])
 
 
 def build_mix(mixup: float, cutmix: float, classes: int) -> Callable:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # fewer gaps
+
 
 class Failed(RuntimeError):
     """The run failed, though its input was right: exit code 1 instead of 2."""
@@ -102,8 +104,7 @@ def get_device(name: str) -> torch.device:
     try:
         chosen = torch.device(here if name == "auto" else name)
         if chosen.type == "cuda":
-            index = int(os.environ.get("LOCAL_RANK", chosen.index or 0))  # torchrun: one for each
-            chosen = torch.device("cuda", index)
+            chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", chosen.index or 0)))
             torch.cuda.set_device(chosen)
         torch.zeros(1, device=chosen).item()
     except (RuntimeError, AssertionError, ImportError) as error:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from common import checkpoints
-from common.launch import Failed, print0, rank
+from common.launch import Failed, device_name, print0, rank
 from common.settings import get_values
 
 FILES = ("last.pt", "model.pt", "test.pt", "log.jsonl", "config.json")
@@ -114,7 +114,7 @@ def begin(out: Path, run: dict, settings, learner, rows: list[dict]) -> None:
         return
     for name in () if learner.done else FILES:
         (out / name).unlink(missing_ok=True)
-    about = get_values(settings) | {"torch": torch.__version__, "on": str(learner.device)}
+    about = get_values(settings) | {"torch": torch.__version__, "on": device_name(learner.device)}
     about |= {"precision": str(learner.precision), "threads": torch.get_num_threads()}
     if net := getattr(learner.net, "config", None):  # --model does not say it all
         about["architecture"] = asdict(net)
