@@ -45,8 +45,7 @@ def find_teacher(settings: Settings, dataset: Data) -> Checkpoint | None:
             parse_layers(getattr(settings, name, "") or "all", count, name)
         own = dict(model=settings.model, patch=settings.patch, num_labels=0, subset_seed=-1)
         source = make_teacher(import_module("pretrain"), settings, dataset, **own)
-    checkpoint = read_checkpoint(source, settings.normalization)
-    theirs = checkpoint.architecture
+    theirs = (checkpoint := read_checkpoint(source, settings.normalization)).architecture
     if not transfers and any(theirs[k] != v for k, v in get_size(settings, asked).items()):
         raise ValueError(f"{source} does not match --model and --patch; omit them")
     if theirs["channels"] != asked.channels:
@@ -55,6 +54,8 @@ def find_teacher(settings: Settings, dataset: Data) -> Checkpoint | None:
         raise ValueError(f"{source} is a student of attention copy: name the teacher it had")
     if seen := dataset.count_learned(checkpoint.learned_from):
         print0(f"note: {source} was trained on {seen:,} of the test images")
+    if dataset.image_size // theirs["patch"] < 8 < theirs["image_size"] // theirs["patch"]:
+        print0(f"note: {source} sees little at {dataset.image_size} pixels: try more --image-size")
     return checkpoint
 
 

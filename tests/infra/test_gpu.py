@@ -26,8 +26,7 @@ BRIEF = "--epochs 2 --warmup 0.5 --batch 50 --amp off".split()
 SHORT = [*BRIEF, "--num-labels", "300", "--eval-every", "2"]
 PHOTOS = "--teacher none --amp off --compile off --drop-path 0 --random-erase 0".split()
 LIMITED = """
-import finetune, torch
-from common import launch
+import finetune, torch, common.launch as launch
 whole = torch.cuda.get_device_properties(0).total_memory
 torch.cuda.set_per_process_memory_fraction(0.9 * 2**30 / whole)
 launch.run(finetune.main, finetune.parse)
@@ -98,18 +97,16 @@ def test_attention_and_its_loss_are_those_in_double_precision(tokens, width, dty
             found.append([y, *(g for g in grads if g is not None)])
         for ours, expected in zip(*found, strict=True):
             assert (ours - expected).norm() <= close * expected.norm(), name
-    expected = attention_distill.attention_loss(QK(*parts[:2]), QK(*parts[3:]))
-    torch.testing.assert_close(y, expected)  # the loss, in double precision
+    torch.testing.assert_close(y, attention_distill.attention_loss(QK(*parts[:2]), QK(*parts[3:])))
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 @pytest.mark.parametrize("script", [attention_copy, attention_distill])
-def test_mixed_precision_trains_close_to_float32(script, amp, tmp_path):
+def test_mixed_precision_trains_close_to_float32(script, amp):
     slow = [*SHORT, "--blr", "1e-2"]  # at a high rate fp16 skips a step until its scale fits
-    rows = [run_here(script, *slow, "--amp", x, "--out", tmp_path / x) for x in ("off", amp)]
-    exact, mixed = (row["loss"] for row in rows)
+    exact, mixed = (run_here(script, *slow, "--amp", x, "--out", x)["loss"] for x in ("off", amp))
     assert mixed == pytest.approx(exact, rel=0.1) and mixed != exact
-    assert bool(torch.load(tmp_path / amp / "last.pt")["scaler"]) == (amp == "fp16")
+    assert bool(torch.load(f"{amp}/last.pt")["scaler"]) == (amp == "fp16")
 
 
 @pytest.mark.parametrize("how", ["on", "graphs"])
