@@ -140,4 +140,4 @@ def subtract(*pairs: tuple[str, str], points: Iterable[str] = ("",)) -> dict[str
 
 def share_of_gain(row: str, other: str) -> dict[str, Callable]:
     name = f"share of the gain of {other} that {row} has"
-    return {name: partial(compute_share, row=row, other=other)}
+    return {name: lambda of, *_: compute_share(of, row, other)}  # at the first point

@@ -49,8 +49,8 @@ def estimate_rows(values: Values, against: Mapping[str, str]) -> dict[str, dict]
     return rows
 
 
-def compute_share(of: Mapping[str, float], *_, row: str, other: str) -> float:
-    """A row's gain over BASELINE as a share of another row's gain, at the first point."""
+def compute_share(of: Mapping[str, float], row: str, other: str) -> float:
+    """A row's gain over BASELINE as a share of another row's gain."""
     gain = of[other] - of[BASELINE]
     return (of[row] - of[BASELINE]) / gain if gain else np.nan
 
