@@ -68,7 +68,7 @@ PHOTO_SCENES = SCENES._replace(
     rates=RATES[:4], decays=(0.05, 0.5)
 )  # fmt: skip
 LONG = STEPS._replace(seeds=(100,), rates=(2.5e-4, 1e-3, 4e-3, 1.6e-2))  # ten times the steps
-PHOTOS_LONG = LONG._replace(base=PHOTO_SCENES.base)
+PHOTOS_LONG = LONG._replace(base=PHOTO_SCENES.base, joint=(1.5, 5.0))
 PHOTOGRAPHS = Study(  # with a public teacher, which has learned these classes
     rows=rows.ROWS | {"beside": rows.beside(tuned_as=DISTILLATION)},
     base={"data": "folder", "image_size": 96, "patch": 16, "model": "tiny", "num_labels": 2000}
@@ -109,8 +109,6 @@ ON_PHOTOGRAPHS = "2,000 photographs"
 LONGER = {f"{ON_PHOTOGRAPHS}, 90 epochs": {"epochs": 90}}
 UNSEEN = {"2,000 images": {"data": "cifar10", "holdout": 0.1}}
 AT_128 = {f"{n} epochs": {"image_size": 128, "epochs": n} for n in (30, 90)}
-ALL_128 = {"9,469 photographs": {"image_size": 128, "num_labels": 0}}
-FEW = {"500 photographs": {"num_labels": 500, "epochs": 120}}  # at as many steps
 
 # The tables
 scenes = partial(Table, study=SCENES, points=POINTER, rows=tuple(MAIN))
@@ -253,8 +251,8 @@ TABLES = {
     "photos-deit-long": public("three times as long", points=LONGER, rows=LEARNERS),
     "photos-128": public("2,000 photographs at 128 pixels", points=AT_128, contrasts=OF_GAIN,
         fewer={"90 epochs": ((SCRATCH,), 3)}),
-    "photos-128-all": public("all photographs at 128 pixels", points=ALL_128, seeds=1,
-        rows=(SCRATCH, COPY, TUNED, MEAN), contrasts=OF_GAIN),
+    "photos-128-all": public("all photographs", rows=(SCRATCH, COPY, TUNED, MEAN), seeds=1,
+        contrasts=OF_GAIN, points={"9,469 photographs": {"image_size": 128, "num_labels": 0}}),
     "photos-looks": public("where nets look at photographs", rows=LEARNERS, find=find_looks),
     "photos-looks-long": public("after 90 epochs", points=LONGER, rows=LEARNERS, find=find_looks),
     "photos-augreg": public("AugReg-Ti's maps, 2,000 photographs", study=AUGREG, contrasts=OF_GAIN),
@@ -262,5 +260,4 @@ TABLES = {
         points=UNSEEN, rows=(SCRATCH, COPY, TUNED, MEAN), contrasts=OF_GAIN),
     "photos-cifar10-more": public("the same: distillation, and another image's maps", points=UNSEEN,
         rows=(SCRATCH, COPY, DISTILLATION, TUNED, "copy, other maps")),
-    "photos-labels": public("500 photographs, at equal steps", points=FEW),
 }  # fmt: skip
