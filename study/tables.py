@@ -68,7 +68,8 @@ PHOTO_SCENES = SCENES._replace(
     rates=RATES[:4], decays=(0.05, 0.5)
 )  # fmt: skip
 LONG = STEPS._replace(seeds=(100,), rates=(2.5e-4, 1e-3, 4e-3, 1.6e-2))  # ten times the steps
-PHOTOS_LONG = LONG._replace(base=PHOTO_SCENES.base, joint=(1.5, 5.0))
+JOINTLY = LONG._replace(joint=(1.5, 5.0))
+PHOTOS_LONG = JOINTLY._replace(base=PHOTO_SCENES.base)
 PHOTOGRAPHS = Study(  # with a public teacher, which has learned these classes
     rows=rows.ROWS | {"beside": rows.beside(tuned_as=DISTILLATION)},
     base={"data": "folder", "image_size": 96, "patch": 16, "model": "tiny", "num_labels": 2000}
@@ -105,9 +106,8 @@ _, LAST_300, _ = ({name: point} for name, point in AT_300.items())
 LAST_TWINS = {"twins, 7,000 steps": TWINS["twins"] | {"epochs": 1000}}
 LAST_PHOTOS = {"6,200 steps": {"epochs": 200}}
 SHORT_100 = dict(zip(("300 steps", "900 steps"), AT_100.values(), strict=False))
-ON_PHOTOGRAPHS = "2,000 photographs"
+ON_PHOTOGRAPHS, UNSEEN = "2,000 photographs", {"2,000 images": {"data": "cifar10", "holdout": 0.1}}
 LONGER = {f"{ON_PHOTOGRAPHS}, 90 epochs": {"epochs": 90}}
-UNSEEN = {"2,000 images": {"data": "cifar10", "holdout": 0.1}}
 AT_128 = {f"{n} epochs": {"image_size": 128, "epochs": n} for n in (30, 90)}
 
 # The tables
@@ -233,8 +233,8 @@ TABLES = {
     "scenes-oracle": steps("what of the teacher's knowledge is worth it? 100 scenes", seeds=5,
         points=LAST_100, rows=(*MAIN, *rows.PIXELS, *rows.ORACLE)),
     "scenes-steps-twins-tuning": scenes("settings of scratch on twins, 7,000 steps",
-        study=LONG, points=LAST_TWINS, tunes=True, rows=(SCRATCH,)),
-    "scenes-steps-twins": scenes("twins, 7,000 steps", study=LONG, points=LAST_TWINS,
+        study=JOINTLY, points=LAST_TWINS, tunes=True, rows=(SCRATCH,)),
+    "scenes-steps-twins": scenes("twins, 7,000 steps", study=JOINTLY, points=LAST_TWINS,
         tuned_at=("twins",), rows=(SCRATCH, COPY), seeds=5),
     "scenes-steps-photos-tuning": scenes("settings of scratch among photographs, 6,200 steps",
         study=PHOTOS_LONG, points=LAST_PHOTOS, tunes=True, rows=(SCRATCH,)),
