@@ -32,7 +32,7 @@ PAGES = "README.md", "study/README.md", "related/README.md"
 TASKS = {  # the records of each: a figure is from the first that has it
     "pointer": ("scenes-controls", "why-pointer"), "twins": ("scenes-twins",),
     "digits": ("fair-main", "why-digits"), "CIFAR-10": ("cifar10-fair",),
-    "photographs, DeiT": ("photos-deit",),
+    "photographs, DeiT": ("photos-128",),
 }  # fmt: skip
 TASK_ROWS = (
     "attention copy", "copy, mean maps", "attention distillation", "distillation, mean maps",
