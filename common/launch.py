@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # fewer gaps
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # memory without gaps
 
 
 class Failed(RuntimeError):
@@ -99,7 +99,7 @@ def require_one_process() -> None:
 
 
 def get_device(name: str) -> torch.device:
-    """The device of a name, or the best one for "auto". ValueError if it is not there."""
+    """The device of a name ("auto": the best; torchrun: one for each), or a ValueError."""
     here = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
         chosen = torch.device(here if name == "auto" else name)

@@ -94,7 +94,7 @@ def fill_tables(text: str, results: Path) -> str:
 
 
 def format_tasks(results: Path) -> str:
-    """A column for the paper and each task: the two ends, and the recovery of some rows."""
+    """A column for the paper and each task (its first point): the ends, recovery of some rows."""
     lines = [[row, f"{PAPER[row]} %"] for row in (BASELINE, CEILING)]
     for row in TASK_ROWS:
         known = f"{estimates.compute_share(PAPER, row, CEILING):.2f}" if row in PAPER else ""

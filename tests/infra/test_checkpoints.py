@@ -127,9 +127,9 @@ def test_a_teacher_that_saw_test_images_or_sees_little_is_said(small, photos, tm
 
     assert "of the test images" not in train_on(photos, "apart")
     assert "was trained on 15 of the test images" in (said := train_on(photos / "val", "same"))
-    net = vit.ViT(vit.Config(64, 4, 1, 10, *recipes.SIZES["nano"]))  # 16 x 16 patches, here 3 x 3
-    torch.save(checkpoints.export(net), "public.pt")
-    find_for(attention_copy, "--teacher", "public.pt")
+    net = vit.ViT(vit.Config(64, 4, 1, 10, *recipes.SIZES["nano"]))
+    torch.save(checkpoints.export(net), "16x16.pt")
+    find_for(attention_copy, "--teacher", "16x16.pt")  # which sees 3 x 3 patches here
     assert "sees little" not in said and "sees little at 12 p" in capsys.readouterr().out
 
 

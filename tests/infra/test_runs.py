@@ -76,10 +76,8 @@ def assert_same_run(*outs):
 def wait_for_step(run, out, beyond):
     """Blocks until a checkpoint beyond a step, in the middle of an epoch, is there."""
     while run.poll() is None:
-        if (out / "last.pt").exists():
-            step = weights(out)["step"]
-            if step > beyond and step % 6:
-                return
+        if (out / "last.pt").exists() and (step := weights(out)["step"]) > beyond and step % 6:
+            return
     raise AssertionError("the run ended before its time: " + run.communicate()[1])
 
 
