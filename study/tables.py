@@ -256,6 +256,8 @@ TABLES = {
     "photos-looks": public("where nets look at photographs", rows=LEARNERS, find=find_looks),
     "photos-looks-long": public("after 90 epochs", points=LONGER, rows=LEARNERS, find=find_looks),
     "photos-augreg": public("AugReg-Ti's maps, 2,000 photographs", study=AUGREG, contrasts=OF_GAIN),
+    "photos-128-augreg": public("AugReg-Ti's maps, 128 pixels", study=AUGREG, contrasts=OF_GAIN,
+        points={"30 epochs": AT_128["30 epochs"]}),
     "photos-cifar10": public("DeiT-Ti's maps, images that it has not seen: CIFAR-10",
         points=UNSEEN, rows=(SCRATCH, COPY, TUNED, MEAN), contrasts=OF_GAIN),
     "photos-cifar10-more": public("the same: distillation, and another image's maps", points=UNSEEN,
