@@ -16,9 +16,9 @@ def draw_record(table, record: dict, path: Path) -> None:
     """A picture of an engine.Table's record beside it, if it holds nothing but accuracies."""
     if table.tunes or table.find:
         return
-    points, seeds = record["points"], len(record["seeds"])
+    points = record["points"]
     rows = max(points.values(), key=len)
-    title = f"{table.about} ({table.study.base['data']}, {seeds} seed{'s' * (seeds != 1)})"
+    title = f"{table.about} (seeds: {'at most ' * bool(table.fewer)}{len(record['seeds'])})"
     several = len(points) > 1
     fig, axis = figure(width=8, height=3.8 if several else 1.3 + 0.28 * len(rows), title=title)
     draw_points(axis, points) if several else draw_differences(axis, rows)

@@ -132,7 +132,7 @@ TABLES = {
         against={row: row.split(",")[0] if "," in row else WIDE for row in ACTIVATIONS},
         contrasts=subtract(*((f"{net}, AT", f"{net}, {LONG}") for net in ("thin", "bottleneck")),
                            ("thin, AT", "thin, KD"))),
-    "related-gradients": related("what contributed to a teacher's class, laid over images",
+    "related-gradients": related("what contributed to a teacher's class, laid over digits",
         rows=tuple(GRADIENTS), seeds=20, first=6, points=FOUR,  # rounding alone moves these nets
         against={row: "KD" if "KD and" in row else "neither" for row in GRADIENTS},
         contrasts=subtract(("IG", f"IG {OTHER}"), ("KD and IG", f"KD and IG {OTHER}"),

@@ -21,7 +21,7 @@ from study import estimates, figures, related_tables, tables
 from study.engine import Table, estimate_correct
 from study.estimates import BASELINE, CEILING, format_cell
 from study.jobs import ROOT
-from study.rows import PAPER
+from study.rows import COPY, DISTILLATION, MEAN, PAPER
 
 TABLES = tables.TABLES | related_tables.TABLES
 parse = partial(parse_settings, __doc__, Base, {})
@@ -34,10 +34,7 @@ TASKS = {  # the records of each: a figure is from the first that has it
     "digits": ("fair-main", "why-digits"), "CIFAR-10": ("cifar10-fair",),
     "photographs, DeiT": ("photos-128",),
 }  # fmt: skip
-TASK_ROWS = (
-    "attention copy", "copy, mean maps", "attention distillation", "distillation, mean maps",
-    "beside",
-)  # fmt: skip
+TASK_ROWS = (COPY, MEAN, DISTILLATION, "distillation, mean maps", "beside")
 MARKED = re.compile(r"<!-- ([\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
