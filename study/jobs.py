@@ -111,8 +111,7 @@ class Runner:  # runs jobs, `workers` at a time
         self.score = score  # what to print of each result
         threads = max(1, (os.cpu_count() or 1) // self.workers)
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # which the processes inherit
-        self.commits: set[str] = set()  # of the code that trained
-        self.seconds: dict[Path, float] = {}  # of training, of each run
+        self.ran: dict[Path, dict] = {}  # how each run was made, and its seconds of training
 
     def run(self, jobs: dict[str, Job]) -> dict[str, dict]:
         """The results of all jobs by name. Failed if one of them fails."""
@@ -144,8 +143,7 @@ class Runner:  # runs jobs, `workers` at a time
             assert result, f"{name} left no result in {job.out}"
             note = f"{result['seconds'] / 60:.1f} min of training"
         self.done += 1
-        self.seconds[job.out] = result["seconds"]
-        self.commits.add(job.read_config()["commit"])
+        self.ran[job.out] = job.read_config() | {"seconds": result["seconds"]}
         score = f"{result[self.score]:6.2f} %" if self.score in result else ""
         print(f"{self.done:>3}/{self.total}  {score:8}  {name:<40} {note}", flush=True)
         return result
@@ -166,9 +164,11 @@ class Runner:  # runs jobs, `workers` at a time
         """What was found, and how: the contents of a file in results/."""
         command = f"python -m study.reproduce {name} --seeds {len(found['seeds'])}"
         command += f" --extra {shlex.quote(extra)}" if extra else ""
-        gpu = torch.cuda.is_available()
-        device = torch.cuda.get_device_name() if gpu else f"CPU, {os.cpu_count()} cores"
-        about = {"command": command, "commit": runs.read_commit(), "commits": sorted(self.commits)}
-        about |= {"device": device, "torch": torch.__version__, "runs": len(self.seconds)}
+        commits, devices, versions = (
+            sorted({run[what] for run in self.ran.values()}) for what in ("commit", "on", "torch")
+        )
+        about = {"command": command, "commit": runs.read_commit(), "commits": commits}
+        about |= {"device": "; ".join(devices), "torch": "; ".join(versions), "runs": len(self.ran)}
         about |= {"runs_at_a_time": self.workers, "threads": os.environ["OMP_NUM_THREADS"]}
-        return about | {"training_minutes": round(sum(self.seconds.values()) / 60, 1)} | found
+        minutes = sum(run["seconds"] for run in self.ran.values()) / 60
+        return about | {"training_minutes": round(minutes, 1)} | found
