@@ -48,9 +48,9 @@ parse = partial(parse_settings, __doc__, Settings, RECIPES)
 
 def predict(student: ViT, images: Tensor, teacher: Teacher, layers: list[int]) -> Tensor:
     """Logits of a student that attends with the teacher's maps in `layers`, else with its own."""
-    keep = student.draw_drop_path(len(images))  # drops the same branches in both, as the authors do
-    theirs = teacher.lend(images, layers, keep)
-    return student(images, given=theirs, keep=keep)
+    factors = student.draw_drop_path(len(images))  # both drop the same branches, as the authors do
+    theirs = teacher.lend(images, layers, factors)
+    return student(images, given=theirs, factors=factors)
 
 
 def loss(student: ViT, images, labels, teacher: Teacher, layers: list[int], smoothing: float):

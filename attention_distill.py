@@ -62,15 +62,15 @@ def attention_loss(ours: QK, theirs: QK) -> Tensor:
 
 def loss(student: ViT, images, labels, teacher: Teacher, layers: list[int], settings: Settings):
     """Classification, and in `layers` the student's maps against the teacher's, block by block."""
-    keep = student.draw_drop_path(len(images))  # drops the same branches in both, as the authors do
-    tokens, ours = zip(*student.blockwise(images, keep=keep), strict=True)
+    factors = student.draw_drop_path(len(images))  # both drop the same branches, as the authors do
+    blocks, lent = student.blockwise(images, None, factors), teacher.lend(images, layers, factors)
     losses, divergences = [], []
-    for qk, theirs in zip(ours, teacher.lend(images, layers, keep), strict=True):
+    for (x, ours), theirs in zip(blocks, lent, strict=True):
         if theirs is not None:
-            cross_entropy, entropy = compare_maps(qk, theirs)  # attention_loss, but faster
+            cross_entropy, entropy = compare_maps(ours, theirs)  # attention_loss, but faster
             losses.append(cross_entropy)
             divergences.append((cross_entropy - entropy).detach())
-    logits = student.classify(tokens[-1])
+    logits = student.classify(x)
     classification = F.cross_entropy(logits, labels, label_smoothing=settings.smoothing)
     total = classification + settings.attention_weight * sum(losses)
     kl = sum(divergences) / len(layers)  # in nats: 0 where the maps agree

@@ -50,9 +50,8 @@ class Data(NamedTuple):
 
     def count_learned(self, hashes: Tensor | None, part: str = "test") -> int:
         """How many images of a part are among those that a checkpoint learned from."""
-        if hashes is None or (own := getattr(self, part).source).contents is None:
-            return 0
-        return int(torch.isin(own.contents, hashes).sum())
+        own = getattr(self, part).source.contents
+        return 0 if own is None or hashes is None else int(torch.isin(own, hashes).sum())
 
     def warn_of_repeats(self, part: str = "test") -> str:
         """Words if images of a part are also trained on, under whatever name."""
@@ -113,12 +112,12 @@ class Train:
     def __init__(self, source, augment: Callable, settings: Settings, classes: int, device):
         self.source, self.augment, self.device = source, augment, device
         self.rank, self.world, self.seed = rank(), world(), settings.seed
-        eighth = min(64, len(source) // 8)
-        self.batch = settings.batch or max(1, eighth // self.world) * self.world
+        usual = min(64, len(source) // 8)
+        self.batch = settings.batch or max(1, usual // self.world) * self.world
         if self.batch % self.world or self.batch > len(source):
             most = f"at most the {len(source)} training images"
             raise ValueError(f"--batch {self.batch}: {most}, in multiples of {self.world}")
-        self.steps = len(source) // self.batch  # of an epoch: the last few images wait
+        self.steps = len(source) // self.batch  # of an epoch: full batches, others wait
         mixes = settings.mixup, settings.cutmix
         self.mix = build_mix(*mixes, classes) if any(mixes) else None
 

@@ -63,14 +63,15 @@ def evaluate(paths, settings: Settings) -> dict:
         for model, p in zip(models, found, strict=True)
     ]
     together = compute_top1(torch.stack(found).sum(dim=0).argmax(dim=-1), labels)
-    about = {"data": settings.data, "part": settings.part, "images": len(labels)}
+    part = "test" if dataset.val is dataset.test else settings.part
+    about = {"data": settings.data, "part": part, "images": len(labels)}
     return about | {"members": members, "ensemble_top1": together}
 
 
 def choose_images(settings: Settings, *checkpoints: Checkpoint) -> Settings:
     """The settings, with the images that the first was trained for where none are named.
 
-    ValueError if others were trained for other images, and it is not said which to score.
+    ValueError if others were trained for other images, and no flag says which to score.
     """
     first, *others = (
         x.settings | {"image_size": x.architecture["image_size"]} for x in checkpoints

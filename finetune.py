@@ -48,7 +48,7 @@ RECIPES = merge_recipes(
 
 
 def choose_recipes(given: dict) -> Recipes:
-    """From scratch has recipes of its own."""
+    """Training from scratch has its own recipes."""
     return recipes.RECIPES if given.get("teacher") == "none" else RECIPES
 
 
@@ -62,10 +62,9 @@ def loss(net: ViT, images: Tensor, labels: Tensor, smoothing: float):
 def task(settings: Settings, dataset: data.Data, checkpoint=None) -> train.Task:
     torch.manual_seed(settings.seed)
     if checkpoint:
-        how = dict(image_size=dataset.image_size, classes=len(dataset.classes))
-        net = build_vit(checkpoint, **how, drop_path=settings.drop_path)
+        net = build_vit(checkpoint, dataset.image_size, len(dataset.classes), settings.drop_path)
         head = net.get_parameter("head.weight")
-        nn.init.trunc_normal_(head, std=2e-5)  # as in MAE; blocks' first gradients are tiny, too
+        nn.init.trunc_normal_(head, std=2e-5)  # as in MAE, so the blocks' first gradients are tiny
     else:
         net = new_vit(settings, dataset)
     return train.Task(

@@ -82,8 +82,7 @@ class MAE(nn.Module):
             raise ValueError(f"--decoder-heads {heads}: must divide --decoder-dim {dim}")
         self.decoder_embed = nn.Linear(self.config.dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
-        shape = self.config.image_size, self.config.patch, self.config.channels
-        decoder = vit.Config(*shape, 0, dim, depth, heads)
+        decoder = replace(self.config, classes=0, dim=dim, depth=depth, heads=heads)
         self.decoder_blocks = nn.ModuleList(vit.Block(decoder) for _ in range(depth))
         self.decoder_norm = nn.LayerNorm(dim, eps=1e-6)
         self.decoder_pred = nn.Linear(dim, self.config.patch**2 * self.config.channels)
@@ -99,10 +98,9 @@ class MAE(nn.Module):
         ids_shuffle = noise.argsort(dim=1)  # another order for each image
         ids_restore, visible_ids = ids_shuffle.argsort(dim=1), ids_shuffle[:, : self.visible]
         x = choose_patches(self.encoder.embed(images), visible_ids)
-        for block, keep in zip(
-            self.encoder.blocks, self.encoder.draw_drop_path(len(x)), strict=True
-        ):
-            x, _ = block(x, None, keep)
+        factors = self.encoder.draw_drop_path(len(x))
+        for block, of_block in zip(self.encoder.blocks, factors, strict=True):
+            x, _ = block(x, None, of_block)
         x = self.decoder_embed(self.encoder.fc_norm(x))  # (B, 1 + visible, decoder's dim)
 
         masked = self.mask_token.to(x.dtype).expand(len(x), self.patches - self.visible, -1)

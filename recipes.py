@@ -56,7 +56,7 @@ class Images(Base):
     scene: str = setting("pointer", "pointer or twins", ("pointer", "twins"), only="scenes")
     dial: float = setting(0.0, high=1)  # share of pointers that point to one cell
     classes: str = setting("all")  # which of the ten digits, or what the cells of scenes show
-    label: str = setting("class", choices=("class", "cell"))  # of a scene
+    label: str = setting("class", choices=("class", "cell"))  # of a scene (cell: to measure with)
     workers: int = setting(8, "processes that decode images, per GPU", free=True)
     device: str = setting("auto", "cpu, cuda, mps, or auto", free=True)
 
@@ -80,12 +80,12 @@ class Settings(Images):
     recipe: str = setting("", "gpu: larger, longer (not measured)", ("", "gpu"), only="cifar")
     model: str = setting("micro", "size of the ViT: nano to huge")
     patch: int = setting(3, "pixels per side of a patch", low=1)
-    positions: str = setting("sincos", choices=("sincos", "random"))  # that training starts from
+    positions: str = setting("sincos", choices=("sincos", "random"))  # of a net without a teacher's
     drop_path: float = setting(0.0, "drop path rate of the last block", high=0.99)
-    epochs: int = setting(450, "passes over the training images", low=1)
+    epochs: int = setting(450, "passes over the training images, in full batches", low=1)
     warmup: float = setting(0.1, "fraction of training with linear warm-up", high=0.99)
     blr: float = setting(0.0, "learning rate per 256 images of --batch")
-    lr: float = setting(0.0, "learning rate itself (0: from --blr)")
+    lr: float = setting(0.0, "learning rate itself, instead of --blr (0: from --blr)")
     final_lr: float = setting(0.0, high=1)  # at the end of the cosine, as a share of the peak
     weight_decay: float = setting(0.05, "AdamW weight decay (biases, norms, positions: none)")
     beta2: float = setting(0.999, high=0.9999)  # AdamW's second; the first is 0.9

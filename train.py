@@ -36,7 +36,7 @@ class Task:
     net: nn.Module
     data: data.Data
     loss: Callable[..., tuple[Tensor, dict]]  # (net, images, labels) -> loss, scalars to log
-    predict: Callable[..., Tensor] | None = nn.Module.__call__  # (net, images)
+    predict: Callable[..., Tensor] | None = nn.Module.__call__  # (net, images) -> logits
     export: Callable[..., dict] = checkpoints.export  # (net) -> what model.pt holds
     checkpoint: checkpoints.Checkpoint | None = None  # of the teacher: the same for --resume
 
@@ -150,12 +150,12 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["scale"]
         pieces = [x.split(self.micro_batch) for x in (images, labels)]
-        last = len(pieces[0]) - 1  # after it DDP exchanges the gradients
-        for i, (some, wanted) in enumerate(zip(*pieces, strict=True)):
+        last = len(pieces[0]) - 1  # DDP exchanges gradients only after the last piece
+        for i, (some, some_labels) in enumerate(zip(*pieces, strict=True)):
             skip_sync = i < last and world() > 1
             with self.loss_module.no_sync() if skip_sync else contextlib.nullcontext():
                 share = len(some) / len(images)
-                self.scaler.scale(self.compute_loss(some, wanted, share) * share).backward()
+                self.scaler.scale(self.compute_loss(some, some_labels, share) * share).backward()
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.settings.clip or math.inf)
         if not self.scaler.is_enabled():  # it skips steps with infinite gradients by itself
@@ -227,7 +227,7 @@ class Learner:
     def restore(self, state: dict) -> tuple[list[dict], float]:
         """Continues from a saved state. Returns the log so far, and its seconds."""
         for name, part in self.parts().items():
-            if state[name] or part is not self.scaler:  # the scaler's is empty without fp16
+            if state[name]:  # the scaler's is empty without fp16
                 part.load_state_dict(state[name])
         self.done = state["step"]
         self.sums = {k: v.to(self.device) for k, v in state["sums"].items()}
@@ -246,7 +246,7 @@ def get_learning_rate(step: int, steps: int, warmup: int, peak: float, final: fl
 def group_parameters(net: nn.Module, weight_decay: float, layer_decay: float) -> list[dict]:
     """Weight decay for matrices only. Layer decay: a factor per layer below the head."""
     groups: dict[tuple, dict] = {}
-    head = len(getattr(getattr(net, "encoder", net), "blocks", ())) + 1
+    head = len(getattr(getattr(net, "encoder", net), "blocks", ())) + 1  # encoder: of an MAE
     for name, p in net.named_parameters():
         if p.requires_grad:
             block = re.match(r"(encoder\.)?blocks\.(\d+)", name)

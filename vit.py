@@ -25,8 +25,8 @@ class Config:
     heads: int
     mlp: float = 4.0  # hidden width of an MLP, as a multiple of dim
     eps: float = 1e-6  # of the layer norms
-    mean: tuple[float, ...] = (0.0,)  # of the pixels it was trained on, for each channel:
-    std: tuple[float, ...] = (1.0,)  # a ViT normalises its images itself
+    mean: tuple[float, ...] = (0.0,)  # per channel, of the pixels it was trained on
+    std: tuple[float, ...] = (1.0,)  # likewise: a ViT normalises its images itself
     num_prefix_tokens = 1  # tokens before the patches: the class token
 
     @property
@@ -54,7 +54,7 @@ class QK(NamedTuple):  # where a block looks: map = softmax(q @ k.mT / sqrt(d) +
 
 def attend(qk: QK, v: Tensor) -> Tensor:
     """map @ v: what each query finds, (B, H, N, d). The fused kernel never stores the map."""
-    frozen = v.requires_grad and not qk.q.requires_grad  # the kernel would compute its gradients
+    frozen = v.requires_grad and not qk.q.requires_grad  # the kernel wastes time on q's gradient
     if v.is_cpu and (frozen or v.dtype is torch.bfloat16):  # here the plain form is faster
         return qk.map() @ v
     return F.scaled_dot_product_attention(qk.q, qk.k, v, qk.bias)
@@ -72,9 +72,9 @@ class Attention(nn.Module):  # tokens (B, N, D) to tokens, and the QK they atten
         self.qkv = QKV(config.dim, 3 * config.dim)
         self.proj = nn.Linear(config.dim, config.dim)
 
-    def project(self, x: Tensor, asked: str = "qkv") -> Tensor:  # (3, B, H, N, d), or fewer
+    def project(self, x: Tensor, which: str = "qkv") -> Tensor:  # (3, B, H, N, d), or fewer
         rows = {"qkv": slice(None), "qk": slice(2 * self.dim), "v": slice(2 * self.dim, None)}
-        y = self.qkv(x, rows[asked])  # what replaces it must take rows, too
+        y = self.qkv(x, rows[which])  # an adapter in its place (LoRA) must accept rows, too
         return rearrange(y, "b n (p h d) -> p b h n d", h=self.heads, d=self.dim // self.heads)
 
     def queries_keys(self, q: Tensor, k: Tensor) -> QK:
@@ -85,7 +85,7 @@ class Attention(nn.Module):  # tokens (B, N, D) to tokens, and the QK they atten
             q, k, v = self.project(x)
             qk = self.queries_keys(q, k)
         else:  # attention copy
-            qk, (v,) = given, self.project(x, "v")
+            qk, v = given, self.project(x, "v")[0]
         return self.proj(rearrange(attend(qk, v), "b h n d -> b n (h d)")), qk
 
 
@@ -104,20 +104,20 @@ class Block(nn.Module):  # pre-norm
         self.norm2 = nn.LayerNorm(config.dim, eps=config.eps)
         self.mlp = mlp(config)
 
-    def forward(self, x: Tensor, given=None, keep=(1, 1)) -> tuple[Tensor, QK]:
+    def forward(self, x: Tensor, given=None, factors=(1, 1)) -> tuple[Tensor, QK]:
         y, qk = self.attn(self.norm1(x), given)
-        x = x + keep[0] * y
-        return x + keep[1] * self.mlp(self.norm2(x)), qk
+        x = x + factors[0] * y  # of drop path: (B, 1, 1)
+        return x + factors[1] * self.mlp(self.norm2(x)), qk
 
 
 class ViT(nn.Module):  # pixels in 0..1 (B, C, H, W) to logits (B, classes), named as in timm
     block = Block  # families of public ViTs have others: teachers/vit.py
 
-    def __init__(self, config: Config, drop_path: float = 0.0):  # its rate in the last block
+    def __init__(self, config: Config, drop_path: float = 0.0):  # from 0 to this rate
         super().__init__()
         self.config, self.drop_path = config, drop_path
-        mean, std = (torch.tensor(x)[:, None, None] for x in (config.mean, config.std))
-        self.mean, self.std = (nn.Buffer(x, persistent=False) for x in (mean, std))
+        self.mean = nn.Buffer(torch.tensor(config.mean)[:, None, None], persistent=False)
+        self.std = nn.Buffer(torch.tensor(config.std)[:, None, None], persistent=False)
         proj = nn.Conv2d(config.channels, config.dim, config.patch, stride=config.patch)
         self.patch_embed = nn.Sequential(OrderedDict(proj=proj))
         self.blocks = nn.ModuleList(self.block(config) for _ in range(config.depth))
@@ -142,36 +142,37 @@ class ViT(nn.Module):  # pixels in 0..1 (B, C, H, W) to logits (B, classes), nam
 
     def embed(self, images: Tensor) -> Tensor:  # to tokens (B, N, D), the class token first
         x = self.embed_patches(images) + self.pos_embed[:, 1:]
-        return torch.cat([(self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1), x], 1)
+        cls = self.cls_token + self.pos_embed[:, :1]
+        return torch.cat([cls.expand(len(x), -1, -1), x], dim=1)
 
-    def blockwise(self, images, given=None, keep=None):
+    def blockwise(self, images, given=None, factors=None):
         """Each block's tokens (B, N, D) and QK. `given`: for each a QK, or None for its own."""
         x = self.embed(images)
         given = [None] * len(self.blocks) if given is None else given
-        keep = self.draw_drop_path(len(x)) if keep is None else keep
-        for block, lent, factors in zip(self.blocks, given, keep, strict=True):
-            x, qk = block(x, lent, factors)
+        factors = self.draw_drop_path(len(x)) if factors is None else factors
+        for block, lent, of_block in zip(self.blocks, given, factors, strict=True):
+            x, qk = block(x, lent, of_block)
             yield x, qk
 
-    def forward_features(self, images: Tensor, *args, **kwargs) -> Tensor:  # as blockwise
+    def forward_features(self, images: Tensor, *args, **kwargs) -> Tensor:  # the last tokens
         for x, _ in self.blockwise(images, *args, **kwargs):
             pass
         return x
 
-    def forward(self, images: Tensor, given=None, keep=None) -> Tensor:
-        return self.classify(self.forward_features(images, given, keep))
+    def forward(self, images: Tensor, given=None, factors=None) -> Tensor:
+        return self.classify(self.forward_features(images, given, factors))
 
     def classify(self, x: Tensor) -> Tensor:  # as in MAE (He et al. 2022, appendix A.1)
         return self.head(self.fc_norm(x[:, self.config.num_prefix_tokens :].mean(dim=1)))
 
-    def lend(self, images: Tensor, layers, keep=None):
+    def lend(self, images: Tensor, layers, factors=None):
         """A frozen teacher's queries and keys, block by block: None for blocks not in `layers`."""
         x, last = self.embed(images), max(layers)
         for i, block in enumerate(self.blocks[:last]):
-            x, qk = block(x, None, (1, 1) if keep is None else keep[i])
+            x, qk = block(x, None, (1, 1) if factors is None else factors[i])
             yield qk if i in layers else None
-        attn, x = self.blocks[last].attn, self.blocks[last].norm1(x)
-        yield attn.queries_keys(*attn.project(x, "qk"))  # no more is needed
+        block = self.blocks[last]  # lends its queries and keys, so the rest of it need not run
+        yield block.attn.queries_keys(*block.attn.project(block.norm1(x), "qk"))
         yield from [None] * (len(self.blocks) - last - 1)
 
     def draw_drop_path(self, batch: int):

@@ -1,4 +1,4 @@
-"""The loss of attention distillation without storing maps, equal to the plain form."""
+"""The loss of attention distillation, with its gradients, so that no map is kept for them."""
 
 from typing import Any
 
@@ -49,10 +49,10 @@ def compare_maps(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
 def compute_piece(q: Tensor, k: Tensor, q_t: Tensor, k_t: Tensor, bias: Tensor | None = None):
     """Sums of the cross-entropy and of the teacher's entropy; unscaled d loss / dq, d loss / dk."""
     precise = torch.promote_types(q.dtype, torch.float32)  # bf16 is too coarse for a difference
-    theirs = q_t * q_t.shape[-1] ** -0.5 @ k_t.mT
+    theirs = (q_t * q_t.shape[-1] ** -0.5) @ k_t.mT
     theirs = theirs if bias is None else theirs + bias
     p_t = theirs.softmax(dim=-1, dtype=precise)
-    log_p = (q * q.shape[-1] ** -0.5 @ k.mT).log_softmax(dim=-1, dtype=precise)
+    log_p = ((q * q.shape[-1] ** -0.5) @ k.mT).log_softmax(dim=-1, dtype=precise)
     loss = -torch.dot(p_t.flatten(), log_p.flatten())
     entropy = torch.special.entr(p_t).sum()
     gap = log_p.exp_().sub_(p_t)  # P_S - P_T

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # memory without gaps
+if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+    os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"  # memory without gaps
 
 
 class Failed(RuntimeError):

@@ -27,8 +27,8 @@ class Clock:
 
     def passed_a_minute(self) -> bool:
         """True once a minute, and once after a longer pause."""
-        if passed := (now := time.perf_counter()) - self.ticked > 60:
-            self.ticked = now
+        passed = time.perf_counter() - self.ticked > 60
+        self.ticked = time.perf_counter() if passed else self.ticked
         return passed
 
     def left(self, step: int) -> str:

@@ -50,7 +50,7 @@ def get_values(settings: Base, free: bool = True) -> dict[str, Any]:
 
 
 def merge_recipes(base: Recipes, **changes: dict) -> Recipes:
-    return {name: recipe | changes.get(name, {}) for name, recipe in base.items()}
+    return base | {name: base[name] | more for name, more in changes.items()}
 
 
 class Parser(argparse.ArgumentParser):

@@ -83,7 +83,7 @@ class Tensors:
         return len(self.images)
 
     def subset(self, indices: list[int]) -> "Tensors":
-        return Tensors(self.images[indices], self.labels[indices])
+        return Tensors(self.images[indices], self.labels[indices], contents=self.contents)
 
     def hold(self, centred: bool = False) -> "Tensors":
         return self

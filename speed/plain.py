@@ -39,11 +39,11 @@ def make_plain(task: Task, recipe) -> None:
 
 def transfer_loss(student, images, labels, teacher, layers: Sequence[int], settings):
     """Of attention copy, or of distillation."""
-    keep, copies = student.draw_drop_path(len(images)), settings.method == "copy"
+    factors, copies = student.draw_drop_path(len(images)), settings.method == "copy"
     with torch.no_grad():
-        theirs = [scores for _, scores in teacher.blockwise(images, keep=keep)]
+        theirs = [scores for _, scores in teacher.blockwise(images, factors=factors)]
     given = [scores if copies and i in layers else None for i, scores in enumerate(theirs)]
-    tokens, ours = zip(*student.blockwise(images, given, keep), strict=True)
+    tokens, ours = zip(*student.blockwise(images, given, factors), strict=True)
     logits = student.classify(tokens[-1])
     classification = F.cross_entropy(logits, labels, label_smoothing=settings.smoothing)
     if copies:

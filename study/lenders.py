@@ -15,7 +15,7 @@ from vit import QK, ViT
 class FixedMaps:  # lends the same maps for every image
     maps: list[Tensor]  # of each block: (1, H, N, N)
 
-    def lend(self, images: Tensor, layers, keep=None) -> Iterator[QK | None]:
+    def lend(self, images: Tensor, layers, factors=None) -> Iterator[QK | None]:
         for i, p in enumerate(self.maps):
             yield QK.from_map(p.expand(len(images), -1, -1, -1)) if i in layers else None
 
@@ -25,11 +25,11 @@ class OtherImages:  # lends maps of images in `bank`: at random, in evaluation a
     teacher: ViT
     bank: Tensor
 
-    def lend(self, images: Tensor, layers, keep=None) -> Iterator[QK | None]:
+    def lend(self, images: Tensor, layers, factors=None) -> Iterator[QK | None]:
         chosen = torch.arange(len(images)) % len(self.bank)
         if torch.is_grad_enabled():
             chosen = torch.randint(len(self.bank), (len(images),))
-        return self.teacher.lend(self.bank[chosen], layers, keep)
+        return self.teacher.lend(self.bank[chosen], layers, factors)
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Tokens:  # lends the tokens that enter a block, or that leave it, normalis
     teacher: ViT
     leaving: bool
 
-    def lend(self, images: Tensor, layers, keep=None) -> Iterator[Tensor | None]:
+    def lend(self, images: Tensor, layers, factors=None) -> Iterator[Tensor | None]:
         x = self.teacher.embed(images)
         for i, block in enumerate(self.teacher.blocks):
             before, (x, _) = x, block(x)

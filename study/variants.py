@@ -61,7 +61,7 @@ parse = partial(parse_settings, __doc__, Settings, attention_distill.RECIPES)
 
 def predict_with_parts(student: ViT, images: Tensor, teacher: ViT, layers, parts: str) -> Tensor:
     """As attention_copy.predict, but `parts` of q, k and v are the teacher's."""
-    keep = student.draw_drop_path(len(images))
+    factors = student.draw_drop_path(len(images))
     x, y = student.embed(images), teacher.embed(images)
     for i, (ours, theirs) in enumerate(zip(student.blocks, teacher.blocks, strict=True)):
         if i in layers:
@@ -69,11 +69,11 @@ def predict_with_parts(student: ViT, images: Tensor, teacher: ViT, layers, parts
             pairs = zip("qkv", own, lent, strict=True)
             q, k, v = (b if part in parts else a for part, a, b in pairs)
             seen = rearrange(attend(QK(q, k), v), "b h n d -> b n (h d)")
-            x = x + keep[i][0] * ours.attn.proj(seen)
-            x = x + keep[i][1] * ours.mlp(ours.norm2(x))
+            x = x + factors[i][0] * ours.attn.proj(seen)
+            x = x + factors[i][1] * ours.mlp(ours.norm2(x))
         else:
-            x, _ = ours(x, None, keep[i])
-        y, _ = theirs(y, None, keep[i])
+            x, _ = ours(x, None, factors[i])
+        y, _ = theirs(y, None, factors[i])
     return student.classify(x)
 
 
@@ -105,12 +105,12 @@ def compare(ours, theirs, loss: str) -> Tensor:
 
 def loss_maps(student: ViT, images, labels, teacher, layers, settings: Settings):
     """As attention_distill.loss, but with another loss, target, or use of the student's tokens."""
-    keep = student.draw_drop_path(len(images))
+    factors = student.draw_drop_path(len(images))
     x, maps = student.embed(images), 0.0
-    lent = teacher.lend(images, layers, keep)
+    lent = teacher.lend(images, layers, factors)
     for i, (block, theirs) in enumerate(zip(student.blocks, lent, strict=True)):
         before = x
-        x, ours = block(x, theirs if settings.how == "copy-beside" else None, keep[i])
+        x, ours = block(x, theirs if settings.how == "copy-beside" else None, factors[i])
         if theirs is not None:
             if settings.how == "features":
                 ours = F.layer_norm(x, x.shape[-1:])

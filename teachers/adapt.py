@@ -1,6 +1,6 @@
 """Adapts a teacher's attention to a student with another depth, head count or token count."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,11 +19,11 @@ class TeacherAdapter:
     heads: Sequence[int] = ()  # teacher head for each student head (empty: same order)
     registers: int = 0  # of the teacher, which the student lacks
 
-    def lend(self, images: Tensor, layers: Collection[int], keep=None) -> Iterator[vit.QK | None]:
+    def lend(self, images: Tensor, layers, factors=None) -> Iterator[vit.QK | None]:
         """As ViT.lend, for each block of the student. A teacher of another depth drops no paths."""
-        keep = keep if len(self.teacher.blocks) == self.depth else None
+        factors = factors if len(self.teacher.blocks) == self.depth else None
         theirs = [self.layers[i] for i in sorted(layers)]
-        lent = (qk for qk in self.teacher.lend(images, theirs, keep) if qk is not None)
+        lent = (qk for qk in self.teacher.lend(images, theirs, factors) if qk is not None)
         for i in range(self.depth):
             yield self.match(next(lent)) if i in layers else None
 

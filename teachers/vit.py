@@ -99,10 +99,10 @@ class Block(plain.Block):
         scale = LayerScale if config.layer_scale else nn.Identity
         self.ls1, self.ls2 = scale(config), scale(config)
 
-    def forward(self, x: Tensor, given=None, keep=(1, 1)) -> tuple[Tensor, plain.QK]:
+    def forward(self, x: Tensor, given=None, factors=(1, 1)) -> tuple[Tensor, plain.QK]:
         y, qk = self.attn(self.norm1(x), given)
-        x = x + keep[0] * self.ls1(y)
-        return x + keep[1] * self.ls2(self.mlp(self.norm2(x))), qk
+        x = x + factors[0] * self.ls1(y)
+        return x + factors[1] * self.ls2(self.mlp(self.norm2(x))), qk
 
 
 class ViT(plain.ViT):

@@ -340,10 +340,10 @@ def test_a_teacher_of_another_depth_drops_no_paths():
     teacher = vit.ViT(replace(plain("mini"), depth=4)).eval().requires_grad_(False)
     student = vit.ViT(plain("mini"), drop_path=0.9).train()
     adapter, batch = adapt(teacher, student, [0, 2]), torch.randn(4, 3, 32, 32)
-    keep = student.draw_drop_path(4)
-    lent = lend_maps(adapter, batch, [0, 2], keep=keep)
+    factors = student.draw_drop_path(4)
+    lent = lend_maps(adapter, batch, [0, 2], factors=factors)
     own = [qk.map() for _, qk in teacher.blockwise(batch)]
-    assert (keep == 0).any() and len(lent) == 6
+    assert (factors == 0).any() and len(lent) == 6
     assert torch.equal(lent[0], own[0]) and torch.equal(lent[2], own[2])
 
 

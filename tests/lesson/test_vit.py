@@ -39,10 +39,10 @@ def test_timm_gives_the_same_logits_and_gradients_both_ways():
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def explicit(net, images, maps, keep=((1, 1),) * 3):
+def explicit(net, images, maps, factors=((1, 1),) * 3):
     """Logits and maps (B, H, N, N) of a plain forward pass; `maps[i]` replaces that of block i."""
     x, own = net.embed(images), []
-    for i, (block, (attended, thought)) in enumerate(zip(net.blocks, keep, strict=True)):
+    for i, (block, (attended, thought)) in enumerate(zip(net.blocks, factors, strict=True)):
         qkv = block.attn.qkv(block.norm1(x))
         q, k, v = rearrange(qkv, "b n (p h d) -> p b h n d", p=3, h=net.config.heads)
         own.append((torch.einsum("bhid,bhjd->bhij", q, k) / math.sqrt(q.shape[-1])).softmax(-1))
@@ -69,10 +69,10 @@ def test_copy_is_the_teachers_softmax_map_on_the_students_values(width, layers):
     images = torch.randn(4, 3, 32, 32).double()
     teacher = make(1, dim=width).double().requires_grad_(False)
     student = make(2, drop_path=0.5).double()
-    keep = student.draw_drop_path(4)
-    maps = {i: p for i, p in enumerate(explicit(teacher, images, {}, keep)[1]) if i in layers}
-    logits = student(images, teacher.lend(images, layers, keep), keep=keep)
-    assert_same_gradients(student, logits, explicit(student, images, maps, keep)[0])
+    factors = student.draw_drop_path(4)
+    maps = {i: p for i, p in enumerate(explicit(teacher, images, {}, factors)[1]) if i in layers}
+    logits = student(images, teacher.lend(images, layers, factors), factors=factors)
+    assert_same_gradients(student, logits, explicit(student, images, maps, factors)[0])
     for i in range(3):  # queries and keys of a copied layer learn nothing, of another something
         learns = student.blocks[i].attn.qkv.weight.grad[: 2 * 48].any()
         assert bool(learns) == (i not in layers)
@@ -133,14 +133,14 @@ def test_drop_path_drops_whole_branches_of_single_images_and_is_unbiased():
     net = make(drop_path=0.5)
     assert net.eval().draw_drop_path(4) == [(1, 1)] * 3
     torch.manual_seed(0)
-    keep = net.train().draw_drop_path(20000)
-    assert keep.shape == (3, 2, 20000, 1, 1)
+    factors = net.train().draw_drop_path(20000)
+    assert factors.shape == (3, 2, 20000, 1, 1)
     for i, p in enumerate((0, 0.25, 0.5)):
-        assert set(keep[i].unique().tolist()) <= {0.0, torch.tensor(1 / (1 - p)).item()}
-        assert keep[i].mean().item() == pytest.approx(1, abs=0.03)
+        assert set(factors[i].unique().tolist()) <= {0.0, torch.tensor(1 / (1 - p)).item()}
+        assert factors[i].mean().item() == pytest.approx(1, abs=0.03)
     images, one = torch.randn(2, 3, 32, 32), torch.zeros(3, 2, 2, 1, 1)
     one[:, :, 1] = 1  # drop every branch of image 0, none of image 1
-    logits = net(images, keep=one)
+    logits = net(images, factors=one)
     torch.testing.assert_close(logits[0], net.classify(net.embed(images))[0])
     torch.testing.assert_close(logits[1], net.eval()(images)[1])
 
