@@ -37,8 +37,7 @@ class Clock:
 
     def row(self, step: int) -> dict[str, float]:
         speed = max(1, step - self.first) * self.batch / (self.elapsed() - self.evaluation)
-        total = self.before + self.elapsed()
-        return {"images_per_s": round(speed, 1), "seconds": round(total, 2)}
+        return {"images_per_s": round(speed, 1), "seconds": round(self.before + self.elapsed(), 2)}
 
 
 def introduce(task, settings, out: Path, micro_batch: int, rate: float) -> None:
