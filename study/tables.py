@@ -69,7 +69,7 @@ PHOTO_SCENES = SCENES._replace(
 )  # fmt: skip
 LONG = STEPS._replace(seeds=(100,), rates=(2.5e-4, 1e-3, 4e-3, 1.6e-2))  # ten times the steps
 JOINTLY = LONG._replace(joint=(1.5, 5.0))
-PHOTOS_LONG = JOINTLY._replace(base=PHOTO_SCENES.base)
+PHOTOS_LONG = JOINTLY._replace(base=PHOTO_SCENES.base, rates=(2.5e-4, *RATES[:5]))
 PHOTOGRAPHS = Study(  # with a public teacher, which has learned these classes
     rows=rows.ROWS | {"beside": rows.beside(tuned_as=DISTILLATION)},
     base={"data": "folder", "image_size": 96, "patch": 16, "model": "tiny", "num_labels": 2000}
