@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-class FusedAttentionLoss(torch.autograd.Function):
+class MapCrossEntropy(torch.autograd.Function):
     """Cross-entropy of a student's maps (q, k) relative to a teacher's, and the teacher's entropy.
 
     Inputs are q, k of both: (B, H, N, d), the teacher's of any width, and its bias. Means over
@@ -43,7 +43,7 @@ class FusedAttentionLoss(torch.autograd.Function):
 def compare_maps(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
     """attention_distill.attention_loss of two vit.QK, and the teacher's entropy."""
     assert ours.bias is None, "a student computes its maps from queries and keys alone"
-    return FusedAttentionLoss.apply(ours.q, ours.k, *theirs)
+    return MapCrossEntropy.apply(ours.q, ours.k, *theirs)
 
 
 def compute_piece(q: Tensor, k: Tensor, q_t: Tensor, k_t: Tensor, bias: Tensor | None = None):
