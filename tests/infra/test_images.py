@@ -163,7 +163,8 @@ def test_scenes_of_photographs_are_known_by_their_files(tmp_path):
     for i in range(90):
         picture(tmp_path / ("train", "train", "val")[i % 3] / "abc"[i // 30] / f"{i}.png", i)
     argv = f"--data scenes-cifar10 --data-dir {tmp_path} --classes :3".split()
-    assert data.load(finetune.parse(argv)).fingerprint
+    few, known = (data.load(finetune.parse([*argv, "--num-labels", n])) for n in ("90", "0"))
+    assert known.fingerprint and few.train.source.contents.equal(known.train.source.contents)
     shutil.rmtree(tmp_path / "val" / "c")
     with pytest.raises(ValueError, match="some class has too few test images"):
         data.load(finetune.parse(argv))

@@ -38,8 +38,7 @@ def test_no_relative_link_is_dead(page):
 
 def test_the_figures_of_readme_are_those_of_the_records():
     """A share that the text names stands in a table. Of tables themselves see test_reproduce."""
-    _, _, first = (ROOT / "README.md").read_text().partition("\n## What we found")
-    first, _, _ = first.partition("\n## ")
+    first = (ROOT / "README.md").read_text().split("\n## What we found")[1].split("\n## ")[0]
     lines = [*first.splitlines(), *(ROOT / "study" / "README.md").read_text().splitlines()]
     tables = "\n".join(line for line in lines if line.startswith("|"))
     prose = "\n".join(line for line in first.splitlines() if not line.startswith("|"))
