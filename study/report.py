@@ -30,7 +30,7 @@ USUAL = ("mean", "interval", "values", "difference", "recovery")
 HOW = "command commit commits device torch runs training_minutes extends".split()
 PAGES = "README.md", "study/README.md", "related/README.md"
 TASKS = {  # the records of each: a figure is from the first that has it
-    "pointer": ("scenes-controls", "why-pointer"), "twins": ("scenes-twins",),
+    "pointer": ("scenes-controls", "why-pointer"), "twins": ("scenes-twins", "why-twins"),
     "digits": ("fair-main", "why-digits"), "CIFAR-10": ("cifar10-fair",),
     "photographs, DeiT": ("photos-128",),
 }  # fmt: skip
