@@ -50,8 +50,9 @@ class Data(NamedTuple):
 
     def count_learned(self, hashes: Tensor | None, part: str = "test") -> int:
         """How many images of a part are among those that a checkpoint learned from."""
-        own = getattr(self, part).source.contents
-        return 0 if own is None or hashes is None else int(torch.isin(own, hashes).sum())
+        if hashes is None or (own := getattr(self, part).source).contents is None:
+            return 0
+        return int(torch.isin(own.contents, hashes).sum())
 
     def warn_of_repeats(self, part: str = "test") -> str:
         """Words if images of a part are also trained on, under whatever name."""
