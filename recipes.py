@@ -80,12 +80,12 @@ class Settings(Images):
     recipe: str = setting("", "gpu: larger, longer (not measured)", ("", "gpu"), only="cifar")
     model: str = setting("micro", "size of the ViT: nano to huge")
     patch: int = setting(3, "pixels per side of a patch", low=1)
-    positions: str = setting("sincos", choices=("sincos", "random"))  # of a net without a teacher's
+    positions: str = setting("sincos", choices=("sincos", "random"))  # (fine-tuning: the teacher's)
     drop_path: float = setting(0.0, "drop path rate of the last block", high=0.99)
     epochs: int = setting(450, "passes over the training images, in full batches", low=1)
     warmup: float = setting(0.1, "fraction of training with linear warm-up", high=0.99)
     blr: float = setting(0.0, "learning rate per 256 images of --batch")
-    lr: float = setting(0.0, "learning rate itself, instead of --blr (0: from --blr)")
+    lr: float = setting(0.0, "learning rate itself (0: from --blr)")
     final_lr: float = setting(0.0, high=1)  # at the end of the cosine, as a share of the peak
     weight_decay: float = setting(0.05, "AdamW weight decay (biases, norms, positions: none)")
     beta2: float = setting(0.999, high=0.9999)  # AdamW's second; the first is 0.9

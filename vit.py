@@ -113,7 +113,7 @@ class Block(nn.Module):  # pre-norm
 class ViT(nn.Module):  # pixels in 0..1 (B, C, H, W) to logits (B, classes), named as in timm
     block = Block  # families of public ViTs have others: teachers/vit.py
 
-    def __init__(self, config: Config, drop_path: float = 0.0):  # from 0 to this rate
+    def __init__(self, config: Config, drop_path: float = 0.0):  # rate of the last block
         super().__init__()
         self.config, self.drop_path = config, drop_path
         self.mean = nn.Buffer(torch.tensor(config.mean)[:, None, None], persistent=False)
