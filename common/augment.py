@@ -114,8 +114,7 @@ def crop_boxes(draws: BatchRandom, area: float, size: int) -> tuple[Tensor, ...]
     fits = (torch.maximum(w, h) <= size) & (torch.minimum(w, h) > 0)
     first = fits.float().argmax(dim=1, keepdim=True)
     w, h = (torch.where(fits.any(1), x.gather(1, first)[:, 0], float(size)) for x in (w, h))
-    left, top = (draws.uniform(2) * (size + 1 - torch.stack([w, h], 1))).floor().unbind(1)
-    return left, top, w, h
+    return *(draws.uniform(2) * (size + 1 - torch.stack([w, h], 1))).floor().unbind(1), w, h
 
 
 def random_erase(images: Tensor, draws: BatchRandom, probability: float, mean, std) -> Tensor:

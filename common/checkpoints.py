@@ -22,10 +22,7 @@ from torch import Tensor
 from common.launch import Failed, is_out_of_memory, run_first
 
 KNOWN = {"classes", "method", "settings", "learned_from", "layers", "adapted"}  # in a model.pt
-DTYPES = {  # of safetensors
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64,
-}  # fmt: skip
+KINDS = {"F": "float", "BF": "bfloat", "I": "int"}  # F32 is torch.float32 in safetensors
 
 
 @dataclass(frozen=True)
@@ -150,7 +147,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     for name, about in header.items():
         first, last = about["data_offsets"]
         part = whole[begin + first : begin + last].clone()  # aligned, and in memory
-        found[name] = part.view(DTYPES[about["dtype"]]).view(about["shape"])
+        dtype = getattr(torch, KINDS[about["dtype"][:-2]] + about["dtype"][-2:])
+        found[name] = part.view(dtype).view(about["shape"])
     return found
 
 

@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -46,7 +47,9 @@ def run(main: Callable, parse: Callable) -> None:
 
 def describe_error(error: BaseException) -> tuple[str, int]:
     """What to say, and the exit code. Code 0 marks a bug, which keeps its traceback."""
-    text = str(error).strip()
+    text, last = str(error).strip(), traceback.extract_tb(error.__traceback__)[-1]
+    raised = "-packages" not in last.filename and f"{last.line}".startswith("raise")  # by us
+    wrong_input = isinstance(error, OSError) or (isinstance(error, ValueError) and raised)
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", 130
     if is_out_of_memory(error):
@@ -59,7 +62,7 @@ def describe_error(error: BaseException) -> tuple[str, int]:
         return "another process of this run has ended: its own error says why", 1
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}", 2
-    return text, 1 if isinstance(error, Failed) else 0 if isinstance(error, RuntimeError) else 2
+    return text, 1 if isinstance(error, Failed) else 2 if wrong_input else 0
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -141,8 +141,7 @@ def test_heads_are_never_guessed(tmp_path):
     for source in (path, f"tiny={path}"):
         with pytest.raises(ValueError, match="SIZE=FILE"):
             read_checkpoint(source)
-    sizes = "small", "small/12"
-    six, twelve = (build_vit(read_checkpoint(f"{size}={path}", "none")) for size in sizes)
+    six, twelve = (build_vit(read_checkpoint(f"{n}={path}", "none")) for n in ("small", "small/12"))
     assert torch.equal(six(images), small(images)) and twelve.config.heads == 12
     torch.save(checkpoints.export(small), tmp_path / "ours.pt")  # ours say it, whatever is asked
     assert read_checkpoint(f"small/12={tmp_path / 'ours.pt'}").architecture["heads"] == 6

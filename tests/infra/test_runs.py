@@ -176,6 +176,10 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, failing, monkeypatch):
     state = weights(tmp_path)
     assert state["step"] == 2 and all(v.isfinite().all() for v in state["net"].values())
     assert not (tmp_path / "model.pt").exists()
+    for bug in (lambda: int("one"), lambda: torch.nn.functional.dropout(torch.ones(1), 2.0)):
+        monkeypatch.setattr(finetune, "loss", lambda *_, bug=bug, **__: bug())
+        with pytest.raises(ValueError):  # with its traceback: no input is wrong
+            failing(finetune, [*QUICK, "--overwrite", "--out", tmp_path])
 
 
 def test_a_full_disk_fails_the_run_and_keeps_the_last_checkpoint(tmp_path, failing, monkeypatch):
@@ -230,8 +234,7 @@ def test_a_teacher_is_known_by_its_weights_wherever_it_lies(tmp_path, teacher, s
     found["model"]["cls_token"] += 1
     found["architecture"]["mean"] = (0.1,) * 3
     torch.save(found, mine)
-    words = "normalization was", "teacher_weights was "
-    failing(attention_copy, [*argv, mine, "--resume"], *words)
+    failing(attention_copy, [*argv, mine, "--resume"], "normalization was", "teacher_weights was ")
     failing(attention_copy, [*argv, mine, "--overwrite", "--out", tmp_path], "lies in --out")
     assert mine.exists()
 
