@@ -16,10 +16,10 @@ def draw_record(table, record: dict, path: Path) -> None:
     """A picture of an engine.Table's record beside it, if it holds nothing but accuracies."""
     if table.tunes or table.find:
         return
-    points = record["points"]
+    points, several = record["points"], len(record["points"]) > 1
     rows = max(points.values(), key=len)
-    title = f"{table.about} (seeds: {'at most ' * bool(table.fewer)}{len(record['seeds'])})"
-    several = len(points) > 1
+    seeds = [len(cell["values"]) for of_rows in points.values() for cell in of_rows.values()]
+    title = f"{table.about} (seeds: {'at most ' * (min(seeds) < max(seeds))}{max(seeds)})"
     fig, axis = figure(width=8, height=3.8 if several else 1.3 + 0.28 * len(rows), title=title)
     draw_points(axis, points) if several else draw_differences(axis, rows)
     axis.spines[["top", "right"]].set_visible(False)
