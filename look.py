@@ -1,6 +1,6 @@
 """Where a ViT looks in a photograph: a picture, and its five likeliest classes.
 
-    python look.py photo.jpg runs/distill-scenes-micro-s0/model.pt
+    python look.py photo.jpg runs/distill-folder-mini-s0/model.pt
     python look.py photo.jpg vit_base_patch16_224.mae --layers 0,6,11
     python look.py photo.jpg vit_small_patch14_dinov2.lvd142m --heads 0:3
     python look.py photo.jpg vit_base_patch16_224.mae --query 7,7

@@ -51,7 +51,7 @@ class Images(Base):
     data: str = setting("scenes", "data set: " + ", ".join(DATA_SETS), tuple(DATA_SETS))
     data_dir: str = setting("", "folder of the images [data/DATA]", free=True)
     image_size: int = setting(0, "pixels per side (0: the data set's own)", high=4096)
-    holdout: float = setting(-1.0, "validation fraction (-1: 0.2 if no val/)", low=-1, high=0.9)
+    holdout: float = setting(-1.0, "validation share (-1: 0.2 if no val/, test/)", low=-1, high=0.9)
     distractors: int = setting(1, high=20)  # beside a digit of --data digits
     scene: str = setting("pointer", "pointer or twins", ("pointer", "twins"), only="scenes")
     dial: float = setting(0.0, high=1)  # share of pointers that point to one cell
@@ -71,6 +71,7 @@ class Settings(Images):
     subset_seed: int = setting(-1, low=-1)  # draws them (-1: seed does)
     seed: int = setting(0, "random seed of everything", high=2**63 - 1)
     crop_area: float = setting(0.0, CROP, high=1, only=OF_PHOTOS)
+    flip: float = setting(0.5, "share of images to flip, left to right", high=1, only=OF_PHOTOS)
     randaugment: int = setting(0, "RandAugment magnitude (0: off)", high=10, only=OF_PHOTOS)
     random_erase: float = setting(0.0, high=1)  # probability of random erasing
     mixup: float = setting(0.0, "MixUp alpha (0: off)")
@@ -84,7 +85,7 @@ class Settings(Images):
     drop_path: float = setting(0.0, "drop path rate of the last block", high=0.99)
     epochs: int = setting(450, "passes over the training images, in full batches", low=1)
     warmup: float = setting(0.1, "fraction of training with linear warm-up", high=0.99)
-    blr: float = setting(0.0, "learning rate per 256 images of --batch")
+    blr: float = setting(1e-3, "learning rate per 256 images of --batch")
     lr: float = setting(0.0, "learning rate itself (0: from --blr)")
     final_lr: float = setting(0.0, high=1)  # at the end of the cosine, as a share of the peak
     weight_decay: float = setting(0.05, "AdamW weight decay (biases, norms, positions: none)")

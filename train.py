@@ -169,9 +169,13 @@ class Learner:
 
     def compute_loss(self, images: Tensor, labels: Tensor, share: float = 0.0) -> Tensor:
         with self.autocast:
-            loss, shown = self.loss_module(images, labels)
+            found = self.loss_module(images, labels)
+        loss, shown = found if isinstance(found, tuple) else (found, None)
+        scalars = [loss, *shown.values()] if isinstance(shown, dict) else [None]
+        words = "a loss returns a scalar tensor, and a dict of scalar tensors to log"
+        assert all(isinstance(x, Tensor) and x.ndim == 0 for x in scalars), words
         if share:
-            self.add({"loss": loss} | shown, share)
+            self.add(shown | {"loss": loss}, share)
         return loss
 
     def add(self, values: dict[str, Tensor], share: float) -> None:

@@ -132,9 +132,9 @@ class ViT(nn.Module):  # pixels in 0..1 (B, C, H, W) to logits (B, classes), nam
         self.pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, tokens, dim), std=0.02))
 
     def normalise(self, pixels: Tensor) -> Tensor:
-        channels, size = self.config.channels, self.config.image_size
-        if pixels.shape[1:] != (channels, size, size) or not pixels.is_floating_point():
-            raise ValueError(f"this ViT takes pixels in 0..1, {channels} x {size} x {size}")
+        c, s, found = self.config.channels, self.config.image_size, [*pixels.shape]
+        if found[1:] != [c, s, s] or not pixels.is_floating_point():
+            raise ValueError(f"needs pixels in 0..1, {c} x {s} x {s}, not {pixels.dtype} {found}")
         return (pixels - self.mean) / self.std
 
     def embed_patches(self, images: Tensor) -> Tensor:

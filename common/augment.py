@@ -58,15 +58,15 @@ class Augment:
         self.mean, self.std = torch.tensor([kind.mean, kind.std], device=device)[..., None, None]
 
     def __call__(self, images: Tensor, draws: BatchRandom) -> Tensor:
-        asked = self.settings
+        own = self.settings
         if not self.cropped:  # zero padding is the mean's colour
-            images = crop_and_flip(images - self.mean, draws, asked.crop_area) + self.mean
-        if asked.randaugment and not self.cropped:
-            augment = rand_augment(asked.randaugment, self.mean.flatten().tolist(), "bilinear")
+            images = crop_and_flip(images - self.mean, draws, own.crop_area, own.flip) + self.mean
+        if own.randaugment and not self.cropped:
+            augment = rand_augment(own.randaugment, self.mean.flatten().tolist(), "bilinear")
             # One operation for 1/16 of the batch: a few kernels, not thousands.
             groups = images.clamp(0, 1).mul(255).round().byte().chunk(16)
             images = to_pixels(torch.cat([augment(group) for group in groups]))
-        return random_erase(images, draws, asked.random_erase, self.mean, self.std)
+        return random_erase(images, draws, own.random_erase, self.mean, self.std)
 
 
 def rand_augment(magnitude: int, mean: Sequence[float], interpolation: str) -> Callable:
@@ -87,8 +87,8 @@ def build_mix(mixup: float, cutmix: float, classes: int) -> Callable:
     return v2.RandomChoice(mixes)
 
 
-def crop_and_flip(images: Tensor, draws: BatchRandom, area: float) -> Tensor:
-    """RandomResizedCrop of at least `area` of each square (0: a shift), and a random flip."""
+def crop_and_flip(images: Tensor, draws: BatchRandom, area: float, flip: float = 0.5) -> Tensor:
+    """RandomResizedCrop of at least `area` of each square (0: a shift), and `flip` are flipped."""
     size = images.shape[-1]
     if area:
         left, top, w, h = crop_boxes(draws, area, size)
@@ -96,8 +96,8 @@ def crop_and_flip(images: Tensor, draws: BatchRandom, area: float) -> Tensor:
         reach = size // 8  # pixels
         left, top = ((draws.uniform(2) * (2 * reach + 1)).floor() - reach).unbind(1)
         w = h = torch.full_like(left, size)
-    zero, flip = torch.zeros_like(w), torch.where(draws.uniform(1)[:, 0] < 0.5, -1.0, 1.0)
-    columns = torch.stack([w / size * flip, zero, (2 * left + w) / size - 1], 1)
+    zero, sign = torch.zeros_like(w), torch.where(draws.uniform(1)[:, 0] < flip, -1.0, 1.0)
+    columns = torch.stack([w / size * sign, zero, (2 * left + w) / size - 1], 1)
     rows = torch.stack([zero, h / size, (2 * top + h) / size - 1], 1)
     grid = F.affine_grid(torch.stack([columns, rows], 1), list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, mode="bicubic" if area else "bilinear", align_corners=False)

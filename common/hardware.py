@@ -55,6 +55,7 @@ def find_micro_batch(task, compute: Callable) -> int:
     size, device = data.train.batch // data.train.world, next(net.parameters()).device
     images = torch.zeros(size, len(data.mean), data.image_size, data.image_size, device=device)
     labels, fits = images.new_zeros(size).long(), images.new_zeros(1)
+    images, labels = data.train.mix(images, labels) if data.train.mix else (images, labels)
     learned = [p for p in net.parameters() if p.requires_grad]
     copies = 3 + dist.is_initialized()  # AdamW's two, gradients so far, and DDP's
     reserved: list[torch.Tensor] = []

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+ROOT = os.path.dirname(os.path.dirname(__file__))
 if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
     os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"  # memory without gaps
 
@@ -48,8 +49,8 @@ def run(main: Callable, parse: Callable) -> None:
 def describe_error(error: BaseException) -> tuple[str, int]:
     """What to say, and the exit code. Code 0 marks a bug, which keeps its traceback."""
     text, last = str(error).strip(), traceback.extract_tb(error.__traceback__)[-1]
-    raised = "-packages" not in last.filename and f"{last.line}".startswith("raise")  # by us
-    wrong_input = isinstance(error, OSError) or (isinstance(error, ValueError) and raised)
+    ours = last.filename.startswith(ROOT) and "-packages" not in last.filename
+    meant = isinstance(error, ValueError) and ours and f"{last.line}".startswith("raise")
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", 130
     if is_out_of_memory(error):
@@ -62,7 +63,7 @@ def describe_error(error: BaseException) -> tuple[str, int]:
         return "another process of this run has ended: its own error says why", 1
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}", 2
-    return text, 1 if isinstance(error, Failed) else 2 if wrong_input else 0
+    return text, 1 if isinstance(error, Failed) else 2 if meant or isinstance(error, OSError) else 0
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -15,7 +15,7 @@ import torch
 
 from common import checkpoints
 from common.launch import Failed, device_name, print0, rank
-from common.settings import get_values
+from common.settings import format_flag, get_values
 
 FILES = ("last.pt", "model.pt", "test.pt", "log.jsonl", "config.json")
 
@@ -34,7 +34,7 @@ def describe_run(settings, dataset, teacher=None) -> dict[str, Any]:
     pixels = {"mean": dataset.mean, "std": dataset.std} | (teacher.architecture if teacher else {})
     about = {
         "method": settings.method,
-        "class_names": dataset.classes,  # there is a setting `classes`, too
+        "class_names": dataset.classes,
         "images": dataset.available,
         "images_fingerprint": dataset.fingerprint,
         "images_per_step": dataset.train.batch,  # with --batch 0 it depends on the folder
@@ -42,7 +42,7 @@ def describe_run(settings, dataset, teacher=None) -> dict[str, Any]:
         "teacher_weights": checkpoints.fingerprint(teacher.weights) if teacher else None,
         "teacher_family": teacher.method if teacher else None,
     }
-    return about | get_values(settings, free=False) | about  # a setting may have an equal name
+    return about | {format_flag(k): v for k, v in get_values(settings, free=False).items()}
 
 
 def load_state(out: Path, settings, run: dict) -> dict | None:
@@ -70,9 +70,8 @@ def check_folder(settings) -> None:
     teacher = Path(settings.teacher)
     if teacher.is_file() and teacher.resolve().parent == out.resolve():
         raise ValueError(f"--teacher {settings.teacher} lies in --out: choose another --out")
-    there = {*FILES}.intersection(os.listdir(out) if out.is_dir() else ())
-    resumable = settings.resume and ("last.pt" in there or "model.pt" not in there)
-    if there and not (resumable or settings.overwrite):
+    there = {"last.pt", "model.pt"}.intersection(os.listdir(out) if out.is_dir() else ())
+    if there and not (settings.overwrite or (settings.resume and "last.pt" in there)):
         remedy = "choose --resume (which needs its last.pt), --overwrite or another --out"
         raise ValueError(f"{out} already holds a run: {remedy}")
 

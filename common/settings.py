@@ -20,7 +20,7 @@ Recipes = dict[str, dict[str, Any]]  # recipe: setting: default
 
 
 def setting(default, help="", choices=None, low=0, high=math.inf, free=False, only=""):
-    """A field that is also a flag, or words without one if `default` is a tuple.
+    """A field that is also a flag of its default's type, or words without one if that is a tuple.
 
     Without help it works the same, but --help does not list it. `low`, `high`: bounds of a number,
     or of the number of words. `free`: may change between a run and its --resume.
@@ -84,7 +84,7 @@ def parse_settings(doc: str, cls: type, recipes: Recipes | Callable, argv: Seque
     given = vars(parser.parse_intermixed_args(list(argv)))
     data = given.get("data", flags["data"].default if "data" in flags else "")
     known = recipes(given) if callable(recipes) else recipes
-    name = next(filter(data.startswith, known), "")
+    name = max(filter(data.startswith, known), key=len, default="")
     if variant := given.get("recipe"):
         name += f"_{variant}"
         if name not in known:
@@ -100,8 +100,7 @@ def parse_settings(doc: str, cls: type, recipes: Recipes | Callable, argv: Seque
             actions[name].help = about.replace("%", "%%") or argparse.SUPPRESS
         in_front = "".join(f"{name.upper()} ... " for name in words)
         parser.usage = f"%(prog)s {in_front}[--NAME VALUE ...]"
-        if recipe:
-            parser.epilog = f"[Defaults] are those of --data {data}. Others: --data NAME --help."
+        parser.epilog = f"[Defaults] are those of --data {data}. Others: --data NAME --help."
         parser.print_help()
         parser.exit()
     for name in words:

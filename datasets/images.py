@@ -66,7 +66,7 @@ def random_crop(size: int, settings, mean: Sequence[float]) -> v2.Transform:
     else:
         fill = [round(255 * x) for x in mean]
         steps = [centre_crop(size, 1.0), v2.RandomCrop(size, padding=size // 8, fill=fill)]
-    steps.append(v2.RandomHorizontalFlip())
+    steps.append(v2.RandomHorizontalFlip(settings.flip))
     if settings.randaugment:  # faster on PIL images than on tensors
         augment = rand_augment(settings.randaugment, mean, "bicubic")
         steps += [v2.ToPILImage(), augment, v2.PILToTensor()]

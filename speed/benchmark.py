@@ -68,6 +68,7 @@ def get_recipe(method: str, settings: Settings, batch: int):
     """The method's own recipe, at this model and size."""
     names = ("data", "device", "amp", "compile", "model", "data_dir", "workers")
     asked = {name: value for name in names if (value := getattr(settings, name))}
+    asked |= {"teacher": "random"} if method in ("copy", "distill") else {}
     asked["image_size"] = settings.image_size or recipes.DATA_SETS[settings.data].image_size
     return SCRIPTS[method].parse(to_argv(asked | {"batch": batch, "micro_batch": batch}))
 

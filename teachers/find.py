@@ -68,8 +68,8 @@ def make_pair(
     settings: TransferSettings, dataset: Data, checkpoint: Checkpoint | None
 ) -> tuple[Teacher, vit.ViT, list[int]]:
     """A frozen teacher (random without a checkpoint), a random student, and its layers to teach."""
-    if settings.teacher == "none":
-        raise ValueError("--teacher none: no teacher, no maps (finetune.py can do without)")
+    if not checkpoint and settings.teacher != "random":
+        raise ValueError("without a teacher's checkpoint no maps (finetune.py can do without)")
     config = asked = make_config(settings, dataset)
     if checkpoint:
         teacher = build_vit(checkpoint, dataset.image_size, classes=0)

@@ -92,7 +92,7 @@ def test_a_teacher_is_finished_or_waited_for_and_a_run_is_not_written_over(pretr
     path = make_teacher(pretrain, settings, images, **own).absolute()
     path.unlink()
     Path("mine").mkdir()
-    Path("mine/config.json").write_text('{"run": {}}')
+    Path("mine/model.pt").touch()
     with pytest.raises(ValueError, match="already holds a run"):
         make_teacher(pretrain, settings, images, **own)
     settings = replace(settings, out="")

@@ -190,15 +190,15 @@ def test_memory_changes_nothing_that_is_seen_of_photographs(area, tmp_path, monk
         assert torch.equal(held, streamed)
 
 
-@pytest.mark.parametrize("area", [0.0, 0.3])
-def test_crops_of_squares_held_as_a_tensor_have_the_distribution_of_streamed_ones(area, tmp_path):
+@pytest.mark.parametrize("area, flip", [(0.0, 0.5), (0.3, 0.2)])
+def test_crops_of_squares_in_memory_have_the_distribution_of_streamed_ones(area, flip, tmp_path):
     """Of a ramp, a crop's mean tells where it lies, and its range how wide it is."""
     size, count = 32, 3000
     ramp = (torch.arange(size) / size).expand(size, size)
     image = torch.stack([ramp, ramp.mT, torch.ones_like(ramp)])
-    asked = folder(tmp_path, "--crop-area", str(area))
+    asked = folder(tmp_path, "--crop-area", str(area), "--flip", str(flip))
     draws = augment.BatchRandom(augment.seeded("held"), count, slice(None), image.device)
-    held = augment.crop_and_flip(image.expand(count, -1, -1, -1) - 0.5, draws, area) + 0.5
+    held = augment.crop_and_flip(image.expand(count, -1, -1, -1) - 0.5, draws, area, flip) + 0.5
     crop = images.random_crop(size, asked, [0.5] * 3)
     torch.manual_seed(0)
     streamed = torch.stack([crop((255 * image).byte()) for _ in range(count)]) / 255
@@ -207,7 +207,7 @@ def test_crops_of_squares_held_as_a_tensor_have_the_distribution_of_streamed_one
         inner = crops[:, :2, 4:-4, 4:-4]  # without what shifts pad
         across = inner[:, 0, :, -1].mean(1) - inner[:, 0, :, 0].mean(1)  # < 0 if flipped
         down = inner[:, 1, -1].mean(1) - inner[:, 1, 0].mean(1)
-        assert (across < 0).float().mean() == pytest.approx(0.5, abs=0.04)
+        assert (across < 0).float().mean() == pytest.approx(flip, abs=0.04)
         return torch.stack([*inner.mean((2, 3)).T, across.abs(), down]).sort().values
 
     assert (facts(held) - facts(streamed)).abs().mean(dim=1).max() < 0.01  # earth mover's

@@ -51,10 +51,8 @@ def test_distillation_is_the_sum_of_its_terms_and_reaches_only_the_layers_asked_
 def test_students_begin_alike_and_not_as_their_teacher_began():
     """Of one seed: so that rows are paired, and nothing is shared that is not transferred."""
     nets, none, random = [], ["--teacher", "none"], ["--teacher", "random"]
-    for script, more in [
-        (finetune, none), (attention_copy, []), (attention_copy, random), (attention_distill, []),
-        (pretrain, []),
-    ]:  # fmt: skip
+    scripts = finetune, attention_copy, attention_copy, attention_distill, pretrain
+    for script, more in zip(scripts, (none, [], random, [], []), strict=True):
         settings = script.parse(["--data", "digits", "--seed", "3", *more])
         inputs = [settings, dataset := data.load(settings)]
         inputs += [] if script is pretrain else [find_teacher(settings, dataset)]
@@ -194,3 +192,5 @@ def test_a_task_built_in_python_trains_as_the_script_does(tmp_path):
     settings = attention_copy.parse([*argv, str(tmp_path / "python")])
     task = attention_copy.task(settings, data.load(settings), read_checkpoint(path))
     assert train.fit(task, settings)["loss"] == script["loss"]
+    with pytest.raises(ValueError, match="without a teacher's checkpoint"):
+        attention_copy.task(settings, task.data)
