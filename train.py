@@ -305,7 +305,9 @@ def finish(task: Task, learner: Learner, rows: list, out: Path, test: Callable |
         if found:
             checkpoints.save(found, out / "test.pt")
         about: dict[str, Any] = {"method": settings.method, "classes": task.data.classes}
-        about["learned_from"] = task.data.train.source.contents
+        seen = task.data.train.source.contents, getattr(task.checkpoint, "learned_from", None)
+        known = [hashes for hashes in seen if hashes is not None]
+        about["learned_from"] = torch.cat(known) if known else None  # the teacher's images, too
         about |= {"settings": get_values(settings) | {"holdout": task.data.holdout}}
         checkpoints.save(task.export(net) | about, out / "model.pt")
 

@@ -54,6 +54,9 @@ def find_teacher(settings: Settings, dataset: Data) -> Checkpoint | None:
         raise ValueError(f"{source} is a student of attention copy: name the teacher it had")
     if seen := dataset.count_learned(checkpoint.learned_from):
         print0(f"note: {source} was trained on {seen:,} of the test images")
+    began = checkpoint.method, checkpoint.settings.get("seed")
+    if transfers and began == ("scratch", settings.seed):
+        print0(f"note: {source} began as a student of --seed {settings.seed} does: take another")
     if dataset.image_size // theirs["patch"] < 8 < theirs["image_size"] // theirs["patch"]:
         print0(f"note: {source} sees little at {dataset.image_size} pixels: try more --image-size")
     return checkpoint
@@ -88,7 +91,7 @@ def make_teacher(script, settings: Settings, dataset: Data, **changes) -> Path:
     """The model.pt of a script's own recipe on the same images, trained now if need be."""
     own = script.parse(["--data", settings.data])
     shared = {f.name for f in fields(Images)} - {"given", "classes", "label", "dial"}
-    shared |= {"seed", "amp", "compile", "num_labels", "subset_seed"}
+    shared |= {"seed", "amp", "compile", "num_labels", "subset_seed", "flip"}
     changes |= {"batch": min(own.batch, dataset.available)}
     own = replace(own, **{name: getattr(settings, name) for name in shared} | changes)
     facts = get_values(own, free=False) | changes
