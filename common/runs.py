@@ -129,8 +129,7 @@ def write_rows(out: Path, rows: list[dict], mode: str = "w") -> None:
 
 
 def hash_settings(values: dict) -> str:
-    text = json.dumps(values, sort_keys=True).encode()
-    return hashlib.blake2b(text, digest_size=4).hexdigest()  # for a folder's name
+    return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=4).hexdigest()
 
 
 def read_commit() -> str:

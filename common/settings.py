@@ -100,7 +100,8 @@ def parse_settings(doc: str, cls: type, recipes: Recipes | Callable, argv: Seque
             actions[name].help = about.replace("%", "%%") or argparse.SUPPRESS
         in_front = "".join(f"{name.upper()} ... " for name in words)
         parser.usage = f"%(prog)s {in_front}[--NAME VALUE ...]"
-        parser.epilog = f"[Defaults] are those of --data {data}. Others: --data NAME --help."
+        if recipe:
+            parser.epilog = f"[Defaults] are those of --data {data}. Others: --data NAME --help."
         parser.print_help()
         parser.exit()
     for name in words:

@@ -70,9 +70,9 @@ def get_size(settings: Settings, asked: vit.Config) -> dict[str, int]:
 def make_pair(
     settings: TransferSettings, dataset: Data, checkpoint: Checkpoint | None
 ) -> tuple[Teacher, vit.ViT, list[int]]:
-    """A frozen teacher (random without a checkpoint), a random student, and its layers to teach."""
+    """A frozen teacher (`random` has no checkpoint), a random student, and its layers to teach."""
     if not checkpoint and settings.teacher != "random":
-        raise ValueError("without a teacher's checkpoint no maps (finetune.py can do without)")
+        raise ValueError("no maps without a teacher's checkpoint (finetune.py can do without)")
     config = asked = make_config(settings, dataset)
     if checkpoint:
         teacher = build_vit(checkpoint, dataset.image_size, classes=0)
