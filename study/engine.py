@@ -42,7 +42,7 @@ class Planner(NamedTuple):  # plans the runs of a study
 
         ValueError unless they are known, in a study that tunes any.
         """
-        study, (script, source, flags, tuned_as) = self.study, self.study.rows[row]
+        study, (script, source, flags, tuned_as, apart) = self.study, self.study.rows[row]
         needed, teacher = {}, source
         if source == "pre-trained" and study.published:
             teacher = study.published
@@ -52,7 +52,7 @@ class Planner(NamedTuple):  # plans the runs of a study
             if study.teacher_seed == 0 and (file := find_bundled(job.get_settings())):
                 needed, teacher = {}, file
         elif source in study.rows:
-            needed = self.plan(source, seed, point, tuned)
+            needed = self.plan(source, seed + apart, point, tuned)
         if needed:
             teacher = list(needed.values())[-1].out / "model.pt"
         tuned_as = row if row in study.own else tuned_as

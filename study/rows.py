@@ -15,6 +15,7 @@ class Row(NamedTuple):
     teacher: str  # none, random, pre-trained, the row whose net it is, or "" for no such setting
     flags: Flags = NOTHING  # what makes it this row
     tuned_as: str = ""  # the row whose settings it takes if it is not tuned itself
+    apart: int = 0  # of the lender's seed: a net without a teacher begins as its own student would
 
 
 BASE = f"{recipes.Images.distractors} distractor"
@@ -68,18 +69,19 @@ NARROW = {  # as many steps as the usual teacher has
 }
 
 
-def teach(teachers, taught) -> dict[str, Row]:
-    scripts = {COPY: "copy", DISTILLATION: "distill", TUNED: "finetune"}
+def teach(teachers, taught, apart=0) -> dict[str, Row]:
+    usual = MAIN | {MEAN: CONTROLS[MEAN]}
     return {
-        f"{row}, {teacher}": copied(teacher, MEAN, maps="mean") if row == MEAN
-        else Row(scripts[row], teacher, tuned_as=row)
+        f"{row}, {teacher}": usual[row]._replace(teacher=teacher, tuned_as=row, apart=apart)
         for teacher in teachers for row in taught
     }  # fmt: skip
 
 
-WHOSE = teach(KNOWING, (COPY, MEAN, DISTILLATION, TUNED))
-MAES = teach(["an MAE"], (COPY, MEAN))
-ORACLE = teach([*NARROW, "an MAE"], (COPY, DISTILLATION, TUNED))
+LABELS, MAE = KNOWING
+WHOSE = teach([LABELS], (COPY, MEAN, DISTILLATION, TUNED), apart=50)
+WHOSE |= teach([MAE], (COPY, MEAN, DISTILLATION, TUNED))
+MAES = teach([MAE], (COPY, MEAN))
+ORACLE = teach([*NARROW, MAE], (COPY, DISTILLATION, TUNED))
 PIXELS = {"scratch, and the cell's pixels": Row("variants", "none", {"how": "pixels"})}
 ELSEWHERE = "fine-tuned on other classes"
 OTHERS = {ELSEWHERE: Row("finetune", "pre-trained", {"classes": ":5"}, TUNED)}
@@ -113,10 +115,12 @@ PROBED = {
     f"linear probe of {row}": Row("variants", row, {"how": "probe"}, *PROBE)
     for row in (SCRATCH, DISTILLATION, "beside", "maps alone")
 }
+SAME_SEED, OTHER_SEED = "copy of distilled maps", "copy of distilled maps, another seed"
+PAIRED = {OTHER_SEED: Row("copy", DISTILLATION, tuned_as=SAME_SEED, apart=50)}
 WHY = VARIED | BESIDE | PROBE | PROBED
 LOSSES = {
     f"distillation by {loss}": Row("variants", "pre-trained", {"how": "distill", "loss": loss})
     for loss in ("cross-entropy", "jensen-shannon", "squared", "scores")
 }
 ROWS = MAIN | FEATURES | CONTROLS | START | PARTS | SINGLE | LAYERS | KNOWING | NARROW | WHOSE
-ROWS |= ORACLE | ABOVE | PIXELS | OTHERS | FINE_TUNED | ALONE | WHY | LOSSES
+ROWS |= ORACLE | ABOVE | PIXELS | OTHERS | FINE_TUNED | ALONE | WHY | PAIRED | LOSSES

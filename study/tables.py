@@ -125,6 +125,8 @@ HELD = subtract(("maps, then labels", "maps, then labels, maps held"))
 UNUSED = "settings of maps that are not looked with"
 why = {"find": find_likeness, "rows": (*MAIN, *rows.WHY), "contrasts": BESIDE | HELD}
 losses = {"rows": (*rows.LOSSES,), "against": dict.fromkeys(rows.LOSSES, next(iter(rows.LOSSES)))}
+seeds = {"rows": (COPY, rows.SAME_SEED, rows.OTHER_SEED),
+    "contrasts": subtract((rows.SAME_SEED, rows.OTHER_SEED), (rows.OTHER_SEED, COPY))}
 public = partial(Table, study=PHOTOGRAPHS, points={ON_PHOTOGRAPHS: {}}, seeds=3,
     tuned_at=(ON_PHOTOGRAPHS,), rows=ENDS)  # fmt: skip
 TABLES = {
@@ -211,6 +213,8 @@ TABLES = {
     "why-digits": digits("do maps have to be looked with? Digits", **why),
     "why-pointer-tuning": steps(UNUSED, points=FIRST_100, tunes=True, rows=tuple(VARIED)),
     "why-pointer": steps("do maps have to be looked with? 100 scenes", points=FIRST_100, **why),
+    "why-seeds-digits": digits("distilled maps, of the student's seed and of another", **seeds),
+    "why-seeds-pointer": steps("the same, 100 scenes", points=FIRST_100, **seeds),
     "why-pointer-long-tuning": steps("settings of beside, at 3,000 steps", points=LAST_100,
         tunes=True, rows=("beside",)),
     "why-pointer-long": steps("do maps have to be looked with? 100 scenes, 3,000 steps", seeds=5,
@@ -262,5 +266,6 @@ TABLES = {
     "photos-cifar10": public("DeiT-Ti's maps, CIFAR-10, 96 pixels", points=UNSEEN, rows=COPIES,
         contrasts=OF_GAIN),
     "photos-cifar10-more": public("the same: distillation, and another image's maps", points=UNSEEN,
-        rows=(SCRATCH, COPY, DISTILLATION, TUNED, "copy, other maps")),
+        rows=(COPY, DISTILLATION, "copy, other maps"), contrasts=subtract(
+        (COPY, "copy, other maps"), (DISTILLATION, COPY))),
 }  # fmt: skip
