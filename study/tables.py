@@ -62,7 +62,6 @@ STEPS = SCENES._replace(  # tuned at both ends of an axis of training
 )  # fmt: skip
 CONSTANT = STEPS._replace(joint=(1.5,))
 MAES = SCENES._replace(joint=(1.5,), rates=RATES[2:], own=OWN | dict.fromkeys(rows.MAES, COPIED))
-LENT = (SCRATCH, COPY, MEAN, *rows.MAES)
 PHOTO_SCENES = SCENES._replace(
     base={"data": "scenes-cifar10", "num_labels": 2000, "epochs": 20} | UNMIXED,
     rates=RATES[:4], decays=(0.05, 0.5)
@@ -125,8 +124,10 @@ HELD = subtract(("maps, then labels", "maps, then labels, maps held"))
 UNUSED = "settings of maps that are not looked with"
 why = {"find": find_likeness, "rows": (*MAIN, *rows.WHY), "contrasts": BESIDE | HELD}
 losses = {"rows": (*rows.LOSSES,), "against": dict.fromkeys(rows.LOSSES, next(iter(rows.LOSSES)))}
-seeds = {"rows": (COPY, rows.SAME_SEED, rows.OTHER_SEED),
-    "contrasts": subtract((rows.SAME_SEED, rows.OTHER_SEED), (rows.OTHER_SEED, COPY))}
+SEEDS = (COPY, rows.SAME_SEED, rows.OTHER_SEED)
+seeds = {"rows": SEEDS, "against": dict.fromkeys(SEEDS, COPY),
+    "contrasts": subtract((rows.SAME_SEED, rows.OTHER_SEED))}
+SHOWN = (DISTILLATION, "copy, other maps")
 public = partial(Table, study=PHOTOGRAPHS, points={ON_PHOTOGRAPHS: {}}, seeds=3,
     tuned_at=(ON_PHOTOGRAPHS,), rows=ENDS)  # fmt: skip
 TABLES = {
@@ -174,10 +175,10 @@ TABLES = {
         rows=(*COPIES, "copy, layer 0", *rows.ABOVE),
         contrasts=subtract((COPY, MEAN_ABOVE), (MEAN_ABOVE, CENTRE_ABOVE), points=SHORT_100)),
     "scenes-mae-tuning": scenes("settings of an MAE's maps", study=MAES, tunes=True,
-        points={"300 labels": SCENE_LABELS["300 scenes"]}, rows=LENT),
+        points={"300 labels": SCENE_LABELS["300 scenes"]}, rows=(SCRATCH, COPY, MEAN, *rows.MAES)),
     "scenes-mae": scenes("pointer: an MAE's maps, tuned like the others", study=MAES, seeds=5,
         points={f"{n} labels": SCENE_LABELS[f"{n} scenes"] for n in (300, 100)},
-        tuned_at=("300 labels",), rows=LENT),
+        tuned_at=("300 labels",), rows=(SCRATCH, COPY, MEAN, *rows.MAES)),
     "scenes-looks": scenes("where nets look at a pointer", **looked),
     "scenes-looks-twins": scenes("where nets look at twins", points=TWINS, **looked),
     "scenes-looks-photos": scenes("where nets look, photographs", study=PHOTO_SCENES, **looked),
@@ -266,6 +267,5 @@ TABLES = {
     "photos-cifar10": public("DeiT-Ti's maps, CIFAR-10, 96 pixels", points=UNSEEN, rows=COPIES,
         contrasts=OF_GAIN),
     "photos-cifar10-more": public("the same: distillation, and another image's maps", points=UNSEEN,
-        rows=(COPY, DISTILLATION, "copy, other maps"), contrasts=subtract(
-        (COPY, "copy, other maps"), (DISTILLATION, COPY))),
+        rows=(COPY, *SHOWN), against=dict.fromkeys(SHOWN, COPY)),
 }  # fmt: skip
