@@ -54,9 +54,9 @@ class Data(NamedTuple):
             return 0
         return int(torch.isin(own.contents, hashes).sum())
 
-    def warn_of_repeats(self, part: str = "test") -> str:
-        """Words if images of a part are also trained on, under whatever name."""
-        seen = self.count_learned(self.train.source.contents, part)
+    def warn_of_repeats(self, part: str = "test", learned: Tensor | None = None) -> str:
+        """Words if images of a part are also trained on, under whatever name (or in `learned`)."""
+        seen = self.count_learned(self.train.source.contents if learned is None else learned, part)
         return f" ({seen:,} of these {len(getattr(self, part)):,} TRAINED ON)" if seen else ""
 
     def describe(self, labels: bool) -> str:
@@ -79,7 +79,7 @@ def load(settings: Images, train: bool = True) -> Data:
     """The data set of the settings. With train=False its validation and test images only."""
     kind, device = DATA_SETS[settings.data], get_device(settings.device)
     size, place = settings.image_size or kind.image_size, (device, rank(), world())
-    check_choices(settings, kind.module)
+    check_choices(settings)
     module = importlib.import_module(f"datasets.{kind.module}")
     parts = module.load(settings, kind, size, device)
     if train and not parts.train:

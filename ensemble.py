@@ -25,7 +25,6 @@ from common import launch, runs
 from common.checkpoints import Checkpoint
 from common.hardware import autocast
 from common.settings import format_flag, parse_settings, setting
-from datasets.sources import CHOICES
 from teachers.classes import match_classes
 from teachers.load import Model, open_model
 from train import compute_top1
@@ -76,7 +75,7 @@ def choose_images(settings: Settings, *checkpoints: Checkpoint) -> Settings:
     first, *others = (
         x.settings | {"image_size": x.architecture["image_size"]} for x in checkpoints
     )
-    names = ("data", "image_size", *CHOICES)
+    names = "data image_size scene dial label distractors classes".split()
     changes = {k: first[k] for k in names if k in first and k not in settings.given}
     for (i, other), name in product(enumerate(others, 1), changes):
         if other.get(name, first[name]) != first[name]:

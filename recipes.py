@@ -43,20 +43,21 @@ DATA_SETS = {
 }
 
 OF_PHOTOS = "cifar imagenet folder"  # data sets
+OF_FILES = f"{OF_PHOTOS} scenes-cifar10"
 CROP = "RandomResizedCrop: smallest scale (0: random shifts)"
 
 
 @dataclass(frozen=True)
 class Images(Base):
     data: str = setting("scenes", "data set: " + ", ".join(DATA_SETS), tuple(DATA_SETS))
-    data_dir: str = setting("", "folder of the images [data/DATA]", free=True)
+    data_dir: str = setting("", "folder of the images [data/DATA]", free=True, only=OF_FILES)
     image_size: int = setting(0, "pixels per side (0: the data set's own)", high=4096)
     holdout: float = setting(-1.0, "validation share (-1: 0.2 if no val/, test/)", low=-1, high=0.9)
-    distractors: int = setting(1, high=20)  # beside a digit of --data digits
+    distractors: int = setting(1, high=20, only="digits")  # beside a digit of --data digits
     scene: str = setting("pointer", "pointer or twins", ("pointer", "twins"), only="scenes")
-    dial: float = setting(0.0, high=1)  # share of pointers that point to one cell
-    classes: str = setting("all")  # which of the ten digits, or what the cells of scenes show
-    label: str = setting("class", choices=("class", "cell"))  # of a scene (cell: to measure with)
+    dial: float = setting(0.0, high=1, only="scenes")  # share of pointers that point to one cell
+    classes: str = setting("all", only="digits scenes")  # which of the ten, or of a scene's
+    label: str = setting("class", choices=("class", "cell"), only="scenes")  # (cell: to measure)
     workers: int = setting(8, "processes that decode images, per GPU", free=True)
     device: str = setting("auto", "cpu, cuda, mps, or auto", free=True)
 
@@ -73,7 +74,7 @@ class Settings(Images):
     crop_area: float = setting(0.0, CROP, high=1, only=OF_PHOTOS)
     flip: float = setting(0.5, "share of images to flip, left to right", high=1, only=OF_PHOTOS)
     randaugment: int = setting(0, "RandAugment magnitude (0: off)", high=10, only=OF_PHOTOS)
-    random_erase: float = setting(0.0, high=1)  # probability of random erasing
+    random_erase: float = setting(0.0, high=1, only=OF_PHOTOS)  # probability of random erasing
     mixup: float = setting(0.0, "MixUp alpha (0: off)")
     cutmix: float = setting(0.0, "CutMix alpha (0: off)")
     smoothing: float = setting(0.0, "label smoothing", high=0.99)

@@ -300,17 +300,17 @@ def finish(task: Task, learner: Learner, rows: list, out: Path, test: Callable |
     if found:
         result["test_top1"] = compute_top1(found["predicted"], found["labels"])
     runs.write_rows(out, [*rows[:-1], result])
+    seen = task.data.train.source.contents, getattr(task.checkpoint, "learned_from", None)
+    known = [hashes for hashes in seen if hashes is not None]
+    learned = torch.cat(known) if known else None  # by the net, and by its teacher
 
     def write() -> None:
         if found:
             checkpoints.save(found, out / "test.pt")
-        about: dict[str, Any] = {"method": settings.method, "classes": task.data.classes}
-        seen = task.data.train.source.contents, getattr(task.checkpoint, "learned_from", None)
-        known = [hashes for hashes in seen if hashes is not None]
-        about["learned_from"] = torch.cat(known) if known else None  # the teacher's images, too
-        about |= {"settings": get_values(settings) | {"holdout": task.data.holdout}}
-        checkpoints.save(task.export(net) | about, out / "model.pt")
+        kept = get_values(settings) | {"holdout": task.data.holdout}
+        about = {"method": settings.method, "classes": task.data.classes, "settings": kept}
+        checkpoints.save(task.export(net) | about | {"learned_from": learned}, out / "model.pt")
 
     run_first(write)
-    conclude(result, out, task.data)
+    conclude(result, out, task.data.warn_of_repeats(learned=learned))
     return result

@@ -80,10 +80,7 @@ def draw_overlays(images: Tensor, looks: dict[str, Tensor], prefix=1, rows=(), t
 
 
 def draw_overlay(axis, pixels, weights, most: float):
-    """A gray image (H, W) in the light of weights (h, w): dark at 0, bright at `most`.
-
-    The weight decides the colour. The pixel decides how bright it is.
-    """
+    """A gray image (H, W) in the light of weights (h, w), whose colour goes from 0 to `most`."""
     from matplotlib.colors import LinearSegmentedColormap
 
     whole = (0, pixels.shape[1], pixels.shape[0], 0)

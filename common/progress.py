@@ -50,6 +50,8 @@ def introduce(task, settings, out: Path, micro_batch: int, rate: float) -> None:
     teacher = task.checkpoint or ("random weights" if settings.teacher == "random" else "")
     if teacher and hasattr(settings, "layers"):
         teacher = f"{teacher}; its maps in --layers {settings.layers}"
+    if task.checkpoint and (seen := task.data.count_learned(task.checkpoint.learned_from)):
+        teacher = f"{teacher}; trained on {seen:,} of the test images"
     steps = f"{settings.epochs} epochs of {task.data.train.steps} x {batch} images"
     if micro_batch < batch // world():
         steps += f", {micro_batch} images at a time"
@@ -85,8 +87,8 @@ def get_validation(row: dict) -> float:
     return row.get("val_top1_ema", row["val_top1"])
 
 
-def conclude(result: dict, out: Path, images) -> None:
+def conclude(result: dict, out: Path, warning: str) -> None:
     left = ("model.pt", "test.pt", "log.jsonl", "last.pt")
     print0(f"{out}: {', '.join(name for name in left if (out / name).exists())}")
     if "test_top1" in result:
-        print0(f"test top-1 {result['test_top1']:.2f} %{images.warn_of_repeats()}")
+        print0(f"test top-1 {result['test_top1']:.2f} %{warning}")

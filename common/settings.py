@@ -4,8 +4,7 @@
     class Settings(recipes.Settings):
         attention_weight: float = setting(3.0, "weight of the attention loss")
 
-A recipe changes defaults, of all data sets whose name begins with its own. What the command line
-gives beats both.
+A recipe changes defaults, of all data sets whose name begins with its own. A flag beats both.
 """
 
 import argparse
@@ -14,7 +13,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar
 
 Recipes = dict[str, dict[str, Any]]  # recipe: setting: default
 
@@ -33,10 +32,11 @@ def setting(default, help="", choices=None, low=0, high=math.inf, free=False, on
 @dataclass(frozen=True)
 class Base:
     given: frozenset = field(default=frozenset(), compare=False, repr=False)  # on the command line
+    unused: ClassVar = ()  # names of settings that a script inherits and has no use for: no flags
 
 
-def list_flags(cls: type) -> dict[str, dataclasses.Field]:
-    return {f.name: f for f in fields(cls) if "help" in f.metadata}
+def list_flags(cls: type[Base]) -> dict[str, dataclasses.Field]:
+    return {f.name: f for f in fields(cls) if "help" in f.metadata and f.name not in cls.unused}
 
 
 def format_flag(name: str) -> str:

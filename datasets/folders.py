@@ -55,7 +55,7 @@ def list_parts(root: Path) -> dict[str, Listing]:
     if not classes and len(parts) < 2:  # one without subfolders is a class
         return {"train": list_images(root)}
     used = {folder.name for folder in parts.values()}
-    if odd := next(filter(is_image_file, walk(root, used)), None):
+    if odd := next(filter(is_image_file, walk(root, [], used)), None):
         raise ValueError(f"{odd} lies beside {', '.join(sorted(used))}: move such images away")
     return {part: list_images(folder, classes) for part, folder in parts.items()}
 
@@ -69,17 +69,23 @@ def list_subfolders(folder: Path) -> list[str]:
     return sorted(e.name for e in os.scandir(folder) if e.is_dir() and not METADATA.match(e.name))
 
 
-def walk(root: Path, without: Collection[str] = ()) -> Iterator[str]:
-    """Paths of all files in a folder and deeper, in order, without hidden ones and metadata."""
+def walk(root: Path, skipped: list[str], without: Collection[str] = ()) -> Iterator[str]:
+    """Paths of all files in a folder and deeper, in order, without hidden ones and metadata.
+
+    `skipped` grows by the folders of metadata.
+    """
     for place, folders, files in os.walk(root, followlinks=True):
-        skip = {*filter(METADATA.match, folders), *(without if place == str(root) else ())}
+        skip = {*filter(METADATA.match, folders)}
+        skipped += [os.path.join(place, x) for x in sorted(skip) if not x.startswith(".")]
+        skip |= {*without} if place == str(root) else set()
         folders[:] = sorted({*folders} - skip)
         yield from (os.path.join(place, x) for x in sorted(files) if not x.startswith("."))
 
 
 def list_images(folder: Path, classes: Collection[str] = ()) -> Listing:
     """Those of some classes [its subfolders]. FileNotFoundError without any."""
-    files = [*walk(folder)]
+    skipped: list[str] = []
+    files = [*walk(folder, skipped)]
     paths = [*filter(is_image_file, files)]
     others = sorted({*files}.difference(paths))
     if others:
@@ -90,8 +96,8 @@ def list_images(folder: Path, classes: Collection[str] = ()) -> Listing:
     names = [to_nfc(path[len(str(folder)) + 1 :]).replace(os.sep, "/") for path in paths]
     if known:
         check_layout(folder, names)
-    if skipped := [x.name for x in folder.glob("[!.]*/") if METADATA.match(x.name)]:
-        print0(f"note: {folder}: ignoring {', '.join(skipped)}, as thumbnails, bins or the like")
+    if skipped:
+        print0(f"note: {len(skipped)} folders ignored, as thumbnails or the like: {skipped[0]}")
     numbers = {name: number for number, name in enumerate(known)}
     labels = [numbers[name.partition("/")[0]] if known else 0 for name in names]
     return Listing(known or [""], paths, labels, names)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import io
@@ -25,6 +25,7 @@ from datasets.sources import Tensors
 
 BICUBIC = InterpolationMode.BICUBIC
 DEEP = re.compile("^[IF]|;16[BLN]")  # modes of PIL and of its decoders with more than 8 bits
+ORIENTATION = ExifTags.Base.Orientation  # 1: upright
 HELD = 2**31  # bytes of decoded images that are kept in memory
 
 
@@ -39,11 +40,10 @@ def read_image(path: str) -> Tensor:
 
 def decode(path: str) -> Tensor:
     """uint8 (3, H, W), upright, on grey. torchvision decodes JPEGs, fast; PIL the rest."""
-    if path.lower().endswith((".jpg", ".jpeg")):
-        with contextlib.suppress(RuntimeError):  # such as PNGs called .jpg
-            how = dict(mode=io.ImageReadMode.RGB, apply_exif_orientation=True)
-            return io.decode_jpeg(io.read_file(path), **how)
     with Image.open(path) as file:
+        if file.format in ("JPEG", "MPO") and file.getexif().get(ORIENTATION, 1) == 1:
+            with contextlib.suppress(RuntimeError):  # such as CMYK
+                return io.decode_jpeg(io.read_file(path), mode=io.ImageReadMode.RGB)
         if DEEP.search(f"{file.mode} {file.tile}"):  # PIL would cut them off
             raise ValueError("its pixels have more than 8 bits: save it with 8")
         image = ImageOps.exif_transpose(file)

@@ -8,22 +8,16 @@ import torch
 from torch import Tensor
 
 from common.augment import hash_seed, seeded
-
-CHOICES = {key: {"scenes"} for key in ("scene", "dial", "label")}  # only these files use them
-CHOICES |= {"distractors": {"digits"}, "classes": {"digits", "scenes"}}
+from common.settings import format_flag, list_flags
 
 
-def check_choices(settings, module: str) -> None:
-    """ValueError for a setting that would silently have no effect."""
+def check_choices(settings) -> None:
+    """ValueError for a setting that would silently have no effect on this data set."""
     changed = settings.given | ({"label"} if settings.label != "class" else set())
-    for name in sorted(changed & CHOICES.keys()):
-        if module not in CHOICES[name]:
-            raise ValueError(f"--{name}: only for --data {' and '.join(sorted(CHOICES[name]))}")
-    if "data_dir" in settings.given and settings.data in ("digits", "scenes"):
-        raise ValueError(f"--data-dir: --data {settings.data} is bundled. Name --data folder, say")
-    for name in ("crop_area", "randaugment", "random_erase"):
-        if module in ("digits", "scenes") and getattr(settings, name, None):
-            raise ValueError(f"--{name.replace('_', '-')}: this data set has its own augmentation")
+    for name, flag in list_flags(type(settings)).items():
+        only = tuple(flag.metadata["only"].split())
+        if only and name in changed and not settings.data.startswith(only):
+            raise ValueError(f"{format_flag(name)}: only for --data {' or '.join(only)}")
 
 
 class Parts(NamedTuple):  # images in three parts, and how those of the first are augmented

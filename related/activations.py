@@ -39,9 +39,8 @@ class Settings(recipes.Settings):
     data: str = setting("digits", "data set", tuple(recipes.DATA_SETS))
     method = "activations"
     model: str = setting("thin", "the student, or the teacher alone: " + ", ".join(MODELS), MODELS)
-    patch: int = setting(0)  # a CNN has no patches
-    drop_path: float = setting(0.0)  # and drops no paths
-    layer_decay: float = 1.0  # no flag
+    patch: int = setting(0)
+    unused = "patch", "positions", "drop_path", "layer_decay"  # a CNN has none
     teacher: str = setting("auto", "model.pt of a teacher, or auto: trained first", free=True)
     at_weight: float = setting(35.0, "weight of attention transfer (0: none)")
     kd_weight: float = setting(0.0, "share of the loss for the teacher's classes", high=1)
@@ -122,10 +121,11 @@ def find_teacher(settings: Settings, dataset: data.Data) -> checkpoints.Checkpoi
     found = checkpoints.read_file(path)
     if found.get("method") != "activations" or found["settings"]["model"] != "teacher":
         raise ValueError(f"--teacher {path} is no teacher: --model teacher trains one")
-    classes, weights = found["classes"], found["model"]
+    classes, weights, learned = found["classes"], found["model"], found["learned_from"]
     if (classes, len(weights["mean"])) != (dataset.classes, len(dataset.mean)):
         raise ValueError(f"--teacher {path} is for other images than --data {settings.data}")
-    return checkpoints.Checkpoint(str(path), weights, {}, classes, "activations")
+    how = dict(settings=found["settings"], learned_from=learned)
+    return checkpoints.Checkpoint(str(path), weights, {}, classes, "activations", **how)
 
 
 def export(net: WideResNet) -> dict:

@@ -21,6 +21,7 @@ The test classifies each class token by its 20 nearest neighbours (Caron et al.
 
 import copy
 import math
+import re
 import sys
 from dataclasses import dataclass, replace
 from functools import partial
@@ -47,7 +48,7 @@ TEMPERATURE = 10.0  # of merged heads, in the authors' scripts
 class Settings(recipes.Settings):
     data: str = setting("digits", "data set", tuple(recipes.DATA_SETS))
     method = "attndistill"
-    layer_decay: float = 1.0  # no flag: the layers are inside
+    unused = "layer_decay", "smoothing"  # the layers are inside, the labels outside
     teacher: str = setting(
         "auto", "a ViT with a class token, auto: made here, none: makes one", free=True
     )
@@ -137,7 +138,8 @@ def task(settings: Settings, dataset: data.Data) -> train.Task:
     if not checkpoint:
         torch.manual_seed(settings.seed)
         return train.Task(new_vit(settings, dataset).to(device), dataset, label_loss, **how)
-    teacher = build_vit(checkpoint, dataset.image_size, classes=0)
+    named = {re.sub(r"^norm\.", "fc_norm.", name): w for name, w in checkpoint.weights.items()}
+    teacher = build_vit(replace(checkpoint, weights=named), dataset.image_size, classes=0)
     if teacher.cls_token is None:
         raise ValueError(f"--teacher {settings.teacher}: has no class token")
     teacher.to(device).eval().requires_grad_(False)
@@ -189,6 +191,7 @@ def classify_by_neighbours(net: nn.Module, dataset: data.Data) -> dict[str, Tens
 
 def main(settings: Settings) -> dict:
     dataset = data.load(settings)
+    dataset.check_classes()
     test = partial(classify_by_neighbours, dataset=dataset)
     return train.fit(task(settings, dataset), settings, test)
 

@@ -45,6 +45,7 @@ class Settings(recipes.Settings):
         "auto", "a ViT with a head, or for --lora the result of step 1 (auto: made here)", free=True
     )
     normalization: str = setting("", recipes.NORMALIZATION, ("", *recipes.NORMALIZATIONS))
+    unused = "positions", "drop_path"  # the ViT is made already
     lora: bool = setting(False, "step 2: only a low-rank change learns")
     rank: int = setting(8, "rank of the change of a matrix", low=1)
 
@@ -188,6 +189,8 @@ def export(net: ViT) -> dict:
 
 
 def main(settings: Settings) -> dict:
+    if not settings.lora and settings.given & {"rank", "smoothing"}:
+        raise ValueError("--rank and --smoothing have no effect without --lora")
     return train.fit(task(settings, data.load(settings)), settings)
 
 

@@ -45,9 +45,8 @@ REMINDERS = "attention", "beside", "words", "none"
 @dataclass(frozen=True)
 class Settings(recipes.Settings):
     method = "reminders"
-    layer_decay: float = 1.0  # no flags
-    mixup: float = 0.0
-    cutmix: float = 0.0
+    unused = """image_size holdout num_labels distractors scene dial classes label crop_area flip
+        randaugment random_erase mixup cutmix smoothing layer_decay recipe""".split()
     data: str = setting("digits", "data set of the scenes: digits", ("digits",))
     reminder: str = setting("attention", "what it is for: " + ", ".join(REMINDERS), REMINDERS)
     attention_weight: float = setting(5.0, "weight of the loss of the map")

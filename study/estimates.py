@@ -68,16 +68,12 @@ def estimate_layers(layers: Iterable[Sequence[float]]) -> dict[str, list]:
 
 
 def summarise(compute: Callable[..., float], *points: Values) -> dict:
-    """What `compute` makes of the mean accuracies of the rows at each point, and its interval."""
+    """What `compute` makes of the rows' means at each point, with a jackknife interval."""
 
     def compute_of(some: np.ndarray) -> float:
         return compute(*({row: v[some].mean() for row, v in of.items()} for of in points))
 
-    return jackknife(compute_of, len(next(iter(points[0].values()))))
-
-
-def jackknife(compute_of: Callable[[np.ndarray], float], seeds: int) -> dict:
-    """What is computed of all seeds, and its interval by leaving out one after the other."""
+    seeds = len(next(iter(points[0].values())))
     whole = float(compute_of(np.arange(seeds)))
     if seeds < FEWEST:
         return {"mean": whole, "interval": None}

@@ -94,13 +94,10 @@ def find_looks(_: Table, runs: Runs) -> dict:
             else:
                 what, of_layers = "of_teacher", measure_learned(p, maps["teacher"])
             found.setdefault(name, []).append({"of_image": measure_change(p), what: of_layers})
-    rows = {
-        name: {
-            what: estimate_layers(zip(*(seed[what] for seed in seeds), strict=True))
-            for what in seeds[0]
-        }
-        for name, seeds in found.items()
-    }
+    rows: dict[str, dict] = {}
+    for name, seeds in found.items():
+        of_seeds = {what: zip(*(seed[what] for seed in seeds), strict=True) for what in seeds[0]}
+        rows[name] = {what: estimate_layers(layers) for what, layers in of_seeds.items()}
     measure = "of each layer: shares of what a map says, and of attention"
     return {"points": {point: rows}, "measure": measure}
 

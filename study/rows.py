@@ -69,19 +69,17 @@ NARROW = {  # as many steps as the usual teacher has
 }
 
 
-def teach(teachers, taught, apart=0) -> dict[str, Row]:
-    usual = MAIN | {MEAN: CONTROLS[MEAN]}
+def teach(teachers, taught) -> dict[str, Row]:
+    usual, apart = MAIN | {MEAN: CONTROLS[MEAN]}, {"a teacher with labels": 50}
     return {
-        f"{row}, {teacher}": usual[row]._replace(teacher=teacher, tuned_as=row, apart=apart)
-        for teacher in teachers for row in taught
+        f"{row}, {name}": usual[row]._replace(teacher=name, tuned_as=row, apart=apart.get(name, 0))
+        for name in teachers for row in taught
     }  # fmt: skip
 
 
-LABELS, MAE = KNOWING
-WHOSE = teach([LABELS], (COPY, MEAN, DISTILLATION, TUNED), apart=50)
-WHOSE |= teach([MAE], (COPY, MEAN, DISTILLATION, TUNED))
-MAES = teach([MAE], (COPY, MEAN))
-ORACLE = teach([*NARROW, MAE], (COPY, DISTILLATION, TUNED))
+WHOSE = teach(KNOWING, (COPY, MEAN, DISTILLATION, TUNED))
+MAES = teach(["an MAE"], (COPY, MEAN))
+ORACLE = teach([*NARROW, "an MAE"], (COPY, DISTILLATION, TUNED))
 PIXELS = {"scratch, and the cell's pixels": Row("variants", "none", {"how": "pixels"})}
 ELSEWHERE = "fine-tuned on other classes"
 OTHERS = {ELSEWHERE: Row("finetune", "pre-trained", {"classes": ":5"}, TUNED)}
@@ -115,8 +113,8 @@ PROBED = {
     f"linear probe of {row}": Row("variants", row, {"how": "probe"}, *PROBE)
     for row in (SCRATCH, DISTILLATION, "beside", "maps alone")
 }
-SAME_SEED, OTHER_SEED = "copy of distilled maps", "copy of distilled maps, another seed"
-PAIRED = {OTHER_SEED: Row("copy", DISTILLATION, tuned_as=SAME_SEED, apart=50)}
+PAIR = ("copy of distilled maps", "copy of distilled maps, another seed")
+PAIRED = {PAIR[1]: Row("copy", DISTILLATION, tuned_as=PAIR[0], apart=50)}
 WHY = VARIED | BESIDE | PROBE | PROBED
 LOSSES = {
     f"distillation by {loss}": Row("variants", "pre-trained", {"how": "distill", "loss": loss})

@@ -124,9 +124,9 @@ HELD = subtract(("maps, then labels", "maps, then labels, maps held"))
 UNUSED = "settings of maps that are not looked with"
 why = {"find": find_likeness, "rows": (*MAIN, *rows.WHY), "contrasts": BESIDE | HELD}
 losses = {"rows": (*rows.LOSSES,), "against": dict.fromkeys(rows.LOSSES, next(iter(rows.LOSSES)))}
-SEEDS = (COPY, rows.SAME_SEED, rows.OTHER_SEED)
-seeds = {"rows": SEEDS, "against": dict.fromkeys(SEEDS, COPY),
-    "contrasts": subtract((rows.SAME_SEED, rows.OTHER_SEED))}
+seeds = {"rows": (COPY, *rows.PAIR), "against": dict.fromkeys(rows.PAIR, COPY)}
+seeds["contrasts"] = subtract(rows.PAIR)
+TEACHERS = (SCRATCH, COPY, MEAN, *rows.MAES)
 SHOWN = (DISTILLATION, "copy, other maps")
 public = partial(Table, study=PHOTOGRAPHS, points={ON_PHOTOGRAPHS: {}}, seeds=3,
     tuned_at=(ON_PHOTOGRAPHS,), rows=ENDS)  # fmt: skip
@@ -175,10 +175,10 @@ TABLES = {
         rows=(*COPIES, "copy, layer 0", *rows.ABOVE),
         contrasts=subtract((COPY, MEAN_ABOVE), (MEAN_ABOVE, CENTRE_ABOVE), points=SHORT_100)),
     "scenes-mae-tuning": scenes("settings of an MAE's maps", study=MAES, tunes=True,
-        points={"300 labels": SCENE_LABELS["300 scenes"]}, rows=(SCRATCH, COPY, MEAN, *rows.MAES)),
+        points={"300 labels": SCENE_LABELS["300 scenes"]}, rows=TEACHERS),
     "scenes-mae": scenes("pointer: an MAE's maps, tuned like the others", study=MAES, seeds=5,
         points={f"{n} labels": SCENE_LABELS[f"{n} scenes"] for n in (300, 100)},
-        tuned_at=("300 labels",), rows=(SCRATCH, COPY, MEAN, *rows.MAES)),
+        tuned_at=("300 labels",), rows=TEACHERS),
     "scenes-looks": scenes("where nets look at a pointer", **looked),
     "scenes-looks-twins": scenes("where nets look at twins", points=TWINS, **looked),
     "scenes-looks-photos": scenes("where nets look, photographs", study=PHOTO_SCENES, **looked),
@@ -191,10 +191,9 @@ TABLES = {
     "fair-main": fair("digits: students that start from sin-cos positions, as their teachers",
         rows=(*ENDS, "copy, impulse maps", "copy, fine-tuned teacher", "distillation, mean maps"),
         contrasts=OF_GAIN | subtract((COPY, MEAN))),
-    "fair-whose": fair("whose maps? Students see the digits 5 to 9", seeds=5,
-        points={"digits 5 to 9": {"classes": "5:"}}, tuned_at=(BASE,),
-        rows=(*ENDS, *rows.FINE_TUNED), contrasts=subtract((SAME, ITS_MEAN), (SAME, OTHER),
-        (OTHER, MEAN_OTHER))),
+    "fair-whose": fair("whose maps? Students see the digits 5 to 9", seeds=5, tuned_at=(BASE,),
+        points={"digits 5 to 9": {"classes": "5:"}}, rows=(*ENDS, *rows.FINE_TUNED),
+        contrasts=subtract((SAME, ITS_MEAN), (SAME, OTHER), (OTHER, MEAN_OTHER))),
     "fair-length": fair("digits, three times as long", points={"1,350 epochs": {"epochs": 1350}},
         tuned_at=(BASE,), rows=ENDS, seeds=5, contrasts=OF_GAIN),
     "cifar10-fair-tuning": photos("settings for CIFAR-10", points=SHORT, tunes=True),
@@ -266,6 +265,6 @@ TABLES = {
         points={"30 epochs": AT_128["30 epochs"]}),
     "photos-cifar10": public("DeiT-Ti's maps, CIFAR-10, 96 pixels", points=UNSEEN, rows=COPIES,
         contrasts=OF_GAIN),
-    "photos-cifar10-more": public("the same: distillation, and another image's maps", points=UNSEEN,
-        rows=(COPY, *SHOWN), against=dict.fromkeys(SHOWN, COPY)),
+    "photos-cifar10-more": public("DeiT-Ti's maps, CIFAR-10: distillation, and another "
+        "image's maps", points=UNSEEN, rows=(COPY, *SHOWN), against=dict.fromkeys(SHOWN, COPY)),
 }  # fmt: skip

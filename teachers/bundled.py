@@ -13,8 +13,6 @@ def find_bundled(settings: Images) -> Path | None:
     """The one that was made for these images and this ViT, if there is one."""
     if settings.image_size == DATA_SETS[settings.data].image_size:
         settings = replace(settings, image_size=0)
-    for about in BUNDLED.glob("*.json"):
-        facts, file = json.loads(about.read_text()), about.with_suffix(".pt")
-        if facts["for"].items() <= vars(settings).items():
-            return file
-    return None
+    made = {path: json.loads(path.read_text())["for"] for path in BUNDLED.glob("*.json")}
+    fits = (path for path, images in made.items() if images.items() <= vars(settings).items())
+    return next((path.with_suffix(".pt") for path in fits), None)

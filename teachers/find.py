@@ -52,11 +52,9 @@ def find_teacher(settings: Settings, dataset: Data) -> Checkpoint | None:
         raise ValueError(f"{source} takes {theirs['channels']} channels, not {asked.channels}")
     if checkpoint.teacher:
         raise ValueError(f"{source} is a student of attention copy: name the teacher it had")
-    if seen := dataset.count_learned(checkpoint.learned_from):
-        print0(f"note: {source} was trained on {seen:,} of the test images")
-    began = checkpoint.method, checkpoint.settings.get("seed")
-    if transfers and began == ("scratch", settings.seed):
-        print0(f"note: {source} began as a student of --seed {settings.seed} does: take another")
+    same_seed = checkpoint.settings.get("seed") == settings.seed  # which draws the first weights
+    if transfers and same_seed and checkpoint.method not in ("pretrain", "finetune"):
+        print0(f"note: {source} began with the student's first weights: take another --seed")
     if dataset.image_size // theirs["patch"] < 8 < theirs["image_size"] // theirs["patch"]:
         print0(f"note: {source} sees little at {dataset.image_size} pixels: try more --image-size")
     return checkpoint

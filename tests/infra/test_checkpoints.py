@@ -116,17 +116,29 @@ def test_a_student_of_attention_copy_is_no_teacher():
         find_for(finetune, "--teacher", "copy.pt")
 
 
+def test_a_teacher_that_began_as_its_student_is_said(capsys):
+    """Of public ViTs, of pre-trained and of fine-tuned ones nobody says it."""
+    net, words = vit.ViT(vit.Config(12, 3, 1, 10, *recipes.SIZES["micro"])), "first weights"
+    for method, seed, said in (("scratch", 3, True), ("distill", 3, True), ("scratch", 4, False),
+                               ("pretrain", 3, False), ("finetune", 3, False)):  # fmt: skip
+        found = {"method": method, "settings": {"seed": seed}}
+        checkpoints.save(checkpoints.export(net) | found, Path("x.pt"))
+        find_for(attention_copy, "--teacher", "x.pt", "--seed", "3")
+        assert (words in capsys.readouterr().out) == said, method
+
+
 def test_a_teacher_that_saw_test_images_or_sees_little_is_said(small, photos, tmp_path, capsys):
     def train_on(place, name):
         argv = [*small, "--data-dir", str(place), "--out", str(tmp_path / name), "--epochs", "1"]
         pretrain.main(pretrain.parse([*argv, "--num-labels", "0", "--holdout", "0"]))
-        settings = finetune.parse([*small, "--teacher", str(tmp_path / name / "model.pt")])
+        teacher = tmp_path / name / "model.pt"
         capsys.readouterr()
-        find_teacher(settings, data.load(settings))
-        return capsys.readouterr().out
+        finetune.main(finetune.parse([*small, "--teacher", str(teacher), "--overwrite"]))
+        return " ".join(capsys.readouterr().out.split())
 
-    assert "of the test images" not in train_on(photos, "apart")
-    assert "was trained on 15 of the test images" in (said := train_on(photos / "val", "same"))
+    assert "TRAINED ON" not in train_on(photos, "apart")
+    said = train_on(photos / "val", "same")
+    assert "trained on 15 of the test images" in said and said.endswith("15 TRAINED ON)")
     net = vit.ViT(vit.Config(64, 4, 1, 10, *recipes.SIZES["nano"]))
     torch.save(checkpoints.export(net), "16x16.pt")
     find_for(attention_copy, "--teacher", "16x16.pt")  # which sees 3 x 3 patches here

@@ -64,15 +64,6 @@ def test_labels_are_drawn_class_by_class(counts):
     assert set(draw(9)) != set(draw(9, seed=1)) or len(labels) < 11
 
 
-def test_each_distractor_covers_more_of_the_canvas():
-    inked, argv = [], "--data digits --num-labels 0 --distractors".split()
-    for distractors in "013":
-        dataset = data.load(finetune.parse([*argv, distractors]))
-        batches = first(dataset.train)[0], next(dataset.val.in_order(300))[0]
-        inked.append([(batch > 1e-3).float().mean().item() for batch in batches])
-    assert all(sorted({*of_part}) == list(of_part) for of_part in zip(*inked, strict=True))
-
-
 @pytest.mark.parametrize("held", [images.HELD, 0])  # image files, decoded once or each time
 def test_an_epoch_can_be_entered_at_any_step(held, small, monkeypatch):
     monkeypatch.setattr(images, "HELD", held)

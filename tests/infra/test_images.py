@@ -43,7 +43,7 @@ def held_out(root) -> set[str]:
     return names_of(data.load(folder(root)).test)
 
 
-def test_what_is_held_out_depends_on_the_names_of_images_alone(unsplit, tmp_path, monkeypatch):
+def test_what_is_held_out_depends_on_names_alone(unsplit, tmp_path, monkeypatch, capsys):
     """Not on where the folder is, how its disk writes names, or which other images there are."""
     dataset, before = data.load(folder(unsplit)), held_out(unsplit)
     assert before and dataset.val is dataset.test
@@ -55,6 +55,7 @@ def test_what_is_held_out_depends_on_the_names_of_images_alone(unsplit, tmp_path
         picture(moved / "dog" / name / "copy.png")
     monkeypatch.chdir(moved)
     assert held_out(moved) == held_out(".") == before
+    assert "note: 8 folders ignored" in capsys.readouterr().out
     assert data.load(folder(moved)).fingerprint == dataset.fingerprint
     shutil.copy(next(unsplit.rglob("*1.png")), next(moved.rglob("*2.png")))  # under an older name
     assert data.load(folder(moved)).fingerprint != dataset.fingerprint
@@ -142,8 +143,12 @@ def test_photographs_are_turned_upright_and_transparent_ones_are_on_grey(tmp_pat
     upright, exif = np.zeros((16, 32, 3), np.uint8), Image.Exif()
     upright[:, :8] = 255
     exif[274] = 6  # the camera was held on its side: turn it by 90 degrees to the right
-    for name in ("side.jpg", "side.png"):
+    for name in ("side.jpg", "side.png", "xmp.jpg"):
         Image.fromarray(upright).save(tmp_path / name, exif=exif)
+        if name == "xmp.jpg":  # as some editors write it: another APP1 comes first
+            whole, xmp = (tmp_path / name).read_bytes(), b"http://ns.adobe.com/xap/1.0/\0<x/>"
+            first = b"\xff\xe1" + (2 + len(xmp)).to_bytes(2, "big") + xmp
+            (tmp_path / name).write_bytes(whole[:2] + first + whole[2:])
         turned = images.read_image(str(tmp_path / name))
         assert turned.shape == (3, 32, 16)
         assert turned[:, :6].min() > 200 and turned[:, 10:].max() < 50

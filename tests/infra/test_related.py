@@ -154,6 +154,12 @@ def test_a_token_is_projected_as_by_the_authors(images):
     theirs = teacher.fc_norm(teacher.forward_features(images))[:, 0]
     _, terms = attndistill.loss(net, images, LABELS, teacher, 0.0)
     assert_close(terms["token"], (ours - theirs).square().mean())
+    found = checkpoints.export(teacher)  # and that norm is the file's, by whatever name
+    found["model"] = {k.replace("fc_norm", "norm"): v for k, v in found["model"].items()}
+    checkpoints.save(found, Path("x.pt"))
+    settings = attndistill.parse(["--teacher", "x.pt"])
+    loaded = attndistill.task(settings, data.load(settings)).loss.keywords["teacher"]
+    assert torch.equal(loaded.fc_norm.weight, teacher.fc_norm.weight)
 
 
 def test_a_row_is_that_of_the_map_and_interpolated_stays_a_distribution(images):

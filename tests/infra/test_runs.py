@@ -165,18 +165,19 @@ def test_mixed_precision_and_one_graph_train_close_to_float32(script, tmp_path, 
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, failing, monkeypatch):
-    calls, honest, one = [], finetune.loss, torch.ones(1)
+    calls, honest, one = [], finetune.loss, torch.tensor(1.0)
 
     def explode(*step, **bound):
         assert step[2].ndim == 2  # mixed labels, even where it is tried how many images fit
         calls.append(honest(*step, **bound)[0])
-        return calls[-1] * (float("nan") if len(calls) > 3 else 1), {}
+        return calls[-1] * (float("nan") if len(calls) > 3 else 1), {"loss": one - 2, "mine": one}
 
     monkeypatch.setattr(finetune, "loss", explode)  # in the second epoch, of two steps
     failing(finetune, [*QUICK, "--out", tmp_path], "no longer finite", "learning rate", code=1)
     state = weights(tmp_path)
     assert state["step"] == 2 and all(v.isfinite().all() for v in state["net"].values())
     assert not (tmp_path / "model.pt").exists()
+    assert log_of(tmp_path)[0]["loss"] > 0 and log_of(tmp_path)[0]["mine"] == 1
     for bug in (lambda: int("one"), lambda: one, lambda: torch.nn.functional.dropout(one, 2.0)):
         monkeypatch.setattr(finetune, "loss", lambda *_, bug=bug, **__: bug())
         with pytest.raises((ValueError, AssertionError)):  # with its traceback: no wrong input

@@ -12,6 +12,7 @@ import attention_distill
 import finetune
 import pretrain
 from common.settings import get_values, list_flags, parse_layers
+from related import activations, attndistill, reminders
 from study.jobs import to_argv
 from train import get_learning_rate
 
@@ -23,6 +24,9 @@ METHODS = (finetune, attention_copy, attention_distill, pretrain)
     (attention_copy, "--teacher TEACHER", set()),
     (attention_distill, "--teacher TEACHER --layers :2", set()),
     (pretrain, "--decoder-dim 16", {"smoothing", "eval_every"}),  # they are for classes only
+    (activations, "--model teacher", {"at_weight", "kd_weight", "temperature"}),
+    (attndistill, "--teacher none", {"attention_weight", "eval_every"}),
+    (reminders, "--scenes 200", {"eval_every"}),
 ])  # fmt: skip
 def test_every_setting_is_read(script, extra, unread, small, teacher):
     """A flag that nobody reads is the published code's worst bug: its --end_layer has no effect."""
@@ -35,10 +39,13 @@ def test_every_setting_is_read(script, extra, unread, small, teacher):
                 read.add(name)
             return super().__getattribute__(name)
 
-    settings = script.parse([*small, *extra.replace("TEACHER", teacher).split()])
+    images = small if script in METHODS else ["--epochs", "2", "--warmup", "0"]
+    settings = script.parse([*images, *extra.replace("TEACHER", teacher).split()])
     script.main(Watched(**{f.name: getattr(settings, f.name) for f in fields(settings)}))
-    unread = unread | {*"distractors scene dial classes recipe overwrite".split()}  # of other runs
-    assert list_flags(script.Settings).keys() - read == unread
+    photos, digits = "distractors classes", "crop_area flip randaugment random_erase workers"
+    others = f"scene dial recipe overwrite {photos if script in METHODS else digits}"  # of others
+    flags = list_flags(script.Settings).keys()
+    assert flags - read == unread | flags & {*others.split()}
 
 
 @pytest.mark.parametrize("script", METHODS)
@@ -50,6 +57,7 @@ def test_a_recipe_changes_defaults_and_the_command_line_beats_both(script, name,
     for key, field in list_flags(script.Settings).items():
         expected = {"data": name, "blr": 9.0}.get(key, recipe.get(key, field.default))
         assert getattr(found, key) == expected
+    assert script.Settings().blr > 0  # of a data set without a recipe
     assert found.given == {"data", "blr"} and script.parse(to_argv(get_values(found))) == found
 
 
