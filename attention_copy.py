@@ -59,7 +59,7 @@ def loss(student: ViT, images, labels, teacher: Teacher, layers: list[int], smoo
 
 
 def task(settings: Settings, dataset: data.Data, checkpoint=None) -> train.Task:
-    teacher, student, layers = make_pair(settings, dataset, checkpoint)
+    teacher, student, layers = make_pair(settings, dataset, checkpoint)  # the teacher is frozen
     return train.Task(
         student,
         dataset,
@@ -72,8 +72,8 @@ def task(settings: Settings, dataset: data.Data, checkpoint=None) -> train.Task:
 
 def main(settings: Settings) -> dict:
     dataset = data.load(settings)
-    teacher = find_teacher(settings, dataset)
-    return train.fit(task(settings, dataset, teacher), settings)
+    checkpoint = find_teacher(settings, dataset)
+    return train.fit(task(settings, dataset, checkpoint), settings)
 
 
 if __name__ == "__main__":

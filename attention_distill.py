@@ -51,10 +51,10 @@ parse = partial(parse_settings, __doc__, Settings, RECIPES)
 
 
 def attention_loss(ours: QK, theirs: QK) -> Tensor:
-    """Cross-entropy of the student's maps relative to the teacher's, in nats. The definition.
+    """Cross-entropy of the student's maps relative to the teacher's, in nats: a scalar.
 
     Its minimum is the entropy of the teacher's maps, not 0. Its gradients are those of the KL
-    divergence.
+    divergence. This is the definition; training takes compare_maps (common/attention.py).
     """
     p_t, log_p_s = theirs.map(), ours.scores().log_softmax(dim=-1)
     return -(p_t * log_p_s).sum(dim=-1).mean()
@@ -78,7 +78,7 @@ def loss(student: ViT, images, labels, teacher: Teacher, layers: list[int], sett
 
 
 def task(settings: Settings, dataset: data.Data, checkpoint=None) -> train.Task:
-    teacher, student, layers = make_pair(settings, dataset, checkpoint)
+    teacher, student, layers = make_pair(settings, dataset, checkpoint)  # the teacher is frozen
     return train.Task(
         student,
         dataset,
@@ -89,8 +89,8 @@ def task(settings: Settings, dataset: data.Data, checkpoint=None) -> train.Task:
 
 def main(settings: Settings) -> dict:
     dataset = data.load(settings)
-    teacher = find_teacher(settings, dataset)
-    return train.fit(task(settings, dataset, teacher), settings)
+    checkpoint = find_teacher(settings, dataset)
+    return train.fit(task(settings, dataset, checkpoint), settings)
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def load(settings: Images, train: bool = True) -> Data:
         print0("note: nothing is held out: accuracies will be those of training images")
     seed = settings.seed if settings.subset_seed < 0 else settings.subset_seed
     drawn = draw_labels(source, settings.num_labels, seed).hold()
-    cropped = not isinstance(drawn, Tensors)  # one by one
+    cropped = not isinstance(drawn, Tensors)  # files are, as they are decoded
     augment = parts.augment or Augment(settings, kind, device, cropped)
     view = Train(drawn, augment, settings, len(parts.classes), device)
     known = hash_files(source, val, test)

@@ -77,8 +77,8 @@ def task(settings: Settings, dataset: data.Data, checkpoint=None) -> train.Task:
 
 def main(settings: Settings) -> dict:
     dataset = data.load(settings)
-    teacher = find_teacher(settings, dataset)
-    return train.fit(task(settings, dataset, teacher), settings)
+    checkpoint = find_teacher(settings, dataset)
+    return train.fit(task(settings, dataset, checkpoint), settings)
 
 
 if __name__ == "__main__":

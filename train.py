@@ -98,7 +98,7 @@ def train(task: Task, settings: Settings, out: Path, test: Callable | None) -> d
         if last or (epoch + 1) % max(1, epochs // 10) == 0:
             show_row(row, epochs, clock.left(learner.done))
         runs.write_rows(out, [row], "a")
-        long_ago = time.perf_counter() - clock.saved > 1  # seconds; saving takes as long as a step
+        long_ago = time.perf_counter() - clock.saved > 1  # seconds: small epochs are shorter
         if last or epoch <= 10 or long_ago:
             learner.save(out, rows, run, clock)
     return finish(task, learner, rows, out, test)
@@ -185,7 +185,7 @@ class Learner:
     @torch.no_grad()
     def move_average(self, average: nn.Module) -> None:
         """Exponential, with a smaller decay at first, to forget the initial weights."""
-        warm_up = (self.done - 1) / (self.done + 8)  # 0 after the first step
+        warm_up = (self.done - 1) / (self.done + 8)  # 0 after the first step; TensorFlow's rule
         decay = min(self.settings.ema, warm_up)
         averages: list[Tensor] = [*average.parameters()]
         torch._foreach_lerp_(averages, [*self.net.parameters()], 1 - decay)

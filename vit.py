@@ -54,8 +54,8 @@ class QK(NamedTuple):  # where a block looks: map = softmax(q @ k.mT / sqrt(d) +
 
 def attend(qk: QK, v: Tensor) -> Tensor:
     """map @ v: what each query finds, (B, H, N, d). The fused kernel never stores the map."""
-    frozen = v.requires_grad and not qk.q.requires_grad  # the kernel wastes time on q's gradient
-    if v.is_cpu and (frozen or v.dtype is torch.bfloat16):  # here the plain form is faster
+    lent = v.requires_grad and not qk.q.requires_grad  # the kernel wastes time on q's gradient
+    if v.is_cpu and (lent or v.dtype is torch.bfloat16):  # here the plain form is faster
         return qk.map() @ v
     return F.scaled_dot_product_attention(qk.q, qk.k, v, qk.bias)
 
@@ -106,7 +106,7 @@ class Block(nn.Module):  # pre-norm
 
     def forward(self, x: Tensor, given=None, factors=(1, 1)) -> tuple[Tensor, QK]:
         y, qk = self.attn(self.norm1(x), given)
-        x = x + factors[0] * y  # of drop path: (B, 1, 1)
+        x = x + factors[0] * y  # drop path's factors: (B, 1, 1) each, or 1
         return x + factors[1] * self.mlp(self.norm2(x)), qk
 
 
@@ -166,7 +166,7 @@ class ViT(nn.Module):  # pixels in 0..1 (B, C, H, W) to logits (B, classes), nam
         return self.head(self.fc_norm(x[:, self.config.num_prefix_tokens :].mean(dim=1)))
 
     def lend(self, images: Tensor, layers, factors=None):
-        """A frozen teacher's queries and keys, block by block: None for blocks not in `layers`."""
+        """Each block's QK, None outside `layers`: a generator, for one pass of a student."""
         x, last = self.embed(images), max(layers)
         for i, block in enumerate(self.blocks[:last]):
             x, qk = block(x, None, (1, 1) if factors is None else factors[i])
@@ -176,7 +176,7 @@ class ViT(nn.Module):  # pixels in 0..1 (B, C, H, W) to logits (B, classes), nam
         yield from [None] * (len(self.blocks) - last - 1)
 
     def draw_drop_path(self, batch: int):
-        """Factors (depth, 2, B, 1, 1) of the branches: 0 drops one, 1 / P(kept) keeps it."""
+        """Factors (depth, 2, B, 1, 1): 0 drops a branch, 1 / P(kept) keeps it (Huang 2016)."""
         if not (self.training and self.drop_path):
             return [(1, 1)] * len(self.blocks)
         depth, device = len(self.blocks), self.fc_norm.weight.device

@@ -211,8 +211,8 @@ def export_changed(student: ViT) -> dict:  # no one takes it for a ViT: it needs
 
 def main(settings: Settings) -> dict:
     dataset = data.load(settings)
-    teacher = find_teacher(settings, dataset)
-    return train.fit(task(settings, dataset, teacher), settings)
+    checkpoint = find_teacher(settings, dataset)
+    return train.fit(task(settings, dataset, checkpoint), settings)
 
 
 if __name__ == "__main__":
