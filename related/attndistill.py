@@ -21,7 +21,6 @@ The test classifies each class token by its 20 nearest neighbours (Caron et al.
 
 import copy
 import math
-import re
 import sys
 from dataclasses import dataclass, replace
 from functools import partial
@@ -138,8 +137,7 @@ def task(settings: Settings, dataset: data.Data) -> train.Task:
     if not checkpoint:
         torch.manual_seed(settings.seed)
         return train.Task(new_vit(settings, dataset).to(device), dataset, label_loss, **how)
-    named = {re.sub(r"^norm\.", "fc_norm.", name): w for name, w in checkpoint.weights.items()}
-    teacher = build_vit(replace(checkpoint, weights=named), dataset.image_size, classes=0)
+    teacher = build_vit(checkpoint, dataset.image_size, classes=0)
     if teacher.cls_token is None:
         raise ValueError(f"--teacher {settings.teacher}: has no class token")
     teacher.to(device).eval().requires_grad_(False)

@@ -117,7 +117,8 @@ def add_maps(dataset: data.Data, teacher: WideResNet, settings: Settings) -> dat
         maps = maps.roll(1, dims=0)  # the order of images is random already
     if settings.raw:  # undoes what the net does to its images
         maps = maps * teacher.std + teacher.mean
-    both = sources.Tensors(torch.cat([bank, maps.expand_as(bank)], dim=1), labels)
+    both = torch.cat([bank, maps.expand_as(bank)], dim=1)
+    both = sources.Tensors(both, labels, contents=dataset.train.source.contents)
     augment = partial(lay_over, overlay=settings.overlay)
     view = data.Train(both, augment, settings, len(dataset.classes), bank.device)
     return dataset._replace(train=view, mean=2 * dataset.mean, std=2 * dataset.std)

@@ -56,13 +56,14 @@ def read_checkpoint(source: str | Path, normalization: str = "") -> Checkpoint:
 def build_vit(checkpoint: Checkpoint, image_size=None, classes=None, drop_path=0.0) -> vit.ViT:
     """The ViT of a checkpoint. Positions are interpolated for another image size.
 
-    With `classes` the head is new, for so many (0: no head), and reads the mean of the patches, as
-    those of all methods do. Otherwise it is the file's.
+    With `classes` (0: none) the head is new, and reads the patches' mean. Else it is the file's.
     """
     arch, weights = checkpoint.architecture, checkpoint.weights
     new: dict[str, Any] = {"image_size": image_size or arch["image_size"]}
-    if own_head := classes is None and arch["classes"] > 0:
+    own_head = classes is None and arch["classes"] > 0
+    if own_head or classes == 0:  # the last norm is the file's, too
         weights = {re.sub(r"^norm\.", "fc_norm.", name): value for name, value in weights.items()}
+    if own_head:
         if not checkpoint.classes:
             read = "class token" if arch.get("pool") == "token" else "mean of the patches"
             print0(f"note: {checkpoint.source}: its head is taken to read the {read}")

@@ -30,7 +30,7 @@ DIGITS = f"--teacher {ROOT}/weights/digits.pt"
     (finetune, "--lr nan", "--lr nan"), (finetune, "--out /dev/null/run", "not a writable folder"),
     (finetune, "--lay 1", "unrecognized"), (copy, "--teacher none", "finetune.py can do without"),
     (finetune, "--batch 400", "the 100 training images"), (finetune, "--device cuda:99", "cuda:99"),
-    (finetune, "--num-labels 9999", "only 997 images"), (finetune, "--data-dir x", "only for"),
+    (finetune, "--num-labels 9999", "only 997 images"), (finetune, "--data-dir x", "dir: only "),
     (finetune, "--teacher none --model gigantic", "gigantic"), (copy, "--heads 4", "--heads 4"),
     (finetune, f"--model tiny {DIGITS}", "does not match --model"),
     (finetune, "--teacher none --patch 5", "try 10"),
