@@ -46,7 +46,7 @@ class Data(NamedTuple):
             raise ValueError("the images are of one class: give each class a folder of its own")
         if absent := {*range(len(self.classes))} - {*self.train.source.labels.tolist()}:
             few = f"{len(absent)} of {len(self.classes)} classes have no image to train on"
-            raise ValueError(f"{few} ({self.classes[min(absent)]}): add some, or remove the class")
+            raise ValueError(f"{few} ({self.classes[min(absent)]}): add some, or --num-labels")
 
     def count_learned(self, hashes: Tensor | None, part: str = "test") -> int:
         """How many images of a part are among those that a checkpoint learned from."""

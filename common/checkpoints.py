@@ -30,7 +30,7 @@ class Checkpoint:
     """What a file says of a ViT."""
 
     source: str
-    weights: dict[str, Tensor]
+    weights: dict[str, Tensor] = field(repr=False)  # long
     architecture: dict[str, Any]  # fields of vit.Config, or of teachers.vit.Config
     classes: list[str] | None = None
     method: str = "?"
@@ -118,7 +118,8 @@ def check_place(path: Path, name: str, *suffixes: str) -> None:
 
 def read_file(source: str | Path) -> Any:
     """What torch.save or safetensors wrote to a path or URL. ValueError for any other file."""
-    path = download(str(source)) if re.match("https?://", str(source)) else Path(source)
+    place = os.path.expanduser(source)
+    path = download(place) if re.match("https?://", place) else Path(place)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {source}")
     try:

@@ -110,7 +110,7 @@ def parse_settings(doc: str, cls: type, recipes: Recipes | Callable, argv: Seque
             raise ValueError(f"name {about['help']} (--help shows how)")
     for name, value in given.items():
         low, high = flags[name].metadata["low"], flags[name].metadata["high"]
-        if isinstance(value, int | float) and not low <= value <= high:
+        if isinstance(value, int | float) and not (low <= value <= high and value < math.inf):
             bounds = f"at least {low}" if high == math.inf else f"between {low} and {high}"
             raise ValueError(f"{format_flag(name)} {value}: must be {bounds}")
     return cls(**recipe | given, given=frozenset(given))

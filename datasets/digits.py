@@ -22,7 +22,6 @@ from datasets.sources import Parts, Tensors
 
 CANVAS, DIGIT, DISTRACTOR = 12, 8, 3  # pixels a side
 PLACES = 4  # of each digit of validation and test
-FILE = Path(__file__).parent / "digits.npz"
 
 
 def load(settings, kind, size: int, device) -> Parts:
@@ -46,7 +45,7 @@ def load(settings, kind, size: int, device) -> Parts:
 
 def read_parts(device) -> dict[str, tuple[Tensor, Tensor]]:
     """The digits (n, 8, 8) in 0..1 of "train", "val" and "test", and their labels (n,)."""
-    found, sizes = np.load(FILE), [500, 300, 997]
+    found, sizes = np.load(Path(__file__).with_suffix(".npz")), [500, 300, 997]
     images = torch.from_numpy(found["images"]).to(device) / 16
     labels = torch.from_numpy(found["labels"]).long().to(device)
     order = torch.randperm(len(images), generator=seeded("digits")).to(device)

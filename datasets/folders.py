@@ -114,4 +114,7 @@ def check_layout(folder: Path, names: list[str]) -> None:
         raise ValueError(f"{folder / min(parts)[0]} has parts (train, val): point --data-dir at it")
     if inner:
         name, x = inner[0]
+        words = {word for outer, _ in inner for word in re.split(r"[\W\d_]+", outer.lower())}
+        if len({PART_OF[word] for word in words if word in PART_OF}) > 1:
+            raise ValueError(f"{folder}: {name} and others are parts: call them train, val, test")
         print0(f"note: {folder}: images in {name}/{x} count for {name}, and so in all such folders")

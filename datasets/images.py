@@ -144,8 +144,7 @@ class Files(Dataset):
         """Images (uint8) and labels of each row of `order`. key: (seed, epoch) of random crops."""
         pin = self.device.type == "cuda"
         workers = min(self.settings.workers, len(order), count_cores())
-        if self.held and not pin:
-            workers = 0  # to crop alone is less work than to start them
+        workers *= pin or not self.held  # to crop alone is less work than to start them
         if key:
             self.random_crop = random_crop(self.size, self.settings, self.kind.mean)
         rows = ([(*key, i) for i in indices.tolist()] for indices in order)

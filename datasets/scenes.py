@@ -49,10 +49,9 @@ def load(settings, kind, size: int, device) -> Parts:
         raise ValueError(f"--image-size {size}: choose {3 * cell}, {5 * cell}, {7 * cell} ...")
     cells = [f"cell {i}" for i in range(grid**2)]
     labels = cells if settings.label == "cell" else [names[kind] for kind in kinds]
-    draws = [seeded("scenes", settings.scene, part) for part in COUNT]
     train, val, test = [
-        draw_scenes(part, pool, kinds, settings, grid, generator)
-        for part, pool, generator in zip(COUNT, pools, draws, strict=True)
+        draw_scenes(part, pool, kinds, settings, grid, seeded("scenes", settings.scene, part))
+        for part, pool in zip(COUNT, pools, strict=True)
     ]
     return Parts(labels, train, val, test, augment)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from common.checkpoints import Checkpoint
 from common.launch import print0
 from teachers.classes import IMAGENET
-from teachers.zoo import PublicViT, recognise
+from teachers.zoo import ALL_SIZES, PublicViT, recognise
 
 DROPPED = re.compile(  # pre-training's, and a head that pools by attention
     r"decoder|mask_token|attn_pool|projectors|local_cls_norm|rope_embed|"
@@ -128,7 +128,8 @@ def describe(weights: dict[str, Tensor], model: PublicViT | None) -> dict[str, A
         if odd:
             raise ValueError(f"it has {odd}, but {model.name} has { {k: named[k] for k in odd} }")
         return {"image_size": model.image_size} | found | usual
-    if not model or model.dim != dim:
-        remedy = "write SIZE=FILE, such as small=FILE, or NAME=FILE (python -m teachers)"
-        raise ValueError(f"{dim} wide, it may have any number of attention heads: {remedy}")
+    if not model or model.dim != dim or gates != hidden:  # EVA-02's rope leaves no tensor
+        sizes = [f", {name}=FILE" for name, size in ALL_SIZES.items() if size[0] == dim]
+        remedy = f"write NAME=FILE (python -m teachers){''.join(sizes if gates == hidden else ())}"
+        raise ValueError(f"its shapes do not tell how it attends (heads, rope): {remedy}")
     return {"image_size": 0} | found | {"heads": model.heads}

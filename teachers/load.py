@@ -142,6 +142,8 @@ class Model:
         return self.net.blockwise(images, self.borrow(images))
 
     def borrow(self, images: Tensor) -> Iterator | None:
+        if not -0.5 < images.min() <= images.max() < 1.5:  # interpolation may leave 0..1 a little
+            raise ValueError("needs pixels in 0..1: a ViT here normalises them itself")
         return self.teacher.lend(images, self.layers) if self.teacher else None
 
 

@@ -40,8 +40,7 @@ class RopeQKV(plain.QKV):
 class RopeAttention(plain.Attention):
     """Queries and keys turn with their position (Su et al. 2021, in 2d as DINOv3).
 
-    Half of the pairs of channels turn with the row, half with the column, both in -1..1, with
-    periods from 1 to nearly `rope_base`.
+    Half of the pairs of channels turn with the row, half with the column, both in -1..1.
     """
 
     def __init__(self, config: Config):
@@ -129,6 +128,5 @@ class ViT(plain.ViT):
     def classify(self, x: Tensor) -> Tensor:
         if self.config.pool == "mean":
             return super().classify(x)
-        token = self.config.pool == "token"
-        x = x[:, :1] if token else x[:, self.config.num_prefix_tokens :]
+        x = x[:, :1] if self.config.pool == "token" else x[:, self.config.num_prefix_tokens :]
         return self.head(self.fc_norm(x).mean(dim=1))

@@ -151,7 +151,7 @@ def test_heads_are_never_guessed(tmp_path):
     path, images = tmp_path / "plain.pth", torch.randn(2, 3, 32, 32)
     torch.save(small.state_dict(), path)
     for source in (path, f"tiny={path}"):
-        with pytest.raises(ValueError, match="SIZE=FILE"):
+        with pytest.raises(ValueError, match="small=FILE"):
             read_checkpoint(source)
     six, twelve = (build_vit(read_checkpoint(f"{n}={path}", "none")) for n in ("small", "small/12"))
     assert torch.equal(six(images), small(images)) and twelve.config.heads == 12
@@ -172,7 +172,7 @@ def test_a_head_reads_what_it_reads_in_timm(prefix, how, tmp_path):
         nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(i))
     state = {prefix + name: value for name, value in theirs.state_dict().items()}
     torch.save({"state_dict": state, "args": Namespace(lr=1)}, tmp_path / "x.pth")
-    found, images = read_checkpoint(f"micro={tmp_path}/x.pth", "none"), torch.randn(2, 3, 32, 32)
+    found, images = read_checkpoint(f"micro={tmp_path}/x.pth", "none"), torch.rand(2, 3, 32, 32)
     torch.testing.assert_close(open_model(found)(images), theirs(images))
     new = build_vit(found, classes=3)  # reads the mean, whatever the old one read
     tokens = new.forward_features(images)[:, new.config.num_prefix_tokens :]

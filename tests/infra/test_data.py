@@ -2,6 +2,7 @@
 
 import pickle
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ def test_digits_are_placed_whole_and_anew_each_step_and_fixed_for_validation_and
     settings = finetune.parse(["--data", "digits", "--num-labels", "0"])
     dataset = data.load(settings)
     assert [len(p) for p in (dataset.train, dataset.val, dataset.test)] == [997, 1200, 2000]
-    pixels = torch.from_numpy(np.load(digits.FILE)["images"]) / 16
+    pixels = torch.from_numpy(np.load(Path(digits.__file__).with_suffix(".npz"))["images"]) / 16
     for batch, labels in (first(dataset.train), next(dataset.test.in_order(50))):
         canvas = batch[:, 0]
         assert batch.shape == (50, 1, 12, 12) and labels.shape == (50,)

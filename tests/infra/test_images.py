@@ -104,12 +104,14 @@ def test_a_class_without_an_image_to_train_on_is_named(name, unsplit, failing):
 @pytest.mark.parametrize("names", [
     "val/1.png", "val/dog/1.png val/1.png", "extra/1.png", "1.png", "extra/more/1.png",
     "val/dog/1.png valid/dog/1.png", "../pets/val/dog/1.png", "../pets/Test/1.png",
+    "../my_train/dog/1.png ../my_test2/dog/1.png",
 ])  # fmt: skip
 def test_images_that_would_be_ignored_or_learned_by_mistake_are_refused(names, tmp_path, failing):
     for name in ("train/cat/1.png", "train/dog/1.png", *names.split()):
         picture(tmp_path / "photos" / "pets" / name)
     root = tmp_path / "photos" / ("" if names[0] == "." else "pets")
-    failing(pretrain, ["--data", "folder", "--data-dir", root], tmp_path / "photos" / "pets")
+    named = "my_test2" if "my" in names else tmp_path / "photos" / "pets"
+    failing(pretrain, ["--data", "folder", "--data-dir", root], named)
 
 
 def test_repeats_are_counted_whatever_they_are_called(unsplit):

@@ -28,6 +28,7 @@ DIGITS = f"--teacher {ROOT}/weights/digits.pt"
     (finetune, "--data cifar10 --data-dir /dev/null/x", "/dev/null/x"),
     (finetune, "--lr -1", "--lr -1.0: must be at least 0"), (copy, "--layers 99", "some of 0 to 3"),
     (finetune, "--lr nan", "--lr nan"), (finetune, "--out /dev/null/run", "not a writable folder"),
+    (finetune, "--lr inf", "--lr inf: must be"),
     (finetune, "--lay 1", "unrecognized"), (copy, "--teacher none", "finetune.py can do without"),
     (finetune, "--batch 400", "the 100 training images"), (finetune, "--device cuda:99", "cuda:99"),
     (finetune, "--num-labels 9999", "only 997 images"), (finetune, "--data-dir x", "dir: only "),
