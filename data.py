@@ -43,7 +43,7 @@ class Data(NamedTuple):
     def check_classes(self) -> None:
         """ValueError if there is nothing to tell apart."""
         if len(self.classes) < 2:
-            raise ValueError("the images are of one class: give each class a folder of its own")
+            raise ValueError("the images are of one class: give each class a folder, or --classes")
         if absent := {*range(len(self.classes))} - {*self.train.source.labels.tolist()}:
             few = f"{len(absent)} of {len(self.classes)} classes have no image to train on"
             raise ValueError(f"{few} ({self.classes[min(absent)]}): add some, or --num-labels")

@@ -35,7 +35,7 @@ def read_image(path: str) -> Tensor:
         return decode(path)
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, ...
         reason = str(error) or type(error).__name__
-        raise ValueError(f"cannot read image {path} ({reason}): repair or remove it") from error
+        raise ValueError(f"cannot read image {path} ({reason}): mend or replace it") from error
 
 
 def decode(path: str) -> Tensor:
