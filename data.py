@@ -43,10 +43,10 @@ class Data(NamedTuple):
     def check_classes(self) -> None:
         """ValueError if there is nothing to tell apart."""
         if len(self.classes) < 2:
-            raise ValueError("the images are of one class: give each class a folder, or --classes")
+            raise ValueError("the images are of one class: each needs a folder, or see --classes")
         if absent := {*range(len(self.classes))} - {*self.train.source.labels.tolist()}:
-            few = f"{len(absent)} of {len(self.classes)} classes have no image to train on"
-            raise ValueError(f"{few} ({self.classes[min(absent)]}): add some, or --num-labels")
+            few = f"{len(absent)} of {len(self.classes)} classes ({self.classes[min(absent)]})"
+            raise ValueError(f"{few} have no image to train on: add some, or raise --num-labels")
 
     def count_learned(self, hashes: Tensor | None, part: str = "test") -> int:
         """How many images of a part are among those that a checkpoint learned from."""

@@ -91,7 +91,7 @@ class Settings(Images):
     final_lr: float = setting(0.0, high=1)  # at the end of the cosine, as a share of the peak
     weight_decay: float = setting(0.05, "AdamW weight decay (biases, norms, positions: none)")
     beta2: float = setting(0.999, high=0.9999)  # AdamW's second; the first is 0.9
-    layer_decay: float = setting(1.0, "layer-wise rate decay (1: off)", low=0.01, high=1)
+    layer_decay: float = setting(1.0, "layer-wise learning-rate decay (1: off)", low=0.01, high=1)
     clip: float = setting(0.0)  # largest gradient norm (0: no limit)
     ema: float = setting(0.0, "EMA decay of the weights (0: off)", high=0.999999)
     eval_every: int = setting(1, low=1, free=True)  # epochs between validations

@@ -143,8 +143,8 @@ class Files(Dataset):
     def batches(self, order, key: tuple = ()) -> Iterator[tuple[Tensor, Tensor]]:
         """Images (uint8) and labels of each row of `order`. key: (seed, epoch) of random crops."""
         pin = self.device.type == "cuda"
-        workers = min(self.settings.workers, len(order), count_cores())
-        workers *= pin or not self.held  # to crop alone is less work than to start them
+        usual = min(self.settings.workers, len(order), count_cores())
+        workers: Any = 0 if self.held and not pin else usual  # to crop is less than to start them
         if key:
             self.random_crop = random_crop(self.size, self.settings, self.kind.mean)
         rows = ([(*key, i) for i in indices.tolist()] for indices in order)

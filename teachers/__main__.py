@@ -19,4 +19,4 @@ def main(word: str = "") -> None:
 
 
 if __name__ == "__main__":
-    launch.run(lambda words: main(*[x for x in words if not x.startswith("-")][:1]), list)
+    launch.run(lambda words: main(*[x for x in words if x not in ("-h", "--help")][:1]), list)

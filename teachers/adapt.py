@@ -28,7 +28,8 @@ class TeacherAdapter:
             yield self.match(next(lent)) if i in layers else None
 
     def match(self, qk: vit.QK) -> vit.QK:
-        q, k, _ = qk  # no teacher has a bias
+        q, k, bias = qk
+        assert bias is None, "a bias would have to be cut, too"
         end = self.teacher.config.num_prefix_tokens  # of the registers
         first = slice(0, end - self.registers)
         if self.registers:  # the softmax over the other tokens: the map, cut and renormalised

@@ -100,8 +100,7 @@ def rename(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         if math.isqrt(tokens) ** 2 == tokens:  # it has none for the class token
             found["pos_embed"] = F.pad(found["pos_embed"], (0, 0, 1, 0))
     if "norm_pre.weight" in found:  # CLIP has no bias of patches
-        patches = found["patch_embed.proj.weight"]
-        found.setdefault("patch_embed.proj.bias", patches.new_zeros(len(patches)))
+        found.setdefault("patch_embed.proj.bias", torch.zeros_like(found["norm_pre.bias"]))
     return found
 
 
@@ -129,7 +128,7 @@ def describe(weights: dict[str, Tensor], model: PublicViT | None) -> dict[str, A
             raise ValueError(f"it has {odd}, but {model.name} has { {k: named[k] for k in odd} }")
         return {"image_size": model.image_size} | found | usual
     if not model or model.dim != dim or gates != hidden:  # EVA-02's rope leaves no tensor
-        sizes = [f", {name}=FILE" for name, size in ALL_SIZES.items() if size[0] == dim]
-        remedy = f"write NAME=FILE (python -m teachers){''.join(sizes if gates == hidden else ())}"
+        plain = [k for k, size in ALL_SIZES.items() if size[0] == dim and gates == hidden]
+        remedy = f"write NAME=FILE (python -m teachers){''.join(f', {k}=FILE' for k in plain)}"
         raise ValueError(f"its shapes do not tell how it attends (heads, rope): {remedy}")
     return {"image_size": 0} | found | {"heads": model.heads}
