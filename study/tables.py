@@ -108,6 +108,7 @@ SHORT_100 = dict(zip(("300 steps", "900 steps"), AT_100.values(), strict=False))
 ON_PHOTOGRAPHS, UNSEEN = "2,000 photographs", {"2,000 images": {"data": "cifar10", "holdout": 0.1}}
 LONGER = {f"{ON_PHOTOGRAPHS}, 90 epochs": {"epochs": 90}}
 AT_128 = {f"{n} epochs": {"image_size": 128, "epochs": n} for n in (30, 90)}
+FIRST_128, LAST_128 = ({name: point} for name, point in AT_128.items())
 
 # The tables
 scenes = partial(Table, study=SCENES, points=POINTER, rows=tuple(MAIN))
@@ -128,6 +129,7 @@ seeds = {"rows": (COPY, *rows.PAIR), "against": dict.fromkeys(rows.PAIR, COPY)}
 seeds["contrasts"] = subtract(rows.PAIR)
 TEACHERS = (SCRATCH, COPY, MEAN, *rows.MAES)
 SHOWN = (DISTILLATION, "copy, other maps")
+BELOW = (*SHOWN, "copy, random teacher", "beside")
 public = partial(Table, study=PHOTOGRAPHS, points={ON_PHOTOGRAPHS: {}}, seeds=3,
     tuned_at=(ON_PHOTOGRAPHS,), rows=ENDS)  # fmt: skip
 TABLES = {
@@ -263,7 +265,12 @@ TABLES = {
     "photos-looks-long": public("after 90 epochs", points=LONGER, rows=LEARNERS, find=find_looks),
     "photos-augreg": public("AugReg-Ti's maps, 96 pixels", study=AUGREG, contrasts=OF_GAIN),
     "photos-128-augreg": public("AugReg-Ti's maps, 128 pixels", study=AUGREG, contrasts=OF_GAIN,
-        points={"30 epochs": AT_128["30 epochs"]}),
+        points=FIRST_128),
+    "photos-128-long": public("DeiT-Ti's maps, 128 pixels, three times as long", points=LAST_128,
+        rows=LEARNERS, contrasts=subtract((COPY, DISTILLATION))),
+    "photos-128-controls": public("other maps, and beside, 128 pixels", points=FIRST_128,
+        rows=(COPY, *BELOW), against=dict.fromkeys(BELOW, COPY),
+        contrasts=subtract(("beside", DISTILLATION))),
     "photos-cifar10": public("DeiT-Ti's maps, CIFAR-10, 96 pixels", points=UNSEEN, rows=COPIES,
         contrasts=OF_GAIN),
     "photos-cifar10-more": public("DeiT-Ti's maps, CIFAR-10: distillation, and another "
