@@ -9,7 +9,6 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
 import recipes
 from attention_distill import attention_loss
@@ -37,14 +36,6 @@ def log_sum_exp(student: QK, teacher: QK) -> Tensor:
     q, k = student.q * student.q.shape[-1] ** -0.5, student.k
     found = F.scaled_dot_product_attention(teacher.q, teacher.k, k)
     return ((q @ k.mT).float().logsumexp(dim=-1) - (q * found).float().sum(dim=-1)).mean()
-
-
-def flexible(student: QK, teacher: QK) -> Tensor:
-    """The same, with log(sum(exp)) by flex_attention: no map at all. To be compiled."""
-    q, k = student.q, student.k
-    _, aux = flex_attention(q, k, k, return_aux=AuxRequest(lse=True))
-    found = F.scaled_dot_product_attention(teacher.q, teacher.k, k)
-    return (aux.lse - q.shape[-1] ** -0.5 * (q * found).float().sum(dim=-1)).mean()
 
 
 FORMS = {
@@ -75,8 +66,8 @@ def main(settings: measure.Settings) -> dict:
     dtype, at_a_time = torch.float32, 8  # images of 197 tokens
     if device.type == "cuda":
         dtype, at_a_time = torch.bfloat16, 64
-        forms |= {f"{name}, compiled": torch.compile(form) for name, form in FORMS.items()}
-        forms["flex, compiled"] = torch.compile(flexible)
+        compiled = partial(torch.compile, dynamic=False)  # anew for each size, as in training
+        forms |= {f"{name}, compiled": compiled(form) for name, form in FORMS.items()}
     for name, form in forms.items():
         try:
             for tokens in TOKENS:
