@@ -18,6 +18,7 @@ import data
 import finetune
 import train
 from common import checkpoints, runs
+from common.hardware import has_bf16
 
 ROOT = Path(__file__).parents[2]
 SHORT = "--teacher random --epochs 6 --num-labels 300 --batch 50 --eval-every 3 --ema 0.9".split()
@@ -162,6 +163,13 @@ def test_mixed_precision_and_one_graph_train_close_to_float32(script, tmp_path, 
     assert rows["compiled"] == pytest.approx(rows["float32"], rel=1e-3)
     assert rows["bf16"] == pytest.approx(rows["float32"], rel=0.03)
     assert rows["bf16"] != rows["float32"]
+
+
+@pytest.mark.parametrize("flags, fast", [("avx512_bf16", False), ("avx512_bf16 amx_bf16", True)])
+def test_a_cpu_has_bf16_only_where_it_is_faster_than_float32(flags, fast, monkeypatch):
+    monkeypatch.setattr(Path, "exists", lambda path: True)
+    monkeypatch.setattr(Path, "read_text", lambda path: f"flags: avx512f {flags} sse")
+    assert has_bf16("cpu") == fast and not has_bf16("mps")
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, failing, monkeypatch):
