@@ -67,7 +67,7 @@ def loss(student: ViT, images, labels, teacher: Teacher, layers: list[int], sett
     losses, divergences = [], []
     for (x, ours), theirs in zip(blocks, lent, strict=True):
         if theirs is not None:
-            cross_entropy, entropy = compare_maps(ours, theirs)  # attention_loss, but faster
+            cross_entropy, entropy = compare_maps(ours, theirs)  # attention_loss, in less memory
             losses.append(cross_entropy)
             divergences.append((cross_entropy - entropy).detach())
     logits = student.classify(x)

@@ -134,9 +134,8 @@ class Train:
         for step, pair in enumerate(batches, start):
             images, labels = (x.to(self.device, non_blocking=True) for x in pair)
             draws = BatchRandom(seeded(seed, epoch, step), batch, mine, self.device)
-            reseed(self.device, seed, epoch, step)  # for what torchvision draws by itself
+            reseed(self.device, seed, epoch, step, self.rank)  # for what PyTorch draws by itself
             images = self.augment(to_pixels(images), draws)
-            reseed(self.device, seed, epoch, step, self.rank)  # from here on each its own
             yield self.mix(images, labels) if self.mix else (images, labels)
 
     def first(self, count: int) -> tuple[Tensor, Tensor]:

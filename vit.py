@@ -54,8 +54,8 @@ class QK(NamedTuple):  # where a block looks: map = softmax(q @ k.mT / sqrt(d) +
 
 def attend(qk: QK, v: Tensor) -> Tensor:
     """map @ v: what each query finds, (B, H, N, d). The fused kernel never stores the map."""
-    lent = v.requires_grad and not qk.q.requires_grad  # the kernel wastes time on q's gradient
-    if v.is_cpu and (lent or v.dtype is torch.bfloat16):  # here the plain form is faster
+    frozen = v.requires_grad and not qk.q.requires_grad  # the kernel wastes time on q's gradient
+    if v.is_cpu and (frozen or v.dtype is torch.bfloat16):  # here the plain form is faster
         return qk.map() @ v
     return F.scaled_dot_product_attention(qk.q, qk.k, v, qk.bias)
 

@@ -45,8 +45,8 @@ def load(settings, kind, size: int, device) -> Parts:
     if settings.scene == "twins" and (settings.dial or len(kinds) < 3):
         raise ValueError("--scene twins: it takes three --classes or more, and no --dial")
     grid, rest = divmod(size, cell := pools[0].images.shape[-1])
-    if rest or grid < 3 or not grid % 2:
-        raise ValueError(f"--image-size {size}: choose {3 * cell}, {5 * cell}, {7 * cell} ...")
+    if rest or grid not in (3, 5, 7):  # a square has seven places a side
+        raise ValueError(f"--image-size {size}: choose {3 * cell}, {5 * cell} or {7 * cell}")
     cells = [f"cell {i}" for i in range(grid**2)]
     labels = cells if settings.label == "cell" else [names[kind] for kind in kinds]
     train, val, test = [

@@ -10,7 +10,7 @@ import torch
 import vit
 from common import runs
 from common.checkpoints import Checkpoint
-from common.launch import print0, run_first
+from common.launch import print0, run_first, world
 from common.settings import get_values, parse_layers
 from data import Data
 from recipes import Images, Settings, TransferSettings
@@ -90,7 +90,7 @@ def make_teacher(script, settings: Settings, dataset: Data, **changes) -> Path:
     own = script.parse(["--data", settings.data])
     shared = {f.name for f in fields(Images)} - {"given", "classes", "label", "dial"}
     shared |= {"seed", "amp", "compile", "num_labels", "subset_seed", "flip"}
-    changes |= {"batch": min(own.batch, dataset.available)}
+    changes |= {"batch": min(own.batch, dataset.available) // world() * world()}
     own = replace(own, **{name: getattr(settings, name) for name in shared} | changes)
     facts = get_values(own, free=False) | changes
     del facts["amp"]

@@ -92,6 +92,15 @@ def test_ranks_share_each_batch_and_each_evaluation_without_overlap(small):
         assert count == len(test)
 
 
+def test_ranks_augment_with_numbers_of_their_own(small):
+    part, drawn = data.load(finetune.parse([*small, "--mixup", "0", "--cutmix", "0"])).train, []
+    part.augment = lambda images, draws: torch.rand(3)
+    for part.rank in (0, 1, 0):
+        part.world = 2
+        drawn.append(first(part)[0])
+    assert torch.equal(drawn[0], drawn[2]) and not torch.equal(drawn[0], drawn[1])
+
+
 def make_cifar(tmp_path, monkeypatch, images=20):
     """The pixels of a made-up CIFAR-10 in torchvision's own format, and arguments that load it."""
     rng = np.random.default_rng(0)

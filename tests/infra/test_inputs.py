@@ -37,7 +37,8 @@ DIGITS = f"--teacher {ROOT}/weights/digits.pt"
     (finetune, "--teacher none --patch 5", "try 10"),
     (finetune, "--data scenes --scene twins --classes 3,4", "three --classes"),
     (finetune, "--data scenes --scene twins --dial 0.5", "no --dial"),
-    (finetune, "--data scenes --image-size 32", "24, 40, 56"),
+    (finetune, "--data scenes --image-size 32", "24, 40 or 56"),
+    (finetune, "--data scenes --image-size 72", "24, 40 or 56"),  # two pointers would look alike
     (finetune, "--scene twins", "--scene: only for --data scenes"),
     (finetune, "--resume --overwrite", "choose one"),
     (distill, "--teacher-layers :3 --layers :2", "--teacher-layers"),

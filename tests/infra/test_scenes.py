@@ -105,7 +105,8 @@ def test_the_teacher_says_the_pixels_of_the_cell_asked_for():
 def test_a_teacher_made_for_scenes_sees_other_digits_than_its_student(monkeypatch):
     made, argv = [], "--data scenes --scene twins --dial 0.5 --flip 0 --teacher pretrain".split()
     monkeypatch.setattr(pretrain, "main", made.append)
+    monkeypatch.setattr(find, "world", lambda: 3)  # processes, which share each batch
     find.make_teacher(pretrain, attention_copy.parse(argv), load("--scene", "twins"))
     (own,) = made
     assert (own.scene, own.classes, own.dial, own.target) == ("twins", ":5", 0.0, "cell")
-    assert own.flip == 0
+    assert own.flip == 0 and own.batch % 3 == 0
