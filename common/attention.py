@@ -1,10 +1,10 @@
 """The loss of attention distillation, with its gradients, so that no map is kept for them."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-
-from vit import QK
 
 
 class MapCrossEntropy(torch.autograd.Function):
@@ -40,8 +40,8 @@ class MapCrossEntropy(torch.autograd.Function):
         return scale * dq, scale * dk, None, None, None
 
 
-def compare_maps(ours: QK, theirs: QK) -> tuple[Tensor, Tensor]:
-    """attention_distill.attention_loss, and the teacher's entropy."""
+def compare_maps(ours: Any, theirs: Any) -> tuple[Tensor, Tensor]:
+    """attention_distill.attention_loss of two vit.QK, and the teacher's entropy."""
     assert ours.bias is None, "a student computes its maps from queries and keys alone"
     return MapCrossEntropy.apply(ours.q, ours.k, *theirs)
 
