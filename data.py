@@ -6,7 +6,7 @@
     --data imagenet    --data-dir/train/CLASS/* and --data-dir/val/CLASS/*
     --data folder      the same, or --data-dir/CLASS/*, for your own photographs
 
-Every batch is a function of (seed, epoch, step): a resumed run sees the same images.
+Every batch is a function of (seed, epoch, step, process): a resumed run sees the same images.
 """
 
 import copy

@@ -17,11 +17,11 @@ def choose_precision(amp: str, net: nn.Module) -> torch.dtype:
     if amp == "auto" and sum(map(torch.numel, net.parameters())) < 1e6:
         amp = "off"  # its time goes into calls, not products
     elif amp == "auto":
-        amp = "bf16" if has_bf16(where) else "fp16" if where == "cuda" else "off"
+        amp = "bf16" if has_fast_bf16(where) else "fp16" if where == "cuda" else "off"
     return {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
 
 
-def has_bf16(where: str) -> bool:
+def has_fast_bf16(where: str) -> bool:
     """Whether a type of device multiplies bf16 fast. With AVX-512 alone, float32 is faster."""
     if where == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)

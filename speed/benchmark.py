@@ -31,7 +31,7 @@ import pretrain
 import recipes
 from common import launch
 from common.augment import Augment
-from common.hardware import choose_compilation, has_bf16
+from common.hardware import choose_compilation, has_fast_bf16
 from common.launch import print0
 from common.settings import parse_settings, setting
 from datasets import folders, sources
@@ -183,7 +183,7 @@ def main(settings: Settings) -> dict:
     methods = list(SCRIPTS) if settings.method == "all" else settings.method.split(",")
     if not set(methods) <= SCRIPTS.keys():
         raise ValueError(f"--method {settings.method}: choose {', '.join(SCRIPTS)}, all or loader")
-    variants = [name for name in VARIANTS if name != "plain-amp" or has_bf16(device.type)]
+    variants = [name for name in VARIANTS if name != "plain-amp" or has_fast_bf16(device.type)]
     batches = [int(word) for word in settings.batch.split(",")]
     matrix = measure.measure_matrix_rate(device)
     print0(f"{launch.device_name(device)}, matrix rate {matrix / 1e12:.4g} Tflop/s\n")

@@ -66,8 +66,8 @@ def main(settings: measure.Settings) -> dict:
     dtype, at_a_time = torch.float32, 8  # images of 197 tokens
     if device.type == "cuda":
         dtype, at_a_time = torch.bfloat16, 64
-        compiled = partial(torch.compile, dynamic=False)  # anew for each size, as in training
-        forms |= {f"{name}, compiled": compiled(form) for name, form in FORMS.items()}
+        for name, form in FORMS.items():  # compiled anew for each size, as in training
+            forms[f"{name}, compiled"] = torch.compile(form, dynamic=False)
     for name, form in forms.items():
         try:
             for tokens in TOKENS:

@@ -16,7 +16,7 @@ import torch
 
 import recipes
 from common import checkpoints, runs
-from common.hardware import has_bf16
+from common.hardware import has_fast_bf16
 from common.launch import device_name, print0
 from common.settings import Base, parse_layers, setting
 
@@ -78,7 +78,7 @@ def measure_seconds(work: Callable, device: torch.device, times: int = 1) -> flo
 def measure_matrix_rate(device: torch.device) -> float:
     """Operations per second of the device's own matrix product, in bf16 or float32, two sizes."""
     sizes = (4096, 8192) if device.type == "cuda" else (1024, 2048)
-    dtypes = [torch.float32, torch.bfloat16][: 1 + has_bf16(device.type)]
+    dtypes = [torch.float32, torch.bfloat16][: 1 + has_fast_bf16(device.type)]
     rates = []
     for n, dtype in itertools.product(sizes, dtypes):
         multiply = partial(torch.matmul, *torch.randn(2, n, n, device=device).to(dtype))

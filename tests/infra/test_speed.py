@@ -87,7 +87,7 @@ def test_all_forms_of_the_loss_have_its_gradient():
 def test_a_run_leaves_a_record_that_its_command_replaces(photos, monkeypatch):
     argv = "--method distill --batch 4,8 --steps 4 --record".split() + TINY
     monkeypatch.setattr(sys, "argv", ["benchmark", *argv])
-    monkeypatch.setattr(benchmark, "has_bf16", lambda where: False)
+    monkeypatch.setattr(benchmark, "has_fast_bf16", lambda where: False)
     monkeypatch.setattr(measure, "measure_matrix_rate", lambda device: 1e11)
     monkeypatch.setattr(loss_forms, "TOKENS", (5,))
     monkeypatch.setitem(loss_forms.FORMS, "left out", Mock(side_effect=RuntimeError))
