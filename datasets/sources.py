@@ -36,11 +36,11 @@ def hold_out(parts: Parts, share: float) -> tuple:
     if not share or not parts.train:
         return parts.train, parts.val, parts.test
     names = parts.train.names or range(len(parts.train))
-    held = torch.tensor([hash_seed("holdout", name) / 2**56 < share for name in names])
-    ours, theirs = ((held == which).nonzero()[:, 0] for which in (False, True))
-    if parts.val or not len(ours) or not len(theirs):
-        raise ValueError(f"--holdout {share}: {len(held)} images are too few, or some are held out")
-    return parts.train.subset(ours.tolist()), parts.train.subset(theirs.tolist()), parts.test
+    val = [i for i, name in enumerate(names) if hash_seed("holdout", name) / 2**56 < share]
+    train = sorted({*range(len(names))} - {*val})
+    if parts.val or not train or not val:
+        raise ValueError(f"--holdout {share}: {len(names)} images are too few, or some held out")
+    return parts.train.subset(train), parts.train.subset(val), parts.test
 
 
 def draw_labels(source, count: int, seed: int):

@@ -13,6 +13,7 @@ def find_bundled(settings: Images) -> Path | None:
     """The one that was made for these images and this ViT, if there is one."""
     if settings.image_size == DATA_SETS[settings.data].image_size:
         settings = replace(settings, image_size=0)
-    made = {path: json.loads(path.read_text())["for"] for path in BUNDLED.glob("*.json")}
-    fits = (path for path, images in made.items() if images.items() <= vars(settings).items())
-    return next((path.with_suffix(".pt") for path in fits), None)
+    for path in BUNDLED.glob("*.json"):
+        if json.loads(path.read_text())["for"].items() <= vars(settings).items():
+            return path.with_suffix(".pt")
+    return None

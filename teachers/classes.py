@@ -47,6 +47,5 @@ def match_classes(model, classes: list[str]) -> list[int]:
     raise ValueError(f"{found.source} does not know these classes ({strange}): {own}")
 
 
-def split_numbers(name: str) -> list:
-    """For sorting as people do: 2 before 10."""
+def split_numbers(name: str) -> list:  # to sort as people do: 2 before 10
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
