@@ -23,8 +23,7 @@ WEIGHED = {  # five weights around what suits the size of each loss
 FAIR = Study(  # students start from sin-cos positions, as their teachers
     rows=rows.ROWS,
     base={"data": "digits", "num_labels": 100, "epochs": 450, "positions": "sincos"},
-    seeds=(100, 101), rates=RATES[1:5], decays=(0.05, 0.2, 0.5, 1.5), own=OWN
-)  # fmt: skip
+    seeds=(100, 101), rates=RATES[1:5], decays=(0.05, 0.2, 0.5, 1.5), own=OWN)  # fmt: skip
 DIGITS = FAIR._replace(base=dict(FAIR.base), rates=RATES, own=OWN | VARIED | WEIGHED)
 PLAIN = dict.fromkeys(("mixup", "cutmix", "random_erase", "smoothing", "ema", "drop_path"), 0.0)
 CIFAR = Study(  # small enough for a CPU: shifts and flips, a tenth of the labels
@@ -39,9 +38,8 @@ CIFAR = Study(  # small enough for a CPU: shifts and flips, a tenth of the label
          "beside": ("layers", (":5",))},
 )  # fmt: skip
 WIDE = CIFAR._replace(base=dict(CIFAR.base), rates=(5e-4, *RATES[:4]))  # another base: tuned anew
-RECIPE = CIFAR._replace(
-    base={"data": "cifar10", "recipe": "gpu"}, teacher={}, images=("data", "model"), own={}
-)
+RECIPE = CIFAR._replace(base={"data": "cifar10", "recipe": "gpu"}, teacher={}, own={},
+    images=("data", "model"))  # fmt: skip
 UNMIXED = {"mixup": 0.0}  # unless a table says so: the recipe of copy has MixUp
 SCENES = Study(
     rows=rows.ROWS,
@@ -62,10 +60,8 @@ STEPS = SCENES._replace(  # tuned at both ends of an axis of training
 )  # fmt: skip
 CONSTANT = STEPS._replace(joint=(1.5,))
 MAES = SCENES._replace(joint=(1.5,), rates=RATES[2:], own=OWN | dict.fromkeys(rows.MAES, COPIED))
-PHOTO_SCENES = SCENES._replace(
-    base={"data": "scenes-cifar10", "num_labels": 2000, "epochs": 20} | UNMIXED,
-    rates=RATES[:4], decays=(0.05, 0.5)
-)  # fmt: skip
+PHOTO_SCENES = SCENES._replace(rates=RATES[:4], decays=(0.05, 0.5),
+    base={"data": "scenes-cifar10", "num_labels": 2000, "epochs": 20} | UNMIXED)  # fmt: skip
 LONG = STEPS._replace(seeds=(100,), rates=(2.5e-4, 1e-3, 4e-3, 1.6e-2))  # ten times the steps
 JOINTLY = LONG._replace(joint=(1.5, 5.0))
 PHOTOS_LONG = JOINTLY._replace(base=PHOTO_SCENES.base, rates=(2.5e-4, *RATES[:5]))
@@ -98,8 +94,7 @@ AT_100 = {
 }
 AT_300 = {  # scenes-pointer has 300 steps
     f"300 scenes, {name} steps": {"num_labels": 300, "epochs": 75 * n}
-    for name, n in TIMES.items() if n > 1
-}  # fmt: skip
+    for name, n in TIMES.items() if n > 1}  # fmt: skip
 FIRST_100, _, LAST_100, _ = ({name: point} for name, point in AT_100.items())
 _, LAST_300, _ = ({name: point} for name, point in AT_300.items())
 LAST_TWINS = {"twins, 7,000 steps": TWINS["twins"] | {"epochs": 1000}}
@@ -249,6 +244,7 @@ TABLES = {
     "photos-layers": public("DeiT-Ti's maps in other layers, and controls, 96 pixels",
         rows=(SCRATCH, COPY, "copy, layers :4", "copy, layers :8", "copy, uniform maps",
         "distillation, layers all", "distillation, mean maps")),
+    "photos-heads": public("some of DeiT-Ti's heads, 96 pixels", rows=(SCRATCH, COPY, *rows.HEADS)),
     "photos-deit-long": public("DeiT's maps, 96 pixels, 90 epochs", points=LONGER, rows=LEARNERS),
     "photos-128": public("DeiT-Ti's maps, photographs, 128 pixels", points=AT_128,
         contrasts=OF_GAIN, fewer={"90 epochs": ((SCRATCH,), 3)}),
