@@ -48,6 +48,7 @@ CONTROLS = {
     "distillation, random teacher": Row("distill", "random", tuned_as=DISTILLATION),
 }
 PARTS = {f"copy of {part}": copied(lend=part) for part in ("q", "k", "v", "qkv")}
+HEADS = {f"copy of {n} of 3 heads": copied(lend=f"qk:{n}") for n in (1, 2)}
 SINGLE = {f"copy, layer {i}": copied(layers=str(i)) for i in range(4)}
 LAYERS = {f"copy, layers {which}": copied(layers=which) for which in (":2", "2:4", ":4", ":8")}
 LAYERS |= {"distillation, layers all": distilled(layers="all")}
@@ -118,5 +119,5 @@ LOSSES = {
     f"distillation by {loss}": Row("variants", "pre-trained", {"how": "distill", "loss": loss})
     for loss in ("cross-entropy", "jensen-shannon", "squared", "scores")
 }
-ROWS = MAIN | FEATURES | CONTROLS | START | PARTS | SINGLE | LAYERS | KNOWING | NARROW | WHOSE
+ROWS = MAIN | FEATURES | CONTROLS | START | PARTS | HEADS | SINGLE | LAYERS | KNOWING | NARROW | WHOSE
 ROWS |= ORACLE | ABOVE | PIXELS | OTHERS | FINE_TUNED | ALONE | WHY | LOSSES

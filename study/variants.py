@@ -41,7 +41,7 @@ LOSSES = "cross-entropy", "jensen-shannon", "squared", "scores"
 class Settings(recipes.TransferSettings):
     how: str = setting("copy", "how: " + ", ".join(HOW), HOW)
     maps: str = setting("teacher", "maps to copy or distill: " + ", ".join(MAPS), MAPS)
-    lend: str = setting("qk", "which of q, k, v are copied", ("qk", "q", "k", "v", "qkv"))
+    lend: str = setting("qk", "what to copy", ("qk", "q", "k", "v", "qkv", "qk:1", "qk:2"))
     loss: str = setting("cross-entropy", "of maps: " + ", ".join(LOSSES), LOSSES)
     start: str = setting("random", "the student's first weights", ("random", "teacher"))
     class_weight: float = setting(1.0, "weight of the classification loss")
@@ -60,13 +60,16 @@ parse = partial(parse_settings, __doc__, Settings, attention_distill.RECIPES)
 
 
 def predict_with_parts(student: ViT, images: Tensor, teacher: ViT, layers, parts: str) -> Tensor:
-    """As attention_copy.predict, but `parts` of q, k and v are the teacher's."""
+    """As attention_copy.predict, but `parts` of q, k and v are the teacher's; qk:1: in one head."""
+    parts, _, heads = parts.partition(":")
+    first = int(heads or teacher.config.heads)
     factors = student.draw_drop_path(len(images))
     x, y = student.embed(images), teacher.embed(images)
     for i, (ours, theirs) in enumerate(zip(student.blocks, teacher.blocks, strict=True)):
         if i in layers:
             own, lent = ours.attn.project(ours.norm1(x)), theirs.attn.project(theirs.norm1(y))
-            pairs = zip("qkv", own, lent, strict=True)
+            mixed = torch.cat([lent[:, :, :first], own[:, :, first:]], dim=2)
+            pairs = zip("qkv", own, mixed, strict=True)
             q, k, v = (b if part in parts else a for part, a, b in pairs)
             seen = rearrange(attend(QK(q, k), v), "b h n d -> b n (h d)")
             x = x + factors[i][0] * ours.attn.proj(seen)
