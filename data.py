@@ -41,7 +41,7 @@ class Data(NamedTuple):
     fingerprint: str = ""  # of all image files; a bundled set has none
 
     def check_classes(self) -> None:
-        """ValueError if there is nothing to tell apart."""
+        """ValueError if there is one class, or one without training images."""
         if len(self.classes) < 2:
             raise ValueError("the images are of one class: each needs a folder, or see --classes")
         if absent := {*range(len(self.classes))} - {*self.train.source.labels.tolist()}:
@@ -118,7 +118,7 @@ class Train:
         if self.batch % self.world or self.batch > len(source):
             most = f"at most the {len(source)} training images"
             raise ValueError(f"--batch {self.batch}: {most}, in multiples of {self.world}")
-        self.steps = len(source) // self.batch  # of an epoch: full batches, others wait
+        self.steps = len(source) // self.batch  # of an epoch: full batches only
         mixes = settings.mixup, settings.cutmix
         self.mix = build_mix(*mixes, classes) if any(mixes) else None
 

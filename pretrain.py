@@ -69,7 +69,7 @@ parse = partial(parse_settings, __doc__, Settings, RECIPES)
 
 
 class MAE(nn.Module):
-    """An encoder that sees the visible patches, and a decoder that reconstructs all of them."""
+    """An encoder that sees the visible patches, and a decoder that reconstructs all patches."""
 
     def __init__(self, encoder: vit.ViT, settings: Settings):
         super().__init__()
@@ -111,7 +111,7 @@ class MAE(nn.Module):
         return reconstructed, (ids_restore >= self.visible).float()
 
     def get_target(self, images: Tensor) -> Tensor:
-        """The pixels of each patch (B, N, p*p*c), normalised within the patch (MAE, section 4)."""
+        """Pixels of each patch (B, N, p*p*c), with --norm-pix-loss normalised (MAE, section 4)."""
         pixels = patchify(self.encoder.normalise(images), self.config.patch)
         if not self.norm_pix_loss:
             return pixels

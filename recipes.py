@@ -56,7 +56,7 @@ class Images(Base):
     distractors: int = setting(1, high=20, only="digits")  # beside a digit of --data digits
     scene: str = setting("pointer", "pointer or twins", ("pointer", "twins"), only="scenes")
     dial: float = setting(0.0, high=1, only="scenes")  # share of pointers that point to one cell
-    classes: str = setting("all", only="digits scenes")  # which of the ten, or of a scene's
+    classes: str = setting("all", only="digits scenes")  # which are shown, written like --layers
     label: str = setting("class", choices=("class", "cell"), only="scenes")  # (cell: to measure)
     workers: int = setting(8, "processes that decode images, per GPU", free=True)
     device: str = setting("auto", "cpu, cuda, mps, or auto", free=True)
@@ -68,7 +68,7 @@ class Settings(Images):
 
     method: ClassVar[Any]  # names the run's folder
     teacher = ""  # a setting of most methods
-    num_labels: int = setting(0, "labelled images, as many of each class (0: all)")
+    num_labels: int = setting(0, "labelled images, equally many per class (0: all)")
     subset_seed: int = setting(-1, low=-1)  # draws them (-1: seed does)
     seed: int = setting(0, "random seed of everything", high=2**63 - 1)
     crop_area: float = setting(0.0, CROP, high=1, only=OF_PHOTOS)

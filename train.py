@@ -42,7 +42,7 @@ class Task:
 
 
 def fit(task: Task, settings: Settings, test: Callable | None = None) -> dict:
-    """Trains the task's net. Returns the last row of its log, with `test_top1`.
+    """Trains the task's net. Returns the last row of its log, `test_top1` if tested.
 
     `test(net)` -> {"predicted", "labels"}: for methods without predict. With --ema the average of
     the weights is reported and saved. Raises Failed if the loss is no longer finite.

@@ -70,7 +70,7 @@ class Augment:
 
 
 def rand_augment(magnitude: int, mean: Sequence[float], interpolation: str) -> Callable:
-    """RandAugment (Cubuk et al. 2020) as timm has it. `mean`: the colour that fills gaps."""
+    """torchvision's RandAugment (Cubuk et al. 2020), on timm's scale. `mean`: colour of gaps."""
     from torchvision.transforms import InterpolationMode, v2  # slow to import
 
     how = dict(interpolation=InterpolationMode(interpolation), fill=[round(255 * x) for x in mean])

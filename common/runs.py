@@ -21,7 +21,7 @@ FILES = ("last.pt", "model.pt", "test.pt", "log.jsonl", "config.json")
 
 
 def get_folder(settings) -> Path:
-    """--out, or a name that says what is trained: a student of a public ViT has that one's size."""
+    """--out, or a name that says what is trained. A public teacher's name replaces --model."""
     model, teacher = settings.model, settings.teacher.partition("=")[0]
     is_file = re.search(r"[/\\]|\.(pt|pth|tar|bin|safetensors)$", teacher)
     if not is_file and teacher not in ("", "auto", "pretrain", "none", "random", "mae"):

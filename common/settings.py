@@ -19,11 +19,11 @@ Recipes = dict[str, dict[str, Any]]  # recipe: setting: default
 
 
 def setting(default, help="", choices=None, low=0, high=math.inf, free=False, only=""):
-    """A field that is also a flag of its default's type, or words without one if that is a tuple.
+    """A field that is also a flag of its default's type. A tuple takes words without a flag.
 
     Without help it works the same, but --help does not list it. `low`, `high`: bounds of a number,
     or of the number of words. `free`: may change between a run and its --resume.
-    `only`: the data sets with which --help lists it, as words.
+    `only`: beginnings of the data sets that accept it, as words.
     """
     about = dict(help=help, choices=choices, low=low, high=high, free=free, only=only)
     return field(default=default, metadata=about)

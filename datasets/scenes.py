@@ -76,7 +76,7 @@ def draw_scenes(part: str, source: Tensors, kinds: list[int], settings, grid, dr
 def draw_pointers(count: int, grid: int, images, starts, sizes, dial: float, draws):
     """Cells (count, grid^2, c, p, p); what is pointed to: its kind (count,), its cell (count,).
 
-    Of each kind, `images` (n, c, p, p) holds so many (`sizes`), from a number on (`starts`).
+    `images` (n, c, p, p) are sorted by kind: each has `sizes` images, from index `starts` on.
     """
     kinds = torch.randint(len(sizes), (count, grid**2), generator=draws)
     which = (torch.rand(kinds.shape, generator=draws) * sizes[kinds]).long()

@@ -1,4 +1,4 @@
-"""Draws the pictures of gallery/README.md, from this repository alone.
+"""Draws the pictures of gallery/README.md that need nothing but this repository.
 
     python -m gallery.draw                      all of them
     python -m gallery.draw pointer.gif          one

@@ -57,7 +57,7 @@ class Settings(recipes.Settings):
 
 SHARED = dict(num_labels=0, weight_decay=0.05, beta2=0.95, ema=0.0, final_lr=0.0, drop_path=0.0)
 PHOTOS = SHARED | dict(random_erase=0.0, randaugment=0, mixup=0.0, cutmix=0.0, clip=0.0)
-RECIPES = merge_recipes(  # but for the epochs those of pretrain.py
+RECIPES = merge_recipes(  # near pretrain.py's
     recipes.RECIPES,
     digits=SHARED | dict(model="nano", epochs=40, batch=128, blr=4e-3),
     cifar=PHOTOS | dict(model="mini", epochs=200, warmup=0.05, batch=1024, blr=2.5e-4),
@@ -173,7 +173,7 @@ def export(net: nn.Module) -> dict:
 def classify_by_neighbours(net: nn.Module, dataset: data.Data) -> dict[str, Tensor]:
     """Classes of the test images by the 20 nearest neighbours of class tokens, and the true ones.
 
-    They are among 4,000 training images. Each votes with exp(cosine similarity / 0.07), as DINO's.
+    The 20 are among 4,000 training images, and vote with exp(cosine similarity / 0.07) as in DINO.
     """
     vit, (bank, labels) = getattr(net, "vit", net), dataset.train.first(4000)
     known = torch.cat([F.normalize(get_class_token(vit, some)) for some in bank.split(256)])

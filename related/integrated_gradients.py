@@ -7,11 +7,11 @@ net's output F on the way from a black image x0 (Sundararajan et al. 2017):
 
 While a small student learns, some images (--overlay) are half image, half map
 of the teacher. Its softened classes and attention transfer at one middle layer
-(related/activations.py) may be added. Both are of the image itself.
+(related/activations.py) may be added. For both the teacher sees the plain image.
 
     python -m related.integrated_gradients               trains a teacher first
     python -m related.integrated_gradients --overlay 0 --out runs/no   control
-    python -m related.integrated_gradients --shuffle --out runs/others  the same
+    python -m related.integrated_gradients --shuffle --out runs/others   control
 
 A map belongs to one fixed image. So the images of the first epochs (--bank) are
 cropped and placed once, and then used in all epochs. Here F is the logit of the
@@ -81,9 +81,9 @@ def make_hint(gradients: Tensor) -> Tensor:
 
 
 def lay_over(images_maps: Tensor, draws: BatchRandom, overlay: float) -> Tensor:
-    """Turns some images (B, 2 C, H, W) into half image, half map. Maps come in behind the images.
+    """Turns some images (B, 2 C, H, W) into half image, half map. Maps are the last C channels.
 
-    The images themselves go out there.
+    In the output these are the plain images.
     """
     images, maps = images_maps.chunk(2, dim=1)
     drawn = draws.uniform(1)[:, :, None, None] < overlay

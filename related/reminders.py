@@ -118,7 +118,7 @@ def locate_patches(patches: int) -> Tensor:
 
 
 def map_loss(log_map: Tensor, targets: Tensor) -> Tensor:
-    """KL divergence of maps (B, patches) from maps spread over the right place, in nats."""
+    """KL divergence of maps spread over the right place from maps (B, patches), in nats."""
     right = locate_patches(log_map.shape[1]).to(targets.device) == targets[:, None]
     p = right / right.sum(dim=1, keepdim=True)
     return F.kl_div(log_map, p, reduction="batchmean")

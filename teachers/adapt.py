@@ -50,7 +50,7 @@ def adapt(teacher: vit.ViT, student: vit.ViT, layers, teacher_layers=(), heads=(
     """Who lends a teacher's maps to a student: the teacher itself, or a TeacherAdapter.
 
     `layers` of the student take the maps of `teacher_layers` (none: of the same numbers). `heads`:
-    which of the teacher's (none: all). ValueError where a map of one cannot be one of the other's.
+    which of the teacher's (none: all). ValueError if layers, heads or tokens do not match.
     """
     theirs, ours, sources = teacher.config, student.config, list(teacher_layers or layers)
     if len(sources) != len(layers) or sources[-1] >= theirs.depth:
