@@ -37,7 +37,7 @@ CIFAR = Study(  # small enough for a CPU: shifts and flips, a tenth of the label
          DISTILLATION: ("layers", (":5",)), TUNED: ("layer_decay", (0.75,)),
          "beside": ("layers", (":5",))},
 )  # fmt: skip
-WIDE = CIFAR._replace(base=dict(CIFAR.base), rates=(5e-4, *RATES[:4]))  # another base: tuned anew
+WIDE = CIFAR._replace(base=dict(CIFAR.base), rates=(5e-4, *RATES))  # another base: tuned anew
 RECIPE = CIFAR._replace(base={"data": "cifar10", "recipe": "gpu"}, teacher={}, own={},
     images=("data", "model"))  # fmt: skip
 UNMIXED = {"mixup": 0.0}  # unless a table says so: the recipe of copy has MixUp
