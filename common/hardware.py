@@ -12,7 +12,7 @@ from common.launch import Failed, is_out_of_memory
 
 
 def choose_precision(amp: str, net: nn.Module) -> torch.dtype:
-    """The dtype of matrix products. auto: bf16 where fast, else fp16 on CUDA; float32 if small."""
+    """The dtype of matrix products. auto: bf16 where fast, else fp16 on CUDA, else float32."""
     where = next(net.parameters()).device.type
     if amp == "auto" and sum(map(torch.numel, net.parameters())) < 1e6:
         amp = "off"  # its time goes into calls, not products

@@ -57,7 +57,7 @@ class Settings(recipes.Settings):
 
 SHARED = dict(num_labels=0, weight_decay=0.05, beta2=0.95, ema=0.0, final_lr=0.0, drop_path=0.0)
 PHOTOS = SHARED | dict(random_erase=0.0, randaugment=0, mixup=0.0, cutmix=0.0, clip=0.0)
-RECIPES = merge_recipes(  # near pretrain.py's
+RECIPES = merge_recipes(  # close to pretrain.py's
     recipes.RECIPES,
     digits=SHARED | dict(model="nano", epochs=40, batch=128, blr=4e-3),
     cifar=PHOTOS | dict(model="mini", epochs=200, warmup=0.05, batch=1024, blr=2.5e-4),

@@ -10,8 +10,8 @@ of the teacher. Its softened classes and attention transfer at one middle layer
 (related/activations.py) may be added. For both the teacher sees the plain image.
 
     python -m related.integrated_gradients               trains a teacher first
-    python -m related.integrated_gradients --overlay 0 --out runs/no   control
-    python -m related.integrated_gradients --shuffle --out runs/others   control
+    python -m related.integrated_gradients --overlay 0 --out runs/no   no maps
+    python -m related.integrated_gradients --shuffle --out runs/others   others' maps
 
 A map belongs to one fixed image. So the images of the first epochs (--bank) are
 cropped and placed once, and then used in all epochs. Here F is the logit of the

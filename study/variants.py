@@ -34,6 +34,7 @@ from vit import QK, Config, ViT, attend, initialise
 
 HOW = "copy", "distill", "beside", "copy-beside", "features", "pixels", "probe"
 MAPS = "teacher", "other", "mean", "uniform", "centre", "impulse", "tokens"
+LENT = "qk", "q", "k", "v", "qkv", "qk:1", "qk:2"
 LOSSES = "cross-entropy", "jensen-shannon", "squared", "scores"
 
 
@@ -41,7 +42,7 @@ LOSSES = "cross-entropy", "jensen-shannon", "squared", "scores"
 class Settings(recipes.TransferSettings):
     how: str = setting("copy", "how: " + ", ".join(HOW), HOW)
     maps: str = setting("teacher", "maps to copy or distill: " + ", ".join(MAPS), MAPS)
-    lend: str = setting("qk", "what to copy", ("qk", "q", "k", "v", "qkv", "qk:1", "qk:2"))
+    lend: str = setting("qk", "what is copied (qk:1: of one head): " + ", ".join(LENT), LENT)
     loss: str = setting("cross-entropy", "of maps: " + ", ".join(LOSSES), LOSSES)
     start: str = setting("random", "the student's first weights", ("random", "teacher"))
     class_weight: float = setting(1.0, "weight of the classification loss")
@@ -177,9 +178,8 @@ def make_alone(settings: Settings, dataset: data.Data, checkpoint) -> train.Task
         alone.loss = partial(loss_pixels, settings=settings)
         alone.export = export
         return alone
-    net.requires_grad_(False)
-    for part in (net.fc_norm, net.head):
-        part.requires_grad_(True)
+    for name, p in net.named_parameters():
+        p.requires_grad_(name.startswith(("fc_norm.", "head.")))
     return alone
 
 
