@@ -49,14 +49,13 @@ def load(settings, kind, size: int, device) -> Parts:
         raise ValueError(f"--image-size {size}: choose {3 * cell}, {5 * cell} or {7 * cell}")
     cells = [f"cell {i}" for i in range(grid**2)]
     labels = cells if settings.label == "cell" else [names[kind] for kind in kinds]
-    train, val, test = [
-        draw_scenes(part, pool, kinds, settings, grid, seeded("scenes", settings.scene, part))
-        for part, pool in zip(COUNT, pools, strict=True)
-    ]
+    draws = [seeded("scenes", settings.scene, part) for part in COUNT]
+    parts = zip(COUNT, pools, draws, strict=True)
+    train, val, test = (draw_scenes(*part, kinds, settings, grid) for part in parts)
     return Parts(labels, train, val, test, augment)
 
 
-def draw_scenes(part: str, source: Tensors, kinds: list[int], settings, grid, draws) -> Tensors:
+def draw_scenes(part: str, source: Tensors, draws, kinds: list[int], settings, grid) -> Tensors:
     """Scenes (n, c, size, size) of 0..1 and their labels (n,), known by the files of `source`."""
     device, images, labels = source.images.device, source.images.cpu(), source.labels.cpu()
     images = (images if images.ndim == 4 else images[:, None])[labels.argsort(stable=True)]

@@ -16,9 +16,7 @@ from data import Data
 from recipes import Images, Settings, TransferSettings
 from teachers.adapt import Teacher, adapt
 from teachers.bundled import find_bundled
-from teachers.load import build, build_vit, make_config, read_checkpoint
-
-SIZE = {"dim": "model", "depth": "model", "heads": "model", "patch": "patch"}  # field: flag
+from teachers.load import build, build_vit, get_size, make_config, read_checkpoint
 
 
 def find_teacher(settings: Settings, dataset: Data) -> Checkpoint | None:
@@ -58,11 +56,6 @@ def find_teacher(settings: Settings, dataset: Data) -> Checkpoint | None:
     if dataset.image_size // theirs["patch"] < 8 < theirs["image_size"] // theirs["patch"]:
         print0(f"note: {source} sees little at {dataset.image_size} pixels: try more --image-size")
     return checkpoint
-
-
-def get_size(settings: Settings, asked: vit.Config) -> dict[str, int]:
-    """What --model and --patch say of a ViT, where they are given."""
-    return {name: getattr(asked, name) for name, flag in SIZE.items() if flag in settings.given}
 
 
 def make_pair(

@@ -121,6 +121,12 @@ def make_config(settings: recipes.Settings, dataset: Data, **changes) -> vit.Con
     return replace(config, **changes)
 
 
+def get_size(settings: recipes.Settings, asked: vit.Config) -> dict[str, int]:
+    """What --model and --patch say of a ViT, where they are given."""
+    flags = {"dim": "model", "depth": "model", "heads": "model", "patch": "patch"}
+    return {name: getattr(asked, name) for name, flag in flags.items() if flag in settings.given}
+
+
 def new_vit(settings: recipes.Settings, dataset: Data, **changes) -> vit.ViT:
     """A random one, on the CPU. Call torch.manual_seed before."""
     return build(make_config(settings, dataset, **changes), settings.drop_path, settings.positions)
