@@ -43,8 +43,9 @@ class Data(NamedTuple):
     def check_classes(self) -> None:
         """ValueError if there is one class, or one without training images."""
         if len(self.classes) < 2:
-            raise ValueError("the images are of one class: each needs a folder, or see --classes")
-        if absent := {*range(len(self.classes))} - {*self.train.source.labels.tolist()}:
+            raise ValueError("the images are of one class: each needs a folder (scenes: --classes)")
+        seen = self.train.source.labels.tolist() if self.train else range(len(self.classes))
+        if absent := {*range(len(self.classes))} - {*seen}:
             few = f"{len(absent)} of {len(self.classes)} classes ({self.classes[min(absent)]})"
             raise ValueError(f"{few} have no image to train on: add some, or raise --num-labels")
 
@@ -78,7 +79,7 @@ class Data(NamedTuple):
 def load(settings: Images, train: bool = True) -> Data:
     """The data set of the settings. With train=False its validation and test images only."""
     kind, device = DATA_SETS[settings.data], get_device(settings.device)
-    size, place = settings.image_size or kind.image_size, (device, rank(), world())
+    size, place = settings.image_size or kind.image_size, (rank(), world())
     check_choices(settings)
     module = importlib.import_module(f"datasets.{kind.module}")
     parts = module.load(settings, kind, size, device)
@@ -131,8 +132,7 @@ class Train:
         order = torch.randperm(len(self), generator=seeded(seed, epoch))[: steps * batch]
         mine = slice(self.rank * share, (self.rank + 1) * share)
         batches = self.source.batches(order.view(steps, batch)[start:, mine], (seed, epoch))
-        for step, pair in enumerate(batches, start):
-            images, labels = (x.to(self.device, non_blocking=True) for x in pair)
+        for step, (images, labels) in enumerate(batches, start):
             draws = BatchRandom(seeded(seed, epoch, step), batch, mine, self.device)
             reseed(self.device, seed, epoch, step, self.rank)  # for what PyTorch draws by itself
             images = self.augment(to_pixels(images), draws)
@@ -153,7 +153,6 @@ class Eval:
     """Images for evaluation."""
 
     source: Any
-    device: torch.device
     rank: int
     world: int
 
@@ -164,5 +163,4 @@ class Eval:
         """This process' share of all images, in order, as they are: images, and labels (B,)."""
         order = torch.arange(len(self))[self.rank :: self.world]
         for images, labels in self.source.batches(order.split(batch) if len(order) else ()):
-            images = images.to(self.device, non_blocking=True)
-            yield to_pixels(images), labels.to(self.device, non_blocking=True)
+            yield to_pixels(images), labels

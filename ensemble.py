@@ -37,7 +37,7 @@ class Settings(recipes.Images):
     image_size: int = setting(0, "pixels per side [the checkpoint's]", high=4096)
     normalization: str = setting("", recipes.NORMALIZATION, ("", *recipes.NORMALIZATIONS))
     amp: str = setting("auto", "mixed precision", ("auto", "off", "bf16", "fp16"))
-    holdout: float = setting(-1.0, "validation fraction (-1: as trained, 0: all)", low=-1, high=0.9)
+    holdout: float = setting(-1.0, "validation fraction (-1: as trained)", low=-1, high=0.9)
     part: str = setting("test", "test (to report) or val (to choose by)", ("test", "val"))
     batch: int = setting(256, "images at a time", low=1)
 
@@ -62,8 +62,9 @@ def evaluate(paths, settings: Settings) -> dict:
         for model, p in zip(models, found, strict=True)
     ]
     together = compute_top1(torch.stack(found).sum(dim=0).argmax(dim=-1), labels)
-    part = "test" if dataset.val is dataset.test else settings.part
-    about = {"data": settings.data, "part": part, "images": len(labels)}
+    held = f"--holdout {dataset.holdout}" if dataset.holdout else "test"
+    part = held if dataset.val is dataset.test else settings.part
+    about = dict(data=settings.data, part=part, images=len(labels), classes=len(dataset.classes))
     return about | {"members": members, "ensemble_top1": together}
 
 
@@ -94,6 +95,7 @@ def choose_images(settings: Settings, *checkpoints: Checkpoint) -> Settings:
 @torch.no_grad()
 def run_models(models: list[Model], dataset: data.Data, settings: Settings) -> list[Tensor]:
     """Class probabilities (images, classes) of each model, and last the labels (images,)."""
+    dataset.check_classes()
     columns = [match_classes(model, dataset.classes) for model in models]
     batches: list[list[Tensor]] = []
     for images, labels in getattr(dataset, settings.part).in_order(settings.batch):
@@ -110,7 +112,8 @@ def run_models(models: list[Model], dataset: data.Data, settings: Settings) -> l
 def main(settings: Settings) -> dict:
     launch.require_one_process()
     result = evaluate(settings.checkpoints, settings)
-    print(f"top-1 on {result['images']:,} images of {result['data']} ({result['part']})")
+    images = f"{result['images']:,} images of {result['classes']:,} classes"
+    print(f"top-1 on {images} ({result['data']}, {result['part']})")
     for member in result["members"]:
         seen = member["learned_from"]
         note = f" ({seen:,} of these images were TRAINED ON)" if seen else ""

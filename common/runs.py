@@ -22,9 +22,9 @@ FILES = ("last.pt", "model.pt", "test.pt", "log.jsonl", "config.json")
 
 def get_folder(settings) -> Path:
     """--out, or a name that says what is trained. A public teacher's name replaces --model."""
-    model, teacher = settings.model, settings.teacher.partition("=")[0]
-    is_file = re.search(r"[/\\]|\.(pt|pth|tar|bin|safetensors)$", teacher)
-    if not is_file and teacher not in ("", "auto", "pretrain", "none", "random", "mae"):
+    model, teacher = settings.model, Path(settings.teacher.partition("=")[0]).name
+    teacher = re.sub(r"(\.(pt|pth|tar|bin|safetensors))+$", "", teacher)
+    if teacher not in ("", "auto", "pretrain", "none", "random", "mae", "model"):
         model = teacher
     return Path(settings.out or f"runs/{settings.method}-{settings.data}-{model}-s{settings.seed}")
 
@@ -104,7 +104,7 @@ def check_finite(values: dict[str, Any]) -> None:
     for name, value in values.items():
         if not torch.isfinite(value):
             remedy = "try --amp off; to train, a lower learning rate or a longer --warmup"
-            raise Failed(f"{name} is no longer finite: {remedy} (last.pt is the last good state)")
+            raise Failed(f"{name} is no longer finite: {remedy} (last.pt, if any, is still good)")
 
 
 def begin(out: Path, run: dict, settings, learner, rows: list[dict]) -> None:

@@ -142,7 +142,7 @@ class Files(Dataset):
 
     def batches(self, order, key: tuple = ()) -> Iterator[tuple[Tensor, Tensor]]:
         """Images (uint8) and labels of each row of `order`. key: (seed, epoch) of random crops."""
-        pin = self.device.type == "cuda"
+        pin = self.device.type == "cuda"  # elsewhere the copy must not be late (pytorch#189690)
         usual = min(self.settings.workers, len(order), count_cores())
         workers: Any = 0 if self.held and not pin else usual  # to crop is less than to start them
         if key:
@@ -150,9 +150,10 @@ class Files(Dataset):
         rows = ([(*key, i) for i in indices.tolist()] for indices in order)
         start = "fork" if workers and sys.platform == "linux" else None
         how = dict(num_workers=workers, pin_memory=pin, multiprocessing_context=start)
-        loader = DataLoader(self, batch_sampler=rows, **how)
         try:
-            yield from loader
+            for pair in DataLoader(self, batch_sampler=rows, **how):
+                images, labels = (x.to(self.device, non_blocking=pin) for x in pair)
+                yield images, labels
         except (ConnectionError, EOFError) as error:  # in the middle of a batch
             raise RuntimeError("a DataLoader worker was killed") from error
 

@@ -51,7 +51,7 @@ def load(settings, kind, size: int, device) -> Parts:
     labels = cells if settings.label == "cell" else [names[kind] for kind in kinds]
     draws = [seeded("scenes", settings.scene, part) for part in COUNT]
     parts = zip(COUNT, pools, draws, strict=True)
-    train, val, test = (draw_scenes(*part, kinds, settings, grid) for part in parts)
+    train, val, test = [draw_scenes(*part, kinds, settings, grid) for part in parts]
     return Parts(labels, train, val, test, augment)
 
 

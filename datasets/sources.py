@@ -39,7 +39,7 @@ def hold_out(parts: Parts, share: float) -> tuple:
     val = [i for i, name in enumerate(names) if hash_seed("holdout", name) / 2**56 < share]
     train = sorted({*range(len(names))} - {*val})
     if parts.val or not train or not val:
-        raise ValueError(f"--holdout {share}: too few images ({len(names)}), or some are held out")
+        raise ValueError(f"--holdout {share}: too few images ({len(names)}), or val/ exists: try 0")
     return parts.train.subset(train), parts.train.subset(val), parts.test
 
 

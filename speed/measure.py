@@ -3,7 +3,6 @@
 import itertools
 import json
 import platform
-import resource
 import statistics
 import sys
 import time
@@ -91,6 +90,8 @@ def read_peak(device: torch.device) -> float:
     """The most memory in GiB that this process has taken so far."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
+    import resource  # Windows has none
+
     unit = 2**30 if sys.platform == "darwin" else 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 

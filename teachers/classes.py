@@ -42,9 +42,10 @@ def match_classes(model, classes: list[str]) -> list[int]:
     for ours, theirs in (known, classes), words, numbers:
         if theirs and set(theirs) <= set(ours) and len(ours) == outputs:
             return [ours.index(name) for name in theirs]
-    strange = ", ".join(sorted({*words[1]} - {*words[0]})[:3])
-    own = f"its {outputs} outputs are such as {known[0]}, and capitals count"
-    raise ValueError(f"{found.source} does not know these classes ({strange}): {own}")
+    strange = ", ".join(sorted({*words[1]} - {*words[0]})[:3]) or len(classes)
+    own = f"such as {known[0]}, and capitals count" if found.classes else "without names"
+    own = f"does not know these classes ({strange}): it has {outputs}, {own}"
+    raise ValueError(f"{found.source} {own}")
 
 
 def split_numbers(name: str) -> list:  # to sort as people do: 2 before 10

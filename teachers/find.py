@@ -10,7 +10,7 @@ import torch
 import vit
 from common import runs
 from common.checkpoints import Checkpoint
-from common.launch import print0, run_first, world
+from common.launch import collect, print0, run_first, world
 from common.settings import get_values, parse_layers
 from data import Data
 from recipes import Images, Settings, TransferSettings
@@ -86,7 +86,6 @@ def make_teacher(script, settings: Settings, dataset: Data, **changes) -> Path:
     changes |= {"batch": min(own.batch, dataset.available) // world() * world()}
     own = replace(own, **{name: getattr(settings, name) for name in shared} | changes)
     facts = get_values(own, free=False) | changes
-    del facts["amp"]
     facts |= {"method": own.method, "images": (dataset.available, dataset.fingerprint)}
     out = Path("runs", f"teacher-{own.data}-{own.model}-{runs.hash_settings(facts)}")
     own = replace(own, out=str(out), resume=True)
@@ -96,7 +95,7 @@ def make_teacher(script, settings: Settings, dataset: Data, **changes) -> Path:
         runs.check_folder(own)
     with contextlib.ExitStack() as stack:  # locked until it is made: other processes wait for it
         run_first(lambda: stack.enter_context(runs.lock(out, wait=True)))
-        if not (out / "model.pt").is_file():
+        if not collect((out / "model.pt").is_file())[0]:  # whatever the others see by now
             print0(f"No teacher in {out} yet: making one first, by its own recipe.")
             script.main(own)
             print0("The teacher is ready. Now the student:")
