@@ -82,13 +82,14 @@ def make_teacher(script, settings: Settings, dataset: Data, **changes) -> Path:
     """The model.pt of a script's own recipe on the same images, trained now if need be."""
     own = script.parse(["--data", settings.data])
     shared = {f.name for f in fields(Images)} - {"given", "classes", "label", "dial"}
-    shared |= {"seed", "amp", "compile", "num_labels", "subset_seed", "flip"}
+    shared |= {"seed", "amp", "compile", "num_labels", "subset_seed", "flip", "overwrite"}
     changes |= {"batch": min(own.batch, dataset.available) // world() * world()}
     own = replace(own, **{name: getattr(settings, name) for name in shared} | changes)
     facts = get_values(own, free=False) | changes
+    del facts["amp"]
     facts |= {"method": own.method, "images": (dataset.available, dataset.fingerprint)}
     out = Path("runs", f"teacher-{own.data}-{own.model}-{runs.hash_settings(facts)}")
-    own = replace(own, out=str(out), resume=True)
+    own = replace(own, out=str(out), resume=not own.overwrite)
     runs.check_folder(settings)
     dataset.check_classes()
     if not (out / "model.pt").is_file():

@@ -98,6 +98,9 @@ def test_a_teacher_is_finished_or_waited_for_and_a_run_is_not_written_over(pretr
     settings = replace(settings, out="")
     assert make_teacher(pretrain, settings, images, **own).samefile(path)
     assert len(pretrainings) == 2 and all(asked.resume for asked in pretrainings)
+    path.unlink()
+    make_teacher(pretrain, replace(settings, overwrite=True), images, **own)
+    assert pretrainings[-1].overwrite and not pretrainings[-1].resume
     path.unlink()  # and now another process makes it
     code = f"""import time; from common import runs; from pathlib import Path
 with runs.lock(Path({str(path.parent)!r})):
@@ -106,7 +109,7 @@ with runs.lock(Path({str(path.parent)!r})):
     with subprocess.Popen([sys.executable, "-c", code], **how) as other:
         assert other.stdout.readline() == b"locked\n"
         assert make_teacher(pretrain, settings, images, **own).samefile(path)
-    assert len(pretrainings) == 2
+    assert len(pretrainings) == 3
 
 
 def test_a_student_of_attention_copy_is_no_teacher():
