@@ -44,8 +44,8 @@ class Data(NamedTuple):
         """ValueError if there is one class, or one without training images."""
         if len(self.classes) < 2:
             raise ValueError("the images are of one class: each needs a folder (scenes: --classes)")
-        seen = self.train.source.labels.tolist() if self.train else range(len(self.classes))
-        if absent := {*range(len(self.classes))} - {*seen}:
+        labels = () if self.train is None else self.train.source.labels.tolist()
+        if labels and (absent := {*range(len(self.classes))} - {*labels}):
             few = f"{len(absent)} of {len(self.classes)} classes ({self.classes[min(absent)]})"
             raise ValueError(f"{few} have no image to train on: add some, or raise --num-labels")
 
