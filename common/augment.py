@@ -36,9 +36,9 @@ class BatchRandom:
     device: torch.device
 
     def uniform(self, columns: int) -> Tensor:
-        """The next numbers in 0..1: (images of this process, columns). On MPS at once."""
-        numbers = torch.rand(self.batch, columns, generator=self.generator)
-        return numbers[self.mine].to(self.device, non_blocking=self.device.type == "cuda")
+        """The next numbers in 0..1: (images of this process, columns)."""
+        numbers = torch.rand(self.batch, columns, generator=self.generator)[self.mine]
+        return numbers.to(self.device, non_blocking=self.device.type == "cuda")  # as images.Files
 
 
 def to_pixels(images: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ FILES = ("last.pt", "model.pt", "test.pt", "log.jsonl", "config.json")
 
 
 def get_folder(settings) -> Path:
-    """--out, or a name that says what is trained. A public teacher's name replaces --model."""
+    """--out, or a name that says what is trained. A teacher with a name replaces --model."""
     model, teacher = settings.model, Path(settings.teacher.partition("=")[0]).name
     teacher = re.sub(r"(\.(pt|pth|tar|bin|safetensors))+$", "", teacher)
     if teacher not in ("", "auto", "pretrain", "none", "random", "mae", "model"):

@@ -142,7 +142,7 @@ class Files(Dataset):
 
     def batches(self, order, key: tuple = ()) -> Iterator[tuple[Tensor, Tensor]]:
         """Images (uint8) and labels of each row of `order`. key: (seed, epoch) of random crops."""
-        pin = self.device.type == "cuda"  # elsewhere the copy must not be late (pytorch#189690)
+        pin = self.device.type == "cuda"  # MPS may copy too late (pytorch#189690)
         usual = min(self.settings.workers, len(order), count_cores())
         workers: Any = 0 if self.held and not pin else usual  # to crop is less than to start them
         if key:

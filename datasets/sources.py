@@ -85,5 +85,5 @@ class Tensors:
     def batches(self, order, key=None) -> Iterator[tuple[Tensor, Tensor]]:
         """The images of each row of `order`. `key` is for files, which are cropped one by one."""
         for indices in order:
-            indices = indices.to(self.images.device, non_blocking=True)  # the host does not wait
+            indices = indices.to(self.images.device, non_blocking=self.images.is_cuda)  # as Files
             yield self.images[indices], self.labels[indices]

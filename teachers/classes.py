@@ -43,9 +43,9 @@ def match_classes(model, classes: list[str]) -> list[int]:
         if theirs and set(theirs) <= set(ours) and len(ours) == outputs:
             return [ours.index(name) for name in theirs]
     strange = ", ".join(sorted({*words[1]} - {*words[0]})[:3]) or len(classes)
-    own = f"such as {known[0]}, and capitals count" if found.classes else "without names"
-    own = f"does not know these classes ({strange}): it has {outputs}, {own}"
-    raise ValueError(f"{found.source} {own}")
+    own = f"are such as {known[0]}, and capitals count" if found.classes else "have no names"
+    reason = f"does not know these classes ({strange}): its {outputs} outputs {own}"
+    raise ValueError(f"{found.source} {reason}")
 
 
 def split_numbers(name: str) -> list:  # to sort as people do: 2 before 10

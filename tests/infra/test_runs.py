@@ -82,6 +82,13 @@ def wait_for_step(run, out, beyond):
     raise AssertionError("the run ended before its time: " + run.communicate()[1])
 
 
+def test_a_run_is_named_after_its_public_teacher():
+    public = {"x.in1k=a/b.pt": "x.in1k", "a/x.in1k.safetensors": "x.in1k", "a/x.tar": "x"}
+    for teacher, name in (public | {"runs/a/model.pt": "nano", "mae": "nano"}).items():
+        settings = finetune.parse(["--model", "nano", "--teacher", teacher])
+        assert runs.get_folder(settings) == Path(f"runs/finetune-scenes-{name}-s0")
+
+
 @pytest.mark.slow
 def test_killed_and_resumed_gives_the_same_bits(tmp_path, failing):
     """And meanwhile no other process may train in the folder."""

@@ -26,7 +26,9 @@ def evaluate(*argv) -> dict:
     return ensemble.evaluate(settings.checkpoints, settings)
 
 
-def test_an_ensemble_averages_probabilities_over_the_classes_at_hand(small, photos, tmp_path):
+def test_an_ensemble_averages_probabilities_over_the_classes_at_hand(
+    small, photos, tmp_path, failing
+):
     paths = [train_on(small, tmp_path / seed, "--seed", seed)[1] for seed in ("0", "1")]
     for name in ("blue", "red"):  # two of the three classes
         shutil.copytree(photos / "val" / name, tmp_path / "subset" / name)
@@ -39,7 +41,9 @@ def test_an_ensemble_averages_probabilities_over_the_classes_at_hand(small, phot
     top1 = [100 * (x.argmax(-1) == labels).float().mean().item() for x in (*p, sum(p))]
     members = [member["top1"] for member in result["members"]]
     assert [*members, result["ensemble_top1"]] == pytest.approx(top1)
-    assert result["images"] == 10
+    assert (result["images"], result["classes"], result["part"]) == (10, 2, "test")
+    shutil.rmtree(tmp_path / "subset" / "blue")  # any answer would be right
+    failing(ensemble, argv, "one class")
 
 
 def test_a_copy_student_is_evaluated_with_its_teacher(small):
@@ -61,6 +65,7 @@ def test_the_images_are_those_that_a_checkpoint_was_trained_for(small, photos, t
     ran, path = train_on(small, tmp_path / "run", *more)
     found = ensemble.main(ensemble.parse([path]))
     assert found["data"] == "folder" and 0 < found["images"] < 15
+    assert found["part"] == f"--holdout {data.load(finetune.parse([*small, *more])).holdout}"
     assert found["members"][0]["top1"] == pytest.approx(ran["test_top1"])
     found.pop("members")
     for same in (shutil.copytree(root, tmp_path / "copied"), photos / "val" / ".." / "train"):
