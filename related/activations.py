@@ -114,6 +114,8 @@ def task(settings: Settings, dataset: data.Data) -> train.Task:
 def find_teacher(settings: Settings, dataset: data.Data) -> checkpoints.Checkpoint | None:
     """The named teacher, or one trained here first. ValueError if it is for other images."""
     if not settings.has_teacher:
+        if "teacher" in settings.given:
+            raise ValueError("--teacher teaches nothing: --model teacher, or both weights are 0")
         return None
     path = settings.teacher
     if path == "auto":

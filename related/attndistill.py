@@ -12,7 +12,7 @@ teachers have no labels. On our digits DINO made too weak a teacher, so the
 class token of ours has learned from labels.
 
     python -m related.attndistill                     trains that teacher first
-    python -m related.attndistill --teacher vit_small_patch16_224.dino
+    python -m related.attndistill --data folder --data-dir photos --teacher NAME
     python -m related.attndistill --attention-weight 0 --out runs/token  control
 
 The test classifies each class token by its 20 nearest neighbours (Caron et al.
@@ -173,7 +173,7 @@ def export(net: nn.Module) -> dict:
 def classify_by_neighbours(net: nn.Module, dataset: data.Data) -> dict[str, Tensor]:
     """Classes of the test images by the 20 nearest neighbours of class tokens, and the true ones.
 
-    The 20 are among 4,000 training images, and vote with exp(cosine similarity / 0.07) as in DINO.
+    They are among 4,000 training images, augmented, and vote with exp(cosine similarity / 0.07).
     """
     vit, (bank, labels) = getattr(net, "vit", net), dataset.train.first(4000)
     known = torch.cat([F.normalize(get_class_token(vit, some)) for some in bank.split(256)])

@@ -50,7 +50,7 @@ class Settings(recipes.Settings):
     data: str = setting("digits", "data set of the scenes: digits", ("digits",))
     reminder: str = setting("attention", "what it is for: " + ", ".join(REMINDERS), REMINDERS)
     attention_weight: float = setting(5.0, "weight of the loss of the map")
-    digits: int = setting(100, "digits in the scenes of training", low=50, high=997)
+    digits: int = setting(100, "digits in the scenes of training", low=100, high=997)
     scenes: int = setting(4000, "scenes to train on, each with one reminder", low=100)
 
 

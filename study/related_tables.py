@@ -69,6 +69,9 @@ REMINDED = {
     UNTAUGHT: Row("reminders", "", {"attention_weight": 0.0}),
 }
 STUDY = Study(ACTIVATIONS | GRADIENTS | LINEAR | ATTNDISTILL | REMINDED, {"data": "digits"})
+RATED = STUDY._replace(base=dict(STUDY.base), seeds=(100, 101), decays=(0.0,),
+    rates=(3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1),
+    own=dict.fromkeys((*LORA.values(), *AFTER.values()), ("rank", (8,))))  # fmt: skip
 
 
 def rebuild(job: Job):
@@ -137,7 +140,8 @@ TABLES = {
         against={row: "KD" if "KD and" in row else "neither" for row in GRADIENTS},
         contrasts=subtract(("IG", f"IG {OTHER}"), ("KD and IG", f"KD and IG {OTHER}"),
                            ("KD and IG", "neither"))),
-    "related-linear": related("softmax attention made linear", rows=tuple(LINEAR),
+    "related-linear-tuning": related("rates of LoRA", study=RATED, tunes=True, rows=(*RATED.own,)),
+    "related-linear": related("softmax attention made linear", study=RATED, rows=tuple(LINEAR),
         find=find_trained, against=dict.fromkeys(LINEAR, SOFTMAX),
         contrasts=subtract(*((AFTER[n], LORA[n]) for n in LORA), (AFTER[60], TAUGHT))),
     "related-attndistill": related("students without labels: class tokens and where they look; 20 "

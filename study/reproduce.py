@@ -94,7 +94,7 @@ def main(settings: Settings) -> None:
             jobs, _ = plan(table, planner, tuned, [table.first])
             used = hash_settings({name: job.out.name for name, job in jobs.items()})
             if extends and (table.find or table.fewer or old.get("settings") != used):
-                raise ValueError(f"--extend: {path} has other settings, or more than accuracies")
+                raise ValueError(f"--extend: {path}: older code, other settings, or not accuracies")
             known = old["seeds"] if extends else []
             seeds = sorted({*range(table.first, table.first + count)} - {*known})
             if not seeds:

@@ -128,8 +128,7 @@ OTHERS = ("copy, other maps", "copy, random teacher", "beside")
 public = partial(Table, study=PHOTOGRAPHS, points={ON_PHOTOGRAPHS: {}}, seeds=3,
     tuned_at=(ON_PHOTOGRAPHS,), rows=ENDS)  # fmt: skip
 TABLES = {
-    "scenes-tuning": scenes("settings for the pointer", tunes=True, rows=(*ENDS, *rows.PROBE,
-        *rows.FEATURES)),
+    "scenes-tuning": scenes("its settings", tunes=True, rows=(*ENDS, *rows.PROBE, *rows.FEATURES)),
     "scenes-tuning-dial": scenes("settings where half of the pointers point to one cell",
         tunes=True, points={HALF: DIAL[HALF]}, rows=COPIES),
     "scenes-tuning-twins": scenes("settings for the twins", tunes=True, points=TWINS, rows=ENDS),
@@ -145,10 +144,8 @@ TABLES = {
     "scenes-twins": scenes("twins: what is found is compared", points=TWINS, contrasts=subtract(
         (DISTILLATION, COPY), (TUNED, DISTILLATION)), rows=(*MAIN, MEAN, "copy, other maps",
         "distillation, layers all", "teacher's maps and weights", "distillation, mean maps")),
-    "scenes-teachers": scenes("pointer: who taught without labels, with labels, or as an MAE",
-        rows=(*ENDS, *rows.WHOSE), seeds=5),
-    "scenes-steps-tuning": steps("settings for 100 scenes, at 300 steps and at 3,000",
-        tunes=True, rows=ENDS, points=FIRST_100 | LAST_100),
+    "scenes-teachers": scenes("pointer: who taught?", rows=(*ENDS, *rows.WHOSE), seeds=5),
+    "scenes-steps-tuning": steps("100 scenes", tunes=True, rows=ENDS, points=FIRST_100 | LAST_100),
     "scenes-steps": steps("pointer: 100 labelled scenes, 300 to 9,000 steps", rows=ENDS,
         points=AT_100, tuned_at=tuple(LAST_100), fewer={"100 scenes, 900 steps":
         ((SCRATCH,), 10), "100 scenes, 9,000 steps": ((SCRATCH,), 3)}),
@@ -260,8 +257,7 @@ TABLES = {
     "photos-128-controls": public("other maps, and beside, 128 pixels", points=FIRST_128,
         rows=(COPY, DISTILLATION, *OTHERS), contrasts=subtract(("beside", DISTILLATION)),
         against=dict.fromkeys((DISTILLATION, *OTHERS), COPY)),
-    "photos-cifar10": public("DeiT-Ti's maps, CIFAR-10, 96 pixels", points=UNSEEN, rows=COPIES,
-        contrasts=OF_GAIN),
+    "photos-cifar10": public("DeiT, CIFAR-10", points=UNSEEN, rows=COPIES, contrasts=OF_GAIN),
     "photos-cifar10-more": public("DeiT-Ti's maps, CIFAR-10, against copy", points=UNSEEN,
         rows=(COPY, *SHOWN), against=dict.fromkeys(SHOWN, COPY)),
 }  # fmt: skip

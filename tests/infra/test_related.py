@@ -254,5 +254,7 @@ def test_what_cannot_teach_or_be_opened_is_refused(made, failing, photos):
     other = checkpoints.read_file(made / "softmax/model.pt") | {"classes": "ab"}
     checkpoints.save(other, Path("x.pt"))
     failing(linear_attention, ["--teacher", "x.pt"])
+    failing(linear_attention, ["--teacher", made / "linear/model.pt"], "--lora")
+    failing(activations, ["--teacher", cnn, "--at-weight", "0"], "teaches nothing")
     failing(ensemble, [made / "linear/model.pt"], "features.0")  # not with softmax attention
     assert open_model(made / "labels/model.pt").net.config.classes == 0  # its head reads the token
