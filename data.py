@@ -78,11 +78,11 @@ class Data(NamedTuple):
 
 def load(settings: Images, train: bool = True) -> Data:
     """The data set of the settings. With train=False its validation and test images only."""
-    kind, device = DATA_SETS[settings.data], get_device(settings.device)
-    size, place = settings.image_size or kind.image_size, (rank(), world())
+    row, device = DATA_SETS[settings.data], get_device(settings.device)
+    size, place = settings.image_size or row.image_size, (rank(), world())
     check_choices(settings)
-    module = importlib.import_module(f"datasets.{kind.module}")
-    parts = module.load(settings, kind, size, device)
+    module = importlib.import_module(f"datasets.{row.module}")
+    parts = module.load(settings, row, size, device, train)
     if train and not parts.train:
         raise ValueError(f"{settings.data_dir or settings.data} has no train/")
     share = settings.holdout
@@ -90,19 +90,19 @@ def load(settings: Images, train: bool = True) -> Data:
         share = 0.0 if parts.test else 0.2
     source, val, test = hold_out(parts, share)
     test = test or val or source
-    test_view = val_view = Eval(test.hold(centred=True), *place)
+    test_view = val_view = Eval(test.cache(centred=True), *place)
     if val not in (None, test):
-        val_view = Eval(val.hold(centred=True), *place)
-    found = Data(parts.classes, size, kind.mean, kind.std, None, val_view, test_view, share)
+        val_view = Eval(val.cache(centred=True), *place)
+    found = Data(parts.classes, size, row.mean, row.std, None, val_view, test_view, share)
     if not train:
         return found
     assert isinstance(settings, Settings)
     if test is source:
         print0("note: nothing is held out: accuracies will be those of training images")
     seed = settings.seed if settings.subset_seed < 0 else settings.subset_seed
-    drawn = draw_labels(source, settings.num_labels, seed).hold()
+    drawn = draw_labels(source, settings.num_labels, seed).cache()
     cropped = not isinstance(drawn, Tensors)  # files are, as they are decoded
-    augment = parts.augment or Augment(settings, kind, device, cropped)
+    augment = parts.augment or Augment(settings, row, device, cropped)
     view = Train(drawn, augment, settings, len(parts.classes), device)
     known = hash_files(source, val, test)
     return found._replace(train=view, available=len(source), fingerprint=known)

@@ -38,7 +38,7 @@ class Settings(recipes.Settings):
     decoder_depth: int = setting(1, "blocks of the decoder")
     decoder_heads: int = setting(4, "heads of the decoder", low=1)
     norm_pix_loss: bool = setting(False, "compare pixels normalised within their patch")
-    target: str = setting("masked", "predict masked patches, or a scene's cell", ("masked", "cell"))
+    target: str = setting("masked", "masked patches, or a cell", ("masked", "cell"), only="scenes")
 
 
 LABELS = {"mixup", "cutmix", "smoothing"}  # settings that need them
@@ -164,8 +164,7 @@ def main(settings: Settings) -> dict:
     target, unused = settings.target, sorted(settings.given & UNUSED[settings.target])
     if unused:
         raise ValueError(f"{format_flag(unused[0])} has no effect with --target {target}")
-    label = "cell" if target == "cell" else settings.label
-    dataset = data.load(replace(settings, label=label))
+    dataset = data.load(replace(settings, label="cell") if target == "cell" else settings)
     return train.fit(task(settings, dataset), settings)
 
 

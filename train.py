@@ -51,10 +51,10 @@ def fit(task: Task, settings: Settings, test: Callable | None = None) -> dict:
         task.data.check_classes()
     runs.check_folder(settings)
     with runs.lock(runs.get_folder(settings)) as out:
-        return train(task, settings, out, test)
+        return run_epochs(task, settings, out, test)
 
 
-def train(task: Task, settings: Settings, out: Path, test: Callable | None) -> dict:
+def run_epochs(task: Task, settings: Settings, out: Path, test: Callable | None) -> dict:
     images, epochs = task.data.train, settings.epochs
     per_epoch = images.steps
     steps, warmup = epochs * per_epoch, round(settings.warmup * epochs * per_epoch)
@@ -170,10 +170,8 @@ class Learner:
     def compute_loss(self, images: Tensor, labels: Tensor, share: float = 0.0) -> Tensor:
         with self.autocast:
             found = self.loss_module(images, labels)
-        loss, shown = found if isinstance(found, tuple) else (found, None)
-        scalars = [loss, *shown.values()] if isinstance(shown, dict) else [None]
-        words = "a loss returns a scalar tensor, and a dict of scalar tensors to log"
-        assert all(isinstance(x, Tensor) and x.ndim == 0 for x in scalars), words
+        assert isinstance(found, tuple), "a loss returns a scalar, and a dict of scalars to log"
+        loss, shown = found
         if share:
             self.add(shown | {"loss": loss}, share)
         return loss
@@ -224,7 +222,8 @@ class Learner:
         runs.check_finite(self.sums | weights)
         if rank() == 0:
             state = {name: part.state_dict() for name, part in self.parts().items()}
-            state |= {"step": self.done, "sums": self.sums, "rows": rows, "run": run}
+            state |= {"step": self.done, "rows": rows, "run": run}
+            state["sums"] = self.sums  # of this process: good enough for a log
             checkpoints.save(state | clock.row(self.done), out / "last.pt")
         clock.saved = time.perf_counter()
 

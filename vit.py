@@ -37,7 +37,7 @@ class Config:
 class QK(NamedTuple):  # where a block looks: map = softmax(q @ k.mT / sqrt(d) + bias)
     q: Tensor  # (B, H, N, d)
     k: Tensor  # (B, H, N, d)
-    bias: Tensor | None = None  # broadcasts to (B, H, N, N)
+    bias: Tensor | None = None  # (1 or B, H, N, N)
 
     def scores(self) -> Tensor:
         scores = (self.q * self.q.shape[-1] ** -0.5) @ self.k.mT
@@ -54,8 +54,8 @@ class QK(NamedTuple):  # where a block looks: map = softmax(q @ k.mT / sqrt(d) +
 
 def attend(qk: QK, v: Tensor) -> Tensor:
     """map @ v: what each query finds, (B, H, N, d). The fused kernel never stores the map."""
-    frozen = v.requires_grad and not qk.q.requires_grad  # the kernel wastes time on q's gradient
-    if v.is_cpu and (frozen or v.dtype is torch.bfloat16):  # here the plain form is faster
+    lent = v.requires_grad and not qk.q.requires_grad  # the kernel would compute q's gradient
+    if v.is_cpu and (lent or v.dtype is torch.bfloat16):  # here the plain form is faster
         return qk.map() @ v
     return F.scaled_dot_product_attention(qk.q, qk.k, v, qk.bias)
 
@@ -150,8 +150,8 @@ class ViT(nn.Module):  # pixels in 0..1 (B, C, H, W) to logits (B, classes), nam
         x = self.embed(images)
         given = [None] * len(self.blocks) if given is None else given
         factors = self.draw_drop_path(len(x)) if factors is None else factors
-        for block, lent, of_block in zip(self.blocks, given, factors, strict=True):
-            x, qk = block(x, lent, of_block)
+        for block, theirs, pair in zip(self.blocks, given, factors, strict=True):
+            x, qk = block(x, theirs, pair)
             yield x, qk
 
     def forward_features(self, images: Tensor, *args, **kwargs) -> Tensor:  # the last tokens

@@ -38,7 +38,7 @@ class BatchRandom:
     def uniform(self, columns: int) -> Tensor:
         """The next numbers in 0..1: (images of this process, columns)."""
         numbers = torch.rand(self.batch, columns, generator=self.generator)[self.mine]
-        return numbers.to(self.device, non_blocking=self.device.type == "cuda")  # as images.Files
+        return numbers.to(self.device, non_blocking=self.device.type == "cuda")  # see images.Files
 
 
 def to_pixels(images: Tensor) -> Tensor:
@@ -49,13 +49,13 @@ def to_pixels(images: Tensor) -> Tensor:
 class Augment:
     """Crop, flip, RandAugment and random erasing of pixels, as a recipe has them.
 
-    `kind`: has their mean and std. Gaps have the mean's colour, and erased boxes are noise of both.
+    `row`: has their mean and std. Gaps have the mean's colour, and erased boxes are noise of both.
     `cropped`: images.random_crop did the first three, one by one.
     """
 
-    def __init__(self, settings, kind, device, cropped: bool = False):
+    def __init__(self, settings, row, device, cropped: bool = False):
         self.settings, self.cropped = settings, cropped
-        self.mean, self.std = torch.tensor([kind.mean, kind.std], device=device)[..., None, None]
+        self.mean, self.std = torch.tensor([row.mean, row.std], device=device)[..., None, None]
 
     def __call__(self, images: Tensor, draws: BatchRandom) -> Tensor:
         own = self.settings

@@ -123,7 +123,7 @@ def parse_layers(text: str, depth: int, name: str = "layers") -> list[int]:
         spans = ":" if text == "all" else text
         if text.endswith("%"):
             share = int(text[:-1])
-            spans = f":{min(depth + 1, max(int(share > 0), depth * share // 100))}"
+            spans = f":{max(int(share > 0), depth * share // 100)}"
         for part in spans.split(","):
             bounds = [int(bound) if bound else None for bound in part.split(":")]
             if max(map(abs, filter(None, bounds)), default=0) > depth:

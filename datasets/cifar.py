@@ -10,13 +10,13 @@ from datasets import folders
 from datasets.sources import Parts, Tensors
 
 
-def load(settings, kind, size: int, device) -> Parts:
+def load(settings, row, size: int, device, train: bool = True) -> Parts:
     name, folder = settings.data, Path(settings.data_dir or f"data/{settings.data}")
     found = folders.list_subfolders(folder) if folder.is_dir() else []
     if not all(name.startswith("cifar-") for name in found):
-        return folders.load(settings, kind, size, device)  # cifar-* are torchvision's own
-    if size != kind.image_size:
-        raise ValueError(f"--image-size {size}: --data {name} has {kind.image_size}")
+        return folders.load(settings, row, size, device, train)  # cifar-* are torchvision's own
+    if size != row.image_size:
+        raise ValueError(f"--image-size {size}: --data {name} has {row.image_size}")
     from torchvision import datasets
 
     source = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
@@ -25,8 +25,8 @@ def load(settings, kind, size: int, device) -> Parts:
     except (OSError, RuntimeError) as error:  # offline, or a file that is not the one
         raise ValueError(f"cannot download {name} ({error}): {folders.ADVICE}") from error
     parts = []
-    for train in (True, False):
-        part = source(folder, train=train)
+    for which in (True, False):
+        part = source(folder, train=which)
         images = rearrange(torch.from_numpy(part.data), "b h w c -> b c h w").contiguous()
         parts.append(Tensors(images.to(device), torch.tensor(part.targets, device=device)))
     return Parts(part.classes, train=parts[0], test=parts[1])

@@ -5,7 +5,7 @@ import re
 import unicodedata
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torchvision.datasets.folder import is_image_file
@@ -29,16 +29,18 @@ class Listing(NamedTuple):
     names: list[str]  # CLASS/.../FILE, the same wherever the folder lies and whatever its disk
 
 
-def load(settings, kind, size: int, device) -> Parts:
-    """The images of --data-dir, without those that cannot be read."""
+def load(settings, row, size: int, device, train: bool = True) -> Parts:
+    """The images of --data-dir, without those that cannot be read. `train`: also to train on."""
     from datasets import images  # slow to import
 
-    folder, sources = Path(settings.data_dir or f"data/{settings.data}"), {}
+    folder, sources = Path(settings.data_dir or f"data/{settings.data}"), dict[str, Any]()
     for part, (classes, paths, labels, names) in list_parts(folder).items():
-        files = images.Files(paths, names, torch.tensor(labels), size, kind, settings, device)
+        if part == "train" and sources and not train and settings.holdout <= 0:
+            continue  # evaluation has val, and need not open a million files
+        files = images.Files(paths, names, torch.tensor(labels), size, row, settings, device)
         sources[part] = files.look_through()
-    train, val, test = map(sources.get, PARTS)
-    return Parts(classes, train, val if test else None, test or val)
+    train_part, val, test = map(sources.get, PARTS)
+    return Parts(classes, train_part, val if test else None, test or val)
 
 
 def list_parts(root: Path) -> dict[str, Listing]:
@@ -87,8 +89,7 @@ def list_images(folder: Path, classes: Collection[str] = ()) -> Listing:
     skipped: list[str] = []
     files = [*walk(folder, skipped)]
     paths = [*filter(is_image_file, files)]
-    others = sorted({*files}.difference(paths))
-    if others:
+    if others := sorted({*files}.difference(paths)):
         print0(f"note: {len(others)} files are not images of a known kind, such as {others[0]}")
     if not paths:
         raise FileNotFoundError(f"{folder} holds no images: fill or remove it")

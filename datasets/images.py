@@ -1,4 +1,4 @@
-"""Image files: decoded by worker processes or held in memory, cropped, in batches."""
+"""Image files: decoded by worker processes or cached, cropped, in batches."""
 
 import contextlib
 import hashlib
@@ -26,7 +26,7 @@ from datasets.sources import Tensors
 BICUBIC = InterpolationMode.BICUBIC
 DEEP = re.compile("^[IF]|;16[BLN]")  # modes of PIL and of its decoders with more than 8 bits
 ORIENTATION = ExifTags.Base.Orientation  # 1: upright
-HELD = 2**31  # bytes of decoded images that are kept in memory
+CACHE = 2**31  # bytes of decoded images that are kept in memory
 
 
 def read_image(path: str) -> Tensor:
@@ -81,11 +81,11 @@ class Files(Dataset):
     names: list[str]  # the same wherever their folder lies
     labels: Tensor
     size: int
-    kind: Any  # a recipes.DataSet: its mean is the colour of gaps
+    row: Any  # a recipes.DataSet: its mean is the colour of gaps
     settings: Any
     device: torch.device  # where batches go
     contents: Any = None  # hashes of what is in the files (images,)
-    held: list[Tensor] | None = None  # the decoded images, if they fit in memory
+    kept: list[Tensor] | None = None  # the decoded images, if they fit in memory
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -93,7 +93,7 @@ class Files(Dataset):
     def subset(self, indices: Sequence[int]) -> "Files":
         paths, names = [self.paths[i] for i in indices], [self.names[i] for i in indices]
         labels, contents = self.labels[indices], self.contents[indices]
-        return replace(self, paths=paths, names=names, labels=labels, contents=contents, held=None)
+        return replace(self, paths=paths, names=names, labels=labels, contents=contents, kept=None)
 
     def look_through(self) -> "Files":
         """Those that can be read, with hashes of their contents. A note names one of the others."""
@@ -111,11 +111,11 @@ class Files(Dataset):
         self.contents = torch.tensor([x if isinstance(x, int) else 0 for x in found])
         return self.subset(good)
 
-    def hold(self, centred: bool = False) -> "Files | Tensors":
+    def cache(self, centred: bool = False) -> "Files | Tensors":
         """Decoded now if they fit in memory, as Tensors if of one size. `centred`: to evaluate."""
-        if len(self) * 3 * self.size**2 > HELD:
+        if len(self) * 3 * self.size**2 > CACHE:
             return self
-        images, left = list[Tensor](), HELD
+        images, left = list[Tensor](), CACHE
         with ThreadPoolExecutor(count_cores()) as pool:
             decoded = pool.map(self.crop_centre if centred else self.shrink, range(len(self)))
             for image in decoded:
@@ -125,12 +125,12 @@ class Files(Dataset):
                     pool.shutdown(cancel_futures=True)
                     return self
         if {image.shape[1:] for image in images} != {(self.size, self.size)}:
-            return replace(self, held=images)
+            return replace(self, kept=images)
         stacked, labels = torch.stack(images).to(self.device), self.labels.to(self.device)
         return Tensors(stacked, labels, self.names, self.contents)
 
     def crop_centre(self, index: int) -> Tensor:
-        return centre_crop(self.size, self.kind.crop_pct)(read_image(self.paths[index]))
+        return centre_crop(self.size, self.row.crop_pct)(read_image(self.paths[index]))
 
     def shrink(self, index: int) -> Tensor:
         """What training crops are cut from: as large as the smallest of them needs, no larger."""
@@ -144,9 +144,9 @@ class Files(Dataset):
         """Images (uint8) and labels of each row of `order`. key: (seed, epoch) of random crops."""
         pin = self.device.type == "cuda"  # MPS may copy too late (pytorch#189690)
         usual = min(self.settings.workers, len(order), count_cores())
-        workers: Any = 0 if self.held and not pin else usual  # to crop is less than to start them
+        workers: Any = 0 if self.kept and not pin else usual  # to crop is less than to start them
         if key:
-            self.random_crop = random_crop(self.size, self.settings, self.kind.mean)
+            self.random_crop = random_crop(self.size, self.settings, self.row.mean)
         rows = ([(*key, i) for i in indices.tolist()] for indices in order)
         start = "fork" if workers and sys.platform == "linux" else None
         how = dict(num_workers=workers, pin_memory=pin, multiprocessing_context=start)
@@ -162,7 +162,7 @@ class Files(Dataset):
         label = int(self.labels[index])
         if not seed:
             return self.crop_centre(index), label
-        image = self.held[index] if self.held else self.shrink(index)
+        image = self.kept[index] if self.kept else self.shrink(index)
         reseed(torch.device("cpu"), *seed, index)
         return self.random_crop(image), label
 

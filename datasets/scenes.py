@@ -27,7 +27,7 @@ SQUARE = 0.25  # side of the square, over that of a cell
 NOISE = 0.2  # pixels of 0..1 change by up to this
 
 
-def load(settings, kind, size: int, device) -> Parts:
+def load(settings, row, size: int, device, train: bool = True) -> Parts:
     if settings.data == "scenes":
         pools = [Tensors(*part) for part in digits.read_parts(device).values()]
         names = list("0123456789")
@@ -35,11 +35,11 @@ def load(settings, kind, size: int, device) -> Parts:
         from datasets import cifar  # slow to import
 
         photos = replace(settings, data=settings.data.removeprefix("scenes-"))
-        found = cifar.load(photos, kind._replace(image_size=32), 32, device)
+        found = cifar.load(photos, row._replace(image_size=32), 32, device)
         if found.val or not found.test:
             raise ValueError(f"--data {settings.data}: --data-dir takes train/ and val/, no more")
-        held = [source.hold(centred=True) for source in hold_out(found, 0.1)]
-        pools = [replace(x, images=F.avg_pool2d(x.images / 255, 4)) for x in held]
+        cached = [source.cache(centred=True) for source in hold_out(found, 0.1)]
+        pools = [replace(x, images=F.avg_pool2d(x.images / 255, 4)) for x in cached]
         names = found.classes
     kinds = parse_layers(settings.classes, len(names), "classes")
     if settings.scene == "twins" and (settings.dial or len(kinds) < 3):
@@ -51,8 +51,8 @@ def load(settings, kind, size: int, device) -> Parts:
     labels = cells if settings.label == "cell" else [names[kind] for kind in kinds]
     draws = [seeded("scenes", settings.scene, part) for part in COUNT]
     parts = zip(COUNT, pools, draws, strict=True)
-    train, val, test = [draw_scenes(*part, kinds, settings, grid) for part in parts]
-    return Parts(labels, train, val, test, augment)
+    train_part, val, test = [draw_scenes(*part, kinds, settings, grid) for part in parts]
+    return Parts(labels, train_part, val, test, augment)
 
 
 def draw_scenes(part: str, source: Tensors, draws, kinds: list[int], settings, grid) -> Tensors:

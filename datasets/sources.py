@@ -13,10 +13,9 @@ from common.settings import format_flag, list_flags
 
 def check_choices(settings) -> None:
     """ValueError for a setting that would silently have no effect on this data set."""
-    changed = settings.given | ({"label"} if settings.label != "class" else set())
     for name, flag in list_flags(type(settings)).items():
         only = tuple(flag.metadata["only"].split())
-        if only and name in changed and not settings.data.startswith(only):
+        if only and name in settings.given and not settings.data.startswith(only):
             raise ValueError(f"{format_flag(name)}: only for --data {' or '.join(only)}")
 
 
@@ -71,7 +70,7 @@ class Tensors:
     images: Tensor
     labels: Tensor
     names: Sequence = ()  # of the files they came from
-    contents: Tensor | None = None  # hashes of these files
+    contents: Tensor | None = None  # hashes of all files: a scene shows several
 
     def __len__(self) -> int:
         return len(self.images)
@@ -79,11 +78,11 @@ class Tensors:
     def subset(self, indices: list[int]) -> "Tensors":
         return Tensors(self.images[indices], self.labels[indices], contents=self.contents)
 
-    def hold(self, centred: bool = False) -> "Tensors":
+    def cache(self, centred: bool = False) -> "Tensors":
         return self
 
     def batches(self, order, key=None) -> Iterator[tuple[Tensor, Tensor]]:
         """The images of each row of `order`. `key` is for files, which are cropped one by one."""
         for indices in order:
-            indices = indices.to(self.images.device, non_blocking=self.images.is_cuda)  # as Files
+            indices = indices.to(self.images.device, non_blocking=self.images.is_cuda)  # see Files
             yield self.images[indices], self.labels[indices]

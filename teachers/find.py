@@ -80,7 +80,8 @@ def make_pair(
 
 def make_teacher(script, settings: Settings, dataset: Data, **changes) -> Path:
     """The model.pt of a script's own recipe on the same images, trained now if need be."""
-    own = script.parse(["--data", settings.data])
+    flags = ["--recipe", settings.recipe] if settings.recipe else []
+    own = script.parse(["--data", settings.data, *flags])
     shared = {f.name for f in fields(Images)} - {"given", "classes", "label", "dial"}
     shared |= {"seed", "amp", "compile", "num_labels", "subset_seed", "flip", "overwrite"}
     changes |= {"batch": min(own.batch, dataset.available) // world() * world()}

@@ -77,8 +77,7 @@ def build_vit(checkpoint: Checkpoint, image_size=None, classes=None, drop_path=0
             weights = weights | {"pos_embed": positions}
         if not own_head:  # it is new, and so is its norm if the file has none
             new = {k: v for k, v in net.state_dict().items() if k.startswith(("head.", "fc_norm."))}
-            known = {k: v for k, v in weights.items() if not k.startswith(("head.", "norm."))}
-            weights = new | known
+            weights = new | {k: v for k, v in weights.items() if k[:5] not in ("head.", "norm.")}
         net.load_state_dict(weights)
     except (KeyError, TypeError, RuntimeError) as error:  # a field, or keys and shapes
         raise ValueError(f"{checkpoint.source} is no ViT we know: {str(error)[:400]}") from None

@@ -85,6 +85,12 @@ def test_a_teacher_is_pre_trained_where_there_is_none(pretrainings, capsys):
     assert find_for(finetune, *argv, "--amp", "off").source == found[0].source
 
 
+def test_a_teacher_is_made_by_the_recipe_that_was_asked_for(pretrainings, photos):
+    argv = ["--data", "cifar10", "--recipe", "gpu"]
+    find_for(attention_copy, *argv, "--data-dir", str(photos), "--batch", "8")
+    assert pretrainings[0].epochs == pretrain.parse(argv).epochs > pretrain.parse(argv[:2]).epochs
+
+
 @pytest.mark.slow
 def test_a_teacher_is_finished_or_waited_for_and_a_run_is_not_written_over(pretrainings):
     settings = attention_copy.parse(["--data", "digits", "--out", "mine", "--device", "cpu"])

@@ -65,9 +65,9 @@ def test_labels_are_drawn_class_by_class(counts):
     assert set(draw(9)) != set(draw(9, seed=1)) or len(labels) < 11
 
 
-@pytest.mark.parametrize("held", [images.HELD, 0])  # image files, decoded once or each time
+@pytest.mark.parametrize("held", [images.CACHE, 0])  # image files, decoded once or each time
 def test_an_epoch_can_be_entered_at_any_step(held, small, monkeypatch):
-    monkeypatch.setattr(images, "HELD", held)
+    monkeypatch.setattr(images, "CACHE", held)
     part = data.load(finetune.parse([*small, "--mixup", "0.8", "--randaugment", "9"])).train
     whole = [batch.clone() for batch, _ in part.epoch(3)]
     assert len(whole) == 3

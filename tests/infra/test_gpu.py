@@ -62,7 +62,7 @@ def assert_close(*outs):
     (attention_distill, ""), (variants, "--maps mean"), (reminders, "--scenes 200"),
 ])  # fmt: skip
 def test_a_run_is_what_it_is_on_a_cpu(script, argv, small, tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.images.HELD", 0)
+    monkeypatch.setattr("datasets.images.CACHE", 0)
     if script is linear_attention:
         run_here(finetune, *SHORT, "--data", "digits", "--device", "cpu", "--out", "taught")
     argv = [*(BRIEF if script is reminders else SHORT), *argv.split()]  # scenes have no labels

@@ -79,6 +79,11 @@ def test_a_share_of_the_training_images_is_held_out_beside_val(small, photos):
     assert len(data.load(whole, train=False).test) == 30  # to evaluate on all of a folder
 
 
+def test_evaluation_opens_no_image_to_train_on(small, capsys):
+    data.load(finetune.parse(small), train=False)
+    assert capsys.readouterr().out == "looking through 15 images\n"
+
+
 def test_a_flat_folder_without_labels_is_enough_to_pretrain_on(tmp_path, failing):
     for i in range(20):
         picture(tmp_path / f"{i}.png", 10 * i)
@@ -187,10 +192,10 @@ def test_memory_changes_nothing_that_is_seen_of_photographs(area, tmp_path, monk
         Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(path)
     argv = f"--image-size 32 --batch 5 --randaugment 5 --crop-area {area} --workers 2".split()
     seen = []
-    for limit in (images.HELD, 0):
-        monkeypatch.setattr(images, "HELD", limit)
+    for limit in (images.CACHE, 0):
+        monkeypatch.setattr(images, "CACHE", limit)
         dataset = data.load(folder(tmp_path / "photos", *argv))
-        assert bool(dataset.train.source.held) == bool(limit)
+        assert bool(dataset.train.source.kept) == bool(limit)
         seen.append([x for x, _ in dataset.train.epoch(3)])
         seen[-1] += [x for x, _ in dataset.val.in_order(2)]
     for held, streamed in zip(*seen, strict=True):
@@ -230,7 +235,7 @@ def test_what_cannot_be_read_is_left_out_and_named(unsplit, capsys, failing, mon
     assert "left out: cannot read image" in capsys.readouterr().out
     assert names_of(dataset.test) == before - bad and not bad & names_of(dataset.train)
     assert len(dataset.train) + len(dataset.test) == 24
-    monkeypatch.setattr(images, "HELD", 0)
+    monkeypatch.setattr(images, "CACHE", 0)
     streamed = data.load(folder(unsplit, "--workers", "1"))
     assert names_of(streamed.train) == names_of(dataset.train)
     assert streamed.fingerprint == dataset.fingerprint

@@ -42,7 +42,7 @@ DIGITS = f"--teacher {ROOT}/weights/digits.pt"
     (finetune, "--scene twins", "--scene: only for --data scenes"),
     (finetune, "--resume --overwrite", "choose one"),
     (distill, "--teacher-layers :3 --layers :2", "--teacher-layers"),
-    (pretrain, "--data digits --target cell", "only for --data scenes"),
+    (pretrain, "--data digits --target cell", "--target: only for --data scenes"),
     (pretrain, "--mixup 0.5", "--mixup has no effect"), (look, "a.jpg missing.pt", "missing.pt"),
     (pretrain, "--data scenes --mask-ratio 0.5", "no effect with --target cell"),
     (pretrain, "--decoder-dim 42 --decoder-heads 2", "not 42"), (ensemble, "", "name one or more"),

@@ -43,7 +43,7 @@ def test_every_setting_is_read(script, extra, unread, small, teacher):
     settings = script.parse([*images, *extra.replace("TEACHER", teacher).split()])
     script.main(Watched(**{f.name: getattr(settings, f.name) for f in fields(settings)}))
     photos, digits = "distractors classes", "crop_area flip randaugment random_erase workers"
-    others = f"scene dial recipe overwrite {photos if script in METHODS else digits}"  # of others
+    others = f"scene dial label recipe overwrite {photos if script in METHODS else digits}"
     flags = list_flags(script.Settings).keys()
     assert flags - read == unread | flags & {*others.split()}
 
