@@ -14,7 +14,7 @@ from common.launch import get_device
 from study.engine import Runs, Table, estimate_accuracies
 from study.estimates import estimate_layers, estimate_over_seeds
 from study.jobs import Job
-from study.rows import COPY
+from study.rows import COPY, MEAN
 from teachers.load import Model, build, open_model
 
 IMAGES = 500  # of the test
@@ -123,9 +123,9 @@ def find_likeness(table: Table, runs: Runs) -> dict:
     """Accuracies, and how like the teacher's the features are: CKA, a mean over layers."""
     found = estimate_accuracies(table, runs)
     for point, of_rows in runs.items():
-        for row, jobs in of_rows.items():
+        for row in of_rows.keys() - {MEAN}:  # whose lender is no ViT
             values = []
-            for job, copy in zip(jobs, of_rows[COPY], strict=True):  # which has the teacher
+            for job, copy in zip(of_rows[row], of_rows[COPY], strict=True):  # which has the teacher
                 settings, net = copy.get_settings(), open_run(job)
                 dataset = data.load(settings, train=False)
                 images, _ = next(dataset.test.in_order(IMAGES))

@@ -248,6 +248,7 @@ def test_the_tables_of_a_page_are_those_of_the_records(page):
 @pytest.mark.parametrize("table, name, point", [
     ("fair-tuning", "digits", rows.BASE),
     ("scenes-steps-tuning", "scenes", "100 scenes, 300 steps"),
+    ("why-cifar10-tuning", "cifar10", "5,000 labels"),
 ])  # fmt: skip
 def test_the_defaults_of_the_scripts_are_what_tuning_chose(table, name, point, row):
     chosen = dict(RESULTS[table]["points"][point][row]["chosen"])
@@ -255,5 +256,5 @@ def test_the_defaults_of_the_scripts_are_what_tuning_chose(table, name, point, r
     usual = get_values(jobs.load(MAIN[row].script).parse(["--data", name, *none]))
     assert usual["blr"] * usual["batch"] / 256 == pytest.approx(chosen.pop("lr"))
     if "layers" in chosen:
-        assert parse_layers(usual["layers"], 4) == parse_layers(chosen.pop("layers"), 4)
+        assert parse_layers(usual["layers"], 6) == parse_layers(chosen.pop("layers"), 6)
     assert {name: usual[name] for name in chosen} == chosen
