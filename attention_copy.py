@@ -36,7 +36,7 @@ RECIPES = merge_recipes(
     recipes.RECIPES,
     scenes=dict(epochs=300, blr=0.128, weight_decay=0.05, mixup=0.8),  # 92.3 (scenes-steps)
     digits=dict(epochs=450, blr=0.02048, weight_decay=0.2, layers=":3"),  # 83.3 (fair-main)
-    cifar=dict(epochs=25, blr=2.56e-3),  # 60.2 (cifar10-fair)
+    cifar=dict(epochs=25, blr=2.56e-3),  # 60.2 (why-cifar10)
     cifar_gpu=dict(epochs=100, blr=5e-4, weight_decay=0.05),  # not measured
     imagenet=dict(  # the authors' README, ViT-L: 85.1 in the paper, not run here
         epochs=100, warmup=0.05, blr=1e-3, final_lr=0.25, weight_decay=0.05, beta2=0.999,

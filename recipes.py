@@ -126,7 +126,7 @@ RECIPES: Recipes = {  # training from scratch; each method changes what differs
                    eval_every=45),  # 80.7 (fair-main)
     "cifar": dict(model="mini", patch=4, num_labels=5000, epochs=25, warmup=0.05, batch=100,
                   blr=2.56e-3, final_lr=1e-3, weight_decay=0.3, clip=1.0, eval_every=5),
-    # CIFAR-10 as JPEGs: 55.8 (cifar10-fair). What --recipe gpu gives was not measured:
+    # CIFAR-10 as JPEGs: 55.7 (why-cifar10). What --recipe gpu gives was not measured:
     "cifar_gpu": dict(model="tiny", patch=4, drop_path=0.1, epochs=100, warmup=0.05, batch=512,
                       blr=5e-4, final_lr=1e-3, clip=1.0, ema=0.999, **PHOTOS),
     # MAE's for ViT-L from scratch (appendix A.2; a batch of 4096 there), not run here

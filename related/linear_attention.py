@@ -8,9 +8,10 @@ of N x N. With feature maps phi,
 costs N, not N^2. Step 1 is attention transfer. All weights of a fine-tuned ViT
 are frozen, and phi learns to give each layer the output of its softmax (mean
 squared error, section 3.1). Step 2 is LoRA. A low-rank change of q, k, v and
-the projection learns from the labels (section 3.2), here at step 1's rate (the
-authors: at 1e-4 after 1e-2). phi is Hedgehog's. Left out, as this is a ViT:
-softmax over the nearest 64 tokens, and causality.
+the projection learns from the labels (section 3.2). It has step 1's rate, but
+for --lr: after transfer a tenth is better (study: related-linear). phi is
+Hedgehog's. Left out, as this is a ViT: softmax over the nearest 64 tokens, and
+causality.
 
     python -m related.linear_attention             1, fine-tunes a ViT first
     python -m related.linear_attention --lora --out runs/lora       2, after 1

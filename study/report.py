@@ -31,7 +31,7 @@ HOW = "command commit commits device torch runs training_minutes extends".split(
 PAGES = "README.md", "study/README.md", "related/README.md"
 TASKS = {  # the records of each: a figure is from the first that has it
     "pointer": ("scenes-controls", "why-pointer"), "twins": ("scenes-twins", "why-twins"),
-    "digits": ("fair-main", "why-digits"), "CIFAR-10": ("cifar10-fair",),
+    "digits": ("fair-main", "why-digits"), "CIFAR-10": ("why-cifar10",),
     "photographs, DeiT": ("photos-128",),
 }  # fmt: skip
 TASK_ROWS = (COPY, MEAN, DISTILLATION, "distillation, mean maps", "beside")

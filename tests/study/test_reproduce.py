@@ -245,16 +245,16 @@ def test_the_tables_of_a_page_are_those_of_the_records(page):
 
 
 @pytest.mark.parametrize("row", MAIN)
-@pytest.mark.parametrize("table, name, point", [
-    ("fair-tuning", "digits", rows.BASE),
-    ("scenes-steps-tuning", "scenes", "100 scenes, 300 steps"),
-    ("why-cifar10-tuning", "cifar10", "5,000 labels"),
+@pytest.mark.parametrize("table, name, point, depth", [
+    ("fair-tuning", "digits", rows.BASE, 4),
+    ("scenes-steps-tuning", "scenes", "100 scenes, 300 steps", 4),
+    ("why-cifar10-tuning", "cifar10", "5,000 labels", 6),
 ])  # fmt: skip
-def test_the_defaults_of_the_scripts_are_what_tuning_chose(table, name, point, row):
+def test_the_defaults_of_the_scripts_are_what_tuning_chose(table, name, point, depth, row):
     chosen = dict(RESULTS[table]["points"][point][row]["chosen"])
     none = ["--teacher", "none"] if MAIN[row].teacher == "none" else []
     usual = get_values(jobs.load(MAIN[row].script).parse(["--data", name, *none]))
     assert usual["blr"] * usual["batch"] / 256 == pytest.approx(chosen.pop("lr"))
     if "layers" in chosen:
-        assert parse_layers(usual["layers"], 6) == parse_layers(chosen.pop("layers"), 6)
+        assert parse_layers(usual["layers"], depth) == parse_layers(chosen.pop("layers"), depth)
     assert {name: usual[name] for name in chosen} == chosen
