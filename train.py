@@ -170,8 +170,10 @@ class Learner:
     def compute_loss(self, images: Tensor, labels: Tensor, share: float = 0.0) -> Tensor:
         with self.autocast:
             found = self.loss_module(images, labels)
-        assert isinstance(found, tuple), "a loss returns a scalar, and a dict of scalars to log"
-        loss, shown = found
+        loss, shown = found if isinstance(found, tuple) else (found, None)
+        scalars: list = [loss, *shown.values()] if isinstance(shown, dict) else [None]
+        words = "a loss returns a scalar tensor, and a dict of scalar tensors to log"
+        assert all(map(torch.is_tensor, scalars)) and not any(map(Tensor.dim, scalars)), words
         if share:
             self.add(shown | {"loss": loss}, share)
         return loss

@@ -24,7 +24,7 @@ CANVAS, DIGIT, DISTRACTOR = 12, 8, 3  # pixels a side
 PLACES = 4  # of each digit of validation and test
 
 
-def load(settings, row, size: int, device, train: bool = True) -> Parts:
+def load(settings, row, size: int, device, with_train: bool = True) -> Parts:
     if size != row.image_size:
         raise ValueError(f"--image-size {size}: --data digits has {row.image_size}")
     split = read_parts(device)
@@ -39,8 +39,8 @@ def load(settings, row, size: int, device, train: bool = True) -> Parts:
         new = labels[:, None] == torch.tensor(kinds, device=device)  # numbers of those asked for
         asked = new.any(dim=1)
         parts.append(Tensors(images[asked], new[asked].long().argmax(dim=1)))
-    train_part, val, test = parts
-    return Parts([str(kind) for kind in kinds], train_part, val, test, augment)
+    train, val, test = parts
+    return Parts([str(kind) for kind in kinds], train, val, test, augment)
 
 
 def read_parts(device) -> dict[str, tuple[Tensor, Tensor]]:

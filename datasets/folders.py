@@ -29,18 +29,18 @@ class Listing(NamedTuple):
     names: list[str]  # CLASS/.../FILE, the same wherever the folder lies and whatever its disk
 
 
-def load(settings, row, size: int, device, train: bool = True) -> Parts:
-    """The images of --data-dir, without those that cannot be read. `train`: also to train on."""
+def load(settings, row, size: int, device, with_train: bool = True) -> Parts:
+    """The images of --data-dir, without those that cannot be read."""
     from datasets import images  # slow to import
 
     folder, sources = Path(settings.data_dir or f"data/{settings.data}"), dict[str, Any]()
     for part, (classes, paths, labels, names) in list_parts(folder).items():
-        if part == "train" and sources and not train and settings.holdout <= 0:
+        if part == "train" and sources and not with_train and settings.holdout <= 0:
             continue  # evaluation has val, and need not open a million files
         files = images.Files(paths, names, torch.tensor(labels), size, row, settings, device)
         sources[part] = files.look_through()
-    train_part, val, test = map(sources.get, PARTS)
-    return Parts(classes, train_part, val if test else None, test or val)
+    train, val, test = map(sources.get, PARTS)
+    return Parts(classes, train, val if test else None, test or val)
 
 
 def list_parts(root: Path) -> dict[str, Listing]:

@@ -27,7 +27,7 @@ SQUARE = 0.25  # side of the square, over that of a cell
 NOISE = 0.2  # pixels of 0..1 change by up to this
 
 
-def load(settings, row, size: int, device, train: bool = True) -> Parts:
+def load(settings, row, size: int, device, with_train: bool = True) -> Parts:
     if settings.data == "scenes":
         pools = [Tensors(*part) for part in digits.read_parts(device).values()]
         names = list("0123456789")
@@ -51,8 +51,8 @@ def load(settings, row, size: int, device, train: bool = True) -> Parts:
     labels = cells if settings.label == "cell" else [names[kind] for kind in kinds]
     draws = [seeded("scenes", settings.scene, part) for part in COUNT]
     parts = zip(COUNT, pools, draws, strict=True)
-    train_part, val, test = [draw_scenes(*part, kinds, settings, grid) for part in parts]
-    return Parts(labels, train_part, val, test, augment)
+    train, val, test = [draw_scenes(*part, kinds, settings, grid) for part in parts]
+    return Parts(labels, train, val, test, augment)
 
 
 def draw_scenes(part: str, source: Tensors, draws, kinds: list[int], settings, grid) -> Tensors:

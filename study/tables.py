@@ -128,7 +128,7 @@ OTHERS = ("copy, other maps", "copy, random teacher", "beside")
 public = partial(Table, study=PHOTOGRAPHS, points={ON_PHOTOGRAPHS: {}}, seeds=3,
     tuned_at=(ON_PHOTOGRAPHS,), rows=ENDS)  # fmt: skip
 TABLES = {
-    "scenes-tuning": scenes("its settings", tunes=True, rows=(*ENDS, *rows.PROBE, *rows.FEATURES)),
+    "scenes-tuning": scenes("settings", tunes=True, rows=(*ENDS, *rows.PROBE, *rows.FEATURES)),
     "scenes-tuning-dial": scenes("settings where half of the pointers point to one cell",
         tunes=True, points={HALF: DIAL[HALF]}, rows=COPIES),
     "scenes-tuning-twins": scenes("settings for the twins", tunes=True, points=TWINS, rows=ENDS),
