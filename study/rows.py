@@ -82,6 +82,7 @@ WHOSE = teach(KNOWING, (COPY, MEAN, DISTILLATION, TUNED))
 MAES = teach(["an MAE"], (COPY, MEAN))
 ORACLE = teach([*NARROW, "an MAE"], (COPY, DISTILLATION, TUNED))
 PIXELS = {"scratch, and the cell's pixels": Row("variants", "none", {"how": "pixels"})}
+READ = {"scratch, read at the centre": Row("variants", "none", {"how": "centre"})}
 ELSEWHERE = "fine-tuned on other classes"
 OTHERS = {ELSEWHERE: Row("finetune", "pre-trained", {"classes": ":5"}, TUNED)}
 FINE_TUNED = {
@@ -122,4 +123,4 @@ LOSSES = {
     for loss in ("cross-entropy", "jensen-shannon", "squared", "scores")
 }
 ROWS = MAIN | FEATURES | CONTROLS | START | PARTS | HEADS | SINGLE | LAYERS | KNOWING | NARROW
-ROWS |= WHOSE | ORACLE | ABOVE | PIXELS | OTHERS | FINE_TUNED | ALONE | WHY | PAIRED | LOSSES
+ROWS |= WHOSE | ORACLE | ABOVE | PIXELS | READ | OTHERS | FINE_TUNED | ALONE | WHY | PAIRED | LOSSES

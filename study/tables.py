@@ -55,7 +55,7 @@ STEPS = SCENES._replace(  # tuned at both ends of an axis of training
     mixes=({"mixup": 0.8}, {"smoothing": 0.1}, {"mixup": 0.8, "smoothing": 0.1}),
     own={row: (name, values[:2]) for row, (name, values) in (OWN | VARIED).items()}
     | WEIGHED | dict.fromkeys(rows.FEATURES, WEIGHTS)
-    | dict.fromkeys((MEAN_ABOVE, CENTRE_ABOVE), ("drop_path", (0.0, 0.1)))
+    | dict.fromkeys((MEAN_ABOVE, CENTRE_ABOVE, *rows.READ), ("drop_path", (0.0, 0.1)))
     | dict.fromkeys(rows.PIXELS, ("attention_weight", (1.0, 0.3, 3.0, 10.0))),
 )  # fmt: skip
 CONSTANT = STEPS._replace(joint=(1.5,))
@@ -99,6 +99,7 @@ FIRST_100, _, LAST_100, _ = ({name: point} for name, point in AT_100.items())
 _, LAST_300, _ = ({name: point} for name, point in AT_300.items())
 LAST_TWINS = {"twins, 7,000 steps": TWINS["twins"] | {"epochs": 1000}}
 LAST_PHOTOS = {"6,200 steps": {"epochs": 200}}
+TO_3000 = dict([*AT_100.items()][:3])
 SHORT_100 = dict(zip(("300 steps", "900 steps"), AT_100.values(), strict=False))
 ON_PHOTOGRAPHS, UNSEEN = "2,000 photographs", {"2,000 images": {"data": "cifar10", "holdout": 0.1}}
 LONGER = {f"{ON_PHOTOGRAPHS}, 90 epochs": {"epochs": 90}}
@@ -226,6 +227,11 @@ TABLES = {
         points=LAST_100, rows=tuple(rows.PIXELS)),
     "scenes-oracle": steps("what of the teacher's knowledge is worth it? 100 scenes", seeds=5,
         points=LAST_100, rows=(*MAIN, *rows.PIXELS, *rows.ORACLE)),
+    "scenes-read-tuning": constant("settings of scratch, read at the centre", tunes=True,
+        points=FIRST_100 | LAST_100, rows=tuple(rows.READ)),
+    "scenes-read": steps("scratch, read at the centre: 100 scenes, 300 to 3,000 steps", seeds=5,
+        points=TO_3000, tuned_at=tuple(LAST_100), rows=(*MAIN, *rows.READ),
+        contrasts=subtract((COPY, *rows.READ), points=TO_3000)),
     "scenes-steps-twins-tuning": scenes("settings of scratch on twins, 7,000 steps",
         study=JOINTLY, points=LAST_TWINS, tunes=True, rows=(SCRATCH,)),
     "scenes-steps-twins": scenes("twins, 7,000 steps", study=JOINTLY, points=LAST_TWINS,

@@ -32,7 +32,8 @@ from study.looks import jensen_shannon
 from teachers.find import find_teacher, make_pair
 from vit import QK, Config, ViT, attend, initialise
 
-HOW = "copy", "distill", "beside", "copy-beside", "features", "pixels", "probe"
+ALONE = "pixels", "probe", "centre"
+HOW = "copy", "distill", "beside", "copy-beside", "features", *ALONE
 MAPS = "teacher", "other", "mean", "uniform", "centre", "impulse", "tokens"
 LENT = "qk", "q", "k", "v", "qkv", "qk:1", "qk:2"
 LOSSES = "cross-entropy", "jensen-shannon", "squared", "scores"
@@ -142,9 +143,15 @@ def loss_pixels(student: ViT, images, labels, settings: Settings):
     return add_losses(student.classify(x), labels, pixels, settings)
 
 
+def predict_at_centre(net: ViT, images: Tensor) -> Tensor:
+    """Logits from the token of the centre cell, which points, instead of from the mean of all."""
+    centre = net.config.num_prefix_tokens + net.config.grid_size**2 // 2
+    return net.head(net.fc_norm(net.forward_features(images)[:, centre]))
+
+
 def task(settings: Settings, dataset: data.Data, checkpoint=None) -> train.Task:
     check(settings)
-    if settings.how in ("pixels", "probe"):
+    if settings.how in ALONE:
         return make_alone(settings, dataset, checkpoint)
     teacher, student, layers = make_pair(settings, dataset, checkpoint)
     if settings.start == "teacher":
@@ -170,13 +177,17 @@ def task(settings: Settings, dataset: data.Data, checkpoint=None) -> train.Task:
 
 
 def make_alone(settings: Settings, dataset: data.Data, checkpoint) -> train.Task:
-    """Without a second net: a probe (only a head, and its norm, are trained), or pixels."""
+    """Without a second net: a probe trains only a head and its norm. Or pixels, or centre."""
     alone = finetune.task(settings, dataset, checkpoint)
     net = alone.net
     if settings.how == "pixels":
         add_beside(net, nn.Linear(net.config.dim, net.config.channels * net.config.patch**2))
         alone.loss = partial(loss_pixels, settings=settings)
         alone.export = export
+        return alone
+    if settings.how == "centre":
+        alone.predict, alone.export = predict_at_centre, export_changed
+        alone.loss = partial(loss_labels, predict=predict_at_centre, smoothing=settings.smoothing)
         return alone
     for name, p in net.named_parameters():
         p.requires_grad_(name.startswith(("fc_norm.", "head.")))
@@ -197,15 +208,16 @@ def export(student: ViT, **lent) -> dict:
 def check(settings: Settings) -> None:
     """ValueError for a change that would silently have no effect."""
     changed = {name for name, value in USUAL.items() if getattr(settings, name) != value}
-    if settings.how in ("pixels", "probe"):
+    if settings.how in ALONE:
         changed |= settings.given & {"layers", "teacher_layers", "heads", "start"}
     wrong = changed - USES.get(settings.how, set())
     if {"maps", "lend"} <= changed or (settings.maps == "tokens" and settings.how != "beside"):
         wrong |= {"maps"}
     if wrong:
         raise ValueError(f"--how {settings.how} does not go with --{' --'.join(sorted(wrong))}")
-    if settings.how == "pixels" and (settings.data, settings.scene) != ("scenes", "pointer"):
-        raise ValueError("--how pixels: only for --data scenes with a pointer")
+    pointer = (settings.data, settings.scene) == ("scenes", "pointer")
+    if settings.how in ("pixels", "centre") and not pointer:
+        raise ValueError(f"--how {settings.how}: only for --data scenes with a pointer")
 
 
 def export_changed(student: ViT) -> dict:  # no one takes it for a ViT: it needs what was lent

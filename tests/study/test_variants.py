@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 from torch.testing import assert_close
 
 import attention_copy
@@ -168,6 +169,15 @@ def test_the_cell_of_a_pointer_is_read_off_its_picture():
     assert_close(shown["other"], (guess - pixels).square().mean())
 
 
+def test_scratch_is_read_at_the_centre():
+    argv = ["--data", "scenes", "--device", "cpu", "--teacher", "none", "--how", "centre"]
+    task = variants.task(settings := variants.parse(argv), data.load(settings))
+    images, labels = next(task.data.train.epoch(0))
+    one = task.net.classify(task.net.forward_features(images)[:, [0, 5]])  # class token, one cell
+    assert_close(task.predict(task.net, images), one)
+    assert_close(task.loss(task.net, images, labels)[0], nn.functional.cross_entropy(one, labels))
+
+
 def test_a_probe_trains_a_head_on_what_the_teacher_sees(tmp_path):
     argv = ["--how", "probe", "--epochs", "2", "--out", str(tmp_path)]
     variants.main(variants.parse([*FEW, "--teacher", TEACHER, *argv]))
@@ -186,7 +196,7 @@ def test_what_was_lent_a_fixed_map_is_not_taken_for_a_vit_of_its_own(tmp_path):
 
 @pytest.mark.parametrize("argv", [
     "--start teacher", "--how probe --maps mean", "--how distill --lend v", "--lend v --maps mean",
-    "--lend v --layers 0 --teacher-layers 1", "--how pixels", "--maps tokens",
+    "--lend v --layers 0 --teacher-layers 1", "--how pixels", "--how centre", "--maps tokens",
     "--how features --loss squared",
 ])  # fmt: skip
 def test_changes_that_cannot_be_are_refused(argv):
