@@ -27,7 +27,6 @@ TABLES = tables.TABLES | related_tables.TABLES
 parse = partial(parse_settings, __doc__, Base, {})
 RESULTS = ROOT / "study" / "results"
 USUAL = ("mean", "interval", "values", "difference", "recovery")
-HOW = "command commit commits device torch runs training_minutes extends".split()
 PAGES = "README.md", "study/README.md", "related/README.md"
 TASKS = {  # the records of each: a figure is from the first that has it
     "pointer": ("scenes-controls", "why-pointer"), "twins": ("scenes-twins", "why-twins"),
@@ -53,17 +52,6 @@ def recompute(record: dict, table: Table) -> dict:
             record["points"][point][row].pop("recovery", None)
             record["points"][point][row] |= cells
     return record | {"contrasts": record["contrasts"] | found["contrasts"]}
-
-
-def join_records(old: dict, new: dict, table: Table) -> dict:
-    """One record of the seeds of both. How the older ones were made stands in "extends"."""
-    correct = {
-        point: {row: bits + new["correct"][point][row] for row, bits in of_rows.items()}
-        for point, of_rows in old["correct"].items()
-    }
-    seeds = {"seeds": old["seeds"] + new["seeds"], "correct": correct}
-    before = {"extends": {name: cell for name, cell in old.items() if name in HOW}}
-    return recompute(old | new | seeds | before, table)
 
 
 def recompute_cells(cell):

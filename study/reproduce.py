@@ -4,9 +4,8 @@
     python -m study.reproduce related        all whose names begin with it
 
 Writes study/results/TABLE.json and a picture. Killed at any moment, the same
-command resumes; where the runs are lost, --extend adds seeds to the record.
-Runs that several tables share are made once. What was expected of each table
-before it was run, and what was found: study/LOG.md.
+command resumes. Runs that several tables share are made once. What was expected
+of each table before it was run, and what was found: study/LOG.md.
 """
 
 import json
@@ -15,12 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common import launch
-from common.runs import hash_settings
 from common.settings import Base, parse_settings, setting
 from study import tune
 from study.engine import Planner, Runs, Table, estimate_accuracies
 from study.jobs import Job, Runner
-from study.report import RESULTS, TABLES, format_record, join_records, write_record
+from study.report import RESULTS, TABLES, format_record, write_record
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,6 @@ class Settings(Base):
     runs: str = setting("runs/reproduce", "folder of the runs")
     extra: str = setting("", "more arguments for every training: '--device cpu'")
     seeds: int = setting(0, "runs of each row, each with its own seed [the table's]", low=1)
-    extend: bool = setting(False, "train only the seeds that the record lacks, and add them")
     results: str = setting("study/results", "folder of the records, those of tuning too")
 
 
@@ -82,7 +79,6 @@ def main(settings: Settings) -> None:
         planner = Planner(table.study, Path(settings.runs) / images, extra)
         tuned = tune.read_tuning(table.study, TABLES, results)
         path = results / f"{name}.json"
-        extends = settings.extend and not table.tunes
         old = json.loads(path.read_text()) if path.exists() else {"seeds": []}
         if table.tunes:
             found = {"points": tune.tune(table, planner, tuned, runner)}
@@ -91,22 +87,13 @@ def main(settings: Settings) -> None:
             count, measure = settings.seeds or table.seeds, "test top-1, %"
             if count > table.seeds:  # fixed beforehand, so that none is added after a look
                 raise ValueError(f"--seeds {count}: {name} has {table.seeds} seeds")
-            jobs, _ = plan(table, planner, tuned, [table.first])
-            used = hash_settings({name: job.out.name for name, job in jobs.items()})
-            if extends and (table.find or table.fewer or old.get("settings") != used):
-                raise ValueError(f"--extend: {path}: older code, other settings, or not accuracies")
-            known = old["seeds"] if extends else []
-            seeds = sorted({*range(table.first, table.first + count)} - {*known})
-            if not seeds:
-                raise ValueError(f"--extend: {path} has these {count} seeds: ask for more --seeds")
+            seeds = [*range(table.first, table.first + count)]
             jobs, trained = plan(table, planner, tuned, seeds)
             runner.run(jobs)
-            found = {"settings": used} | (table.find or estimate_accuracies)(table, trained)
+            found = (table.find or estimate_accuracies)(table, trained)
         found = {"seeds": seeds, "measure": measure} | found
         record = runner.record(name, settings.extra, found)
-        if extends:
-            record = join_records(old, record, table)
-        elif old["seeds"] and (settings.extra or len(old["seeds"]) > len(seeds)):
+        if old["seeds"] and (settings.extra or len(old["seeds"]) > len(seeds)):
             path = Path(settings.runs) / path.name  # a trial does not replace the record
         write_record(record, table, path)
         if not table.tunes:

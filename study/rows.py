@@ -49,7 +49,6 @@ CONTROLS = {
     "distillation, random teacher": Row("distill", "random", tuned_as=DISTILLATION),
 }
 PARTS = {f"copy of {part}": copied(lend=part) for part in ("q", "k", "v", "qkv")}
-HEADS = {f"copy of {n} of 3 heads": copied(lend=f"qk:{n}") for n in (1, 2)}
 SINGLE = {f"copy, layer {i}": copied(layers=str(i)) for i in range(4)}
 LAYERS = {f"copy, layers {which}": copied(layers=which) for which in (":2", "2:4", ":4", ":8")}
 LAYERS |= {"distillation, layers all": distilled(layers="all")}
@@ -122,5 +121,5 @@ LOSSES = {
     f"distillation by {loss}": Row("variants", "pre-trained", {"how": "distill", "loss": loss})
     for loss in ("cross-entropy", "jensen-shannon", "squared", "scores")
 }
-ROWS = MAIN | FEATURES | CONTROLS | START | PARTS | HEADS | SINGLE | LAYERS | KNOWING | NARROW
+ROWS = MAIN | FEATURES | CONTROLS | START | PARTS | SINGLE | LAYERS | KNOWING | NARROW
 ROWS |= WHOSE | ORACLE | ABOVE | PIXELS | READ | OTHERS | FINE_TUNED | ALONE | WHY | PAIRED | LOSSES

@@ -247,7 +247,6 @@ TABLES = {
     "photos-layers": public("DeiT-Ti's maps in other layers, and controls, 96 pixels",
         rows=(SCRATCH, COPY, "copy, layers :4", "copy, layers :8", "copy, uniform maps",
         "distillation, layers all", "distillation, mean maps")),
-    "photos-heads": public("some of DeiT-Ti's heads, 96 pixels", rows=(SCRATCH, COPY, *rows.HEADS)),
     "photos-deit-long": public("DeiT's maps, 96 pixels, 90 epochs", points=LONGER, rows=LEARNERS),
     "photos-128": public("DeiT-Ti's maps, photographs, 128 pixels", points=AT_128,
         contrasts=OF_GAIN, fewer={"90 epochs": ((SCRATCH,), 3)}),

@@ -35,7 +35,7 @@ from vit import QK, Config, ViT, attend, initialise
 ALONE = "pixels", "probe", "centre"
 HOW = "copy", "distill", "beside", "copy-beside", "features", *ALONE
 MAPS = "teacher", "other", "mean", "uniform", "centre", "impulse", "tokens"
-LENT = "qk", "q", "k", "v", "qkv", "qk:1", "qk:2"
+LENT = "qk", "q", "k", "v", "qkv"
 LOSSES = "cross-entropy", "jensen-shannon", "squared", "scores"
 
 
@@ -43,7 +43,7 @@ LOSSES = "cross-entropy", "jensen-shannon", "squared", "scores"
 class Settings(recipes.TransferSettings):
     how: str = setting("copy", "how: " + ", ".join(HOW), HOW)
     maps: str = setting("teacher", "maps to copy or distill: " + ", ".join(MAPS), MAPS)
-    lend: str = setting("qk", "what is copied (qk:1: of one head): " + ", ".join(LENT), LENT)
+    lend: str = setting("qk", "what is copied: " + ", ".join(LENT), LENT)
     loss: str = setting("cross-entropy", "of maps: " + ", ".join(LOSSES), LOSSES)
     start: str = setting("random", "the student's first weights", ("random", "teacher"))
     class_weight: float = setting(1.0, "weight of the classification loss")
@@ -62,16 +62,13 @@ parse = partial(parse_settings, __doc__, Settings, attention_distill.RECIPES)
 
 
 def predict_with_parts(student: ViT, images: Tensor, teacher: ViT, layers, parts: str) -> Tensor:
-    """As attention_copy.predict, but `parts` of q, k and v are the teacher's; qk:1: in one head."""
-    parts, _, heads = parts.partition(":")
-    first = int(heads or teacher.config.heads)
+    """As attention_copy.predict, but `parts` of q, k and v are the teacher's."""
     factors = student.draw_drop_path(len(images))
     x, y = student.embed(images), teacher.embed(images)
     for i, (ours, theirs) in enumerate(zip(student.blocks, teacher.blocks, strict=True)):
         if i in layers:
             own, lent = ours.attn.project(ours.norm1(x)), theirs.attn.project(theirs.norm1(y))
-            mixed = torch.cat([lent[:, :, :first], own[:, :, first:]], dim=2)
-            pairs = zip("qkv", own, mixed, strict=True)
+            pairs = zip("qkv", own, lent, strict=True)
             q, k, v = (b if part in parts else a for part, a, b in pairs)
             seen = rearrange(attend(QK(q, k), v), "b h n d -> b n (h d)")
             x = x + factors[i][0] * ours.attn.proj(seen)
@@ -184,13 +181,12 @@ def make_alone(settings: Settings, dataset: data.Data, checkpoint) -> train.Task
         add_beside(net, nn.Linear(net.config.dim, net.config.channels * net.config.patch**2))
         alone.loss = partial(loss_pixels, settings=settings)
         alone.export = export
-        return alone
-    if settings.how == "centre":
+    elif settings.how == "centre":
         alone.predict, alone.export = predict_at_centre, export_changed
         alone.loss = partial(loss_labels, predict=predict_at_centre, smoothing=settings.smoothing)
-        return alone
-    for name, p in net.named_parameters():
-        p.requires_grad_(name.startswith(("fc_norm.", "head.")))
+    else:
+        for name, p in net.named_parameters():
+            p.requires_grad_(name.startswith(("fc_norm.", "head.")))
     return alone
 
 

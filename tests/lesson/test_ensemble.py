@@ -26,9 +26,7 @@ def evaluate(*argv) -> dict:
     return ensemble.evaluate(settings.checkpoints, settings)
 
 
-def test_an_ensemble_averages_probabilities_over_the_classes_at_hand(
-    small, photos, tmp_path, failing
-):
+def test_probabilities_are_averaged_over_the_classes_at_hand(small, photos, tmp_path, failing):
     paths = [train_on(small, tmp_path / seed, "--seed", seed)[1] for seed in ("0", "1")]
     for name in ("blue", "red"):  # two of the three classes
         shutil.copytree(photos / "val" / name, tmp_path / "subset" / name)
