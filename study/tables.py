@@ -175,7 +175,6 @@ TABLES = {
         tuned_at=("300 labels",), rows=TEACHERS),
     "scenes-looks": scenes("where nets look at a pointer", **looked),
     "scenes-looks-twins": scenes("where nets look at twins", points=TWINS, **looked),
-    "scenes-looks-photos": scenes("where nets look, photographs", study=PHOTO_SCENES, **looked),
     "scenes-tuning-photos": scenes("settings for a pointer among photographs of CIFAR-10",
         tunes=True, study=PHOTO_SCENES, rows=ENDS),
     "scenes-photos": scenes("pointer among photographs of CIFAR-10", seeds=5, study=PHOTO_SCENES,
