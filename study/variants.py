@@ -3,6 +3,7 @@
     python -m study.variants --maps mean       copy; one map for all
     python -m study.variants --how beside      maps are predicted, not used
     python -m study.variants --how probe       only a head is trained
+    python -m study.variants --how centre      its head reads one cell
 
 --maps other are the teacher's maps of other images, mean their mean. With
 impulse each head looks at one neighbour. Rows of the study: study/rows.py.
@@ -57,7 +58,9 @@ class Settings(recipes.TransferSettings):
 
 USUAL = {"maps": "teacher", "lend": "qk", "loss": LOSSES[0], "class_weight": 1.0}
 MATCHED = {"maps", "loss", "class_weight"}
-USES = {"copy": {"maps", "lend"}, "distill": MATCHED, "beside": MATCHED, "copy-beside": {"loss"}}
+USES = {"copy": {"maps", "lend"}, "distill": MATCHED, "beside": MATCHED, "copy-beside": {"loss"},
+        "pixels": {"attention_weight"}}  # fmt: skip
+UNUSED = {"layers", "teacher_layers", "heads", "start", "bank", "attention_weight"}  # if ALONE
 parse = partial(parse_settings, __doc__, Settings, attention_distill.RECIPES)
 
 
@@ -141,7 +144,7 @@ def loss_pixels(student: ViT, images, labels, settings: Settings):
 
 
 def predict_at_centre(net: ViT, images: Tensor) -> Tensor:
-    """Logits from the token of the centre cell, which points, instead of from the mean of all."""
+    """Logits from the token of the centre cell, which points, not from the mean of all cells."""
     centre = net.config.num_prefix_tokens + (net.config.grid_size // 2) * (net.config.grid_size + 1)
     return net.head(net.fc_norm(net.forward_features(images)[:, centre]))
 
@@ -174,7 +177,7 @@ def task(settings: Settings, dataset: data.Data, checkpoint=None) -> train.Task:
 
 
 def make_alone(settings: Settings, dataset: data.Data, checkpoint) -> train.Task:
-    """Without a second net: a probe trains only a head and its norm. Or pixels, or centre."""
+    """Without a second net: a probe trains a head and its norm; pixels and centre the whole net."""
     alone = finetune.task(settings, dataset, checkpoint)
     net = alone.net
     if settings.how == "pixels":
@@ -205,7 +208,7 @@ def check(settings: Settings) -> None:
     """ValueError for a change that would silently have no effect."""
     changed = {name for name, value in USUAL.items() if getattr(settings, name) != value}
     if settings.how in ALONE:
-        changed |= settings.given & {"layers", "teacher_layers", "heads", "start"}
+        changed |= settings.given & UNUSED
     wrong = changed - USES.get(settings.how, set())
     if {"maps", "lend"} <= changed or (settings.maps == "tokens" and settings.how != "beside"):
         wrong |= {"maps"}
@@ -216,7 +219,7 @@ def check(settings: Settings) -> None:
         raise ValueError(f"--how {settings.how}: only for --data scenes with a pointer")
 
 
-def export_changed(student: ViT) -> dict:  # no one takes it for a ViT: it needs what was lent
+def export_changed(student: ViT) -> dict:  # no one takes it for a ViT: alone it is another net
     return {"student": student.state_dict()}
 
 

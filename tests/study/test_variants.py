@@ -196,7 +196,7 @@ def test_what_was_lent_a_fixed_map_is_not_taken_for_a_vit_of_its_own(tmp_path):
 @pytest.mark.parametrize("argv", [
     "--start teacher", "--how probe --maps mean", "--how distill --lend v", "--lend v --maps mean",
     "--lend v --layers 0 --teacher-layers 1", "--how pixels", "--how centre", "--maps tokens",
-    "--how features --loss squared",
+    "--how features --loss squared", "--how probe --bank 9", "--how probe --attention-weight 9",
 ])  # fmt: skip
 def test_changes_that_cannot_be_are_refused(argv):
     with pytest.raises(ValueError, match="--"):
