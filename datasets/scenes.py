@@ -87,7 +87,7 @@ def draw_pointers(count: int, grid: int, images, starts, sizes, dial: float, dra
     return cells, kinds.gather(1, cell[:, None])[:, 0], cell
 
 
-def draw_squares(grid: int, shape: torch.Size) -> Tensor:
+def draw_squares(grid: int, shape: tuple[int, ...]) -> Tensor:
     """For each cell of the grid the picture (c, p, p) of a square that points to it."""
     side, pictures = max(1, round(SQUARE * shape[-1])), torch.zeros(grid**2, *shape)
     edges = torch.linspace(0, shape[-1] - side, grid).round().int().tolist()

@@ -59,6 +59,7 @@ STEPS = SCENES._replace(  # tuned at both ends of an axis of training
     | dict.fromkeys(rows.PIXELS, ("attention_weight", (1.0, 0.3, 3.0, 10.0))),
 )  # fmt: skip
 CONSTANT = STEPS._replace(joint=(1.5,))
+DECAYED = STEPS._replace(decays=(0.05, 0.5, 1.5, 5.0, 15.0), joint=(1.5, 5.0))
 MAES = SCENES._replace(joint=(1.5,), rates=RATES[2:], own=OWN | dict.fromkeys(rows.MAES, COPIED))
 PHOTO_SCENES = SCENES._replace(rates=RATES[:4], decays=(0.05, 0.5),
     base={"data": "scenes-cifar10", "num_labels": 2000, "epochs": 20} | UNMIXED)  # fmt: skip
@@ -226,8 +227,8 @@ TABLES = {
         points=LAST_100, rows=tuple(rows.PIXELS)),
     "scenes-oracle": steps("what of the teacher's knowledge is worth it? 100 scenes", seeds=5,
         points=LAST_100, rows=(*MAIN, *rows.PIXELS, *rows.ORACLE)),
-    "scenes-read-tuning": constant("settings of scratch, read at the centre", tunes=True,
-        points=FIRST_100 | LAST_100, rows=tuple(rows.READ)),
+    "scenes-read-tuning": scenes("settings of scratch, read at the centre", tunes=True,
+        study=DECAYED, points=FIRST_100 | LAST_100, rows=tuple(rows.READ)),
     "scenes-read": steps("scratch, read at the centre: 100 scenes, 300 to 3,000 steps", seeds=5,
         points=TO_3000, tuned_at=tuple(LAST_100), rows=(*MAIN, *rows.READ),
         contrasts=subtract((COPY, *rows.READ), points=TO_3000)),
@@ -237,8 +238,12 @@ TABLES = {
         tuned_at=("twins",), rows=(SCRATCH, COPY), seeds=5),
     "scenes-steps-photos-tuning": scenes("settings of scratch among photographs, 6,200 steps",
         study=PHOTOS_LONG, points=LAST_PHOTOS, tunes=True, rows=(SCRATCH,)),
+    "scenes-read-photos-tuning": scenes("settings of scratch, read at the centre, photographs",
+        study=PHOTOS_LONG._replace(decays=DECAYED.decays), points=LAST_PHOTOS, tunes=True,
+        rows=tuple(rows.READ)),
     "scenes-steps-photos": scenes("pointer among photographs, 6,200 steps", study=PHOTOS_LONG,
-        points=LAST_PHOTOS, tuned_at=("pointer",), rows=(SCRATCH, COPY), seeds=5),
+        points=LAST_PHOTOS, tuned_at=("pointer",), rows=(SCRATCH, COPY, *rows.READ), seeds=5,
+        contrasts=subtract((COPY, *rows.READ))),
     "photos-tuning": public("settings with a public teacher (10 epochs)", tunes=True,
         points={ON_PHOTOGRAPHS: {"epochs": 10}}, rows=(*ENDS, *rows.PROBE)),
     "photos-deit": public("DeiT-Ti's maps, photographs, 96 pixels", rows=(*ENDS, *rows.PROBE,

@@ -134,9 +134,9 @@ def add_losses(logits: Tensor, labels: Tensor, other, settings: Settings):
 def loss_pixels(student: ViT, images, labels, settings: Settings):
     """Without a teacher, but with its task: the pixels of the cell that a pointer names."""
     x = student.forward_features(images)
-    cells = patchify(student.normalise(images), student.config.patch)  # as the teacher's task
-    grid = student.config.grid_size
-    squares = draw_squares(grid, images.shape[1:2] + (student.config.patch,) * 2).flatten(1)
+    patch, grid = student.config.patch, student.config.grid_size
+    cells = patchify(student.normalise(images), patch)  # as the teacher's task
+    squares = patchify(draw_squares(grid, (images.shape[1], patch, patch)), patch)[:, 0]
     asked = (cells[:, len(squares) // 2] @ squares.to(images.device).T).argmax(dim=1)
     guess = student.beside(student.fc_norm(x[:, student.config.num_prefix_tokens :].mean(dim=1)))
     pixels = F.mse_loss(guess, cells[torch.arange(len(images)), asked])
@@ -214,9 +214,9 @@ def check(settings: Settings) -> None:
         wrong |= {"maps"}
     if wrong:
         raise ValueError(f"--how {settings.how} does not go with --{' --'.join(sorted(wrong))}")
-    pointer = (settings.data, settings.scene) == ("scenes", "pointer")
+    pointer = "scenes" in settings.data and settings.scene == "pointer"
     if settings.how in ("pixels", "centre") and not pointer:
-        raise ValueError(f"--how {settings.how}: only for --data scenes with a pointer")
+        raise ValueError(f"--how {settings.how}: only for scenes with a pointer")
 
 
 def export_changed(student: ViT) -> dict:  # no one takes it for a ViT: alone it is another net

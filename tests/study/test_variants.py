@@ -15,6 +15,7 @@ import pretrain
 from study import lenders, variants
 from teachers import bundled, find
 from teachers.load import open_model, read_checkpoint
+from tests.infra.test_data import make_cifar
 from vit import QK, attend
 
 FEW = ["--data", "digits", "--device", "cpu", "--num-labels", "20", "--batch", "10"]
@@ -155,14 +156,13 @@ def test_what_is_beside_a_student_is_used_for_nothing(batch, tmp_path):
     assert_close(open_model(tmp_path / "model.pt").net(batch[0]), taught.net.eval()(batch[0]))
 
 
-def test_the_cell_of_a_pointer_is_read_off_its_picture():
-    argv = ["--data", "scenes", "--device", "cpu", "--teacher", "none", "--how", "pixels"]
-    settings = variants.parse(argv)
-    asked = data.load(replace(settings, label="cell"), train=False)
+def test_the_cell_of_a_pointer_is_read_off_its_picture(tmp_path, monkeypatch):
+    argv = [*make_cifar(tmp_path, monkeypatch, 400)[1], "--data", "scenes-cifar10"]  # in colour
+    settings = variants.parse([*argv, "--device", "cpu", "--teacher", "none", "--how", "pixels"])
     task = variants.task(settings, data.load(settings))
-    images, cells = next(asked.test.in_order(64))
+    images, cells = next(data.load(replace(settings, label="cell"), False).test.in_order(64))
     pixels = pretrain.patchify(task.net.normalise(images), 8)[torch.arange(64), cells]
-    guess, net = torch.randn(64, 64), task.net.eval()
+    guess, net = torch.randn(64, 192), task.net.eval()
     net.beside.forward = lambda _: guess
     _, shown = task.loss(net, images, torch.zeros(64, dtype=torch.long))
     assert_close(shown["other"], (guess - pixels).square().mean())
