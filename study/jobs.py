@@ -138,9 +138,7 @@ class Runner:  # runs jobs, `workers` at a time
             future.result()
         result, note = job.read_result(), "done before"
         if result is None:
-            self.start_process(name, job)
-            result = job.read_result()
-            assert result, f"{name} left no result in {job.out}"
+            result = self.start_process(name, job)
             note = f"{result['seconds'] / 60:.1f} min of training"
         self.done += 1
         self.ran[job.out] = job.read_config() | {"seconds": result["seconds"]}
@@ -148,17 +146,18 @@ class Runner:  # runs jobs, `workers` at a time
         print(f"{self.done:>3}/{self.total}  {score:8}  {name:<40} {note}", flush=True)
         return result
 
-    def start_process(self, name: str, job: Job) -> None:
-        """Runs a job as a process, and resumes it if it has begun. Failed if it fails."""
+    def start_process(self, name: str, job: Job) -> dict:
+        """Runs a job as a process, and resumes it if it has begun. Failed if it has no result."""
         job.out.mkdir(parents=True, exist_ok=True)
         again = "--resume" if job.has_begun() else "--overwrite"
         output = job.out / "output.txt"
         process = FORKED.Process(target=work, args=(job.script, [*job.argv, again], output))
         process.start()
         process.join()
-        if process.exitcode:
-            last = output.read_text().strip().splitlines()[-1:] if output.exists() else []
-            raise Failed(f"{name} failed: {' '.join(last)} (see {output})")
+        if result := job.read_result():  # whatever happened while the process left
+            return result
+        last = output.read_text().strip().splitlines()[-1:] if output.exists() else []
+        raise Failed(f"{name} failed ({process.exitcode}): {' '.join(last)} (see {output})")
 
     def record(self, name: str, extra: str, found: dict) -> dict:
         """What was found, and how: the contents of a file in results/."""

@@ -60,6 +60,7 @@ def ran(monkeypatch):
         script.main(script.parse([*job.argv, "--overwrite"]))
         if names[:1] == ["fail"] and len(names) == 6:
             raise Failed("the power went")
+        return job.read_result()
 
     monkeypatch.setattr(jobs.Runner, "start_process", start_process)
     monkeypatch.setattr(reproduce, "TABLES", TABLES)
@@ -183,7 +184,7 @@ def test_a_run_in_a_process_of_its_own_is_the_run_of_its_script(tmp_path):
     assert found["test_top1"] == result["test_top1"]
     ours, theirs = (read_checkpoint(tmp_path / name / "model.pt").weights for name in "ac")
     assert_close(ours, theirs, rtol=0, atol=0)
-    with pytest.raises(Failed, match="b failed: error: --batch 900"):
+    with pytest.raises(Failed, match=r"b failed \(2\): error: --batch 900"):
         runner.run({"b": broken})
     moved, other = (tmp_path / f"{name}.pt" for name in ("moved", "other"))
     moved.write_bytes(teacher.read_bytes())
