@@ -34,9 +34,9 @@ def load(settings, row, size: int, device, with_train: bool = True) -> Parts:
     from datasets import images  # slow to import
 
     folder, sources = Path(settings.data_dir or f"data/{settings.data}"), dict[str, Any]()
-    for part, (classes, paths, labels, names) in list_parts(folder).items():
-        if part == "train" and sources and not with_train and settings.holdout <= 0:
-            continue  # evaluation has val, and need not open a million files
+    for part, (classes, paths, labels, names) in (listed := list_parts(folder)).items():
+        if part == "train" and len(listed) > 1 and not with_train and settings.holdout <= 0:
+            continue  # evaluation has others, and need not open a million files
         files = images.Files(paths, names, torch.tensor(labels), size, row, settings, device)
         sources[part] = files.look_through()
     train, val, test = map(sources.get, PARTS)

@@ -146,7 +146,7 @@ def compare(best: dict[str, dict], method: str, recipe, matrix: float) -> None:
     for variant, row in best.items():
         speed = row["images_per_s"]
         row |= {"gflop_per_image": round(flop / 1e9, 4), "share": round(speed * flop / matrix, 4)}
-        for other in best.keys() - {"ours"}:
+        for other in sorted(best.keys() - {"ours"}):
             row[f"times_{other}"] = round(speed / best[other]["images_per_s"], 3)
         ratios = (row.get(f"times_{other}", math.nan) for other in ("plain", "plain-amp"))
         shown = f"{row['batch']:5} {speed:9,.1f} {row['memory_gib']:6.2f} {row['share']:6.1%}  "

@@ -31,7 +31,7 @@ def estimate(
 
 
 def estimate_rows(values: Values, against: Mapping[str, str]) -> dict[str, dict]:
-    """Accuracy of each row, its difference from another, in per cent, and its share of the gain
+    """Accuracy of each row, its difference from another, in points, and its share of the gain
     of CEILING over BASELINE: its recovery, left out where that gain may be zero.
     """
     rows = {row: estimate_over_seeds(found) for row, found in values.items()}

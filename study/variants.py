@@ -214,9 +214,9 @@ def check(settings: Settings) -> None:
         wrong |= {"maps"}
     if wrong:
         raise ValueError(f"--how {settings.how} does not go with --{' --'.join(sorted(wrong))}")
-    pointer = "scenes" in settings.data and settings.scene == "pointer"
+    pointer = "scenes" in settings.data and settings.scene == "pointer" and settings.patch == 8
     if settings.how in ("pixels", "centre") and not pointer:
-        raise ValueError(f"--how {settings.how}: only for scenes with a pointer")
+        raise ValueError(f"--how {settings.how}: only for scenes with a pointer, and --patch 8")
 
 
 def export_changed(student: ViT) -> dict:  # no one takes it for a ViT: alone it is another net
