@@ -66,6 +66,8 @@ PHOTO_SCENES = SCENES._replace(rates=RATES[:4], decays=(0.05, 0.5),
 LONG = STEPS._replace(seeds=(100,), rates=(2.5e-4, 1e-3, 4e-3, 1.6e-2))  # ten times the steps
 JOINTLY = LONG._replace(joint=(1.5, 5.0))
 PHOTOS_LONG = JOINTLY._replace(base=PHOTO_SCENES.base, rates=(2.5e-4, *RATES[:5]))
+PHOTOS_LOW = PHOTOS_LONG._replace(rates=(6e-5, 1.2e-4, *PHOTOS_LONG.rates),
+    decays=DECAYED.decays, joint=DECAYED.decays[2:])  # fmt: skip
 PHOTOGRAPHS = Study(  # with a public teacher, which has learned these classes
     rows=rows.ROWS | {"beside": rows.beside(tuned_as=DISTILLATION)},
     base={"data": "folder", "image_size": 96, "patch": 16, "model": "tiny", "num_labels": 2000}
@@ -239,8 +241,7 @@ TABLES = {
     "scenes-steps-photos-tuning": scenes("settings of scratch among photographs, 6,200 steps",
         study=PHOTOS_LONG, points=LAST_PHOTOS, tunes=True, rows=(SCRATCH,)),
     "scenes-read-photos-tuning": scenes("settings of scratch, read at the centre, photographs",
-        study=PHOTOS_LONG._replace(decays=DECAYED.decays), points=LAST_PHOTOS, tunes=True,
-        rows=tuple(rows.READ)),
+        study=PHOTOS_LOW, points=LAST_PHOTOS, tunes=True, rows=tuple(rows.READ)),
     "scenes-steps-photos": scenes("pointer among photographs, 6,200 steps", study=PHOTOS_LONG,
         points=LAST_PHOTOS, tuned_at=("pointer",), rows=(SCRATCH, COPY, *rows.READ), seeds=5,
         contrasts=subtract((COPY, *rows.READ))),
