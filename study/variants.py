@@ -145,7 +145,7 @@ def loss_pixels(student: ViT, images, labels, settings: Settings):
 
 def predict_at_centre(net: ViT, images: Tensor) -> Tensor:
     """Logits from the token of the centre cell, which points, not from the mean of all cells."""
-    centre = net.config.num_prefix_tokens + (net.config.grid_size // 2) * (net.config.grid_size + 1)
+    centre = net.config.num_prefix_tokens + net.config.grid_size**2 // 2
     return net.head(net.fc_norm(net.forward_features(images)[:, centre]))
 
 

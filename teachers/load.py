@@ -61,7 +61,7 @@ def build_vit(checkpoint: Checkpoint, image_size=None, classes=None, drop_path=0
     arch, weights = checkpoint.architecture, checkpoint.weights
     new: dict[str, Any] = {"image_size": image_size or arch["image_size"]}
     own_head = classes is None and arch["classes"] > 0
-    if own_head or not classes:  # the last norm is the file's, too
+    if not classes:  # the last norm is the file's, too
         weights = {re.sub(r"^norm\.", "fc_norm.", name): value for name, value in weights.items()}
     if own_head:
         if not checkpoint.classes:

@@ -164,8 +164,7 @@ def test_the_cell_of_a_pointer_is_read_off_its_picture(tmp_path, monkeypatch):
     pixels = pretrain.patchify(task.net.normalise(images), 8)[torch.arange(64), cells]
     guess, net = torch.randn(64, 192), task.net.eval()
     net.beside.forward = lambda _: guess
-    _, shown = task.loss(net, images, torch.zeros(64, dtype=torch.long))
-    assert_close(shown["other"], (guess - pixels).square().mean())
+    assert_close(task.loss(net, images, cells * 0)[1]["other"], (guess - pixels).square().mean())
 
 
 def test_scratch_is_read_at_the_centre():
@@ -197,6 +196,7 @@ def test_what_was_lent_a_fixed_map_is_not_taken_for_a_vit_of_its_own(tmp_path):
     "--start teacher", "--how probe --maps mean", "--how distill --lend v", "--lend v --maps mean",
     "--lend v --layers 0 --teacher-layers 1", "--how pixels", "--how centre", "--maps tokens",
     "--how features --loss squared", "--how probe --bank 9", "--how probe --attention-weight 9",
+    "--how pixels --data scenes --patch 4", "--how centre --data scenes --patch 4",
 ])  # fmt: skip
 def test_changes_that_cannot_be_are_refused(argv):
     with pytest.raises(ValueError, match="--"):
