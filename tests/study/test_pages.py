@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from study.report import MARKED
+
 ROOT = Path(__file__).parents[2]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("*/*.md"), *ROOT.glob("*.ipynb")]
 PAGES = [page for page in PAGES if page.parent.name not in ("data", "runs", "scratch", ".venv")]
@@ -39,8 +41,6 @@ def test_no_relative_link_is_dead(page):
 def test_the_figures_of_readme_are_those_of_the_records():
     """A share that the text names stands in a table. Of tables themselves see test_reproduce."""
     first = (ROOT / "README.md").read_text().split("\n## What we found")[1].split("\n## ")[0]
-    lines = [*first.splitlines(), *(ROOT / "study" / "README.md").read_text().splitlines()]
-    tables = "\n".join(line for line in lines if line.startswith("|"))
-    prose = "\n".join(line for line in first.splitlines() if not line.startswith("|"))
-    shares = re.findall(r"\b\d\.\d\d\b", prose)
-    assert shares and set(shares) <= set(re.findall(r"\d\.\d\d\b", tables))
+    tables = MARKED.finditer(first + (ROOT / "study" / "README.md").read_text())
+    shares = re.findall(r"\b\d\.\d\d\b", MARKED.sub("", first))
+    assert shares and set(shares) <= set(re.findall(r"\d\.\d\d\b", "".join(x[0] for x in tables)))
