@@ -55,7 +55,7 @@ class Data(NamedTuple):
             return 0
         return int(torch.isin(own.contents, hashes).sum())
 
-    def warn_of_repeats(self, part: str = "test", learned: Tensor | None = None) -> str:
+    def describe_repeats(self, part: str = "test", learned: Tensor | None = None) -> str:
         """Words if images of a part are also trained on, under whatever name (or in `learned`)."""
         seen = self.count_learned(self.train.source.contents if learned is None else learned, part)
         return f" ({seen:,} of these {len(getattr(self, part)):,} TRAINED ON)" if seen else ""
@@ -69,7 +69,7 @@ class Data(NamedTuple):
         if self.val is self.test:
             purposes = {"test": "validate and test"}
         for part, purpose in purposes.items():
-            text += f", {len(getattr(self, part)):,} to {purpose} on{self.warn_of_repeats(part)}"
+            text += f", {len(getattr(self, part)):,} to {purpose} on{self.describe_repeats(part)}"
         absent = len(self.classes) - len(self.test.source.labels.unique())
         few = f", {absent} of them without a test image" if absent else ""
         names = f" ({', '.join(self.classes)})" if len(self.classes) <= 10 else ""

@@ -57,7 +57,7 @@ def evaluate(paths, settings: Settings) -> dict:
             "checkpoint": model.checkpoint.source,
             "method": model.checkpoint.method,
             "top1": compute_top1(p.argmax(dim=-1), labels),
-            "learned_from": dataset.count_learned(model.checkpoint.learned_from, settings.part),
+            "trained_on": dataset.count_learned(model.checkpoint.learned_from, settings.part),
         }
         for model, p in zip(models, found, strict=True)
     ]
@@ -115,7 +115,7 @@ def main(settings: Settings) -> dict:
     images = f"{result['images']:,} images of {result['classes']:,} classes"
     print(f"top-1 on {images} ({result['data']}, {result['part']})")
     for member in result["members"]:
-        seen = member["learned_from"]
+        seen = member["trained_on"]
         note = f" ({seen:,} of these images were TRAINED ON)" if seen else ""
         print(f"{member['top1']:7.2f} %{note}  {member['method']:<9} {member['checkpoint']}")
     if len(result["members"]) > 1:

@@ -313,5 +313,5 @@ def finish(task: Task, learner: Learner, rows: list, out: Path, test: Callable |
         checkpoints.save(task.export(net) | about | {"learned_from": learned}, out / "model.pt")
 
     run_first(write)
-    conclude(result, out, task.data.warn_of_repeats(learned=learned))
+    conclude(result, out, task.data.describe_repeats(learned=learned))
     return result

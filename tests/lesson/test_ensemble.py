@@ -68,7 +68,7 @@ def test_the_images_are_those_that_a_checkpoint_was_trained_for(small, photos, t
     found.pop("members")
     for same in (shutil.copytree(root, tmp_path / "copied"), photos / "val" / ".." / "train"):
         again = evaluate(path, "--data-dir", same)
-        assert again["members"][0]["learned_from"] == 0
+        assert again["members"][0]["trained_on"] == 0
         assert again.items() >= found.items()
     assert evaluate(path, "--data-dir", photos / "val", "--holdout", "0")["images"] == 15
     (root / "red").rename(root / "pink")
@@ -79,14 +79,14 @@ def test_it_is_said_how_many_of_the_images_were_trained_on(small, photos, tmp_pa
     """As after a val/ that was there in training is removed."""
     root = shutil.copytree(photos, tmp_path / "photos")
     _, path = train_on(small, tmp_path / "run", "--data-dir", root)  # on 24 of the 30
-    assert evaluate(path)["members"][0]["learned_from"] == 0
+    assert evaluate(path)["members"][0]["trained_on"] == 0
     shutil.rmtree(root / "val")
     found = ensemble.main(ensemble.parse([path]))
-    assert (found["images"], found["members"][0]["learned_from"]) == (30, 24)
+    assert (found["images"], found["members"][0]["trained_on"]) == (30, 24)
     assert "24 of these images were TRAINED ON" in capsys.readouterr().out
-    assert evaluate(path, "--holdout", "0.5")["members"][0]["learned_from"] > 5
+    assert evaluate(path, "--holdout", "0.5")["members"][0]["trained_on"] > 5
     shutil.move(root / "train", tmp_path / "moved")
-    assert evaluate(path, "--data-dir", tmp_path / "moved")["members"][0]["learned_from"] == 24
+    assert evaluate(path, "--data-dir", tmp_path / "moved")["members"][0]["trained_on"] == 24
 
 
 def test_nets_of_different_images_are_not_averaged(failing):
