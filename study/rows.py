@@ -52,7 +52,7 @@ PARTS = {f"copy of {part}": copied(lend=part) for part in ("q", "k", "v", "qkv")
 SINGLE = {f"copy, layer {i}": copied(layers=str(i)) for i in range(4)}
 LAYERS = {f"copy, layers {which}": copied(layers=which) for which in (":2", "2:4", ":4", ":8")}
 LAYERS |= {"distillation, layers all": distilled(layers="all")}
-START = {"teacher's maps and weights": copied(start="teacher", layer_decay=0.75)}
+START = {"teacher's maps and weights": copied(tuned_as=TUNED, start="teacher", layers="all")}
 ABOVE = {  # layer 0, in which pointers point, is free
     f"copy, {maps} maps, layers 1:": copied(maps=maps, layers="1:", tuned_as=tuned_as)
     for maps, tuned_as in (("mean", ""), ("centre", ""), ("uniform", "copy, mean maps, layers 1:"))
