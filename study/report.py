@@ -29,7 +29,7 @@ RESULTS = ROOT / "study" / "results"
 USUAL = ("mean", "interval", "values", "difference", "recovery")
 PAGES = "README.md", "study/README.md", "related/README.md"
 TASKS = {  # the records of each: a figure is from the first that has it
-    "pointer": ("scenes-controls", "why-pointer"), "twins": ("scenes-twins", "why-twins"),
+    "pointer": ("scenes-controls", "why-pointer"), "twins": ("scenes-twins",),
     "digits": ("fair-main", "why-digits"), "CIFAR-10": ("why-cifar10",),
     "photographs, DeiT": ("photos-128",),
 }  # fmt: skip

@@ -59,6 +59,7 @@ STEPS = SCENES._replace(  # tuned at both ends of an axis of training
     | dict.fromkeys(rows.PIXELS, ("attention_weight", (1.0, 0.3, 3.0, 10.0))),
 )  # fmt: skip
 CONSTANT = STEPS._replace(joint=(1.5,))
+TWINNED = SCENES._replace(rates=(5e-4, *RATES, 6.4e-2), decays=(0.05, 0.5, 1.5, 5.0), joint=(1.5,))
 DECAYED = STEPS._replace(decays=(0.05, 0.5, 1.5, 5.0, 15.0), joint=(1.5, 5.0))
 MAES = SCENES._replace(joint=(1.5,), rates=RATES[2:], own=OWN | dict.fromkeys(rows.MAES, COPIED))
 PHOTO_SCENES = SCENES._replace(rates=RATES[:4], decays=(0.05, 0.5),
@@ -135,7 +136,8 @@ TABLES = {
     "scenes-tuning": scenes("settings", tunes=True, rows=(*ENDS, *rows.PROBE, *rows.FEATURES)),
     "scenes-tuning-dial": scenes("settings where half of the pointers point to one cell",
         tunes=True, points={HALF: DIAL[HALF]}, rows=COPIES),
-    "scenes-tuning-twins": scenes("settings for the twins", tunes=True, points=TWINS, rows=ENDS),
+    "scenes-tuning-twins": scenes("settings for the twins", tunes=True, points=TWINS,
+        study=TWINNED, rows=(*ENDS, "beside")),
     "scenes-pointer": scenes("pointer: the main rows, and maps that are not the image's own",
         rows=(*MAIN, *rows.PROBE, *rows.FEATURES, *rows.CONTROLS),
         contrasts=OF_GAIN | subtract((COPY, TUNED))),
@@ -146,8 +148,10 @@ TABLES = {
     "scenes-layers": scenes("pointer: which layers, and which parts, are copied", seeds=5,
         rows=(*MAIN, *rows.SINGLE, "copy, layers :2", "copy, layers 2:4", *rows.PARTS)),
     "scenes-twins": scenes("twins: what is found is compared", points=TWINS, contrasts=subtract(
-        (DISTILLATION, COPY), (TUNED, DISTILLATION)), rows=(*MAIN, MEAN, "copy, other maps",
-        "distillation, layers all", "teacher's maps and weights", "distillation, mean maps")),
+        (DISTILLATION, COPY), (TUNED, DISTILLATION), ("beside", DISTILLATION),
+        (TUNED, *rows.START), (*rows.START, COPY)), rows=(*MAIN, MEAN,
+        "copy, other maps", "distillation, layers all", "teacher's maps and weights",
+        "distillation, mean maps", "beside", "beside, random teacher")),
     "scenes-teachers": scenes("pointer: who taught?", rows=(*ENDS, *rows.WHOSE), seeds=5),
     "scenes-steps-tuning": steps("100 scenes", tunes=True, rows=ENDS, points=FIRST_100 | LAST_100),
     "scenes-steps": steps("pointer: 100 labelled scenes, 300 to 9,000 steps", rows=ENDS,
@@ -215,9 +219,6 @@ TABLES = {
     "why-pointer-long-tuning": steps("beside, long", points=LAST_100, tunes=True, rows=("beside",)),
     "why-pointer-long": steps("do maps have to be looked with? 100 scenes, 3,000 steps", seeds=5,
         points=LAST_100, rows=(*MAIN, "beside", "beside, random teacher"), contrasts=BESIDE),
-    "why-twins-tuning": scenes("beside, on twins", points=TWINS, tunes=True, rows=("beside",)),
-    "why-twins": scenes("do maps have to be looked with? Twins", points=TWINS, contrasts=BESIDE,
-        rows=(*MAIN, "beside", "beside, random teacher")),
     "why-cifar10-tuning": photos("settings for CIFAR-10, over more rates", study=WIDE, points=SHORT,
         tunes=True, rows=(*ENDS, "beside")),
     "why-cifar10": photos("do maps have to be looked with? CIFAR-10", study=WIDE, rows=(*ENDS,
