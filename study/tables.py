@@ -217,6 +217,8 @@ TABLES = {
     "why-seeds-digits": digits("distilled maps of two seeds, digits", **seeds),
     "why-seeds-pointer": steps("distilled maps of two seeds, scenes", points=FIRST_100, **seeds),
     "why-pointer-long-tuning": steps("beside, long", points=LAST_100, tunes=True, rows=("beside",)),
+    "why-pointer-long-tuning-more": steps("beside, long: more decays", points=LAST_100, tunes=True,
+        study=DECAYED._replace(rates=RATES[1:], decays=(0.5, 1.5, 5.0)), rows=("beside",)),
     "why-pointer-long": steps("do maps have to be looked with? 100 scenes, 3,000 steps", seeds=5,
         points=LAST_100, rows=(*MAIN, "beside", "beside, random teacher"), contrasts=BESIDE),
     "why-cifar10-tuning": photos("settings for CIFAR-10, over more rates", study=WIDE, points=SHORT,
