@@ -94,7 +94,7 @@ def test_killed_and_resumed_gives_the_same_bits(tmp_path, failing):
     """And meanwhile no other process may train in the folder."""
     argv, whole = [*DIGITS, "--out", tmp_path, "--resume"], Path("whole")
     run_here(attention_distill, *DIGITS, "--out", whole)
-    # In the middle of an epoch: it saves at each step.
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # nohup ignores it
     for kill, beyond in ((signal.SIGKILL, 3), (signal.SIGINT, 14)):
         run = start("attention_distill.py", *argv, "--save-every", 0)
         wait_for_step(run, tmp_path, beyond)
