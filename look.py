@@ -95,7 +95,7 @@ def name_likeliest(logits: Tensor, classes: list[str] | None) -> dict[str, float
 def main(settings: Settings) -> dict[str, float]:
     launch.require_one_process()
     photo, source = settings.photo
-    if source.lower().endswith((".jpg", ".jpeg", ".png")):
+    if source.lower().endswith((".jpg", ".jpeg", ".png", ".webp")):
         raise ValueError(f"{source} is no ViT: name the photograph first")
     name = re.split(r"[/\\=]", source.removesuffix("/model.pt"))[-1]
     where = "-".join(Path(photo).with_suffix("").parts[-2:]).strip("/.-")  # folders may share names

@@ -1,7 +1,7 @@
 """Files of others, in our names (which are timm's), and as what kind of ViT."""
 
-import math
 import re
+from math import isqrt
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ RENAMED = {
 
 def parse_foreign(found: dict, source: str, place: str, model: PublicViT | None) -> Checkpoint:
     """The contents of a file by others: of a public ViT, or of a plain one with a known size."""
-    wrappers = ("model", "state_dict", "module", "teacher")
+    wrappers = ("model", "state_dict", "model_state_dict", "module", "teacher")
     taken = next((key for key in wrappers if isinstance(found.get(key), dict)), "")
     theirs = found[taken] if taken else found
     large = [k for k, v in found.items() if isinstance(v, dict) and 2 * len(v) > len(theirs)]
@@ -43,9 +43,8 @@ def parse_foreign(found: dict, source: str, place: str, model: PublicViT | None)
         weights = rename(theirs)
         architecture = describe(weights, model)
     except (KeyError, TypeError):
-        names = ", ".join(map(str, [*theirs][:3]))
         remedy = "take timm's file of the same ViT, or its authors'"
-        raise ValueError(f"{source} holds no ViT we know ({names}): {remedy}") from None
+        raise ValueError(f"{source} holds no ViT we know ({[*theirs][:3]}): {remedy}") from None
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
     family = model and model.family
@@ -65,6 +64,8 @@ def check_name(theirs: dict, place: str, model: PublicViT | None) -> PublicViT |
         raise ValueError(f"by the name of its file it is {told.name}: call it so, or rename it")
     if model and model.heads != 12 and any("base_encoder." in name for name in theirs):
         raise ValueError("its tensors are MoCo v3's, whose ViTs have 12 heads: vit-s-300ep=FILE")
+    if "rope." in str([*theirs]) and "rope" not in str(told or model):
+        raise ValueError("it has a rope that we do not know: take timm's file of another ViT")
     return model if model and model.family else told or model
 
 
@@ -97,7 +98,7 @@ def rename(weights: dict[str, Tensor]) -> dict[str, Tensor]:
             found[name.replace("fc1_g.", "fc1.")] = torch.cat([found.pop(name), found.pop(x)])
     if "pos_embed" in found and "cls_token" in found:
         tokens = found["pos_embed"].shape[1]
-        if math.isqrt(tokens) ** 2 == tokens:  # it has none for the class token
+        if isqrt(tokens) ** 2 == tokens:  # it has none for the class token
             found["pos_embed"] = F.pad(found["pos_embed"], (0, 0, 1, 0))
     if "norm_pre.weight" in found:  # CLIP has no bias of patches
         found.setdefault("patch_embed.proj.bias", torch.zeros_like(found["norm_pre.bias"]))
@@ -118,8 +119,7 @@ def describe(weights: dict[str, Tensor], model: PublicViT | None) -> dict[str, A
     if "norm.weight" in weights and found["classes"]:
         found["pool"] = "token" if found["class_token"] else "norms"
     if "pos_embed" in weights:
-        patches = weights["pos_embed"].shape[1] - found["class_token"]
-        found["image_size"] = math.isqrt(patches) * patch
+        found["image_size"] = patch * isqrt(len(weights["pos_embed"][0]) - found["class_token"])
     if model and model.family:
         usual = dict(class_token=True, registers=0, heads=model.heads) | model.family.overrides
         named = usual | dict(dim=model.dim, depth=model.depth, patch=model.patch)

@@ -83,9 +83,9 @@ def save(contents):
 @pytest.mark.parametrize("spoil, words", [
     (lambda whole: whole[: len(whole) // 2], "cannot be read"),
     (lambda whole: whole[:-9000] + b"?" + whole[-8999:], "changed since it was written"),
-    (lambda _: b"", "cannot be read"), (lambda _: b"hello", "cannot be read"),
+    (lambda _: b"", "cannot be read"), (lambda _: save({"rope.": torch.ones(3)}), "has a rope"),
     (lambda _: b"\n<!DOCTYPE html><html>", "cannot be read"), (lambda _: save([1, 2]), "no model"),
-    (lambda _: pickle.dumps(Exploit(), 2), "cannot be read"),
+    (lambda _: pickle.dumps(Exploit(), 2), "cannot be read"), (lambda _: b"hi", "cannot be read"),
     (lambda _: save({"model": Exploit()}), "cannot be read"),
     (lambda _: save({"model": {"fc.weight": torch.ones(3)}}), "no ViT we know"),
     (lambda _: save({"optimizer": {}, "run": {}}), "model.pt of a run"),
